@@ -1,0 +1,425 @@
+"""Frozen dataclasses of everything a run is made of, and the model presets.
+
+A file in `configs/` returns an `ml_collections.ConfigDict` with the fields of `RunConfig`; `RunConfig.from_dict`
+turns it into these classes and refuses keys that it does not know.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+
+from hovle_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """A stack of InternLM2 decoder layers."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-5
+
+    def check(self, name):
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"{name}: num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"{name}: head_dim={self.head_dim} must be even, rotary positions turn pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMConfig:
+    """InternLM2: token table, stack, final norm, untied head."""
+
+    stack: StackConfig
+    vocab_size: int
+    max_length: int = 32768
+
+
+PIXEL_SHUFFLE = ("pre", "post", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig:
+    """The holistic embedding.
+
+    Attributes:
+      pixel_shuffle: 'pre' (HoVLE: 2x2 patches become one token before the layers), 'post' (HD: after them) or
+        'none' (a patch is a token).
+      vocab_size: ids below it are rows of the text table.
+      num_special_tokens: rows of the optional second table, for ids at and above `vocab_size`.
+      normalize_output: L2-normalise the output before the LLM reads it.
+    """
+
+    stack: StackConfig
+    image_size: int
+    patch_size: int
+    vocab_size: int
+    pixel_shuffle: str = "pre"
+    num_special_tokens: int = 0
+    normalize_output: bool = False
+
+    @property
+    def grid(self):
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self):
+        """Visual tokens of one tile as the LLM sees them."""
+        return self.grid**2 if self.pixel_shuffle == "none" else (self.grid // 2) ** 2
+
+    @property
+    def stack_tokens_per_tile(self):
+        """Visual tokens of one tile inside the embedding's layers (HD: four times as many)."""
+        return self.grid**2 if self.pixel_shuffle == "post" else self.tokens_per_tile
+
+    def check(self):
+        self.stack.check("model.embedding.stack")
+        if self.pixel_shuffle not in PIXEL_SHUFFLE:
+            raise UserError(f"model.embedding.pixel_shuffle={self.pixel_shuffle!r}: use one of {PIXEL_SHUFFLE}")
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"model.embedding: image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
+            )
+        if self.pixel_shuffle != "none" and self.grid % 2:
+            raise UserError(
+                f"model.embedding: the {self.grid}x{self.grid} patch grid is odd and cannot be pixel-shuffled 2x2; "
+                f"use image_size={self.image_size + self.patch_size} or pixel_shuffle='none'"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class HoVLEConfig:
+    embedding: EmbeddingConfig
+    llm: LLMConfig
+
+    def check(self):
+        self.embedding.check()
+        self.llm.stack.check("model.llm.stack")
+        if self.embedding.stack.width != self.llm.stack.width:
+            raise UserError(
+                f"model: the embedding's width {self.embedding.stack.width} must equal the LLM's {self.llm.stack.width}"
+            )
+        total = self.embedding.vocab_size + self.embedding.num_special_tokens
+        if total != self.llm.vocab_size:
+            raise UserError(
+                f"model: the embedding knows {total} tokens (vocab_size + num_special_tokens) and the LLM "
+                f"{self.llm.vocab_size}; make them equal"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer that serves as InternViT and as CLIP's image tower.
+
+    Attributes:
+      norm: 'layer_norm' or 'rms_norm'.
+      layer_scale, qk_norm: InternViT's options; qk_norm is an RMSNorm over all heads together.
+      pre_norm: LayerNorm after the positions (CLIP's ln_pre).
+      post_norm: LayerNorm on the class token (CLIP's ln_post), applied by `pooled`.
+      image_mean, image_std: the tower's own normalisation of [0, 1] pixels.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-6
+    activation: str = "gelu"
+    qkv_bias: bool = True
+    patch_bias: bool = True
+    layer_scale: bool = True
+    qk_norm: bool = False
+    pre_norm: bool = False
+    post_norm: bool = False
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def grid(self):
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTowerConfig:
+    """CLIP's causal text tower; pooled at the first end token."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    context: int
+    end_id: int
+    norm_eps: float = 1e-5
+    activation: str = "gelu"
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    vision: ViTConfig
+    text: TextTowerConfig
+    projection_width: int
+    logit_scale_init: float = 2.6592600  # ln(1 / 0.07)
+
+
+TEACHER_PROJECTORS = ("mlp1", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The image target of distillation: a tower, its 2x2 pixel shuffle, and what brings it to the student's width.
+
+    Attributes:
+      kind: 'internvit' (last layer) or 'clip' (penultimate layer: the last one's patches get no training signal).
+      vision: the whole tower as trained; a CLIP teacher runs all but its last layer.
+      projector: 'mlp1' = InternVL2's own projector (a part of the teacher); 'linear' = none on the teacher and a head
+        on the student, dropped after the stage.
+    """
+
+    kind: str
+    vision: ViTConfig
+    projector: str = "linear"
+
+    @property
+    def num_layers(self):
+        """Layers that the teacher runs."""
+        return self.vision.num_layers - (1 if self.kind == "clip" else 0)
+
+    def check(self):
+        if self.kind not in ("internvit", "clip"):
+            raise UserError(f"teacher.kind={self.kind!r}: use 'internvit' or 'clip'")
+        if self.projector not in TEACHER_PROJECTORS:
+            raise UserError(f"teacher.projector={self.projector!r}: use one of {TEACHER_PROJECTORS}")
+        if self.kind == "clip" and self.projector == "mlp1":
+            raise UserError("teacher: a CLIP tower has no mlp1 projector; use projector='linear'")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How a model is run; nothing here changes its parameters.
+
+    Attributes:
+      dtype: compute type, 'float32' or 'bfloat16' ('auto' in a run's config: float32 on the CPU, else bfloat16).
+      attention: the implementation of `attend`.
+      unroll_layers: write the layers out instead of looping over them (faster on the CPU, slower to compile).
+      remat: 'none', 'dots' or 'full' recomputation in the backward pass.
+    """
+
+    dtype: str = "float32"
+    attention: str = "xla"
+    unroll_layers: bool = False
+    remat: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from.
+
+    Attributes:
+      path: a SentencePiece model; empty = trained on the data source's text by the `pretrain` run.
+      vocab_size: all ids, the 11 chat and image tokens at the top included.
+    """
+
+    path: str = ""
+    vocab_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a stage reads.
+
+    Attributes:
+      source: 'easy_vqa'.
+      split: 'train'; the test split is never trained on.
+      batch_size: rows of the global batch.
+      sequence_length, tiles: L and M of the batch contract (HD: the short stream).
+      samples_per_row: how many samples are packed into a row, as segments.
+      augment: flips and shifts of the images, from (seed, step) alone.
+      random_tokens: distill: ids in the query and again in the response.
+      system_message: empty = the template's own.
+    """
+
+    source: str = "easy_vqa"
+    split: str = "train"
+    batch_size: int = 64
+    sequence_length: int = 64
+    tiles: int = 1
+    samples_per_row: int = 1
+    augment: bool = False
+    random_tokens: int = 50
+    system_message: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.0
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where a component's weights come from: a stage's name, a run's folder, or empty for fresh random ones."""
+
+    llm: str = ""
+    embedding: str = ""
+    clip: str = ""
+    teacher: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    stage: str
+    preset: str
+    model: HoVLEConfig
+    clip: CLIPConfig | None
+    teacher: TeacherConfig | None
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    init: InitConfig
+    mesh: MeshConfig = MeshConfig()
+    execution: ExecutionConfig = ExecutionConfig(dtype="auto")
+    seed: int = 0
+    steps: int = 1000
+    stop_at_step: int = 0  # end early (0: never); the schedule keeps its length
+    log_every: int = 20
+    eval_every: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    @classmethod
+    def from_dict(cls, mapping):
+        """Raises UserError for a key or a type that is not known."""
+        return from_dict(cls, mapping, "config")
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+# What may differ between a run and its resumption: nothing that shapes the numbers.
+RUN_ONLY_KEYS = ("stop_at_step", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "execution")
+
+
+def from_dict(cls, mapping, path="config"):
+    """A frozen dataclass from a nested mapping.
+
+    Raises:
+      UserError: an unknown or missing key, with the nearest known ones, or a value of another type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in dict(mapping).items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=3) or sorted(fields)
+            raise UserError(f"{path}.{key} is not a known key; did you mean {', '.join(near)}?")
+        values[key] = _convert(hints[key], value, f"{path}.{key}")
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return cls(**values)
+
+
+def _convert(hint, value, path):
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{path}={value!r} should be of type {hint.__name__}")
+    return value
+
+
+def differences(old, new, path=""):
+    """Dotted paths at which two nested dicts differ, with both values: [(path, old, new)]."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        as_list = lambda v: list(v) if isinstance(v, (list, tuple)) else v  # JSON has no tuples
+        return [] if as_list(old) == as_list(new) else [(path, old, new)]
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets: the sizes. The recipes (data, steps, learning rates) are in the files of configs/.
+
+NUM_ADDED_TOKENS = 11  # chat and image tokens at the top of the vocabulary: data/text.py
+
+
+def tiny_model():
+    """HoVLE for 64-pixel images and two CPU cores."""
+    stack = StackConfig(num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
+    embedding = EmbeddingConfig(stack=stack, image_size=64, patch_size=8, vocab_size=384)
+    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=stack, vocab_size=384, max_length=2048))
+
+
+def tiny_clip():
+    vision = ViTConfig(
+        image_size=64, patch_size=8, width=96, num_layers=5, num_heads=3, mlp_width=384, norm_eps=1e-5,
+        layer_scale=False, patch_bias=False, pre_norm=True, post_norm=True,
+    )  # fmt: skip
+    text = TextTowerConfig(vocab_size=384, width=64, num_layers=2, num_heads=2, mlp_width=256, context=16, end_id=2)
+    return CLIPConfig(vision=vision, text=text, projection_width=64)
+
+
+def hovle_model(pixel_shuffle="pre"):
+    """The paper's sizes: 2,606,327,808 parameters over InternLM2-chat-1.8B (pixel_shuffle='post': HoVLE-HD)."""
+    layer = dict(width=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=8192)
+    embedding = EmbeddingConfig(
+        stack=StackConfig(num_layers=8, **layer), image_size=448, patch_size=14, vocab_size=92553,
+        pixel_shuffle=pixel_shuffle,
+    )  # fmt: skip
+    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=StackConfig(num_layers=24, **layer), vocab_size=92553))
+
+
+def internvit_300m():
+    """InternViT-300M-448px, the teacher's tower."""
+    return ViTConfig(image_size=448, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096)
+
+
+MODELS = {"tiny": tiny_model, "hovle": hovle_model, "hovle_hd": lambda: hovle_model("post")}
+CLIPS = {"tiny": tiny_clip}
+TEACHERS = {
+    "tiny": lambda: TeacherConfig(kind="clip", vision=tiny_clip().vision, projector="linear"),
+    "hovle": lambda: TeacherConfig(kind="internvit", vision=internvit_300m(), projector="mlp1"),
+}

@@ -1,0 +1,70 @@
+"""CLIP: an image tower and a text tower that meet in one normalised space (Radford et al. 2021).
+
+Dimension letters: N images or texts, T text tokens, D width, E projection width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.config import CLIPConfig, ExecutionConfig, TextTowerConfig
+from hovle_jax.model.attention import AttentionMask
+from hovle_jax.model.transformer import TokenTable, dense, partitioned
+from hovle_jax.model.vit import LayerNorm, VisionTransformer, run_encoder
+
+MAX_LOG_SCALE = 4.605170185988092  # ln 100: the logit scale is clamped to it after each step
+
+
+class TextTower(nn.Module):
+    """A causal transformer over text, read at the first end token."""
+
+    config: TextTowerConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, tokens):
+        """[N, T] ids that contain `end_id` -> the final-norm state [N, D] at the first end token."""
+        c = self.config
+        T = tokens.shape[1]
+        init = partitioned(nn.initializers.normal(0.01), "positions", "embed")
+        positions = self.param("position_embedding", init, (c.context, c.width))
+        x = TokenTable(c.vocab_size, c.width, self.execution.dtype, name="token_embedding")(tokens)
+        x = x + positions[:T].astype(x.dtype)
+        allowed = AttentionMask.for_rows(jnp.ones_like(tokens)).dense()
+        x = run_encoder(c, c.num_layers, self.execution, x, allowed, norm="layer_norm")
+        x = LayerNorm(c.norm_eps, name="final_norm")(x)
+        end = jnp.argmax(tokens == c.end_id, axis=1)
+        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+
+
+class CLIP(nn.Module):
+    """Both towers, their projections and the learned temperature."""
+
+    config: CLIPConfig
+    execution: ExecutionConfig
+
+    def setup(self):
+        c, dtype = self.config, self.execution.dtype
+        self.vision = VisionTransformer(c.vision, self.execution)
+        self.text = TextTower(c.text, self.execution)
+        self.vision_projection = dense(c.projection_width, ("embed", "embed_out"), "vision_projection", dtype)
+        self.text_projection = dense(c.projection_width, ("embed", "embed_out"), "text_projection", dtype)
+        self.log_scale = self.param("log_scale", nn.initializers.constant(c.logit_scale_init), ())
+
+    def encode_images(self, tiles):
+        """[N, S, S, 3] -> unit vectors [N, E], float32."""
+        return normalize(self.vision_projection(self.vision(tiles)[1]))
+
+    def encode_texts(self, tokens):
+        """[N, T] -> unit vectors [N, E], float32."""
+        return normalize(self.text_projection(self.text(tokens)))
+
+    def __call__(self, tiles, tokens):
+        """-> (image vectors [N, E], text vectors [N, E], log of the logit scale [])."""
+        return self.encode_images(tiles), self.encode_texts(tokens), self.log_scale
+
+
+def normalize(x):
+    """L2-normalises the last axis in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))

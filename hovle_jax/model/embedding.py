@@ -1,0 +1,131 @@
+"""The holistic embedding: patches and text tokens in one sequence, through causal layers, into the LLM's input space.
+
+Dimension letters: B batch, L tokens (short stream), M tiles, P visual tokens of a tile, D width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.config import EmbeddingConfig, ExecutionConfig
+from hovle_jax.model.transformer import Stack, TokenTable, dense, partitioned
+from hovle_jax.model.vision import normalize_tiles, patchify, pixel_shuffle, resize_positions
+
+
+def scatter_rows(sequence, values, positions):
+    """Puts values [B, K, D] at positions [B, K] of sequence [B, L, D]; a position of L or more means nowhere."""
+    rows = jnp.arange(sequence.shape[0], dtype=jnp.int32)[:, None]
+    return sequence.at[rows, positions].set(values.astype(sequence.dtype), mode="drop")
+
+
+def gather_rows(sequence, positions):
+    """Takes [B, K, D] from sequence [B, L, D] at positions [B, K]; nowhere (L or more) gives zeros."""
+    rows = jnp.arange(sequence.shape[0], dtype=jnp.int32)[:, None]
+    return sequence.at[rows, positions].get(mode="fill", fill_value=0)
+
+
+class PixelShuffleProjection(nn.Module):
+    """2x2 tokens -> one: Linear(4D, D), exact GELU, Linear(D, D)."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        """[M, P, D] -> [M, P / 4, D]."""
+        x = pixel_shuffle(x)
+        M, P, _ = x.shape
+        y = dense(self.width, ("patch", "embed"), "in", self.dtype, use_bias=True)(x.reshape(M * P, -1))
+        y = dense(self.width, ("embed", "embed_out"), "out", self.dtype, use_bias=True)(nn.gelu(y, approximate=False))
+        return y.reshape(M, P, self.width)
+
+
+class HolisticEmbedding(nn.Module):
+    """See the module's docstring; `batch` fields are those of data/batch.py."""
+
+    config: EmbeddingConfig
+    execution: ExecutionConfig
+
+    def setup(self):
+        c, dtype = self.config, self.execution.dtype
+        width, table_init = c.stack.width, partitioned(nn.initializers.normal(0.02), "positions", "embed")
+        self.patch_embedding = dense(width, ("patch", "embed"), "patch_embedding", dtype, use_bias=True)
+        self.position_embedding = self.param("position_embedding", table_init, (c.grid**2, width))
+        # Stored in the public checkpoints and never used: kept so that an export returns what was imported.
+        self.class_embedding = self.param("class_embedding", table_init, (1, width))
+        self.class_position = self.param("class_position", table_init, (1, width))
+        self.text_embedding = TokenTable(c.vocab_size, width, dtype)
+        if c.num_special_tokens:
+            self.special_embedding = TokenTable(c.num_special_tokens, width, dtype)
+        if c.pixel_shuffle != "none":
+            self.pixel_shuffle_projection = PixelShuffleProjection(width, dtype)
+        self.stack = Stack(c.stack, self.execution)
+
+    def embed_text(self, tokens):
+        """[B, L] ids -> [B, L, D]; ids at and above `vocab_size` are rows of the special table."""
+        x = self.text_embedding(tokens)
+        if self.config.num_special_tokens:
+            special = self.special_embedding(jnp.maximum(tokens - self.config.vocab_size, 0))
+            x = jnp.where((tokens >= self.config.vocab_size)[..., None], special, x)
+        return x
+
+    def embed_tiles(self, tiles):
+        """[B, M, S, S, 3] -> [B, M * P, D]: patches with positions, shuffled where the variant says 'pre'.
+
+        The same positions serve every tile; a tile of another size than the table's gets resized positions.
+        """
+        B, M, S = tiles.shape[:3]
+        patches = patchify(normalize_tiles(tiles).reshape(B * M, S, S, 3), self.config.patch_size)
+        count, P, length = patches.shape
+        x = self.patch_embedding(patches.reshape(count * P, length)).reshape(count, P, -1)
+        positions = resize_positions(self.position_embedding, S // self.config.patch_size)
+        x = x + positions.astype(x.dtype)
+        if self.config.pixel_shuffle == "pre":
+            x = self.pixel_shuffle_projection(x)
+        return x.reshape(B, -1, x.shape[-1])
+
+    def __call__(self, batch, cache=None):
+        """The embedding's output for the short stream, and its cache.
+
+        Without tiles in the batch, text alone. HD (pixel_shuffle='post') runs its layers over the `long_*`
+        stream: `encode` gives that stream's raw output.
+
+        Returns:
+          ([B, L, D] before any normalisation, Cache or None).
+        """
+        x, cache = self.encode(batch, cache)
+        return self.shorten(x, batch), cache
+
+    def encode(self, batch, cache=None):
+        """The raw output of the layers over the stream that they see: [B, L or L_long, D]."""
+        prefix = "long_" if self.config.pixel_shuffle == "post" else ""
+        x = self.embed_text(batch[prefix + "tokens"])
+        if "tiles" in batch:
+            x = scatter_rows(x, self.embed_tiles(batch["tiles"]), batch[prefix + "image_positions"])
+        return self.stack(x, batch[prefix + "positions"], batch[prefix + "segment_ids"], cache)
+
+    def shorten(self, x, batch):
+        """HD: image outputs are shuffled and projected, and put back between the text outputs. Else x itself."""
+        if self.config.pixel_shuffle != "post":
+            return x
+        short = gather_rows(x, batch["long_text_positions"])
+        if "tiles" not in batch:
+            return short
+        return scatter_rows(short, self.image_outputs(x, batch), batch["image_positions"])
+
+    def image_outputs(self, x, batch):
+        """The outputs at image positions as the LLM gets them: [B, M * tokens_per_tile, D], from `encode`'s result."""
+        if self.config.pixel_shuffle != "post":
+            return gather_rows(x, batch["image_positions"])
+        B, M = batch["tiles"].shape[:2]
+        images = gather_rows(x, batch["long_image_positions"])
+        images = images.reshape(B * M, -1, images.shape[-1])
+        return self.pixel_shuffle_projection(images).reshape(B, -1, x.shape[-1])
+
+    def for_llm(self, x):
+        """Optional L2 normalisation, in float32."""
+        if not self.config.normalize_output:
+            return x
+        wide = x.astype(jnp.float32)
+        norm = jnp.sqrt(jnp.sum(wide * wide, axis=-1, keepdims=True))
+        return (wide / jnp.maximum(norm, 1e-12)).astype(x.dtype)

@@ -1,0 +1,118 @@
+"""HoVLE: the holistic embedding, then the LLM. One set of functions for training, prefill and decoding.
+
+Parameters are a dict of components, {'embedding': ..., 'llm': ...}, so that a stage can hold only what it needs.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+
+from hovle_jax.config import ExecutionConfig, HoVLEConfig, LLMConfig
+from hovle_jax.model.embedding import HolisticEmbedding
+from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable, dense
+
+
+class LanguageModel(nn.Module):
+    """InternLM2: token table, decoder stack, final norm, untied head."""
+
+    config: LLMConfig
+    execution: ExecutionConfig
+
+    def setup(self):
+        c = self.config
+        self.token_embedding = TokenTable(c.vocab_size, c.stack.width, self.execution.dtype)
+        self.stack = Stack(c.stack, self.execution)
+        self.norm = RMSNorm(c.stack.norm_eps)
+        self.head = dense(c.vocab_size, ("embed", "vocab"), "head", self.execution.dtype)
+
+    def __call__(self, tokens, positions, segment_ids):
+        """Text alone: [B, L] ids -> float32 logits [B, L, V]."""
+        hidden, _ = self.run(self.token_embedding(tokens), positions, segment_ids)
+        return self.logits(hidden)
+
+    def run(self, x, positions, segment_ids, cache=None):
+        """From input vectors [B, L, D] to hidden states before the final norm, and the cache."""
+        return self.stack(x, positions, segment_ids, cache)
+
+    def logits(self, hidden):
+        """[..., D] -> float32 [..., V]."""
+        return self.head(self.norm(hidden)).astype(jnp.float32)
+
+
+@flax.struct.dataclass
+class HoVLECache:
+    """The caches of both stacks. Their lengths are equal but for HD, whose embedding sees more visual tokens."""
+
+    embedding: Cache
+    llm: Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class HoVLE:
+    """The two modules of a config, and what is computed with them."""
+
+    config: HoVLEConfig
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @property
+    def embedding(self):
+        return HolisticEmbedding(self.config.embedding, self.execution)
+
+    @property
+    def llm(self):
+        return LanguageModel(self.config.llm, self.execution)
+
+    def logits(self, params, batch):
+        """Full forward over the batch's short stream -> float32 [B, L, V]."""
+        return self.hidden_to_logits(params, self.hidden(params, batch)[0])
+
+    def hidden(self, params, batch, cache: HoVLECache | None = None):
+        """-> (hidden states [B, L, D] before the final norm, caches or None)."""
+        caches = (None, None) if cache is None else (cache.embedding, cache.llm)
+        embedding = self.embedding.bind({"params": params["embedding"]})
+        x, embedding_cache = embedding(batch, caches[0])
+        x = embedding.for_llm(x)
+        llm = self.llm.bind({"params": params["llm"]})
+        hidden, llm_cache = llm.run(x, batch["positions"], batch["segment_ids"], caches[1])
+        return hidden, None if cache is None else HoVLECache(embedding_cache, llm_cache)
+
+    def hidden_to_logits(self, params, hidden):
+        return self.llm.apply({"params": params["llm"]}, hidden, method="logits")
+
+    def empty_cache(self, slots, capacity, embedding_capacity, dtype=jnp.float32):
+        """Caches for `slots` rows; HD needs more room in the embedding's."""
+        c = self.config
+        return HoVLECache(
+            Cache.empty(c.embedding.stack, slots, embedding_capacity, dtype),
+            Cache.empty(c.llm.stack, slots, capacity, dtype),
+        )
+
+    def prefill(self, params, batch, cache):
+        """Reads right-padded prompts into the caches -> (logits [B, V] behind each row's last token, caches)."""
+        hidden, cache = self.hidden(params, batch, cache)
+        last = jnp.sum(batch["segment_ids"] > 0, axis=1) - 1
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        return self.hidden_to_logits(params, hidden)[:, 0], cache
+
+    def decode(self, params, tokens, active, cache):
+        """One more token per row.
+
+        Args:
+          tokens: [B] int32.
+          active: [B] bool; a row that is not active is computed and forgotten: its caches keep their length.
+        Returns:
+          (logits [B, V], caches).
+        """
+        segments = active[:, None].astype(jnp.int32)
+        batch = {"tokens": tokens[:, None], "positions": cache.llm.length[:, None], "segment_ids": segments}
+        if self.config.embedding.pixel_shuffle == "post":
+            batch |= {
+                "long_tokens": tokens[:, None],
+                "long_positions": cache.embedding.length[:, None],
+                "long_segment_ids": segments,
+                "long_text_positions": jnp.zeros_like(tokens)[:, None],
+            }
+        hidden, cache = self.hidden(params, batch, cache)
+        return self.hidden_to_logits(params, hidden)[:, 0], cache

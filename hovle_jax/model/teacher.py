@@ -1,0 +1,55 @@
+"""The image target of distillation: any tower, 2x2 pixel shuffle, and optionally InternVL2's projector.
+
+Dimension letters: M tiles, P patches, D tower width.
+"""
+
+import flax.linen as nn
+import jax
+
+from hovle_jax.config import ExecutionConfig, TeacherConfig
+from hovle_jax.model.transformer import dense
+from hovle_jax.model.vision import normalize_tiles, pixel_shuffle, resize_features
+from hovle_jax.model.vit import LayerNorm, VisionTransformer
+
+
+class MLP1(nn.Module):
+    """InternVL2's projector: LayerNorm(4D), Linear(4D, width), exact GELU, Linear(width, width)."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        M, P, D = x.shape
+        y = LayerNorm(1e-5, name="norm")(x.reshape(M * P, D))
+        y = dense(self.width, ("patch", "embed"), "in", self.dtype, use_bias=True)(y)
+        y = dense(self.width, ("embed", "embed_out"), "out", self.dtype, use_bias=True)(nn.gelu(y, approximate=False))
+        return y.reshape(M, P, self.width)
+
+
+class VisionTeacher(nn.Module):
+    """A frozen tower as a teacher.
+
+    Attributes:
+      width: of the projector's output ('mlp1'), which is the student's width.
+    """
+
+    config: TeacherConfig
+    width: int
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, tiles, tokens_per_tile):
+        """[M, S, S, 3] uint8 (or normalised floats) -> features [M, tokens_per_tile, width of the target].
+
+        Tiles of another size than the tower's are resized to it, and its grid to the student's, both bilinearly.
+        """
+        c = self.config.vision
+        if tiles.shape[1] != c.image_size:
+            tiles = normalize_tiles(tiles, c.image_mean, c.image_std)
+            tiles = jax.image.resize(tiles, (tiles.shape[0], c.image_size, c.image_size, 3), "bilinear")
+        tower = VisionTransformer(c, self.execution, self.config.num_layers, with_post_norm=False, name="vision")
+        hidden, _ = tower(tiles)
+        side = 2 * int(tokens_per_tile**0.5)
+        x = pixel_shuffle(resize_features(hidden[:, 1:], side))
+        return MLP1(self.width, self.execution.dtype, name="mlp1")(x) if self.config.projector == "mlp1" else x

@@ -1,0 +1,225 @@
+"""The decoder of InternLM2: the holistic embedding and the LLM are stacks of this one layer.
+
+Dimension letters: B batch, L tokens, D width, H heads, K kv heads, C head dim, F ffn width, N layers, S cache capacity.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.config import ExecutionConfig, StackConfig
+from hovle_jax.model.attention import AttentionMask, attend
+
+Dtype = Any
+
+
+def partitioned(init, *names):
+    """An initialiser whose parameter carries logical axis names; training/sharding.py maps them to the mesh."""
+    return nn.with_logical_partitioning(init, names)
+
+
+def dense(features, axes, name, dtype, use_bias=False, stddev=0.02):
+    """A standard Linen Dense with logical axes on its kernel (and on its bias the output axis)."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        name=name,
+        kernel_init=partitioned(nn.initializers.normal(stddev), *axes),
+        bias_init=partitioned(nn.initializers.zeros, axes[1]),
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight: InternLM2's order, which matters in bfloat16."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", partitioned(nn.initializers.ones, "embed_vector"), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary_angles(positions, head_dim, theta):
+    """Angles of half-split rotary positions, in float32.
+
+    Args:
+      positions: [B, L] int32.
+    Returns:
+      (cos, sin), each [B, L, 1, C / 2].
+    """
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequency
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, cos, sin):
+    """Turns [B, L, H, C] by the angles; the first half of C is paired with the second."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of one stack, and how many of each slot's places are filled.
+
+    Attributes:
+      key, value: [N, B, S, K, C].
+      length: [B] int32.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, config: StackConfig, slots, capacity, dtype=jnp.float32):
+        shape = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((slots,), jnp.int32))
+
+    def mask(self, segment_ids):
+        """The mask of new tokens [B, L] (segment 1, padding 0) that are appended to what is cached."""
+        B, L = segment_ids.shape
+        S = self.key.shape[2]
+        return AttentionMask(
+            query_segments=jnp.ones((B, L), jnp.int32),
+            key_segments=jnp.ones((B, S), jnp.int32),
+            query_index=self.length[:, None] + jnp.arange(L, dtype=jnp.int32)[None],
+            key_index=jnp.arange(S, dtype=jnp.int32)[None],
+        )
+
+    def advanced(self, layers, segment_ids):
+        """The cache after its layers were written: lengths grow by each row's real tokens."""
+        key, value = layers
+        return Cache(key, value, self.length + jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
+
+
+def write_rows(cache, new, start):
+    """Writes new [B, L, K, C] into cache [B, S, K, C], each row from its own start [B]."""
+    return jax.vmap(lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (at, 0, 0)))(
+        cache, new.astype(cache.dtype), start
+    )
+
+
+class DecoderLayer(nn.Module):
+    """x += attention(norm(x)); x += ffn(norm(x)). Everything runs on [B * L, D]: see `Stack`."""
+
+    config: StackConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, x, cache, angles, allowed, start):
+        """x: [B * L, D]; cache: (key, value) [B, S, K, C] or None; start: [B] or None. -> (x, cache)."""
+        x, cache = self.attention(x, cache, angles, allowed, start)
+        return self.feed_forward(x), cache
+
+    def attention(self, x, cache, angles, allowed, start):
+        c, dtype = self.config, self.execution.dtype
+        B, L = angles[0].shape[:2]
+        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        query = dense(c.num_heads * c.head_dim, ("embed", "heads"), "query", dtype)(y)
+        key = dense(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), "key", dtype)(y)
+        value = dense(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), "value", dtype)(y)
+        query = rotate(query.reshape(B, L, c.num_heads, c.head_dim), *angles)
+        key = rotate(key.reshape(B, L, c.num_kv_heads, c.head_dim), *angles)
+        value = value.reshape(B, L, c.num_kv_heads, c.head_dim)
+        if cache is not None:
+            cache = (write_rows(cache[0], key, start), write_rows(cache[1], value, start))
+            key, value = cache[0].astype(dtype), cache[1].astype(dtype)
+        out = attend(query, key, value, allowed, self.execution.attention)
+        out = out.reshape(B * L, c.num_heads * c.head_dim)
+        return x + dense(c.width, ("heads", "embed"), "output", dtype)(out), cache
+
+    def feed_forward(self, x):
+        """SwiGLU: down(silu(gate x) * up x)."""
+        c, dtype = self.config, self.execution.dtype
+        y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
+        gate = nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate", dtype)(y))
+        up = dense(c.mlp_width, ("embed", "mlp"), "up", dtype)(y)
+        return x + dense(c.width, ("mlp", "embed"), "down", dtype)(gate * up)
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scanned(layer, execution: ExecutionConfig, num_layers, broadcast):
+    """The layer class repeated by scan: parameters [N, ...], the first argument after x scanned, the rest shared.
+
+    Unrolling changes the program alone, never the parameter tree, so checkpoints do not depend on it.
+    """
+    policy = REMAT_POLICIES[execution.remat]
+    if policy is not None:
+        layer = nn.remat(layer, policy=policy, prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0,) + (nn.broadcast,) * broadcast,
+        out_axes=0,
+        length=num_layers,
+        unroll=num_layers if execution.unroll_layers else 1,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class Stack(nn.Module):
+    """A scanned stack of decoder layers, without a final norm.
+
+    The residual stream is kept as [B * L, D]: the gradient of a kernel then contracts one dimension instead
+    of two, which the CPU backend does markedly faster and other backends do as fast.
+    """
+
+    config: StackConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, x, positions, segment_ids, cache: Cache | None = None):
+        """Runs the layers.
+
+        Args:
+          x: [B, L, D].
+          positions: [B, L] int32 rotary positions.
+          segment_ids: [B, L] int32, 0 for padding. With a cache: 1 for tokens to append, padding at the end.
+          cache: what came before; tokens are written behind it.
+        Returns:
+          ([B, L, D], the new cache or None).
+        """
+        B, L, D = x.shape
+        if self.config.num_layers == 0:
+            return x, cache
+        mask = AttentionMask.for_rows(segment_ids) if cache is None else cache.mask(segment_ids)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        layers = None if cache is None else (cache.key, cache.value)
+        start = None if cache is None else cache.length
+        x = nn.with_logical_constraint(x.astype(self.execution.dtype), ("batch", "length", "embed_act"))
+        block = scanned(DecoderLayer, self.execution, self.config.num_layers, broadcast=3)
+        x, layers = block(self.config, self.execution, name="layers")(
+            x.reshape(B * L, D), layers, angles, mask.dense(), start
+        )
+        x = nn.with_logical_constraint(x.reshape(B, L, D), ("batch", "length", "embed_act"))
+        return x, None if cache is None else cache.advanced(layers, segment_ids)
+
+
+class TokenTable(nn.Module):
+    """A table of token vectors [V, D]; rows are taken by id and cast to the compute type."""
+
+    size: int
+    width: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens):
+        table = self.param(
+            "embedding", partitioned(nn.initializers.normal(0.02), "vocab", "embed"), (self.size, self.width)
+        )
+        return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)

@@ -1,0 +1,80 @@
+"""What every tower does to an image: normalise, cut into patches, place them, shuffle pixels into channels.
+
+Dimension letters: M tiles, S tile side, P patches, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize_tiles(tiles, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """uint8 [..., S, S, 3] -> float32 normalised; float tiles are taken as normalised already."""
+    if tiles.dtype != jnp.uint8:
+        return tiles
+    scaled = tiles.astype(jnp.float32) / 255.0
+    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def patchify(tiles, patch_size):
+    """[M, S, S, 3] -> [M, P, patch_size^2 * 3], patches row-major, each flattened as (row, column, channel).
+
+    A convolution whose stride is its kernel is a matrix product over these vectors.
+    """
+    M, S, _, channels = tiles.shape
+    side = S // patch_size
+    x = tiles.reshape(M, side, patch_size, side, patch_size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(M, side * side, patch_size * patch_size * channels)
+
+
+def pixel_shuffle(x):
+    """Each 2x2 block of tokens becomes one: [M, P, D] on a square grid -> [M, P / 4, 4 D].
+
+    Channel blocks are in the order (r0c0, r0c1, r1c0, r1c1), tokens row-major: InternVL's `ps_version=v2`.
+    """
+    M, P, D = x.shape
+    side = int(P**0.5)
+    x = x.reshape(M, side // 2, 2, side // 2, 2, D)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(M, P // 4, 4 * D)
+
+
+def _bicubic_weights(source, target):
+    """[target, source] float64 weights of PyTorch's bicubic resize: a = -0.75, align_corners=False, edges clamped."""
+    a = -0.75
+    weights = np.zeros((target, source))
+    for row in range(target):
+        centre = (row + 0.5) * source / target - 0.5
+        left = int(np.floor(centre))
+        for tap in range(left - 1, left + 3):
+            t = abs(centre - tap)
+            near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+            far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+            weights[row, min(max(tap, 0), source - 1)] += near if t <= 1 else far
+    return weights
+
+
+def resize_positions(table, side):
+    """Learned positions [P, D] of a square grid, brought to side x side in float32 -> [side^2, D].
+
+    PyTorch's bicubic kernel, as the public weights were used with; `jax.image.resize('cubic')` has another one.
+    """
+    source = int(table.shape[0] ** 0.5)
+    if source == side:
+        return table
+    weights = jnp.asarray(_bicubic_weights(source, side), jnp.float32)
+    grid = table.astype(jnp.float32).reshape(source, source, -1)
+    resized = jnp.einsum("ip,jq,pqd->ijd", weights, weights, grid, precision=jax.lax.Precision.HIGHEST)
+    return resized.reshape(side * side, -1).astype(table.dtype)
+
+
+def resize_features(x, side):
+    """Bilinear resize of token features [M, P, D] on a square grid to side x side, in float32."""
+    M, P, D = x.shape
+    source = int(P**0.5)
+    if source == side:
+        return x
+    grid = x.astype(jnp.float32).reshape(M, source, source, D)
+    return jax.image.resize(grid, (M, side, side, D), "bilinear").reshape(M, side * side, D).astype(x.dtype)

@@ -1,0 +1,151 @@
+"""Pre-norm transformer encoders: InternViT, CLIP's image tower and CLIP's text tower are made of one block.
+
+Dimension letters: M tiles, T tokens of a tower, D width, H heads, C head dim, P patches.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.config import ExecutionConfig, ViTConfig
+from hovle_jax.model.attention import attend
+from hovle_jax.model.transformer import RMSNorm, dense, partitioned, scanned
+from hovle_jax.model.vision import normalize_tiles, patchify, resize_positions
+
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm in float32, cast back."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x):
+        axes = ("embed_vector",)
+        norm = nn.LayerNorm(
+            epsilon=self.epsilon,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            scale_init=partitioned(nn.initializers.ones, *axes),
+            bias_init=partitioned(nn.initializers.zeros, *axes),
+            name="norm",
+        )
+        return norm(x).astype(x.dtype)
+
+
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+
+
+class EncoderLayer(nn.Module):
+    """x += ls1 * attention(norm1 x); x += ls2 * mlp(norm2 x), on [M * T, D]."""
+
+    width: int
+    num_heads: int
+    mlp_width: int
+    norm: str
+    norm_eps: float
+    activation: str
+    execution: ExecutionConfig
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    qk_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x, _, allowed, tokens):
+        """x: [M * T, D]; allowed: [M, T, T] bool or None; tokens: zeros [T], which carries the static T."""
+        T, dtype = tokens.shape[0], self.execution.dtype
+        norm = functools.partial(NORMS[self.norm], self.norm_eps)
+
+        def projection(name, y):
+            y = dense(self.width, ("embed", "heads"), name, dtype, use_bias=self.qkv_bias)(y)
+            if self.qk_norm and name != "value":
+                y = RMSNorm(self.norm_eps, name=f"{name}_norm")(y)
+            return y.reshape(-1, T, self.num_heads, self.width // self.num_heads)
+
+        y = norm(name="norm1")(x)
+        y = attend(*(projection(name, y) for name in ("query", "key", "value")), allowed, self.execution.attention)
+        y = dense(self.width, ("heads", "embed"), "output", dtype, use_bias=True)(y.reshape(x.shape))
+        x = x + self.scaled(y, "scale1")
+        y = dense(self.mlp_width, ("embed", "mlp"), "up", dtype, use_bias=True)(norm(name="norm2")(x))
+        y = dense(self.width, ("mlp", "embed"), "down", dtype, use_bias=True)(ACTIVATIONS[self.activation](y))
+        return x + self.scaled(y, "scale2"), None
+
+    def scaled(self, y, name):
+        if not self.layer_scale:
+            return y
+        init = partitioned(nn.initializers.constant(0.1), "embed_vector")
+        return y * self.param(name, init, (self.width,)).astype(y.dtype)
+
+
+def run_encoder(config, num_layers, execution, x, allowed=None, **options):
+    """Runs `num_layers` scanned encoder layers named 'layers' over x [M, T, D]; call inside a compact method."""
+    M, T, D = x.shape
+    layer = scanned(EncoderLayer, execution, num_layers, broadcast=2)(
+        width=config.width,
+        num_heads=config.num_heads,
+        mlp_width=config.mlp_width,
+        norm_eps=config.norm_eps,
+        activation=config.activation,
+        execution=execution,
+        name="layers",
+        **options,
+    )
+    x, _ = layer(x.reshape(M * T, D), None, allowed, jnp.zeros((T,), jnp.int8))
+    return x.reshape(M, T, D)
+
+
+class VisionTransformer(nn.Module):
+    """Patches, class token, learned positions, encoder layers; no final norm over the sequence.
+
+    Attributes:
+      num_layers: how many of the config's layers to run (a CLIP teacher leaves the last one out); None = all.
+      with_post_norm: whether the class token's `post_norm` exists (a teacher never pools).
+    """
+
+    config: ViTConfig
+    execution: ExecutionConfig
+    num_layers: int | None = None
+    with_post_norm: bool = True
+
+    @nn.compact
+    def __call__(self, tiles):
+        """[M, S, S, 3] (uint8, or float already normalised) -> (hidden [M, 1 + P, D], pooled [M, D] or None).
+
+        Token 0 is the class token. `pooled` is its post-norm, for a tower that has one (CLIP).
+        """
+        c, dtype = self.config, self.execution.dtype
+        M, S = tiles.shape[:2]
+        patches = patchify(normalize_tiles(tiles, c.image_mean, c.image_std), c.patch_size)
+        P, length = patches.shape[1:]
+        x = dense(c.width, ("patch", "embed"), "patch_embedding", dtype, use_bias=c.patch_bias)(
+            patches.reshape(M * P, length)
+        ).reshape(M, P, c.width)
+        init = partitioned(nn.initializers.normal(0.02), "positions", "embed")
+        class_embedding = self.param("class_embedding", init, (1, c.width))
+        class_position = self.param("class_position", init, (1, c.width))
+        positions = self.param("position_embedding", init, (c.grid**2, c.width))
+        x = x + resize_positions(positions, S // c.patch_size).astype(x.dtype)
+        first = jnp.broadcast_to((class_embedding + class_position).astype(x.dtype), (M, 1, c.width))
+        x = jnp.concatenate([first, x], axis=1)
+        if c.pre_norm:
+            x = LayerNorm(c.norm_eps, name="pre_norm")(x)
+        x = run_encoder(
+            c,
+            c.num_layers if self.num_layers is None else self.num_layers,
+            self.execution,
+            x,
+            norm=c.norm,
+            qkv_bias=c.qkv_bias,
+            layer_scale=c.layer_scale,
+            qk_norm=c.qk_norm,
+        )
+        if not (c.post_norm and self.with_post_norm):
+            return x, None
+        return x, LayerNorm(c.norm_eps, name="post_norm")(x[:, 0])
