@@ -389,8 +389,8 @@ NUM_ADDED_TOKENS = 11  # chat and image tokens at the top of the vocabulary: dat
 def tiny_model():
     """HoVLE for 64-pixel images and two CPU cores."""
     stack = StackConfig(num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
-    embedding = EmbeddingConfig(stack=stack, image_size=64, patch_size=8, vocab_size=384)
-    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=stack, vocab_size=384, max_length=2048))
+    embedding = EmbeddingConfig(stack=stack, image_size=64, patch_size=8, vocab_size=512)
+    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=stack, vocab_size=512, max_length=2048))
 
 
 def tiny_clip():
@@ -398,7 +398,7 @@ def tiny_clip():
         image_size=64, patch_size=8, width=96, num_layers=5, num_heads=3, mlp_width=384, norm_eps=1e-5,
         layer_scale=False, patch_bias=False, pre_norm=True, post_norm=True,
     )  # fmt: skip
-    text = TextTowerConfig(vocab_size=384, width=64, num_layers=2, num_heads=2, mlp_width=256, context=16, end_id=2)
+    text = TextTowerConfig(vocab_size=512, width=64, num_layers=2, num_heads=2, mlp_width=256, context=16, end_id=2)
     return CLIPConfig(vision=vision, text=text, projection_width=64)
 
 

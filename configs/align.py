@@ -1,0 +1,30 @@
+"""Stage 2: the embedding learns to speak to the frozen LLM, on pictures with captions (paper, section 3.2).
+
+    python -m hovle_jax.train --config configs/align.py
+
+tiny: captions deduced from easy-VQA's questions; under a minute on two CPU cores.
+tiny_no_distill: the same without stage 1, to show what distillation is for.
+hovle, hovle_hd: 12k steps of 4096 samples, peak learning rate 5e-5.
+"""
+
+from hovle_jax import recipes
+
+
+def get_config(preset="tiny"):
+    config = recipes.base("align", preset)
+    config.init.llm = "pretrain"
+    config.init.embedding = "" if preset == "tiny_no_distill" else "distill"
+    if recipes.is_paper(preset):
+        config.init.llm = "required"
+        config.steps = 12_000
+        config.optimizer.learning_rate = 5e-5
+        config.data.sequence_length = 4096
+        config.data.tiles = 13
+        return config
+    config.data.batch_size = 96
+    config.data.sequence_length = 48
+    config.data.augment = True
+    config.steps = 250
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 20
+    return config

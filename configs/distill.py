@@ -1,0 +1,31 @@
+"""Stage 1: the holistic embedding learns to see from a frozen teacher, and to pass text through, on unpaired
+pictures and random text (paper, section 3.2).
+
+    python -m hovle_jax.train --config configs/distill.py
+    python -m hovle_jax.train --config configs/distill.py:hovle --config.init.llm=DIR --config.init.teacher=DIR
+
+tiny: the pictures of easy-VQA, the CLIP tower of `contrast`; about two minutes on two CPU cores.
+hovle, hovle_hd: the paper's 122k steps of 4096 pictures, peak learning rate 3e-4.
+"""
+
+from hovle_jax import recipes
+
+
+def get_config(preset="tiny"):
+    config = recipes.base("distill", preset)
+    config.init.llm = "pretrain"
+    config.init.teacher = "contrast"
+    if recipes.is_paper(preset):
+        config.init.llm = config.init.teacher = "required"
+        config.steps = 122_000
+        config.optimizer.learning_rate = 3e-4
+        config.data.sequence_length = 512
+        return config
+    config.data.batch_size = 48
+    config.data.sequence_length = 140
+    config.data.augment = True
+    config.steps = 400
+    config.eval_every = 100
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 40
+    return config

@@ -1,0 +1,33 @@
+"""Stage 3: everything is trained on questions and answers about pictures (paper, section 3.2).
+
+    python -m hovle_jax.train --config configs/instruct.py
+
+Runs the whole chain where the earlier stages are missing: pretrain, contrast, distill, align, instruct.
+
+tiny: the training questions of easy-VQA; about two minutes on two CPU cores, ten for the chain.
+tiny_no_distill: the chain without stage 1, to show what distillation is for.
+hovle, hovle_hd: 1.2k steps of 4096 samples, peak learning rate 4e-5.
+"""
+
+from hovle_jax import recipes
+
+
+def get_config(preset="tiny"):
+    config = recipes.base("instruct", preset)
+    config.init.llm = "align"
+    config.init.embedding = "align"
+    if recipes.is_paper(preset):
+        config.init.llm = config.init.embedding = "required"
+        config.steps = 1_200
+        config.optimizer.learning_rate = 4e-5
+        config.optimizer.warmup_steps = 36
+        config.data.sequence_length = 8192
+        config.data.tiles = 13
+        return config
+    config.data.batch_size = 96
+    config.data.sequence_length = 52
+    config.data.augment = True
+    config.steps = 500
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 20
+    return config

@@ -1,0 +1,19 @@
+"""Stage 0: the LLM's own pre-training on text.
+
+    python -m hovle_jax.train --config configs/pretrain.py
+
+tiny: the questions, answers and captions of easy-VQA; about a minute on two CPU cores.
+HoVLE itself starts from a public LLM instead, so this stage has no paper recipe.
+"""
+
+from hovle_jax import recipes
+
+
+def get_config(preset="tiny"):
+    config = recipes.base("pretrain", preset)
+    config.data.batch_size = 96
+    config.data.sequence_length = 96
+    config.steps = 260
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 30
+    return config

@@ -1,0 +1,54 @@
+"""What the commands share: flags parsed and errors printed in one way."""
+
+import logging
+import sys
+
+from absl import app, flags
+
+from hovle_jax.errors import UserError
+
+
+def run(main):
+    """Runs main() with parsed absl flags; a user's mistake becomes one line on stderr and status 2."""
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        app.run(lambda _: _call(main), flags_parser=_parse_flags)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues from the newest checkpoint", status=130)
+
+
+def _call(main):
+    try:
+        main()
+    except UserError as error:
+        _fail(error)
+
+
+def _parse_flags(argv):
+    try:
+        rest = flags.FLAGS(argv)
+    except UserError as error:  # raised inside a config file
+        _fail(error)
+    except FileNotFoundError as error:
+        _fail(f"no config file at {error.filename}; the project's own are in configs/")
+    except flags.Error as error:
+        _fail(error)
+    except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown key
+        _fail("unknown config key: " + str(error).strip("\"'\\").replace("\\n", " ").replace("\n", " ").replace("\\", ""))
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}; every option starts with --")
+    return rest
+
+
+def _fail(message, status=2):
+    text = " ".join(str(message).split())
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+def required(flag):
+    """The value of a flag that must be given."""
+    value = flags.FLAGS[flag].value
+    if value in (None, ""):
+        raise UserError(f"--{flag} is missing; see --help")
+    return value

@@ -1,0 +1,25 @@
+"""Reading a public config.json: every value by name, nothing guessed."""
+
+from hovle_jax.errors import UserError
+
+REQUIRED = object()
+
+
+def field(config, key, default=REQUIRED, where="config.json"):
+    """config[key]; `default` is for keys whose public code has a default of its own.
+
+    Raises:
+      UserError: the key is absent and has no default.
+    """
+    value = config.get(key, default)
+    if value is REQUIRED:
+        raise UserError(f"{where} lacks {key!r}, which has no public default")
+    return value
+
+
+def only(config, key, supported, default=REQUIRED, where="config.json"):
+    """Checks that config[key] is one of `supported`, a tuple; what a checkpoint needs and we lack fails by name."""
+    value = field(config, key, default, where)
+    if value not in supported:
+        raise UserError(f"{where}: {key}={value!r} is not supported; supported: {', '.join(map(repr, supported))}")
+    return value

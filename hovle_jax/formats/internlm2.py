@@ -1,0 +1,80 @@
+"""InternLM2 (`InternLM2ForCausalLM`), and its decoder layers, which the holistic embedding shares."""
+
+from hovle_jax.config import LLMConfig, StackConfig
+from hovle_jax.errors import UserError
+from hovle_jax.formats.fields import field, only
+from hovle_jax.formats.mapping import LINEAR, SAME, nested, packed_wqkv, rule
+
+
+def config_from_json(config, where="config.json"):
+    """-> LLMConfig. Defaults are those of the public `InternLM2Config`."""
+    _check_supported(config, where)
+    stack = stack_from_json(
+        config,
+        rope_theta=field(config, "rope_theta", 10000.0, where),
+        norm_eps=field(config, "rms_norm_eps", 1e-6, where),
+        where=where,
+    )
+    return LLMConfig(
+        stack=stack,
+        vocab_size=field(config, "vocab_size", where=where),
+        max_length=field(config, "max_position_embeddings", 2048, where),
+    )
+
+
+def _check_supported(config, where):
+    only(config, "model_type", ("internlm2",), "internlm2", where)
+    only(config, "hidden_act", ("silu",), "silu", where)
+    only(config, "rope_pos_id_version", ("default",), "default", where)
+    only(config, "tie_word_embeddings", (False,), False, where)
+    # The public default is true, but where the key is absent the file's tensors decide: a bias is an unknown tensor.
+    only(config, "bias", (False,), False, where)
+    scaling = config.get("rope_scaling")
+    # Dynamic NTK does nothing up to max_position_embeddings, which is our max_length.
+    if scaling is not None and scaling.get("type", scaling.get("rope_type")) != "dynamic":
+        raise UserError(f"{where}: rope_scaling={scaling!r} is not supported; supported: null or type 'dynamic'")
+
+
+def stack_from_json(config, rope_theta, norm_eps, where="config.json"):
+    """-> StackConfig from the keys that the LLM's and the embedding's configs share."""
+    width, num_heads = (field(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
+    if width % num_heads:
+        raise UserError(f"{where}: hidden_size={width} must be a multiple of num_attention_heads={num_heads}")
+    stack = StackConfig(
+        num_layers=field(config, "num_hidden_layers", where=where),
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_dim=width // num_heads,
+        mlp_width=field(config, "intermediate_size", where=where),
+        rope_theta=float(rope_theta),
+        norm_eps=float(norm_eps),
+    )
+    stack.check(where)
+    return stack
+
+
+def stack_rules(config: StackConfig, public):
+    """Rules of a `Stack`; `public` is what stands before the layers' numbers, as 'model.layers.'."""
+    wqkv = packed_wqkv(config.num_heads, config.num_kv_heads, config.head_dim)
+    layer = [
+        ("attention.wqkv.weight", "query/kernel key/kernel value/kernel", wqkv),
+        ("attention.wo.weight", "output/kernel", LINEAR),
+        ("attention_norm.weight", "attention_norm/scale", SAME),
+        ("feed_forward.w1.weight", "gate/kernel", LINEAR),
+        ("feed_forward.w3.weight", "up/kernel", LINEAR),
+        ("feed_forward.w2.weight", "down/kernel", LINEAR),
+        ("ffn_norm.weight", "ffn_norm/scale", SAME),
+    ]
+    rules = [rule(*entry, num_layers=config.num_layers) for entry in layer]
+    return nested(rules, public=public + "{layer}.", ours="layers")
+
+
+def rules(config: LLMConfig):
+    """Rules of `LanguageModel`."""
+    return [
+        rule("model.tok_embeddings.weight", "token_embedding/embedding", SAME),
+        *nested(stack_rules(config.stack, "model.layers."), ours="stack"),
+        rule("model.norm.weight", "norm/scale", SAME),
+        rule("output.weight", "head/kernel", LINEAR),
+    ]

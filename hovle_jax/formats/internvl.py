@@ -1,0 +1,124 @@
+"""InternVL2 (`InternVLChatModel` over InternViT): the teacher's tower and projector, and the LLM beside them."""
+
+import dataclasses
+
+from hovle_jax.config import LLMConfig, TeacherConfig, ViTConfig
+from hovle_jax.formats import internlm2
+from hovle_jax.formats.fields import field, only
+from hovle_jax.formats.mapping import (
+    CLASS_TOKEN,
+    LINEAR,
+    POSITIONS,
+    SAME,
+    STACKED_BIAS,
+    STACKED_QKV,
+    nested,
+    patch_kernel,
+    rule,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class InternVLConfig:
+    """What an InternVL2 checkpoint holds: {'teacher': {'vision', 'mlp1'}, 'llm'}."""
+
+    vision: ViTConfig
+    llm: LLMConfig
+
+    @property
+    def teacher(self):
+        return TeacherConfig(kind="internvit", vision=self.vision, projector="mlp1")
+
+
+def config_from_json(config):
+    """-> InternVLConfig. Defaults are those of the public `InternVLChatConfig`."""
+    only(config, "select_layer", (-1,), -1)
+    only(config, "downsample_ratio", (0.5,), 0.5)
+    only(config, "ps_version", ("v2",), "v1")
+    return InternVLConfig(
+        vision=vision_from_json(field(config, "vision_config"), "config.json vision_config"),
+        llm=internlm2.config_from_json(field(config, "llm_config"), "config.json llm_config"),
+    )
+
+
+def vision_from_json(config, where="config.json"):
+    """-> ViTConfig of an InternViT. Defaults are those of the public `InternVisionConfig`."""
+    only(config, "num_channels", (3,), 3, where)
+    return ViTConfig(
+        image_size=field(config, "image_size", where=where),
+        patch_size=field(config, "patch_size", where=where),
+        width=field(config, "hidden_size", where=where),
+        num_layers=field(config, "num_hidden_layers", where=where),
+        num_heads=field(config, "num_attention_heads", where=where),
+        mlp_width=field(config, "intermediate_size", where=where),
+        norm=only(config, "norm_type", ("layer_norm", "rms_norm"), "rms_norm", where),
+        norm_eps=float(field(config, "layer_norm_eps", 1e-6, where)),
+        activation=only(config, "hidden_act", ("gelu",), "gelu", where),
+        qkv_bias=field(config, "qkv_bias", False, where),
+        qk_norm=field(config, "qk_normalization", True, where),
+        patch_bias=True,
+        layer_scale=True,
+    )
+
+
+def patch_rules(patch_size, public):
+    """Rules of class token, learned positions and patch convolution, of InternViT and HoVLE; `public` is a prefix."""
+    return [
+        rule(public + "class_embedding", "class_embedding", CLASS_TOKEN),
+        rule(public + "position_embedding", "class_position position_embedding", POSITIONS),
+        rule(public + "patch_embedding.weight", "patch_embedding/kernel", patch_kernel(patch_size)),
+        rule(public + "patch_embedding.bias", "patch_embedding/bias", SAME),
+    ]
+
+
+def vision_rules(config: ViTConfig):
+    """Rules of an InternViT as `VisionTransformer`."""
+    layer = [
+        ("attn.qkv.weight", "query/kernel key/kernel value/kernel", STACKED_QKV),
+        *([("attn.qkv.bias", "query/bias key/bias value/bias", STACKED_BIAS)] if config.qkv_bias else []),
+        *([("attn.q_norm.weight", "query_norm/scale", SAME)] if config.qk_norm else []),
+        *([("attn.k_norm.weight", "key_norm/scale", SAME)] if config.qk_norm else []),
+        *_linear("attn.proj", "output"),
+        *_linear("mlp.fc1", "up"),
+        *_linear("mlp.fc2", "down"),
+        *_norm(config.norm, "norm1"),
+        *_norm(config.norm, "norm2"),
+        ("ls1", "scale1", SAME),
+        ("ls2", "scale2", SAME),
+    ]
+    layers = [rule(*entry, num_layers=config.num_layers) for entry in layer]
+    return [
+        *patch_rules(config.patch_size, "embeddings."),
+        *nested(layers, public="encoder.layers.{layer}.", ours="layers"),
+    ]
+
+
+def _linear(public, ours):
+    return [(f"{public}.weight", f"{ours}/kernel", LINEAR), (f"{public}.bias", f"{ours}/bias", SAME)]
+
+
+def _norm(kind, name):
+    if kind == "rms_norm":
+        return [(f"{name}.weight", f"{name}/scale", SAME)]
+    return [(f"{name}.weight", f"{name}/norm/scale", SAME), (f"{name}.bias", f"{name}/norm/bias", SAME)]
+
+
+def teacher_rules(config: InternVLConfig):
+    """Rules of `VisionTeacher` with the 'mlp1' projector; its tensors start with 'vision_model.' or 'mlp1.'."""
+    projector = [
+        rule("0.weight", "norm/norm/scale", SAME),
+        rule("0.bias", "norm/norm/bias", SAME),
+        *[rule(*entry) for entry in _linear("1", "in") + _linear("3", "out")],
+    ]
+    return [
+        *nested(vision_rules(config.vision), public="vision_model.", ours="vision"),
+        *nested(projector, public="mlp1.", ours="mlp1"),
+    ]
+
+
+def rules(config: InternVLConfig):
+    """Rules of the whole checkpoint: {'teacher': {'vision', 'mlp1'}, 'llm'}."""
+    return [
+        *nested(teacher_rules(config), ours="teacher"),
+        *nested(internlm2.rules(config.llm), public="language_model.", ours="llm"),
+    ]

@@ -1,0 +1,178 @@
+"""Rules between the tensors of a public checkpoint and the leaves of our parameter trees.
+
+A family is a list of `Rule`: which public tensor becomes which of our leaves, and how. The same list imports
+(`to_ours`) and exports (`to_public`), and as every transform only moves numbers, it maps gradients as well.
+
+Dimension letters: D width, N layers, K kv heads, G query heads of one kv head, C head dim, P patches, F output width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hovle_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How one public tensor is cut into our leaves, and its exact inverse.
+
+    Attributes:
+      split: public array -> tuple of our arrays.
+      join: our arrays, as arguments -> public array.
+    """
+
+    split: Callable
+    join: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One public tensor, or one per layer.
+
+    Attributes:
+      public: its name; '{layer}' stands for the layer's number.
+      ours: paths of the leaves that it becomes, parts joined with '/'.
+      num_layers: None = a single tensor; N = the layers' tensors are stacked on axis 0 of our leaves.
+    """
+
+    public: str
+    ours: tuple[str, ...]
+    transform: Transform
+    num_layers: int | None = None
+
+    def names(self):
+        """The public names, in the order of layers."""
+        if self.num_layers is None:
+            return [self.public]
+        return [self.public.replace("{layer}", str(layer)) for layer in range(self.num_layers)]
+
+
+def rule(public, ours, transform, num_layers=None):
+    """A Rule; `ours` is one path, or several separated by blanks."""
+    return Rule(public, tuple(ours.split()), transform, num_layers)
+
+
+def nested(rules, *, ours, public=""):
+    """The rules of a component inside a larger checkpoint: prefixes for the public names and for our paths."""
+    return [
+        dataclasses.replace(r, public=public + r.public, ours=tuple(f"{ours}/{path}" for path in r.ours)) for r in rules
+    ]
+
+
+def to_ours(rules, tensors):
+    """Public tensors {name: array} -> a tree of parameters (numpy in, numpy out).
+
+    Raises:
+      UserError: tensors are missing, not known, or of a shape that the config does not allow; all are named.
+    """
+    rules = [r for r in rules if r.num_layers != 0]
+    _check_names({n for r in rules for n in r.names()}, set(tensors), "the checkpoint")
+    leaves = {}
+    for r in rules:
+        pieces = [_split(r, name, tensors[name]) for name in r.names()]
+        for path, parts in zip(r.ours, zip(*pieces, strict=True), strict=True):
+            leaves[path] = parts[0] if r.num_layers is None else _namespace(parts[0]).stack(parts)
+    return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def to_public(rules, params):
+    """A tree of parameters (or of their gradients) -> public tensors {name: array}. The inverse of `to_ours`.
+
+    Raises:
+      UserError: leaves are missing or not known; all are named.
+    """
+    rules = [r for r in rules if r.num_layers != 0]
+    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    _check_names({path for r in rules for path in r.ours}, set(leaves), "the parameter tree")
+    tensors = {}
+    for r in rules:
+        for layer, name in enumerate(r.names()):
+            parts = (leaves[path] if r.num_layers is None else leaves[path][layer] for path in r.ours)
+            tensors[name] = r.transform.join(*parts)
+    return tensors
+
+
+def _check_names(expected, found, where):
+    wrong = [
+        f"{what} {', '.join(sorted(names))}"
+        for what, names in (("lacks", expected - found), ("has unknown", found - expected))
+        if names
+    ]
+    if wrong:
+        raise UserError(f"{where} does not match its config: it {'; it '.join(wrong)}")
+
+
+def _split(r, name, tensor):
+    try:
+        return r.transform.split(tensor)
+    except ValueError as error:
+        raise UserError(f"{name} has shape {list(tensor.shape)}, which does not fit the config: {error}") from error
+
+
+def _namespace(array):
+    """numpy stays on the host; JAX arrays, tracers included, stay with JAX."""
+    return jnp if isinstance(array, jax.Array) else np
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms. PyTorch's linear weights are [out, in], our kernels [in, out].
+
+SAME = Transform(lambda x: (x,), lambda x: x)
+LINEAR = Transform(lambda x: (x.T,), lambda x: x.T)
+CLASS_TOKEN = Transform(lambda x: (x.reshape(1, -1),), lambda x: x[None])  # [1, 1, D] <-> [1, D]
+
+
+def _join_positions(first, rest):
+    return _namespace(first).concatenate([first, rest])[None]
+
+
+# [1, 1 + P, D] <-> row 0, the class token's, [1, D] and the patches' [P, D]
+POSITIONS = Transform(lambda x: (x[0, :1], x[0, 1:]), _join_positions)
+
+
+def patch_kernel(patch_size, channels=3):
+    """Convolution [F, channels, p, p] <-> Dense kernel [p * p * channels, F], flattened as `patchify` flattens."""
+
+    def split(x):
+        return (x.transpose(2, 3, 1, 0).reshape(patch_size * patch_size * channels, -1),)
+
+    def join(x):
+        return x.reshape(patch_size, patch_size, channels, -1).transpose(3, 2, 0, 1)
+
+    return Transform(split, join)
+
+
+def packed_wqkv(num_heads, num_kv_heads, head_dim):
+    """InternLM2's `wqkv` [K * (G + 2) * C, D] <-> query [D, K * G * C], key [D, K * C], value [D, K * C].
+
+    The output dimension is (kv head, slot, head dim): the group's G queries, then its key, then its value.
+    """
+    groups = num_heads // num_kv_heads
+
+    def split(x):
+        D = x.shape[1]
+        x = x.reshape(num_kv_heads, groups + 2, head_dim, D)
+        return tuple(part.reshape(-1, D).T for part in (x[:, :groups], x[:, groups], x[:, groups + 1]))
+
+    def join(query, key, value):
+        D = query.shape[0]
+        parts = [part.T.reshape(num_kv_heads, -1, head_dim, D) for part in (query, key, value)]
+        return _namespace(query).concatenate(parts, axis=1).reshape(-1, D)
+
+    return Transform(split, join)
+
+
+# Stacked [3 D, D] <-> three kernels [D, D]; the same for the biases [3 D].
+STACKED_QKV = Transform(
+    lambda x: tuple(part.T for part in x.reshape(3, -1, x.shape[1])),
+    lambda *parts: _namespace(parts[0]).concatenate([part.T for part in parts]),
+)
+STACKED_BIAS = Transform(
+    lambda x: tuple(x.reshape(3, -1)),
+    lambda *parts: _namespace(parts[0]).concatenate(parts),
+)

@@ -1,0 +1,1 @@
+"""Caches, greedy generation."""

@@ -1,0 +1,1 @@
+"""Pure Flax modules: no files, no devices, only logical axis names."""

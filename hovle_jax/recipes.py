@@ -1,0 +1,68 @@
+"""What the files of configs/ have in common: a ConfigDict with every field of RunConfig and a preset's sizes."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from hovle_jax.config import (
+    CLIPS,
+    MODELS,
+    TEACHERS,
+    DataConfig,
+    ExecutionConfig,
+    InitConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+)
+from hovle_jax.errors import UserError
+
+# preset -> (model sizes, CLIP sizes or None, teacher)
+PRESETS = {
+    "tiny": ("tiny", "tiny", "tiny"),
+    "tiny_no_distill": ("tiny", "tiny", "tiny"),
+    "hovle": ("hovle", None, "hovle"),
+    "hovle_hd": ("hovle_hd", None, "hovle"),
+}
+TINY_SYSTEM = "You answer questions about a picture."
+
+
+def is_paper(preset):
+    """Whether the preset is one of the paper's models."""
+    return preset.startswith("hovle")
+
+
+def base(stage, preset):
+    """The defaults of a stage under a preset, to be completed by its config file.
+
+    Raises:
+      UserError: an unknown preset, or one without this stage.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
+    if is_paper(preset) and stage in ("pretrain", "contrast"):
+        raise UserError(
+            f"the preset {preset!r} has no {stage} stage: it starts from a public LLM and teacher; "
+            "use configs/distill.py, or the preset tiny"
+        )
+    model, clip, teacher = PRESETS[preset]
+    config = RunConfig(
+        stage=stage,
+        preset=preset,
+        model=MODELS[model](),
+        clip=CLIPS[clip]() if clip else None,
+        teacher=TEACHERS[teacher](),
+        tokenizer=TokenizerConfig(vocab_size=MODELS[model]().llm.vocab_size),
+        data=DataConfig(system_message="" if is_paper(preset) else TINY_SYSTEM),
+        optimizer=OptimizerConfig(),
+        init=InitConfig(),
+        mesh=MeshConfig(),
+        execution=ExecutionConfig(dtype="auto"),
+    )
+    if is_paper(preset):
+        data = dataclasses.replace(config.data, batch_size=4096)
+        execution = dataclasses.replace(config.execution, remat="full")
+        mesh = MeshConfig(data=1, fsdp=-1)
+        config = dataclasses.replace(config, data=data, execution=execution, mesh=mesh, log_every=10)
+    return ConfigDict(dataclasses.asdict(config))

@@ -1,0 +1,95 @@
+"""The line that a training run shows while it works."""
+
+import builtins
+import numbers
+import time
+
+
+class Progress:
+    """Formats a run's progress.
+
+    Speed and time left come from the steps of this process after its first one, which also compiles: call `started`
+    once the first step has ended.
+
+    Attributes:
+      stage: name at the head of the line.
+      total_steps: the step at which the run ends.
+      first_step: steps that were done before this process (the checkpoint's step; 0 for a new run).
+      tokens_per_step: tokens of a global batch; 0 leaves the speed out.
+      print: takes a finished line.
+      clock: seconds, from any origin.
+    """
+
+    def __init__(self, stage, total_steps, first_step, tokens_per_step, print=builtins.print, clock=time.monotonic):
+        self.stage = stage
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self.tokens_per_step = tokens_per_step
+        self._print = print
+        self._clock = clock
+        self._start_time = None
+        self._widths = {}  # of each column so far; a column only grows, so the lines stay aligned
+
+    def started(self):
+        """Starts the clock: the process's first step is done."""
+        self._start_time = self._clock()
+
+    def show(self, step, values):
+        """Prints `line(step, values)`."""
+        self._print(self.line(step, values))
+
+    def line(self, step, values):
+        """One aligned line.
+
+        Args:
+          step: steps done, counted from the start of the run.
+          values: {name: number}, shown in this order.
+        """
+        width = len(str(self.total_steps))
+        percent = 100 * step // max(1, self.total_steps)
+        columns = [f"{self.stage:<10}{step:>{width}}/{self.total_steps} {percent:>3}%"]
+        columns += [f"{name} {self._pad(name, format_number(value))}" for name, value in values.items()]
+        seconds = self._seconds_per_step(step)
+        if self.tokens_per_step:
+            speed = format_count(self.tokens_per_step / seconds) if seconds else "-"
+            columns.append(f"{self._pad('tok/s', speed)} tok/s")
+        left = format_duration(seconds * max(0, self.total_steps - step)) if seconds else "-:--"
+        columns.append(f"{self._pad('left', left)} left")
+        return "  ".join(columns)
+
+    def _seconds_per_step(self, step):
+        """None while only the compiling step has run."""
+        timed_steps = step - self.first_step - 1
+        if self._start_time is None or timed_steps < 1:
+            return None
+        return max(self._clock() - self._start_time, 1e-9) / timed_steps
+
+    def _pad(self, name, text):
+        self._widths[name] = max(self._widths.get(name, 0), len(text))
+        return text.rjust(self._widths[name])
+
+
+def format_number(value):
+    """Three decimals where they say enough, else an exponent: 0.931, 12345.7, 2.1e-04."""
+    if isinstance(value, numbers.Integral):
+        return str(value)
+    value = float(value)
+    size = abs(value)
+    if size == 0 or 1e-2 <= size < 1e3:
+        return f"{value:.3f}"
+    return f"{value:.1f}" if 1e3 <= size < 1e5 else f"{value:.1e}"
+
+
+def format_count(value):
+    """11800 -> 11.8k."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def format_duration(seconds):
+    """H:MM:SS, always with the hour, so that 0:41 is never read as hours."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,97 @@
+"""Trains a stage, and first the stages that it needs.
+
+    python -m hovle_jax.train --config configs/distill.py
+    python -m hovle_jax.train --config configs/instruct.py --workdir runs --config.optimizer.learning_rate=1e-4
+
+A stage that is finished in the work folder is used as it is; one that was cut off goes on from its newest checkpoint.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import time
+
+from absl import flags
+from ml_collections import config_flags
+
+from hovle_jax import commands
+from hovle_jax.config import InitConfig, RunConfig
+from hovle_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A stage's config file, with a preset: configs/distill.py:tiny")
+WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder of all runs, one folder a stage")
+
+
+def stage_config(folder, stage, preset):
+    """The config of another stage: the file of its name beside the one that was given."""
+    path = pathlib.Path(folder) / f"{stage}.py"
+    if not path.is_file():
+        raise UserError(f"the stage {stage!r} is needed first and {path} does not exist; give its run's folder instead")
+    spec = importlib.util.spec_from_file_location(f"hovle_config_{stage}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return RunConfig.from_dict(module.get_config(preset).to_dict())
+
+
+def plan(config: RunConfig, config_folder, workdir):
+    """The runs to make, in order: [(config, folder, {component: folder of its source})]; finished ones are left out."""
+    from hovle_jax.training.checkpoint import is_finished
+    from hovle_jax.training.stages import STAGES, components_of
+
+    runs, planned = [], set()
+
+    def visit(config, wanted):
+        if config.stage not in STAGES:
+            raise UserError(f"stage={config.stage!r} is not one of {', '.join(STAGES)}")
+        folder, sources = workdir / config.stage, {}
+        if config.stage in planned or (is_finished(folder) and not wanted):
+            return
+        planned.add(config.stage)
+        for field in dataclasses.fields(InitConfig):
+            source = getattr(config.init, field.name)
+            if field.name not in components_of(config) or not source:
+                continue
+            if source == "required":
+                raise UserError(
+                    f"the preset {config.preset!r} starts from trained {field.name} weights; "
+                    f"give their run's folder with --config.init.{field.name}=DIR"
+                )
+            if source in STAGES:
+                visit(stage_config(config_folder, source, config.preset), wanted=False)
+                sources[field.name] = workdir / source
+            else:
+                sources[field.name] = pathlib.Path(source)
+        runs.append((config, folder, sources))
+
+    visit(config, wanted=True)
+    return runs
+
+
+def main():
+    started = time.time()
+    config_path = flags.FLAGS["config"].config_filename if CONFIG.value is not None else commands.required("config")
+    config = RunConfig.from_dict(CONFIG.value.to_dict())
+    workdir = pathlib.Path(WORKDIR.value)
+
+    from hovle_jax.report.progress import format_duration
+    from hovle_jax.training import checkpoint, loop
+
+    checkpoint.open_run_folder(workdir)
+    runs = plan(config, pathlib.Path(config_path.split(":")[0]).parent, workdir)
+    for done, (stage, folder, sources) in enumerate(runs):
+        loop.check(stage)
+        checkpoint.check_same_config(folder, stage)
+    for done, (stage, folder, sources) in enumerate(runs):
+        if stage.stage != config.stage:
+            print(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
+        if checkpoint.is_finished(folder):
+            print(f"{stage.stage} is finished in {folder}; remove that folder to train it again")
+            continue
+        print(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
+        result = loop.run(stage, folder, sources)
+        del result
+    print(f"done in {format_duration(time.time() - started)}; see {workdir / config.stage / 'report.html'}")
+
+
+if __name__ == "__main__":
+    commands.run(main)

@@ -1,0 +1,1 @@
+"""The stage table, the one train step, and the loop around it."""

@@ -1,0 +1,143 @@
+"""Orbax: a run's resumable state, and the finished model that the next stage and the other commands read.
+
+    RUN/checkpoints/STEP/   trained parameters, optimizer state, step
+    RUN/model/COMPONENT/    the result, one component a folder ('embedding', 'llm', 'clip'); appears when complete
+    RUN/config.json, RUN/tokenizer.model
+"""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import orbax.checkpoint as ocp
+
+from hovle_jax.config import RUN_ONLY_KEYS, RunConfig, differences
+from hovle_jax.errors import UserError
+
+# What a stage hands on; the rest (teacher, head) is dropped with the stage.
+HANDED_ON = ("embedding", "llm", "clip")
+
+
+def open_run_folder(folder):
+    """Makes a run's folder. Raises UserError when it cannot be written to."""
+    folder = pathlib.Path(folder).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --workdir") from None
+    return folder
+
+
+def save_config(folder, config: RunConfig):
+    text = json.dumps(config.to_dict(), indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def load_config(folder):
+    """The resolved config of a run. Raises UserError when the folder holds no run."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run (config.json is missing); give the folder of a stage, as runs/instruct")
+    return RunConfig.from_dict(json.loads(path.read_text()))
+
+
+def check_same_config(folder, config: RunConfig):
+    """Raises UserError when the folder holds a run of another config: resuming it would mix two."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    old, new = json.loads(path.read_text()), config.to_dict()
+    found = [d for d in differences(old, new) if d[0].split(".")[0] not in RUN_ONLY_KEYS]
+    if found:
+        key, before, after = found[0]
+        more = f" (and {len(found) - 1} more keys)" if len(found) > 1 else ""
+        raise UserError(
+            f"{folder} holds a run with {key}={before!r}, not {after!r}{more}; "
+            "choose another --workdir, or remove that folder to start over"
+        )
+
+
+class RunCheckpoints:
+    """The resumable checkpoints of one run."""
+
+    def __init__(self, folder, every, keep):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every, create=True)
+        self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute() / "checkpoints", options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    @property
+    def latest(self):
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step, state, force=False):
+        """Saves what the stage changes (asynchronously); `force` also between the regular steps."""
+        if step != self.latest:
+            self._manager.save(step, args=ocp.args.StandardSave(_changing(state)), force=force)
+
+    def restore(self, state):
+        """The newest checkpoint, with the frozen parameters of `state`; arrays take the shardings of `state`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _changing(state))
+        restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+        return state.replace(**restored)
+
+
+def _changing(state):
+    return {"step": state.step, "trained": state.trained, "opt_state": state.opt_state}
+
+
+def is_finished(folder):
+    return (pathlib.Path(folder) / "model").is_dir()
+
+
+def save_model(folder, params):
+    """Writes RUN/model whole: into a folder beside it first, then renamed."""
+    folder = pathlib.Path(folder).absolute()
+    partial = folder / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        for component in HANDED_ON:
+            if component in params:
+                checkpointer.save(partial / component, params[component])
+        checkpointer.wait_until_finished()
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    partial.rename(folder / "model")
+
+
+def load_component(folder, component, abstract):
+    """One component of a finished run, onto the shardings of `abstract` (which may be a part of it).
+
+    Raises:
+      UserError: the run is missing, unfinished, without this component, or of other sizes.
+    """
+    path = pathlib.Path(folder).absolute() / "model" / component
+    if not path.is_dir():
+        raise UserError(f"{folder} holds no finished {component!r} weights; train that stage first, or name another run")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata.tree
+        _check_shapes(folder, component, stored, abstract)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
+        return checkpointer.restore(path, args=args)
+
+
+def _check_shapes(folder, component, stored, abstract):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        at, name = stored, jax.tree_util.keystr(path, simple=True, separator="/")
+        for key in path:
+            at = at.get(key.key) if isinstance(at, dict) else None
+        if at is None or tuple(at.shape) != tuple(leaf.shape):
+            found = "is missing" if at is None else f"has shape {tuple(at.shape)}"
+            raise UserError(
+                f"{folder} is a checkpoint of another config: {component}/{name} {found}, {tuple(leaf.shape)} is needed; "
+                "use the same preset and sizes, or another --workdir"
+            )

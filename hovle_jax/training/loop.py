@@ -1,0 +1,245 @@
+"""The loop: start or resume, step, log, save, stop. Reads from top to bottom as a run goes."""
+
+import dataclasses
+import logging
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from hovle_jax.config import ExecutionConfig, RunConfig
+from hovle_jax.data import pipeline
+from hovle_jax.data.text import Tokenizer
+from hovle_jax.errors import UserError
+from hovle_jax.report.metrics import MetricsWriter
+from hovle_jax.report.pictures import batch_picture
+from hovle_jax.report.progress import Progress
+from hovle_jax.training import checkpoint
+from hovle_jax.training.optimizer import learning_rate, make_optimizer
+from hovle_jax.training.sharding import check_batch_size, make_mesh, on_mesh, put_batch
+from hovle_jax.training.stages import STAGES, Models
+from hovle_jax.training.state import abstract_params, init_component, make_state
+from hovle_jax.training.step import average, eval_step, train_step
+
+HELD_OUT_BATCHES = 4
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run leaves behind for its report."""
+
+    folder: pathlib.Path
+    step: int
+    finished: bool
+    held_out: dict  # step -> metrics
+
+
+def resolve_execution(execution: ExecutionConfig, platform):
+    """'auto' becomes float32 on the CPU, where bfloat16 training is slow, and bfloat16 elsewhere."""
+    if execution.dtype != "auto":
+        return execution
+    return dataclasses.replace(execution, dtype="float32" if platform == "cpu" else "bfloat16")
+
+
+def check(config: RunConfig):
+    """Everything that can be known to be wrong before a device is touched."""
+    if config.stage not in STAGES:
+        raise UserError(f"stage={config.stage!r} is not one of {', '.join(STAGES)}")
+    config.model.check()
+    if config.data.split != "train":
+        raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
+    if config.stage == "distill":
+        config.teacher.check()
+    if config.stage != "contrast" and config.data.sequence_length > config.model.llm.max_length:
+        raise UserError(
+            f"data.sequence_length={config.data.sequence_length} exceeds the LLM's {config.model.llm.max_length} positions"
+        )
+    for name in ("steps", "log_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+
+
+def get_tokenizer(config: RunConfig, folder, sources, pictures):
+    """The run's own tokenizer, an earlier run's, the configured file, or a new one trained on the corpus."""
+    for place in (folder, *sources):
+        if (place / "tokenizer.model").is_file():
+            return Tokenizer.load(place / "tokenizer.model")
+    if config.tokenizer.path:
+        return Tokenizer.load(config.tokenizer.path)
+    return pipeline.train_tokenizer(config, pictures)
+
+
+def check_tokenizer(config: RunConfig, tokenizer):
+    size = config.clip.text.vocab_size if config.stage == "contrast" else config.model.llm.vocab_size
+    if tokenizer.vocab_size != size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids and the model {size}; make them equal")
+
+
+def load_params(models: Models, batch, mesh, sources):
+    """Every parameter of the stage: from the runs in `sources` {component: folder}, else fresh."""
+    params = {}
+    for component, abstract in abstract_params(models, batch, mesh).items():
+        if component not in sources:
+            params[component] = init_component(models, component, batch, abstract)
+        elif component == "teacher" and models.config.teacher.kind == "clip":
+            params[component] = load_clip_teacher(sources[component], models, abstract)
+        else:
+            params[component] = checkpoint.load_component(sources[component], component, abstract)
+    if "embedding" in params and "embedding" not in sources:
+        copy_text_table(params)
+    return params
+
+
+def load_clip_teacher(folder, models, abstract):
+    """A CLIP run's image tower without its last layer, whose patches the contrastive loss does not train."""
+    total, used = models.config.teacher.vision.num_layers, models.config.teacher.num_layers
+    vision = abstract["vision"]
+    replicated = jax.tree.leaves(vision)[0].sharding.mesh
+    whole = jax.sharding.NamedSharding(replicated, jax.sharding.PartitionSpec())
+    stored = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((total, *leaf.shape[1:]), leaf.dtype, sharding=whole), vision["layers"]
+    )
+    tower = checkpoint.load_component(folder, "clip", {"vision": vision | {"layers": stored}})["vision"]
+    layers = jax.tree.map(
+        lambda leaf, target: jax.device_put(leaf[:used], target.sharding), tower["layers"], vision["layers"]
+    )
+    return {"vision": tower | {"layers": layers}}
+
+
+def copy_text_table(params):
+    """A fresh holistic embedding starts with the LLM's token vectors as its text table."""
+    if "llm" not in params:
+        return
+    table = params["llm"]["token_embedding"]["embedding"]
+    embedding = params["embedding"]
+    size = embedding["text_embedding"]["embedding"].shape[0]
+    place = lambda rows, like: jax.device_put(jax.numpy.copy(rows), like.sharding)
+    for name, rows in (("text_embedding", table[:size]), ("special_embedding", table[size:])):
+        if name in embedding:
+            embedding[name] = {"embedding": place(rows, embedding[name]["embedding"])}
+
+
+def run(config: RunConfig, folder, sources, say=print):
+    """Trains one stage, from the beginning or from its newest checkpoint.
+
+    Args:
+      folder: the run's own.
+      sources: {component: folder of the run that it comes from}.
+    Returns:
+      Result.
+    Raises:
+      UserError: see `check`; also a loss that is not finite.
+    """
+    # 1. Checks that need no device, then data.
+    check(config)
+    folder = checkpoint.open_run_folder(folder)
+    checkpoint.check_same_config(folder, config)
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.data.batch_size, mesh)
+    pictures = pipeline.load_pictures(config, config.data.split)
+    tokenizer = get_tokenizer(config, folder, list(sources.values()), pictures)
+    check_tokenizer(config, tokenizer)
+    dataset = pipeline.build_dataset(config, tokenizer, pictures)
+    held_out = held_out_batches(config, tokenizer)
+    first = dataset[0]
+
+    # 2. The folder is a run from here on.
+    checkpoint.save_config(folder, config)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
+
+    # 3. State.
+    models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    with on_mesh(mesh), checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints) as saved:
+        state = make_state(models, load_params(models, first, mesh, sources), optimizer)
+        say(describe(config, state, first))
+        if saved.latest is not None:
+            state = saved.restore(state)
+            say(f"{config.stage}: resuming at step {saved.latest}")
+        return _train(config, folder, state, models, optimizer, dataset, held_out, mesh, saved, say)
+
+
+def _train(config, folder, state, models, optimizer, dataset, held_out, mesh, saved, say):
+    first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
+    last_step = min(config.stop_at_step or config.steps, config.steps)
+    held_out = [put_batch(batch, mesh) for batch in held_out]
+    results = {}
+
+    def evaluate(step):
+        if held_out:
+            metrics = [eval_step(state.params, batch, stage=config.stage, models=models) for batch in held_out]
+            results[step] = average(metrics)
+            writer.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
+
+    with MetricsWriter(folder, resume_step=first_step) as writer:
+        batches = pipeline.iterate(dataset, first_step)
+        progress = Progress(config.stage, config.steps, first_step, tokens_per_step(dataset[0]), print=say)
+        waiting = []
+        if first_step == 0:
+            evaluate(0)
+        for step in range(first_step, last_step):
+            batch = put_batch(next(batches), mesh)
+            state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
+            waiting.append(metrics)
+            if step == first_step:
+                jax.block_until_ready(metrics)
+                progress.started()
+            done = step + 1
+            if done % config.log_every == 0 or done == last_step:
+                # Reads values that are done or nearly so; between these points the host runs ahead of the device.
+                values = mean_metrics(waiting, done, folder) | {"learning_rate": float(schedule(step))}
+                waiting = []
+                writer.write(done, values)
+                say(progress.line(done, values))
+            if config.eval_every and done % config.eval_every == 0 and done != last_step:
+                evaluate(done)
+            if done % config.checkpoint_every == 0 or done == last_step:
+                saved.save(done, state, force=done == last_step)
+        finished = int(state.step) >= config.steps
+        if finished and config.steps not in results:
+            evaluate(config.steps)
+    if finished:
+        checkpoint.save_model(folder, state.params)
+    return Result(folder, int(state.step), finished, results)
+
+
+def mean_metrics(waiting, step, folder):
+    """Averages since the last line. Raises UserError when a loss is not finite: nothing after it is worth keeping."""
+    values = jax.device_get(waiting)
+    for back, metrics in enumerate(reversed(values)):
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(
+                f"the loss is {metrics['loss']} at step {step - back}; the newest checkpoint in {folder} is from before: "
+                "lower optimizer.learning_rate or optimizer.clip_norm and start in another --workdir"
+            )
+    return {name: float(np.mean([m[name] for m in values])) for name in values[0]}
+
+
+def held_out_batches(config, tokenizer):
+    """Batches of the distillation loss on pictures that are never trained on; other stages have benchmarks."""
+    if config.stage != "distill":
+        return []
+    dataset = pipeline.build_dataset(config, tokenizer, pipeline.load_pictures(config, "test"), held_out=True)
+    return [dataset[i] for i in range(HELD_OUT_BATCHES)]
+
+
+def tokens_per_step(batch):
+    """Real tokens of a batch; for a contrastive one, its pairs' caption tokens."""
+    return int(np.sum(batch["segment_ids"] > 0)) if "segment_ids" in batch else batch["tokens"].size
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def describe(config, state, batch):
+    """One line: what is trained, what is read, the batch."""
+    shape = " x ".join(map(str, batch["tokens"].shape))
+    return (
+        f"{config.stage}: {count(state.trained):,} parameters trained, {count(state.frozen):,} frozen; "
+        f"batch {shape} tokens, {config.steps} steps"
+    )

@@ -1,0 +1,167 @@
+"""THE table: what each stage holds, trains and minimises.
+
+A stage is a predicate over parameter paths and a function from (models, parameters, batch) to (sum, weight) pairs.
+Parameters are a dict of components: 'embedding', 'llm', 'clip', 'teacher', 'head'.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.config import ExecutionConfig, RunConfig
+from hovle_jax.model.clip import CLIP, MAX_LOG_SCALE
+from hovle_jax.model.hovle import HoVLE
+from hovle_jax.model.teacher import VisionTeacher
+from hovle_jax.model.transformer import dense
+from hovle_jax.training.losses import contrastive, cosine, cross_entropy
+
+# Stored because the public checkpoints have them, used by nothing: never trained, decayed or changed.
+UNUSED = (("embedding", "class_embedding"), ("embedding", "class_position"))
+LLM_TABLE = ("llm", "token_embedding")
+
+
+class Head(nn.Module):
+    """Brings the student's width to that of a 'linear' teacher; dropped after distillation."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        B, K, D = x.shape
+        return dense(self.width, ("embed", "embed_out"), "projection", self.dtype)(x.reshape(B * K, D)).reshape(B, K, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Every module that a run's config describes; building one costs nothing until it is initialised."""
+
+    config: RunConfig
+    execution: ExecutionConfig
+
+    @property
+    def hovle(self):
+        return HoVLE(self.config.model, self.execution)
+
+    @property
+    def clip(self):
+        return CLIP(self.config.clip, self.execution)
+
+    @property
+    def teacher(self):
+        return VisionTeacher(self.config.teacher, self.config.model.llm.stack.width, self.execution)
+
+    @property
+    def head(self):
+        return Head(4 * self.config.teacher.vision.width, self.execution.dtype)
+
+    def init(self, component, key, batch):
+        """Fresh boxed parameters of one component, from a batch (or its shapes)."""
+        if component == "llm":
+            return self.hovle.llm.init(key, batch["tokens"], batch["positions"], batch["segment_ids"])["params"]
+        if component == "embedding":
+            return self.hovle.embedding.init(key, batch)["params"]
+        if component == "clip":
+            return self.clip.init(key, batch["tiles"][:, 0], batch["tokens"])["params"]
+        if component == "teacher":
+            count = self.config.model.embedding.tokens_per_tile
+            # The count is a static shape, so it must not become a tracer.
+            return self.teacher.init(key, batch["tiles"][:, 0], count)["params"]
+        width = self.config.model.embedding.stack.width
+        return self.head.init(key, jnp.zeros((1, 1, width)))["params"]
+
+
+def pretrain_losses(models, params, batch):
+    logits = models.hovle.llm.apply({"params": params["llm"]}, batch["tokens"], batch["positions"], batch["segment_ids"])
+    return {"loss": cross_entropy(logits, batch["targets"], batch["loss_weights"])}
+
+
+def contrast_losses(models, params, batch):
+    images, texts, log_scale = models.clip.apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
+    return {"loss": contrastive(images, texts, log_scale)}
+
+
+def distill_losses(models, params, batch):
+    """-cos(image) - cos(text), each a mean over its own positions."""
+    config = models.config
+    embedding = models.hovle.embedding.bind({"params": params["embedding"]})
+    raw, _ = embedding.encode(batch)
+    tiles = batch["tiles"]
+    B, M = tiles.shape[:2]
+    teacher = models.teacher.apply(
+        {"params": params["teacher"]}, tiles.reshape(B * M, *tiles.shape[2:]), config.model.embedding.tokens_per_tile
+    )
+    teacher = jax.lax.stop_gradient(teacher).reshape(B, -1, teacher.shape[-1])
+    student = embedding.image_outputs(raw, batch)
+    if config.teacher.projector == "linear":
+        student = models.head.apply({"params": params["head"]}, student)
+    table = jax.lax.stop_gradient(params["llm"]["token_embedding"]["embedding"])
+    return {
+        "image": cosine(student, teacher, batch["image_weights"]),
+        "text": cosine(embedding.shorten(raw, batch), jnp.take(table, batch["tokens"], axis=0), batch["text_weights"]),
+    }
+
+
+def answer_losses(models, params, batch):
+    return {"loss": cross_entropy(models.hovle.logits(params, batch), batch["targets"], batch["loss_weights"])}
+
+
+def clamp_scale(trained):
+    """CLIP: the logit scale never exceeds 100."""
+    clip = trained["clip"]
+    return trained | {"clip": clip | {"log_scale": jnp.minimum(clip["log_scale"], MAX_LOG_SCALE)}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+      components: those that the stage holds.
+      trained: path prefixes that are differentiated and have optimizer state, less `UNUSED` and `frozen`.
+      losses: (models, params, batch) -> {name: (sum, weight)}; their quotients are added up.
+      frozen: path prefixes within the trained ones that are only read.
+      exists: path prefixes that exist at all, for components held in part.
+      after_update: applied to the trained parameters behind each step.
+    """
+
+    components: tuple[str, ...]
+    trained: tuple[tuple[str, ...], ...]
+    losses: Callable
+    frozen: tuple[tuple[str, ...], ...] = ()
+    exists: tuple[tuple[str, ...], ...] = ()
+    after_update: Callable = lambda trained: trained
+
+    def holds(self, path):
+        """Whether a parameter exists in this stage: `distill` has the LLM's token table and nothing else of it."""
+        partial = [prefix for prefix in self.exists if prefix[0] == path[0]]
+        return path[0] in self.components and (not partial or _under(path, partial))
+
+    def trains(self, path):
+        return _under(path, self.trained) and not _under(path, self.frozen + UNUSED)
+
+
+def _under(path, prefixes):
+    return any(tuple(path[: len(prefix)]) == prefix for prefix in prefixes)
+
+
+STAGES = {
+    "pretrain": Stage(("llm",), (("llm",),), pretrain_losses),
+    "contrast": Stage(("clip",), (("clip",),), contrast_losses, after_update=clamp_scale),
+    "distill": Stage(
+        ("embedding", "head", "teacher", "llm"), (("embedding",), ("head",)), distill_losses, exists=(LLM_TABLE,)
+    ),
+    "align": Stage(("embedding", "llm"), (("embedding",),), answer_losses),
+    "instruct": Stage(("embedding", "llm"), (("embedding",), ("llm",)), answer_losses, frozen=(LLM_TABLE,)),
+}
+
+
+def components_of(config: RunConfig):
+    """The components of a run's stage; a student needs no head for a teacher that has a projector."""
+    components = STAGES[config.stage].components
+    if "head" in components and config.teacher.projector != "linear":
+        components = tuple(c for c in components if c != "head")
+    return components

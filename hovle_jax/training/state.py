@@ -1,0 +1,82 @@
+"""A run's state: abstract shapes -> shardings -> values; optimizer state for the trained parameters only."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from hovle_jax.training.sharding import shardings_of
+from hovle_jax.training.stages import STAGES, Models, components_of
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`trained` and `frozen` are disjoint parts of one parameter tree."""
+
+    step: jax.Array
+    trained: dict
+    frozen: dict
+    opt_state: tuple
+
+    @property
+    def params(self):
+        return merge(self.trained, self.frozen)
+
+
+def select(params, predicate):
+    """The part of a nested dict whose paths (tuples of keys) fulfil the predicate."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if predicate(path)})
+
+
+def merge(first, second):
+    """One nested dict from two disjoint ones."""
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second))
+
+
+def abstract_params(models: Models, batch, mesh):
+    """Shapes with shardings of every parameter that the stage holds.
+
+    Args:
+      batch: a batch, or its shapes.
+    """
+    stage = STAGES[models.config.stage]
+    tree = {}
+    for component in components_of(models.config):
+        boxed = jax.eval_shape(lambda b, c=component: models.init(c, jax.random.key(0), b), batch)
+        shardings = shardings_of(boxed, mesh)
+        tree[component] = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            nn.meta.unbox(boxed),
+            shardings,
+        )
+    return select(tree, stage.holds)
+
+
+def init_component(models: Models, component, batch, abstract):
+    """Fresh values of one component, made on their shards; the key depends on the seed and the component alone."""
+    wanted = set(traverse_util.flatten_dict(abstract))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    names = ("llm", "embedding", "clip", "teacher", "head")
+
+    def init(key):
+        params = nn.meta.unbox(models.init(component, key, _zeros(batch)))
+        return select(params, lambda path: path in wanted)
+
+    key = jax.random.fold_in(jax.random.key(models.config.seed), names.index(component))
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def _zeros(batch):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+
+
+def make_state(models: Models, params, optimizer):
+    """The state at step 0 around given parameters."""
+    stage = STAGES[models.config.stage]
+    trained = select(params, stage.trains)
+    frozen = select(params, lambda path: not stage.trains(path))
+    # Under jit the moments take their parameters' shardings.
+    opt_state = jax.jit(optimizer.init)(trained)
+    return TrainState(jnp.zeros((), jnp.int32), trained, frozen, opt_state)

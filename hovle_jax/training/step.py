@@ -1,0 +1,57 @@
+"""The one train step, for every stage."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hovle_jax.training.losses import divide
+from hovle_jax.training.stages import STAGES
+from hovle_jax.training.state import merge
+
+
+def total_loss(trained, frozen, batch, stage, models):
+    """-> (scalar loss, {name: mean}); the pairs are divided here, once, by weights of the whole global batch."""
+    pairs = STAGES[stage].losses(models, merge(trained, frozen), batch)
+    means = {name: divide(pair) for name, pair in pairs.items()}
+    return sum(means.values()), means
+
+
+def named_metrics(loss, means):
+    """'loss' and, for cosine terms, the cosine itself."""
+    cosines = {f"{name}_cosine": -mean for name, mean in means.items() if name != "loss"}
+    return {"loss": loss} | cosines
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "models", "optimizer"), donate_argnames="state")
+def train_step(state, batch, *, stage, models, optimizer):
+    """One update.
+
+    Args:
+      state: TrainState; donated.
+      batch: the stage's kind of batch, rows sharded over the data axes.
+      stage: static; a name of the stage table: the cosine loss of distillation, next-token cross-entropy, ...
+      models, optimizer: static.
+    Returns:
+      (new state, metrics: scalars on the device).
+    """
+    gradient = jax.value_and_grad(total_loss, has_aux=True)
+    (loss, means), grads = gradient(state.trained, state.frozen, batch, stage, models)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    trained = STAGES[stage].after_update(optax.apply_updates(state.trained, updates))
+    metrics = named_metrics(loss, means) | {"gradient_norm": optax.global_norm(grads)}
+    return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "models"))
+def eval_step(params, batch, *, stage, models):
+    """The stage's metrics on a batch, without an update."""
+    loss, means = total_loss(params, {}, batch, stage, models)
+    return named_metrics(loss, means)
+
+
+def average(metrics):
+    """The mean of a list of metric dicts, on the host."""
+    metrics = jax.device_get(metrics)
+    return {name: float(jnp.mean(jnp.stack([m[name] for m in metrics]))) for name in metrics[0]}

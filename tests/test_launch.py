@@ -1,0 +1,74 @@
+"""The launch scripts: what they would run. Nothing is installed and nothing trained."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "local.sh"
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the script in a project without .venv, and a PATH on which the test puts its own Pythons."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "bin").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "launch")
+    (tmp_path / "setup.py").touch()
+    (tmp_path / "bin" / "dirname").symlink_to(shutil.which("dirname"))
+    return tmp_path
+
+
+def add_python(project, name, minor):
+    """A stand-in that answers the question for its version; minor=None: a shim that fails."""
+    path = project / "bin" / name
+    path.write_text("#!/bin/sh\n" + (f"echo {minor}\n" if minor else "exit 127\n"))
+    path.chmod(0o755)
+
+
+def dry_run(project, *arguments):
+    command = [shutil.which("bash"), str(project / "launch" / "local.sh"), "--dry-run", *arguments]
+    env = {**os.environ, "PATH": str(project / "bin")}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_first_run_makes_the_venv_installs_and_trains(project):
+    add_python(project, "python3.12", 12)
+    add_python(project, "python3", 11)
+    assert dry_run(project).stdout.splitlines() == [
+        "python3.12 -m venv .venv",
+        ".venv/bin/python -m pip install --quiet --editable .",
+        "touch .venv/installed",
+        ".venv/bin/python -m hovle_jax.train --config configs/instruct.py",
+    ]
+    assert not (project / ".venv").exists()
+
+
+def test_later_runs_only_train_and_pass_the_arguments_on(project):
+    (project / ".venv" / "bin").mkdir(parents=True)
+    for name in ("bin/pip", "installed"):
+        (project / ".venv" / name).touch(mode=0o755)
+    os.utime(project / "setup.py", (0, 0))
+    result = dry_run(project, "--config", "configs/a b.py", "--config.steps=3")
+    assert result.stdout == ".venv/bin/python -m hovle_jax.train --config configs/a\\ b.py --config.steps=3\n"
+
+
+def test_a_python_that_does_not_start_is_passed_over(project):
+    add_python(project, "python3.12", None)
+    add_python(project, "python3", 11)
+    assert dry_run(project).stdout.startswith("python3 -m venv .venv\n")
+
+
+def test_no_fitting_python_is_one_clear_line(project):
+    add_python(project, "python3.12", None)
+    add_python(project, "python3", 10)
+    result = dry_run(project)
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr.count("\n") == 1 and "Python >= 3.11" in result.stderr
+
+
+def test_the_script_of_this_checkout_ends_in_the_training_command():
+    result = subprocess.run(["bash", str(SCRIPT), "--dry-run"], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == ".venv/bin/python -m hovle_jax.train --config configs/instruct.py"

@@ -1,0 +1,314 @@
+"""The report: what it writes is whole after a kill, marks the right tokens, and is safe to open."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hovle_jax.errors import UserError
+from hovle_jax.report import page, pictures, plots
+from hovle_jax.report.metrics import MetricsWriter, read_metrics
+from hovle_jax.report.progress import Progress, format_duration, format_number
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def write_steps(folder, steps, resume_step=0, loss=1.0):
+    with MetricsWriter(folder, resume_step) as writer:
+        for step in steps:
+            writer.write(step, {"loss": loss})
+
+
+def tensorboard_scalars(folder):
+    """{step: value} of 'loss' over all event files, in the order of their writing."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # a TFRecord: length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            for value in event.summary.value:
+                found[event.step] = value.simple_value
+            data = data[16 + size :]
+    return found
+
+
+def test_metrics_are_json_lines_and_tensorboard_scalars(tmp_path):
+    write_steps(tmp_path, [1, 2], loss=0.5)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    assert tensorboard_scalars(tmp_path) == {1: 0.5, 2: 0.5}
+
+
+def test_resume_drops_what_the_killed_run_wrote_after_its_checkpoint(tmp_path):
+    write_steps(tmp_path, [10, 20, 30, 40])
+    write_steps(tmp_path, [30, 40, 50], resume_step=20, loss=2.0)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [10, 20, 30, 40, 50]
+    assert [row["loss"] for row in rows] == [1, 1, 2, 2, 2]
+    assert tensorboard_scalars(tmp_path) == {10: 1, 20: 1, 30: 2, 40: 2, 50: 2}
+
+
+def test_a_new_run_starts_the_file_anew(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    write_steps(tmp_path, [5])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [5]
+
+
+def test_a_truncated_last_line_is_dropped_and_written_again(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10]
+    write_steps(tmp_path, [20, 30], resume_step=20)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
+
+
+def test_a_broken_line_in_the_middle_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(tmp_path)
+
+
+def test_a_second_write_of_a_step_joins_its_line(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1})
+        writer.write(2, {"loss": 2})
+        writer.write(2, {"accuracy": 0.5})
+        writer.write(3, {"loss": 3})
+        with pytest.raises(ValueError, match="step 2"):
+            writer.write(2, {"loss": 2})
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
+        writer.write(3, {"accuracy": 0.75})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 1},
+        {"step": 2, "loss": 2, "accuracy": 0.5},
+        {"step": 3, "loss": 3, "accuracy": 0.75},
+    ]
+
+
+def test_a_non_finite_number_stays_valid_json(tmp_path):
+    write_steps(tmp_path, [1], loss=math.nan)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
+    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress
+
+
+def test_progress_line_with_a_faked_clock():
+    now = [100.0]  # the compiling step took until here and must not count
+    progress = Progress("distill", 600, first_step=100, tokens_per_step=1180, clock=lambda: now[0])
+    assert progress.line(101, {"loss": -1.0}) == "distill   101/600  16%  loss -1.000  - tok/s  -:-- left"
+    progress.started()
+    now[0] += 13.9  # 139 steps at 0.1 s
+    values = {"loss": -1.913, "image_cosine": 0.931, "lr": 2.1e-4}
+    assert progress.line(240, values) == (
+        "distill   240/600  40%  loss -1.913  image_cosine 0.931  lr 2.1e-04  11.8k tok/s  0:00:36 left"
+    )
+
+
+def test_progress_lines_stay_aligned_and_are_printed():
+    lines = []
+    progress = Progress("instruct", 1000, 0, 0, print=lines.append)
+    progress.show(20, {"loss": -10.25})
+    progress.show(1000, {"loss": 0.5})
+    assert lines[0].index("left") == lines[1].index("left")
+    assert "tok/s" not in lines[0]
+    assert "1000/1000 100%" in lines[1]
+
+
+def test_numbers_and_durations():
+    assert format_duration(41) == "0:00:41"
+    assert format_duration(3 * 3600 + 59.7) == "3:01:00"
+    assert [format_number(x) for x in (0, 0.0, -1.9126, 12345.67, 2.1e-4, np.int32(7))] == [
+        "0", "0.000", "-1.913", "12345.7", "2.1e-04", "7",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
+
+
+def open_picture(path):
+    image = np.asarray(Image.open(path).convert("RGB"))
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20, f"{path} is blank"
+    return image
+
+
+def test_plots_are_pictures_of_a_sane_size(tmp_path):
+    rows = [{"step": i, "loss": 3 / (i + 1), "lr": 1e-3} for i in range(60)]
+    rows[30]["loss"] = math.nan
+    rows[-1]["accuracy"] = 0.9
+    height, width, _ = open_picture(plots.plot_metrics(rows, tmp_path / "new" / "metrics.png", "a run")).shape
+    assert 1000 < width < 2000 and 200 < height < 800
+    height, width, _ = open_picture(plots.plot_runs({"a": rows, "b": rows[:9]}, "loss", tmp_path / "runs.png")).shape
+    assert 600 < width < 2000 and 300 < height < 1000
+
+
+def test_plots_of_a_run_that_has_logged_nothing(tmp_path):
+    assert plots.plot_metrics([], tmp_path / "empty.png", "a run").exists()
+    assert plots.plot_runs({"a": []}, "loss", tmp_path / "empty_runs.png").exists()
+
+
+def test_loss_comes_first_and_the_running_mean_does_not_lag():
+    rows = [{"step": 1, "lr": 0.1}, {"step": 2, "loss": 1.0, "lr": 0.1}]
+    assert plots.metric_names(rows) == ["loss", "lr"]
+    assert plots.series(rows, "loss") == ([2], [1.0])
+    straight = [float(i) for i in range(200)]
+    assert plots.running_mean(straight) == pytest.approx(straight)
+    assert plots.running_mean([math.nan if i == 50 else 1.0 for i in range(200)]) == [1.0] * 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of a batch
+
+WORDS = ["<pad>", "<s>", "<IMG_CONTEXT>", "what?", "red", "<end>", "blue"]
+
+
+def decode(ids):
+    return [WORDS[i] for i in ids]
+
+
+def answer_batch():
+    """A row with one of two tiles used: <s> 4x<IMG_CONTEXT> what? red <end>, then padding."""
+    tokens = np.array([[1, 2, 2, 2, 2, 3, 4, 5, 0, 0]], np.int32)
+    weights = np.zeros((1, 10), np.float32)
+    weights[0, 5:7] = 1  # at 'what?' and 'red', which predict 'red' and '<end>'
+    tiles = np.zeros((1, 2, 8, 8, 3), np.uint8)
+    tiles[0, 0] = 200
+    return {
+        "tokens": tokens,
+        "segment_ids": (tokens > 0).astype(np.int32),
+        "positions": np.arange(10, dtype=np.int32)[None],
+        "targets": np.roll(tokens, -1, axis=1),
+        "loss_weights": weights,
+        "tiles": tiles,
+        "image_positions": np.array([[1, 2, 3, 4, 10, 10, 10, 10]], np.int32),
+    }
+
+
+def kinds(batch, row=0):
+    return [(piece.text, piece.kind) for piece in pictures.row_pieces(batch, row, decode)]
+
+
+def test_the_marked_token_is_the_target_and_image_runs_collapse():
+    assert kinds(answer_batch()) == [
+        ("<s>", "plain"),
+        ("<IMG_CONTEXT> x4", "image"),
+        ("what?", "plain"),
+        ("red", "trained"),
+        ("<end>", "trained"),
+    ]
+
+
+def test_targets_that_are_not_the_next_token_are_shown():
+    batch = answer_batch()
+    batch["targets"][0, 5] = 6
+    batch["loss_weights"][0, 7] = 1
+    assert kinds(batch)[3:] == [
+        ("red (target: blue)", "mismatch"),
+        ("<end>", "trained"),
+        ("(past the end, target: <pad>)", "mismatch"),
+    ]
+
+
+def test_distillation_marks_the_positions_themselves():
+    batch = answer_batch()
+    del batch["targets"], batch["loss_weights"]
+    batch["text_weights"] = np.eye(10, dtype=np.float32)[[5]]
+    batch["image_weights"] = np.array([[1, 1, 0, 0, 0, 0, 0, 0]], np.float32)
+    assert kinds(batch)[1:4] == [
+        ("<IMG_CONTEXT> x2", "trained"),
+        ("<IMG_CONTEXT> x2", "image"),
+        ("what?", "trained"),
+    ]
+
+
+def test_captions_of_contrast_end_at_their_end_token():
+    for padding in (0, 5):
+        batch = {"tokens": np.array([[1, 4, 5, padding, padding]]), "tiles": np.zeros((1, 1, 8, 8, 3), np.uint8)}
+        assert kinds(batch) == [("<s>", "plain"), ("red", "plain"), ("<end>", "plain")]
+        assert len(pictures.row_tiles(batch, 0)) == 1
+
+
+def test_only_used_tiles_are_shown():
+    tiles = pictures.row_tiles(answer_batch(), 0)
+    assert len(tiles) == 1 and (tiles[0] == 200).all()
+
+
+def test_text_stays_inside_the_picture():
+    pieces = [pictures.Piece("W" * n, "plain", 1 + n // 100) for n in range(1, 160)]
+    lines = pictures.wrap(pieces, 300)
+    assert len(lines) == pictures.MAX_LINES
+    assert all(x + width <= 300 for line in lines for x, width, _ in line)
+    assert "more boxes" in lines[-1][0][2].text
+    two = pictures.wrap([pictures.Piece("a", "plain", 1), pictures.Piece("b", "plain", 2)], 300)
+    assert [line[0][2].text for line in two] == ["a", "b"]
+
+
+def test_batch_picture_of_each_kind_of_batch(tmp_path):
+    batch = answer_batch()
+    image = open_picture(pictures.batch_picture(batch, decode, tmp_path / "a" / "batch.png"))
+    assert image.shape[1] == pictures.WIDTH and 100 < image.shape[0] < 400
+    assert (image == 200).all(axis=-1).sum() == 192 * 192  # the tile, by a whole factor
+    marked = np.array([int(pictures.FILLS["trained"][i : i + 2], 16) for i in (1, 3, 5)])
+    assert (image == marked).all(axis=-1).sum() > 500
+    text_only = {name: batch[name] for name in ("tokens", "segment_ids", "targets", "loss_weights")}
+    open_picture(pictures.batch_picture(text_only, decode, tmp_path / "text.png", rows=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def write_page(folder, outside):
+    samples = [
+        page.Sample(np.full((8, 8, 3), 7, np.uint8), "<script>alert(1)</script>", "Red.", "red"),
+        page.Sample(None, "what?", "<b>blue</b>", "red"),
+        page.Sample(None, "why?", "because"),
+    ]
+    inside = folder / "first batch.png"
+    for path in (inside, outside):
+        Image.new("RGB", (4, 4)).save(path)
+    results = {"accuracy": 0.9123, "by kind": {"<i>": 0.5}}
+    config = {"note": "</pre><script>"}
+    return page.write_page(folder, "a <run>", config, {"jax": "1"}, results, samples, [inside, outside])
+
+
+def test_page_escapes_all_text_and_refers_only_to_its_own_files(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = write_page(folder, tmp_path / "outside.png").read_text()
+    assert not re.search(r"<(script|b|i|run)>", text)
+    assert "&lt;script&gt;alert(1)" in text and "a &lt;run&gt;" in text
+    references = re.findall(r'(?:src|href)="([^"]*)"', text)
+    files = [reference for reference in references if not reference.startswith("data:")]
+    assert set(files) == {"first%20batch.png"}
+    assert "url(" not in text and "http" not in text
+    assert len([reference for reference in references if reference.startswith("data:image/png")]) == 2
+
+
+def test_page_marks_right_and_wrong(tmp_path):
+    text = write_page(tmp_path, tmp_path / "other.png").read_text()
+    assert "1 of 2 right" in text
+    assert text.count('class="right"') == text.count('class="wrong"') == 1
+    assert "0.912" in text and "by kind.&lt;i&gt;" in text
+
+
+def test_page_refuses_a_picture_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="lost.png"):
+        page.write_page(tmp_path, "a run", {}, {}, {}, [], [tmp_path / "lost.png"])
+
+
+def test_versions_name_the_software_and_the_machine():
+    facts = page.versions()
+    assert {"python", "jax", "flax", "grain", "hovle_jax", "platform", "device", "cpu_count"} <= facts.keys()
+    assert facts["jax"] == __import__("jax").__version__ and facts["device_count"] >= 1
