@@ -4,13 +4,13 @@ import logging
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from hovle_jax.errors import UserError
 
 
 def run(main):
     """Runs main() with parsed absl flags; a user's mistake becomes one line on stderr and status 2."""
-    logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         app.run(lambda _: _call(main), flags_parser=_parse_flags)
     except KeyboardInterrupt:
@@ -18,6 +18,8 @@ def run(main):
 
 
 def _call(main):
+    absl_logging.set_verbosity(absl_logging.WARNING)  # libraries tell the user nothing but warnings
+    logging.getLogger().setLevel(logging.WARNING)
     try:
         main()
     except UserError as error:

@@ -35,6 +35,12 @@ def merge(first, second):
     return traverse_util.unflatten_dict(traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second))
 
 
+def unboxed(tree):
+    """The plain tree of a boxed abstract one (Linen's own unboxing would constrain what is not there yet)."""
+    is_boxed = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    return jax.tree.map(lambda leaf: leaf.value if is_boxed(leaf) else leaf, tree, is_leaf=is_boxed)
+
+
 def abstract_params(models: Models, batch, mesh):
     """Shapes with shardings of every parameter that the stage holds.
 
@@ -48,7 +54,7 @@ def abstract_params(models: Models, batch, mesh):
         shardings = shardings_of(boxed, mesh)
         tree[component] = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            nn.meta.unbox(boxed),
+            unboxed(boxed),
             shardings,
         )
     return select(tree, stage.holds)
