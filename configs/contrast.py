@@ -12,9 +12,9 @@ def get_config(preset="tiny"):
     config = recipes.base("contrast", preset)
     config.data.batch_size = 128
     config.data.augment = True
-    config.steps = 700
+    config.steps = 250
     config.optimizer.learning_rate = 1.5e-3
-    config.optimizer.warmup_steps = 50
+    config.optimizer.warmup_steps = 30
     config.optimizer.weight_decay = 0.1
     config.optimizer.b2 = 0.98
     return config

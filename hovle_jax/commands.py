@@ -36,7 +36,9 @@ def _parse_flags(argv):
     except flags.Error as error:
         _fail(error)
     except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown key
-        _fail("unknown config key: " + str(error).strip("\"'\\").replace("\\n", " ").replace("\n", " ").replace("\\", ""))
+        _fail(
+            "unknown config key: " + str(error).strip("\"'\\").replace("\\n", " ").replace("\n", " ").replace("\\", "")
+        )
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; every option starts with --")
     return rest

@@ -18,7 +18,9 @@ from hovle_jax import commands
 from hovle_jax.config import InitConfig, RunConfig
 from hovle_jax.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A stage's config file, with a preset: configs/distill.py:tiny")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A stage's config file, with a preset: configs/distill.py:tiny"
+)
 WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder of all runs, one folder a stage")
 
 
@@ -73,12 +75,13 @@ def main():
     config = RunConfig.from_dict(CONFIG.value.to_dict())
     workdir = pathlib.Path(WORKDIR.value)
 
+    from hovle_jax.evaluation.summary import summarize
     from hovle_jax.report.progress import format_duration
     from hovle_jax.training import checkpoint, loop
 
     checkpoint.open_run_folder(workdir)
     runs = plan(config, pathlib.Path(config_path.split(":")[0]).parent, workdir)
-    for done, (stage, folder, sources) in enumerate(runs):
+    for stage, folder, _ in runs:
         loop.check(stage)
         checkpoint.check_same_config(folder, stage)
     for done, (stage, folder, sources) in enumerate(runs):
@@ -89,7 +92,9 @@ def main():
             continue
         print(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
         result = loop.run(stage, folder, sources)
-        del result
+        if result.finished:
+            for name, value in summarize(stage, result).items():
+                print(f"{stage.stage}: {name} {value}")
     print(f"done in {format_duration(time.time() - started)}; see {workdir / config.stage / 'report.html'}")
 
 

@@ -116,12 +116,15 @@ def _builder_class():
         def _generate_examples(self, split):
             images = _package_folder() / split / "images"
             for index, pairs in enumerate(_questions(split)):
-                yield index, {
-                    "index": index,
-                    "image": (images / f"{index}.png").read_bytes(),
-                    "questions": [q for q, _ in pairs],
-                    "answers": [a for _, a in pairs],
-                }
+                yield (
+                    index,
+                    {
+                        "index": index,
+                        "image": (images / f"{index}.png").read_bytes(),
+                        "questions": [q for q, _ in pairs],
+                        "answers": [a for _, a in pairs],
+                    },
+                )
 
     return EasyVqa
 

@@ -4,7 +4,6 @@ Dimension letters: B batch, L tokens (short stream), M tiles, P visual tokens of
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import EmbeddingConfig, ExecutionConfig

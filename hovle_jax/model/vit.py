@@ -6,7 +6,6 @@ Dimension letters: M tiles, T tokens of a tower, D width, H heads, C head dim, P
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import ExecutionConfig, ViTConfig

@@ -1,8 +1,8 @@
 """Orbax: a run's resumable state, and the finished model that the next stage and the other commands read.
 
-    RUN/checkpoints/STEP/   trained parameters, optimizer state, step
-    RUN/model/COMPONENT/    the result, one component a folder ('embedding', 'llm', 'clip'); appears when complete
-    RUN/config.json, RUN/tokenizer.model
+RUN/checkpoints/STEP/   trained parameters, optimizer state, step
+RUN/model/COMPONENT/    the result, one component a folder ('embedding', 'llm', 'clip'); appears when complete
+RUN/config.json, RUN/tokenizer.model
 """
 
 import json
@@ -121,7 +121,9 @@ def load_component(folder, component, abstract):
     """
     path = pathlib.Path(folder).absolute() / "model" / component
     if not path.is_dir():
-        raise UserError(f"{folder} holds no finished {component!r} weights; train that stage first, or name another run")
+        raise UserError(
+            f"{folder} holds no finished {component!r} weights; train that stage first, or name another run"
+        )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         _check_shapes(folder, component, stored, abstract)

@@ -216,12 +216,13 @@ def mean_metrics(waiting, step, folder):
                 f"the loss is {metrics['loss']} at step {step - back}; the newest checkpoint in {folder} is from before: "
                 "lower optimizer.learning_rate or optimizer.clip_norm and start in another --workdir"
             )
-    return {name: float(np.mean([m[name] for m in values])) for name in values[0]}
+    names = sorted(values[0], key=lambda name: name != "loss")
+    return {name: float(np.mean([m[name] for m in values])) for name in names}
 
 
 def held_out_batches(config, tokenizer):
-    """Batches of the distillation loss on pictures that are never trained on; other stages have benchmarks."""
-    if config.stage != "distill":
+    """Batches of the stage's own loss on pictures that are never trained on; the later stages have benchmarks."""
+    if config.stage not in ("pretrain", "distill"):
         return []
     dataset = pipeline.build_dataset(config, tokenizer, pipeline.load_pictures(config, "test"), held_out=True)
     return [dataset[i] for i in range(HELD_OUT_BATCHES)]

@@ -78,7 +78,9 @@ def shardings_of(boxed, mesh):
             parts = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
             if size % parts:
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
-                log.warning("%s: axis %s of %d is not divisible by %s=%d and stays whole", where, name, size, axis, parts)
+                log.warning(
+                    "%s: axis %s of %d is not divisible by %s=%d and stays whole", where, name, size, axis, parts
+                )
                 axis = None
             spec.append(axis)
         return NamedSharding(mesh, PartitionSpec(*spec))

@@ -32,7 +32,9 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x):
         B, K, D = x.shape
-        return dense(self.width, ("embed", "embed_out"), "projection", self.dtype)(x.reshape(B * K, D)).reshape(B, K, -1)
+        return dense(self.width, ("embed", "embed_out"), "projection", self.dtype)(x.reshape(B * K, D)).reshape(
+            B, K, -1
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Models:
 
 
 def pretrain_losses(models, params, batch):
-    logits = models.hovle.llm.apply({"params": params["llm"]}, batch["tokens"], batch["positions"], batch["segment_ids"])
+    logits = models.hovle.llm.apply(
+        {"params": params["llm"]}, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
     return {"loss": cross_entropy(logits, batch["targets"], batch["loss_weights"])}
 
 

@@ -41,23 +41,20 @@ def unboxed(tree):
     return jax.tree.map(lambda leaf: leaf.value if is_boxed(leaf) else leaf, tree, is_leaf=is_boxed)
 
 
-def abstract_params(models: Models, batch, mesh):
-    """Shapes with shardings of every parameter that the stage holds.
+def abstract_component(models: Models, component, batch, mesh):
+    """Shapes with shardings of one component's parameters; `batch` may be shapes too."""
+    boxed = jax.eval_shape(lambda b: models.init(component, jax.random.key(0), b), batch)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        unboxed(boxed),
+        shardings_of(boxed, mesh),
+    )
 
-    Args:
-      batch: a batch, or its shapes.
-    """
-    stage = STAGES[models.config.stage]
-    tree = {}
-    for component in components_of(models.config):
-        boxed = jax.eval_shape(lambda b, c=component: models.init(c, jax.random.key(0), b), batch)
-        shardings = shardings_of(boxed, mesh)
-        tree[component] = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            unboxed(boxed),
-            shardings,
-        )
-    return select(tree, stage.holds)
+
+def abstract_params(models: Models, batch, mesh):
+    """Shapes with shardings of every parameter that the stage holds."""
+    tree = {c: abstract_component(models, c, batch, mesh) for c in components_of(models.config)}
+    return select(tree, STAGES[models.config.stage].holds)
 
 
 def init_component(models: Models, component, batch, abstract):

@@ -1,0 +1,35 @@
+"""Scores a finished run on a benchmark.
+
+python -m hovle_jax.evaluate --checkpoint runs/instruct --benchmark easy_vqa
+python -m hovle_jax.evaluate --checkpoint runs/contrast --benchmark easy_vqa_zero_shot --json
+"""
+
+import json
+import time
+
+from absl import flags
+
+from hovle_jax import commands
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run: runs/instruct")
+BENCHMARK = flags.DEFINE_string("benchmark", "easy_vqa", "easy_vqa, or easy_vqa_zero_shot for a contrast run")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else")
+
+
+def main():
+    folder = commands.required("checkpoint")
+    from hovle_jax.evaluation.benchmarks import evaluate
+
+    started = time.time()
+    scores, _ = evaluate(folder, BENCHMARK.value)
+    result = {"benchmark": BENCHMARK.value, "checkpoint": folder, "split": "test", **scores}
+    result["seconds"] = round(time.time() - started, 1)
+    if JSON.value:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:20} {value}")
+
+
+if __name__ == "__main__":
+    commands.run(main)

@@ -1,0 +1,30 @@
+"""Benchmarks by name: what they need of a run, and how they are scored."""
+
+import dataclasses
+from collections.abc import Callable
+
+from hovle_jax.errors import UserError
+from hovle_jax.evaluation import easy_vqa
+from hovle_jax.training.load import load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """`score(loaded)` returns (scores, records [(picture, question, answer, expected)])."""
+
+    components: tuple[str, ...]
+    score: Callable
+
+
+BENCHMARKS = {
+    "easy_vqa": Benchmark(("embedding", "llm"), easy_vqa.question_answering),
+    "easy_vqa_zero_shot": Benchmark(("clip",), easy_vqa.zero_shot),
+}
+
+
+def evaluate(folder, name):
+    """Scores a finished run. Raises UserError for an unknown benchmark or a run without the needed components."""
+    if name not in BENCHMARKS:
+        raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[name]
+    return benchmark.score(load_run(folder, benchmark.components))

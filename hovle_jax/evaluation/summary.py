@@ -1,0 +1,80 @@
+"""What a finished run shows: its scores, sample answers beside their pictures, plots, one page."""
+
+import json
+
+import numpy as np
+
+from hovle_jax.data import easy_vqa
+from hovle_jax.data.pipeline import CAPTION_REQUEST
+from hovle_jax.data.text import IMAGE_MARK
+from hovle_jax.evaluation.benchmarks import evaluate
+from hovle_jax.inference.generate import answer
+from hovle_jax.report.metrics import read_metrics
+from hovle_jax.report.page import Sample, versions, write_page
+from hovle_jax.report.plots import plot_metrics
+from hovle_jax.training.load import load_run
+
+NUM_SAMPLES = 24
+
+
+def summarize(config, result):
+    """Scores a finished run, writes RUN/results.json, RUN/metrics.png and RUN/report.html.
+
+    Returns:
+      {name: number}, as in results.json.
+    """
+    folder = result.folder
+    scores, samples = SCORERS.get(config.stage, lambda folder: ({}, []))(folder)
+    scores = held_out_change(result) | scores
+    (folder / "results.json").write_text(json.dumps(scores, indent=2) + "\n")
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    plot = plot_metrics(read_metrics(folder), folder / "metrics.png", f"{config.stage} ({config.preset})")
+    title = f"hovle_jax: {config.stage} ({config.preset})"
+    pictures = [plot, folder / "first_batch.png"]
+    write_page(folder, title, config.to_dict(), versions(), scores, samples, pictures)
+    return scores
+
+
+def held_out_change(result):
+    """The held-out metrics before the first step and at the end."""
+    if not result.held_out:
+        return {}
+    first, last = min(result.held_out), max(result.held_out)
+    changes = {}
+    for name, value in result.held_out[last].items():
+        if first != last:
+            changes[f"held-out {name} at step {first}"] = round(result.held_out[first][name], 4)
+        changes[f"held-out {name} at step {last}"] = round(value, 4)
+    return changes
+
+
+def benchmark_samples(name):
+    """A scorer that runs a benchmark; wrong answers come first, then an even choice of the rest."""
+
+    def score(folder):
+        scores, records = evaluate(folder, name)
+        wrong = [r for r in records if r[2] != r[3]][: NUM_SAMPLES // 3]
+        right = [r for r in records if r[2] == r[3]]
+        some = np.linspace(0, len(right) - 1, min(NUM_SAMPLES - len(wrong), len(right))).astype(int)
+        chosen = wrong + [right[i] for i in some]
+        return scores, [Sample(picture.image, question, got, expected) for picture, question, got, expected in chosen]
+
+    return score
+
+
+def captions(folder):
+    """`align` has learned to describe: captions of test pictures."""
+    pictures = [p for p in easy_vqa.load("test") if p.caption][: 10 * NUM_SAMPLES]
+    loaded = load_run(folder, ("embedding", "llm"))
+    prompt = f"{IMAGE_MARK}\n{CAPTION_REQUEST}"
+    answers = answer(loaded.answerer, [(prompt, [p.image]) for p in pictures], max_new_tokens=8, batch_size=64)
+    right = np.mean([got == p.caption for got, p in zip(answers, pictures)])
+    samples = [Sample(p.image, CAPTION_REQUEST, got, p.caption) for p, got in zip(pictures, answers)]
+    return {f"captions right of {len(pictures)} test pictures (%)": round(100 * float(right), 2)}, samples[:NUM_SAMPLES]
+
+
+SCORERS = {
+    "contrast": benchmark_samples("easy_vqa_zero_shot"),
+    "align": captions,
+    "instruct": benchmark_samples("easy_vqa"),
+}

@@ -1,0 +1,35 @@
+"""Answers a question about an image.
+
+    python -m hovle_jax.generate --checkpoint runs/instruct --image picture.png --prompt "what color is the shape?"
+
+Each `<image>` in the prompt takes one --image, in order; without any mark the images come first.
+"""
+
+from absl import flags
+
+from hovle_jax import commands
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run: runs/instruct")
+IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times")
+PROMPT = flags.DEFINE_string("prompt", None, "The question")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer", lower_bound=1)
+
+
+def main():
+    folder, prompt = commands.required("checkpoint"), commands.required("prompt")
+    from hovle_jax.data.images import load_image
+    from hovle_jax.data.text import render
+
+    # All that can be wrong with the input is known before a model is loaded.
+    images = [load_image(path) for path in IMAGE.value]
+    render([(prompt, None)], tiles=(1,) * len(images))
+
+    from hovle_jax.inference.generate import answer
+    from hovle_jax.training.load import load_run
+
+    loaded = load_run(folder, ("embedding", "llm"))
+    print(answer(loaded.answerer, [(prompt, images)], MAX_NEW_TOKENS.value)[0])
+
+
+if __name__ == "__main__":
+    commands.run(main)

@@ -1,0 +1,121 @@
+"""Greedy answers to a batch of prompts of different lengths, with the caches of both stacks."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hovle_jax.data.batch import BatchShape, Sample, finish_row, pack_row
+from hovle_jax.data.images import single_tile
+from hovle_jax.data.text import Tokenizer, encode_conversation
+from hovle_jax.model.hovle import HoVLE
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+    """What answers: a model, its parameters {'embedding', 'llm'}, and how text becomes tokens for it."""
+
+    hovle: HoVLE
+    params: dict
+    tokenizer: Tokenizer
+    system_message: str = ""
+
+
+@functools.partial(jax.jit, static_argnames=("hovle", "max_new_tokens", "stop_ids"))
+def greedy(params, batch, *, hovle, max_new_tokens, stop_ids):
+    """The most likely token after another.
+
+    Args:
+      params: {'embedding', 'llm'}.
+      batch: right-padded prompts, one segment a row, after the batch contract.
+      hovle: the model (static).
+    Returns:
+      tokens [B, max_new_tokens] int32; behind a row's stop token (which is kept) stands that token again.
+    """
+    B, L = batch["tokens"].shape
+    L_embedding = batch.get("long_tokens", batch["tokens"]).shape[1]
+    cache = hovle.empty_cache(B, L + max_new_tokens, L_embedding + max_new_tokens, hovle.execution.dtype)
+    logits, cache = hovle.prefill(params, batch, cache)
+    stops = jnp.asarray(stop_ids, jnp.int32)
+
+    def is_stop(token):
+        return jnp.any(token[:, None] == stops, axis=1)
+
+    def unfinished(carry):
+        step, _, token, _ = carry
+        return (step < max_new_tokens) & ~jnp.all(is_stop(token))
+
+    def one_more(carry):
+        step, tokens, token, cache = carry
+        active = ~is_stop(token)
+        logits, cache = hovle.decode(params, token, active, cache)
+        token = jnp.where(active, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
+        return step + 1, tokens.at[:, step].set(token), token, cache
+
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = jnp.broadcast_to(token[:, None], (B, max_new_tokens)).astype(jnp.int32)
+    step, tokens, token, _ = jax.lax.while_loop(unfinished, one_more, (jnp.int32(1), tokens, token, cache))
+    # All rows ended early: the places that were not reached repeat each row's stop token.
+    return jnp.where(jnp.arange(max_new_tokens)[None] < step, tokens, token[:, None])
+
+
+def prompt_samples(answerer: Answerer, prompts):
+    """[(question, [Pillow images or arrays])] -> [Sample]. Raises UserError when marks and images disagree."""
+    embedding = answerer.hovle.config.embedding
+    samples = []
+    for question, images in prompts:
+        encoded = encode_conversation(
+            answerer.tokenizer,
+            [(question, None)],
+            answerer.system_message,
+            (1,) * len(images),
+            embedding.tokens_per_tile,
+        )
+        tiles = [single_tile(image, embedding.image_size) for image in images]
+        empty = np.zeros((0, embedding.image_size, embedding.image_size, 3), np.uint8)
+        samples.append(Sample(encoded.tokens, encoded.supervised, np.concatenate([empty, *tiles])))
+    return samples
+
+
+def prompt_batch(answerer: Answerer, samples, length=None):
+    """Right-padded prompts as a batch; `length` (default: the longest prompt) fixes the shape."""
+    embedding = answerer.hovle.config.embedding
+    shape = BatchShape(
+        length=length or max(len(s.tokens) for s in samples),
+        tiles=max([1] + [len(s.tiles) for s in samples]),
+        tile_size=embedding.image_size,
+        tokens_per_tile=embedding.tokens_per_tile,
+        expansion=embedding.stack_tokens_per_tile // embedding.tokens_per_tile,
+        image_id=answerer.tokenizer.image_id,
+    )
+    rows = [finish_row(pack_row([s], shape), shape, "images") for s in samples]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def answer(answerer: Answerer, prompts, max_new_tokens=32, batch_size=64):
+    """Answers to [(question, images)], in order. Batches have one shape, so the program compiles once."""
+    samples = prompt_samples(answerer, prompts)
+    batch_size = min(batch_size, len(samples))
+    length = max(len(s.tokens) for s in samples)
+    answers = []
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        filler = [part[-1]] * (batch_size - len(part))
+        batch = prompt_batch(answerer, part + filler, length)
+        tokens = greedy(
+            answerer.params,
+            batch,
+            hovle=answerer.hovle,
+            max_new_tokens=max_new_tokens,
+            stop_ids=answerer.tokenizer.stop_ids,
+        )
+        answers += [text_of(answerer.tokenizer, row) for row in np.asarray(tokens)[: len(part)]]
+    return answers
+
+
+def text_of(tokenizer, tokens):
+    """The answer's text up to its first stop token."""
+    stops = np.flatnonzero(np.isin(tokens, tokenizer.stop_ids))
+    return tokenizer.decode(tokens[: stops[0]] if len(stops) else tokens).strip()

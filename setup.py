@@ -1,0 +1,42 @@
+"""Packaging of hovle_jax. Each dependency has its reason beside it."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").read_text()).group(1)
+
+setup(
+    name="hovle_jax",
+    version=VERSION,
+    description="HoVLE, the monolithic vision-language model with a holistic embedding, in JAX and Flax",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hovle_jax", "hovle_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8",  # Linen modules
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",  # the input pipeline
+        "tensorflow-datasets>=4.9.10",  # prepares and reads data sets as ArrayRecord, without TensorFlow
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "sentencepiece>=0.2.1",
+        "pillow",  # decodes and resizes pictures
+        "ml_collections>=1.1.0",  # config files and their command-line overrides
+        "safetensors>=0.5",  # public checkpoints
+        "easy-vqa==1.0",  # the default data: 3 MB of pictures and questions
+        "matplotlib",  # loss plots
+        "tensorboardX",  # TensorBoard files without TensorFlow
+    ],
+    extras_require={
+        # jax's own extra picks the libtpu that belongs to it.
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+        "test": ["pytest>=8", "pytest-xdist>=3"],
+    },
+)
