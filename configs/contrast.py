@@ -10,10 +10,10 @@ from hovle_jax import recipes
 
 def get_config(preset="tiny"):
     config = recipes.base("contrast", preset)
-    config.data.batch_size = 128
+    config.data.batch_size = 64
     config.data.augment = True
-    config.steps = 250
-    config.optimizer.learning_rate = 1.5e-3
+    config.steps = 500
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 30
     config.optimizer.weight_decay = 0.1
     config.optimizer.b2 = 0.98

@@ -17,7 +17,7 @@ from hovle_jax.data.images import augment, single_tile
 from hovle_jax.data.text import IMAGE_MARK, Tokenizer, encode_conversation, encode_random_text
 
 CAPTION_REQUEST = "describe the picture."
-MAX_TEXT_TURNS = 4
+MAX_TEXT_TURNS = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ class TextTower(nn.Module):
         """[N, T] ids that contain `end_id` -> the final-norm state [N, D] at the first end token."""
         c = self.config
         T = tokens.shape[1]
-        init = partitioned(nn.initializers.normal(0.01), "positions", "embed")
+        init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
         positions = self.param("position_embedding", init, (c.context, c.width))
         x = TokenTable(c.vocab_size, c.width, self.execution.dtype, name="token_embedding")(tokens)
         x = x + positions[:T].astype(x.dtype)

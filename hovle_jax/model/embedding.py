@@ -47,7 +47,8 @@ class HolisticEmbedding(nn.Module):
 
     def setup(self):
         c, dtype = self.config, self.execution.dtype
-        width, table_init = c.stack.width, partitioned(nn.initializers.normal(0.02), "positions", "embed")
+        width = c.stack.width
+        table_init = partitioned(nn.initializers.normal(width**-0.5), "positions", "embed")
         self.patch_embedding = dense(width, ("patch", "embed"), "patch_embedding", dtype, use_bias=True)
         self.position_embedding = self.param("position_embedding", table_init, (c.grid**2, width))
         # Stored in the public checkpoints and never used: kept so that an export returns what was imported.

@@ -21,14 +21,18 @@ def partitioned(init, *names):
     return nn.with_logical_partitioning(init, names)
 
 
-def dense(features, axes, name, dtype, use_bias=False, stddev=0.02):
-    """A standard Linen Dense with logical axes on its kernel (and on its bias the output axis)."""
+def dense(features, axes, name, dtype, use_bias=False, branches=1):
+    """A standard Linen Dense with logical axes on its kernel (and on its bias the output axis).
+
+    Kernels start with a variance of 1 / fan-in, which at the paper's width of 2048 is the usual 0.02 and at small
+    widths keeps the signal; `branches` = how many such outputs are added up in a residual stream.
+    """
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
         name=name,
-        kernel_init=partitioned(nn.initializers.normal(stddev), *axes),
+        kernel_init=partitioned(nn.initializers.variance_scaling(1.0 / branches, "fan_in", "normal"), *axes),
         bias_init=partitioned(nn.initializers.zeros, axes[1]),
     )
 
@@ -134,7 +138,7 @@ class DecoderLayer(nn.Module):
             key, value = cache[0].astype(dtype), cache[1].astype(dtype)
         out = attend(query, key, value, allowed, self.execution.attention)
         out = out.reshape(B * L, c.num_heads * c.head_dim)
-        return x + dense(c.width, ("heads", "embed"), "output", dtype)(out), cache
+        return x + dense(c.width, ("heads", "embed"), "output", dtype, branches=2 * c.num_layers)(out), cache
 
     def feed_forward(self, x):
         """SwiGLU: down(silu(gate x) * up x)."""
@@ -142,7 +146,7 @@ class DecoderLayer(nn.Module):
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
         gate = nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate", dtype)(y))
         up = dense(c.mlp_width, ("embed", "mlp"), "up", dtype)(y)
-        return x + dense(c.width, ("mlp", "embed"), "down", dtype)(gate * up)
+        return x + dense(c.width, ("mlp", "embed"), "down", dtype, branches=2 * c.num_layers)(gate * up)
 
 
 REMAT_POLICIES = {
@@ -219,7 +223,6 @@ class TokenTable(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        table = self.param(
-            "embedding", partitioned(nn.initializers.normal(0.02), "vocab", "embed"), (self.size, self.width)
-        )
+        init = partitioned(nn.initializers.normal(self.width**-0.5), "vocab", "embed")
+        table = self.param("embedding", init, (self.size, self.width))
         return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)

@@ -52,6 +52,7 @@ class EncoderLayer(nn.Module):
     norm_eps: float
     activation: str
     execution: ExecutionConfig
+    branches: int = 1  # residual branches of the whole encoder, for the initialisation
     qkv_bias: bool = True
     layer_scale: bool = False
     qk_norm: bool = False
@@ -70,10 +71,14 @@ class EncoderLayer(nn.Module):
 
         y = norm(name="norm1")(x)
         y = attend(*(projection(name, y) for name in ("query", "key", "value")), allowed, self.execution.attention)
-        y = dense(self.width, ("heads", "embed"), "output", dtype, use_bias=True)(y.reshape(x.shape))
+        y = dense(self.width, ("heads", "embed"), "output", dtype, use_bias=True, branches=self.branches)(
+            y.reshape(x.shape)
+        )
         x = x + self.scaled(y, "scale1")
         y = dense(self.mlp_width, ("embed", "mlp"), "up", dtype, use_bias=True)(norm(name="norm2")(x))
-        y = dense(self.width, ("mlp", "embed"), "down", dtype, use_bias=True)(ACTIVATIONS[self.activation](y))
+        y = dense(self.width, ("mlp", "embed"), "down", dtype, use_bias=True, branches=self.branches)(
+            ACTIVATIONS[self.activation](y)
+        )
         return x + self.scaled(y, "scale2"), None
 
     def scaled(self, y, name):
@@ -93,6 +98,7 @@ def run_encoder(config, num_layers, execution, x, allowed=None, **options):
         norm_eps=config.norm_eps,
         activation=config.activation,
         execution=execution,
+        branches=2 * num_layers,
         name="layers",
         **options,
     )
@@ -126,7 +132,7 @@ class VisionTransformer(nn.Module):
         x = dense(c.width, ("patch", "embed"), "patch_embedding", dtype, use_bias=c.patch_bias)(
             patches.reshape(M * P, length)
         ).reshape(M, P, c.width)
-        init = partitioned(nn.initializers.normal(0.02), "positions", "embed")
+        init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
         class_embedding = self.param("class_embedding", init, (1, c.width))
         class_position = self.param("class_position", init, (1, c.width))
         positions = self.param("position_embedding", init, (c.grid**2, c.width))

@@ -1,0 +1,150 @@
+"""Micro runs: every stage and variant at a width of 32, on a corpus of 24 generated pictures."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hovle_jax import recipes
+from hovle_jax.config import (
+    CLIPConfig,
+    EmbeddingConfig,
+    ExecutionConfig,
+    HoVLEConfig,
+    LLMConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StackConfig,
+    TeacherConfig,
+    TextTowerConfig,
+    TokenizerConfig,
+    ViTConfig,
+)
+from hovle_jax.data import easy_vqa, pipeline
+from hovle_jax.data.text import Tokenizer
+from hovle_jax.training.loop import load_params
+from hovle_jax.training.optimizer import make_optimizer
+from hovle_jax.training.sharding import make_mesh, put_batch
+from hovle_jax.training.stages import Models
+from hovle_jax.training.state import make_state
+
+VOCAB = 320
+SYSTEM = "be brief."
+SIZE = 32
+COLOUR_VALUES = dict(
+    black=(0, 0, 0), blue=(0, 0, 255), brown=(139, 69, 19), gray=(128, 128, 128),
+    green=(0, 128, 0), red=(255, 0, 0), teal=(0, 128, 128), yellow=(255, 255, 0),
+)  # fmt: skip
+
+
+def draw(color, shape):
+    """[SIZE, SIZE, 3] uint8: a shape off the centre on white."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    inside = {
+        "circle": (y - 14) ** 2 + (x - 18) ** 2 < 64,
+        "rectangle": (abs(y - 12) < 5) & (abs(x - 16) < 10),
+        "triangle": (y < 24) & (y > 6 + 2 * abs(x - 13)),
+    }[shape]
+    return np.where(inside[..., None], COLOUR_VALUES[color], 255).astype(np.uint8)
+
+
+@functools.cache
+def pictures():
+    """One picture for each of the 24 captions."""
+    made = []
+    for index, caption in enumerate(easy_vqa.CAPTIONS):
+        _, color, shape = caption.split()
+        questions = (
+            ("what color is the shape?", color),
+            ("what shape is in the image?", shape),
+            (f"is there a {color} shape?", "yes"),
+            (f"is there not a {shape} in the image?", "no"),
+        )
+        made.append(easy_vqa.Picture(index, draw(color, shape), questions, easy_vqa.deduce_caption(questions)))
+    return tuple(made)
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return pipeline.train_tokenizer(run_config("pretrain"), pictures())
+
+
+def vision_tower(**changes):
+    return ViTConfig(image_size=SIZE, patch_size=8, width=32, num_layers=2, num_heads=2, mlp_width=64, **changes)
+
+
+def clip_config():
+    vision = vision_tower(layer_scale=False, patch_bias=False, pre_norm=True, post_norm=True)
+    text = TextTowerConfig(vocab_size=VOCAB, width=32, num_layers=1, num_heads=2, mlp_width=64, context=24, end_id=2)
+    return CLIPConfig(vision=vision, text=text, projection_width=16)
+
+
+def teacher_config(kind="clip", projector="linear"):
+    vision = clip_config().vision if kind == "clip" else vision_tower()
+    return TeacherConfig(kind=kind, vision=vision, projector=projector)
+
+
+def model_config(variant="pre", special=0, normalize_output=False):
+    """`variant`: pixel_shuffle; `special`: rows of the second text table, taken off the first one."""
+    stack = StackConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64)
+    embedding = EmbeddingConfig(
+        stack=stack, image_size=SIZE, patch_size=8, vocab_size=VOCAB - special, pixel_shuffle=variant,
+        num_special_tokens=special, normalize_output=normalize_output,
+    )  # fmt: skip
+    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=stack, vocab_size=VOCAB, max_length=512))
+
+
+def run_config(stage, variant="pre", teacher="clip", projector="linear", special=0, data=None, **changes) -> RunConfig:
+    """A run of one stage; `data` changes fields of its DataConfig, the rest those of RunConfig."""
+    base = RunConfig.from_dict(recipes.base(stage, "tiny").to_dict())
+    lengths = {"pretrain": 192, "distill": 64}
+    made = dict(
+        batch_size=8, sequence_length=lengths.get(stage, 88), random_tokens=6, augment=True, system_message=SYSTEM
+    )
+    config = dataclasses.replace(
+        base,
+        model=model_config(variant, special),
+        clip=clip_config(),
+        teacher=teacher_config(teacher, projector),
+        tokenizer=TokenizerConfig(vocab_size=VOCAB),
+        data=dataclasses.replace(base.data, **(made | (data or {}))),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1),
+        execution=ExecutionConfig(),
+        steps=8,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def one_device():
+    """A mesh of the first device alone."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def dataset(config):
+    return pipeline.build_dataset(config, tokenizer(), pictures())
+
+
+@functools.cache
+def _params(config):
+    return load_params(Models(config, config.execution), dataset(config)[0], one_device(), {})
+
+
+def params(config):
+    """Fresh parameters of a run on one device; a copy, so that they may be donated."""
+    return jax.tree.map(jnp.copy, _params(config))
+
+
+def start(config):
+    """-> (state at step 0, data set, function of (state, batch) -> (state, metrics)), on one device."""
+    from hovle_jax.training.step import train_step
+
+    models, optimizer = Models(config, config.execution), make_optimizer(config.optimizer, config.steps)
+    mesh = one_device()
+
+    def step(state, batch):
+        return train_step(state, put_batch(batch, mesh), stage=config.stage, models=models, optimizer=optimizer)
+
+    return make_state(models, params(config), optimizer), dataset(config), step

@@ -1,0 +1,324 @@
+"""Data: easy-VQA, tokenizer and template, packing, the longer stream of HD, batch = f(seed, step)."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from hovle_jax.data import easy_vqa, pipeline
+from hovle_jax.data.batch import BatchShape, Sample, collate, lengthen, pack_row
+from hovle_jax.data.images import augment, load_image, single_tile
+from hovle_jax.data.text import ADDED_TOKENS, encode_conversation, encode_random_text, render_text
+from hovle_jax.errors import UserError
+from hovle_jax.training import loop
+from tests import micro
+from tests.golden import golden
+
+# ---------------------------------------------------------------------------------------------------------------------
+# easy-VQA
+
+
+def no_to_all(words, but):
+    return [(f"is there a {word} shape?", "no") for word in words if word not in but]
+
+
+@pytest.mark.parametrize(
+    "questions, caption",
+    [
+        ([("what color is the circle?", "red")], "a red circle"),  # a named shape in an open question is there
+        ([("what color is the shape?", "teal"), ("what shape is present?", "triangle")], "a teal triangle"),
+        ([("is a blue shape present?", "yes"), ("does the image contain a circle?", "yes")], "a blue circle"),
+        ([("is there not a blue shape?", "no"), ("is no circle present?", "no")], "a blue circle"),  # negated
+        ([("what color is the shape?", "red"), ("is there not a circle?", "yes")], ""),  # two shapes are left
+        ([("is there a circle?", "no"), ("is no triangle present?", "yes"), ("what color is it?", "gray")],
+         "a gray rectangle"),  # by elimination
+        ([("what shape is it?", "circle"), *no_to_all(easy_vqa.COLORS, ["green"])], "a green circle"),
+        ([("what shape is it?", "circle"), *no_to_all(easy_vqa.COLORS, ["green", "red"])], ""),
+        ([("what shape is it?", "circle"), ("is there a red shape?", "no")], ""),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_caption_deduction(questions, caption):
+    assert easy_vqa.deduce_caption(questions) == caption
+
+
+@pytest.mark.parametrize("split, pictures, questions, open_captions", [
+    ("train", 4000, 38_575, 422), ("test", 1000, 9_673, 112),
+])  # fmt: skip
+def test_the_real_corpus(split, pictures, questions, open_captions):
+    loaded = easy_vqa.load(split)
+    assert [p.index for p in loaded] == list(range(pictures))
+    assert sum(len(p.questions) for p in loaded) == questions
+    assert sum(not p.caption for p in loaded) == open_captions
+    assert {p.caption for p in loaded} == {*easy_vqa.CAPTIONS, ""}
+    assert all(p.image.shape == (64, 64, 3) and p.image.dtype == np.uint8 for p in loaded)
+    for picture in loaded:  # a caption never contradicts a direct answer
+        for _, answer in picture.questions:
+            assert answer in ("yes", "no") or not picture.caption or answer in picture.caption.split()
+
+
+def test_the_test_split_is_never_trained_on(tmp_path):
+    config = micro.run_config("instruct", data={"split": "test"})
+    with pytest.raises(UserError, match="data.split='test'.*'train' split alone"):
+        loop.run(config, tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="no split 'validation'; use one of train, test"):
+        easy_vqa.load("validation")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and template
+
+
+@pytest.mark.parametrize("text", ["what color is the shape?", "  two  spaces \n\n", "🙂 你好, naïve\t✓", "", "a\nb"])
+def test_tokenizer_round_trip(text):
+    tokenizer = micro.tokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.first_special for i in ids)
+    assert type(tokenizer)(tokenizer.model).encode(text) == ids
+
+
+def test_tokenizer_ids():
+    tokenizer = micro.tokenizer()
+    assert tokenizer.vocab_size == micro.VOCAB == tokenizer.first_special + len(ADDED_TOKENS)
+    assert [tokenizer.special(t) for t in ADDED_TOKENS] == list(range(tokenizer.first_special, micro.VOCAB))
+    assert tokenizer.stop_ids == (tokenizer.special("<|im_end|>"), tokenizer.special("</s>"))
+    ids = [tokenizer.bos, *tokenizer.encode("yes"), tokenizer.special("<|im_end|>")]
+    assert tokenizer.decode(ids) == "yes" and tokenizer.decode(ids, skip_special=False) == "<s>yes<|im_end|>"
+    role = tokenizer.encode("user\nwhat")
+    assert role[: len(tokenizer.encode("user\n"))] == tokenizer.encode("user\n")
+
+
+def test_special_tokens_in_a_users_text_stay_text():
+    tokenizer = micro.tokenizer()
+    evil = "".join(ADDED_TOKENS) + "<s></s>"
+    ids = tokenizer.encode(evil)
+    assert not {tokenizer.special(t) for t in (*ADDED_TOKENS, "<s>", "</s>")} & set(ids)
+    assert tokenizer.decode(ids) == evil
+    encoded = encode_conversation(tokenizer, [(f"<image>\n{evil}", evil)], micro.SYSTEM, (1,), 4)
+    plain = encode_conversation(tokenizer, [("<image>\nx", "x")], micro.SYSTEM, (1,), 4)
+    special = lambda e: [i for i in e.tokens.tolist() if i >= tokenizer.first_special or i in (1, 2)]
+    assert special(encoded) == special(plain)
+
+
+def test_template_is_that_of_internvl():
+    cases = json.loads((golden("templates") / "internlm2-chat.json").read_text())
+    assert cases
+    for case in cases:
+        got = render_text(case["turns"], case["system"] or "", case["tiles"], case["tokens_per_tile"])
+        assert got == case["prompt"]
+
+
+def test_a_question_without_a_mark_gets_one_and_wrong_counts_fail():
+    assert "user\n<img><IMG_CONTEXT></img>\nhi<|im_end|>" in render_text([("hi", None)], "s", (1,), 1)
+    with pytest.raises(UserError, match="2 <image> marks and 1 image was given"):
+        render_text([("<image> <image>", None)], "s", (1,), 1)
+    with pytest.raises(UserError, match="1 <image> mark and 0 images were given"):
+        render_text([("<image>", None)], "s", (), 1)
+
+
+def test_supervised_are_the_answers_and_their_ends():
+    tokenizer = micro.tokenizer()
+    turns = [("<image>\nis it red?", " yes "), ("what shape?", "a circle")]
+    encoded = encode_conversation(tokenizer, turns, micro.SYSTEM, (1,), 4)
+    learned = tokenizer.decode(encoded.tokens[encoded.supervised], skip_special=False)
+    assert learned == "yes<|im_end|>a circle<|im_end|>"
+    whole = tokenizer.decode(encoded.tokens, skip_special=False)
+    assert whole == "<s>" + render_text([(q.strip(), a.strip()) for q, a in turns], micro.SYSTEM, (1,), 4)
+    prompt = encode_conversation(tokenizer, [*turns[:1], ("what shape?", None)], micro.SYSTEM, (1,), 4)
+    assert tokenizer.decode(prompt.tokens).endswith("assistant\n")
+    assert tokenizer.decode(prompt.tokens[prompt.supervised], skip_special=False) == " yes <|im_end|>"
+
+
+def test_random_text_of_distillation():
+    tokenizer = micro.tokenizer()
+    encoded = encode_random_text(tokenizer, np.random.default_rng(0), 50, micro.SYSTEM, (1,), 4)
+    random = encoded.tokens[encoded.supervised]
+    assert len(random) == 100 and random.max() < tokenizer.first_special and random.min() >= 0
+    assert len(set(random.tolist())) > 60  # drawn one by one from 309 ids
+    starts = np.flatnonzero(np.diff(encoded.supervised.astype(int)) == 1) + 1
+    assert encoded.supervised[starts[0] : starts[0] + 50].all() and encoded.supervised[starts[1] :][:50].all()
+    assert encoded.tokens[starts[0] - 1] == tokenizer.special("</img>")
+    template = tokenizer.decode(encoded.tokens[~encoded.supervised], skip_special=False)
+    assert template == "<s>" + render_text([("<image>", "")], micro.SYSTEM, (1,), 4)
+    # Each half is inside its own turn: what stands behind it is the turn's end.
+    assert encoded.tokens[starts + 50].tolist() == [tokenizer.special("<|im_end|>")] * 2
+    other = encode_random_text(tokenizer, np.random.default_rng(1), 50, micro.SYSTEM, (1,), 4)
+    assert (other.tokens != encoded.tokens).any() and (other.supervised == encoded.supervised).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+IMAGE_ID, SIDE = 9, 2
+
+
+def sample(tokens, supervised, first_pixel=0):
+    """A sample whose tiles are filled with first_pixel, first_pixel + 1, ...; 4 image tokens a tile."""
+    tokens = np.asarray(tokens, np.int32)
+    count = int((tokens == IMAGE_ID).sum()) // 4
+    tiles = np.arange(first_pixel, first_pixel + count, dtype=np.uint8)[:, None, None, None]
+    tiles = np.broadcast_to(tiles, (count, SIDE, SIDE, 3))
+    return Sample(tokens, np.asarray(supervised, bool), tiles)
+
+
+SAMPLES = [
+    sample([1, 9, 9, 9, 9, 3, 4], [0, 0, 0, 0, 0, 0, 1], first_pixel=10),
+    sample([1, 5, 6], [1, 1, 1]),  # its first token is supervised and must not be predicted from the sample before
+    sample([1, 9, 9, 9, 9, 7, 9, 9, 9, 9, 8], [0] * 5 + [1] + [0] * 4 + [1], first_pixel=20),
+]
+
+
+def shape(length=24, tiles=4, expansion=1):
+    return BatchShape(length, tiles, SIDE, tokens_per_tile=4, expansion=expansion, image_id=IMAGE_ID)
+
+
+def test_pack_row():
+    row = pack_row(SAMPLES, shape())
+    assert row["tokens"].tolist() == [*np.concatenate([s.tokens for s in SAMPLES]), 0, 0, 0]
+    assert row["segment_ids"].tolist() == [1] * 7 + [2] * 3 + [3] * 11 + [0] * 3
+    assert row["positions"].tolist() == [*range(7), *range(3), *range(11), 0, 0, 0]
+    assert row["image_positions"].tolist() == [1, 2, 3, 4, 11, 12, 13, 14, 16, 17, 18, 19] + [24] * 4
+    assert row["tiles"][:, 0, 0, 0].tolist() == [10, 20, 21, 0]
+    # place -> what is learned there; nothing across a border (6 -> 7, 9 -> 10)
+    expected = {5: 4, 7: 5, 8: 6, 14: 7, 19: 8}
+    assert {int(i): int(row["targets"][i]) for i in np.flatnonzero(row["loss_weights"])} == expected
+    assert not row["targets"][row["loss_weights"] == 0].any()
+
+
+def test_a_row_that_does_not_fit_says_what_would():
+    with pytest.raises(UserError, match="3 sample.* of 21 tokens .* data.sequence_length=20; set it to at least 21"):
+        pack_row(SAMPLES, shape(length=20))
+    with pytest.raises(UserError, match="3 image tiles .* data.tiles=2; raise it to 3"):
+        pack_row(SAMPLES, shape(tiles=2))
+    broken = dataclasses.replace(SAMPLES[0], tiles=SAMPLES[0].tiles[:0])
+    with pytest.raises(UserError, match="4 image tokens for 0 tiles of 4 tokens each"):
+        pack_row([broken], shape())
+
+
+def long_stream_token_by_token(row, k):
+    """The long stream as lists, one token after another."""
+    long = {name: [] for name in ("tokens", "positions", "segment_ids")}
+    image, text, in_segment = [], {}, {}
+    for place, (token, segment) in enumerate(zip(row["tokens"].tolist(), row["segment_ids"].tolist())):
+        if segment == 0:
+            continue
+        if token == IMAGE_ID:
+            image += range(len(long["tokens"]), len(long["tokens"]) + k)
+        else:
+            text[place] = len(long["tokens"])
+        for _ in range(k if token == IMAGE_ID else 1):
+            long["tokens"].append(token)
+            long["segment_ids"].append(segment)
+            long["positions"].append(in_segment.get(segment, 0))
+            in_segment[segment] = in_segment.get(segment, 0) + 1
+    return long, image, text
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1], [1, 2]])
+def test_long_stream(order):
+    s = shape(expansion=4)
+    row = pack_row([SAMPLES[i] for i in order], s)
+    got = lengthen(row, s)
+    long, image, text = long_stream_token_by_token(row, 4)
+    padding = s.long_length - len(long["tokens"])
+    for name, values in long.items():
+        assert got["long_" + name].tolist() == values + [0] * padding, name
+    unused = len(got["long_image_positions"]) - len(image)
+    assert got["long_image_positions"].tolist() == image + [s.long_length] * unused
+    assert got["long_text_positions"].tolist() == [text.get(i, s.long_length) for i in range(s.length)]
+
+
+def test_long_stream_has_room_for_a_full_row():
+    s = shape(length=21, tiles=3, expansion=4)
+    long = lengthen(pack_row(SAMPLES, s), s)
+    assert s.long_length == 21 + 3 * 12 and (long["long_segment_ids"] > 0).all()
+
+
+def test_collate_keeps_what_the_kind_of_batch_needs():
+    s = shape()
+    language = {"tokens", "positions", "segment_ids"}
+    images = collate(SAMPLES, s, "images", samples_per_row=3)
+    assert images.keys() == language | {"targets", "loss_weights", "tiles", "image_positions"}
+    assert images["tokens"].shape == (1, 24)
+    distill = collate(SAMPLES, s, "distill")
+    assert distill.keys() == language | {"tiles", "image_positions", "image_weights", "text_weights"}
+    assert distill["image_weights"].sum(1).tolist() == [4, 0, 8]
+    assert distill["text_weights"].sum(1).tolist() == [1, 3, 2]
+    assert collate(SAMPLES, s, "text").keys() == language | {"targets", "loss_weights"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batch = f(seed, step)
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def assert_differ(first, second):
+    assert any((first[name] != second[name]).any() for name in first)
+
+
+@pytest.mark.parametrize("stage", pipeline.RECIPES)
+def test_a_batch_depends_on_seed_and_step_alone(stage):
+    config = micro.run_config(stage)
+    built = micro.dataset(config)
+    at_5 = built[5]
+    iterator = pipeline.iterate(built, 5)
+    assert_same(at_5, next(iterator))
+    assert_same(micro.dataset(config)[6], next(iterator))
+    assert_differ(at_5, built[6])
+    assert_differ(at_5, micro.dataset(dataclasses.replace(config, seed=1))[5])
+
+
+def test_an_epoch_has_each_picture_once_and_the_next_one_another_order():
+    built = micro.dataset(micro.run_config("contrast", data={"augment": False}))
+    rows = [[tuple(row) for step in epoch for row in built[step]["tokens"].tolist()] for epoch in ((0, 1, 2), (3, 4, 5))]
+    assert len(set(rows[0])) == 24 and set(rows[0]) == set(rows[1]) and rows[0] != rows[1]
+
+
+def test_pictures_stay_with_their_text():
+    config = micro.run_config("align", data={"augment": False})
+    batch = micro.dataset(config)[0]
+    for tokens, weights, tiles in zip(batch["targets"], batch["loss_weights"], batch["tiles"]):
+        caption = micro.tokenizer().decode(tokens[weights > 0])
+        picture = next(p for p in micro.pictures() if p.caption == caption)
+        np.testing.assert_array_equal(tiles[0], picture.image)
+
+
+def test_held_out_data_is_not_augmented():
+    config = micro.run_config("distill")
+    held_out = pipeline.build_dataset(config, micro.tokenizer(), micro.pictures(), held_out=True)[0]
+    originals = {p.image.tobytes() for p in micro.pictures()}
+    assert all(tile.tobytes() in originals for tile in held_out["tiles"][:, 0])
+    assert any(tile.tobytes() not in originals for tile in micro.dataset(config)[0]["tiles"][:, 0])
+
+
+def test_augment():
+    picture = micro.draw("red", "triangle")
+    copies = [augment(picture, np.random.default_rng(seed), 4) for seed in range(16)]
+    for seed, copy in enumerate(copies):
+        assert copy.shape == picture.shape and copy.dtype == np.uint8
+        np.testing.assert_array_equal(copy, augment(picture, np.random.default_rng(seed), 4))
+        # The shape lies inside, so moving it neither cuts it off nor adds to it.
+        assert (copy != 255).any(-1).sum() == (picture != 255).any(-1).sum()
+    assert sum((copy != picture).any() for copy in copies) >= 14
+    assert len({copy.tobytes() for copy in copies}) >= 12
+
+
+def test_images_become_square_tiles(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(micro.draw("blue", "circle")[:16]).save(tmp_path / "wide.png")
+    image = load_image(tmp_path / "wide.png")
+    assert image.size == (32, 16) and single_tile(image, 24).shape == (1, 24, 24, 3)
+    with pytest.raises(UserError, match="no image at .*absent.png"):
+        load_image(tmp_path / "absent.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match="text.png cannot be read as an image"):
+        load_image(tmp_path / "text.png")
