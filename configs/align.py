@@ -24,7 +24,7 @@ def get_config(preset="tiny"):
     config.data.batch_size = 96
     config.data.sequence_length = 48
     config.data.augment = True
-    config.steps = 250
+    config.steps = 150
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     return config

@@ -12,7 +12,7 @@ from hovle_jax import recipes
 def get_config(preset="tiny"):
     config = recipes.base("pretrain", preset)
     config.data.batch_size = 64
-    config.data.sequence_length = 72
+    config.data.sequence_length = 76
     config.steps = 200
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 30

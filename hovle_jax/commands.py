@@ -1,6 +1,7 @@
 """What the commands share: flags parsed and errors printed in one way."""
 
 import logging
+import re
 import sys
 
 from absl import app, flags
@@ -35,13 +36,19 @@ def _parse_flags(argv):
         _fail(f"no config file at {error.filename}; the project's own are in configs/")
     except flags.Error as error:
         _fail(error)
-    except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown key
-        _fail(
-            "unknown config key: " + str(error).strip("\"'\\").replace("\\n", " ").replace("\n", " ").replace("\\", "")
-        )
+    except (AttributeError, KeyError) as error:
+        _fail(_unknown_key(str(error)))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; every option starts with --")
     return rest
+
+
+def _unknown_key(text):
+    """ml_collections' nested message for an override of a key that is not there, as one sentence."""
+    near = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text)
+    if near:
+        return f"unknown config key {near.group(2)!r}; did you mean {near.group(1)!r}?"
+    return "unknown config key " + re.sub(r"[\"'\\]", "", text)
 
 
 def _fail(message, status=2):

@@ -247,6 +247,7 @@ class DataConfig:
       sequence_length, tiles: L and M of the batch contract (HD: the short stream).
       samples_per_row: how many samples are packed into a row, as segments.
       augment: flips and shifts of the images, from (seed, step) alone.
+      turns: instruct: questions about one picture in a conversation, at most.
       random_tokens: distill: ids in the query and again in the response.
       system_message: empty = the template's own.
     """
@@ -258,6 +259,7 @@ class DataConfig:
     tiles: int = 1
     samples_per_row: int = 1
     augment: bool = False
+    turns: int = 1
     random_tokens: int = 50
     system_message: str = ""
 

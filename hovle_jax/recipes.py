@@ -65,5 +65,8 @@ def base(stage, preset):
         data = dataclasses.replace(config.data, batch_size=4096)
         execution = dataclasses.replace(config.execution, remat="full")
         mesh = MeshConfig(data=1, fsdp=-1)
-        config = dataclasses.replace(config, data=data, execution=execution, mesh=mesh, log_every=10)
+        tokenizer = dataclasses.replace(config.tokenizer, path="required")
+        config = dataclasses.replace(
+            config, data=data, execution=execution, mesh=mesh, tokenizer=tokenizer, log_every=10
+        )
     return ConfigDict(dataclasses.asdict(config))

@@ -69,9 +69,19 @@ def plan(config: RunConfig, config_folder, workdir):
     return runs
 
 
+def config_file():
+    """The path given with --config, without the preset. Raises UserError when it is missing."""
+    if not flags.FLAGS["config"].present:
+        raise UserError("--config is missing; for example --config configs/instruct.py")
+    path = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0])
+    if not path.is_file():
+        raise UserError(f"no config file at {path}; the project's own are in configs/")
+    return path
+
+
 def main():
     started = time.time()
-    config_path = flags.FLAGS["config"].config_filename if CONFIG.value is not None else commands.required("config")
+    config_path = config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
     workdir = pathlib.Path(WORKDIR.value)
 
@@ -80,7 +90,7 @@ def main():
     from hovle_jax.training import checkpoint, loop
 
     checkpoint.open_run_folder(workdir)
-    runs = plan(config, pathlib.Path(config_path.split(":")[0]).parent, workdir)
+    runs = plan(config, config_path.parent, workdir)
     for stage, folder, _ in runs:
         loop.check(stage)
         checkpoint.check_same_config(folder, stage)

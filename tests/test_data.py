@@ -278,7 +278,9 @@ def test_a_batch_depends_on_seed_and_step_alone(stage):
 
 def test_an_epoch_has_each_picture_once_and_the_next_one_another_order():
     built = micro.dataset(micro.run_config("contrast", data={"augment": False}))
-    rows = [[tuple(row) for step in epoch for row in built[step]["tokens"].tolist()] for epoch in ((0, 1, 2), (3, 4, 5))]
+    rows = [
+        [tuple(row) for step in epoch for row in built[step]["tokens"].tolist()] for epoch in ((0, 1, 2), (3, 4, 5))
+    ]
     assert len(set(rows[0])) == 24 and set(rows[0]) == set(rows[1]) and rows[0] != rows[1]
 
 

@@ -161,7 +161,7 @@ def collate(samples, shape: BatchShape, kind, samples_per_row=1):
 
 
 def collate_captions(samples, context, end_id):
-    """(image, caption ids) pairs -> {'tiles': [B, 1, S, S, 3], 'tokens': [B, T]}, captions padded with the end token."""
+    """Captioned images -> {'tiles': [B, 1, S, S, 3], 'tokens': [B, T]}, captions padded with the end token."""
     tokens = np.full((len(samples), context), end_id, np.int32)
     for row, sample in zip(tokens, samples):
         if len(sample.tokens) > context:

@@ -1,4 +1,4 @@
-"""easy-VQA (PyPI `easy-vqa==1.0`, MIT): 5,000 pictures of one shape each, 48,248 questions, official 4,000 / 1,000 split.
+"""easy-VQA (PyPI `easy-vqa==1.0`, MIT): 5,000 pictures of one shape each, 48,248 questions, official train/test split.
 
 The package is a dependency of this project, so nothing is fetched at run time. Its pictures are prepared once as a
 TFDS data set in ArrayRecord form, in the cache folder.

@@ -50,11 +50,14 @@ class SampleMaker:
         """`pretrain`: a conversation about a picture that is told, not shown. Every token is learned."""
         order = rng.permutation(len(picture.questions))[: rng.integers(1, MAX_TEXT_TURNS + 1)]
         turns = [picture.questions[i] for i in order]
-        if picture.caption:
-            # The caption stands where the image will be, so that the LLM learns to answer from it.
-            turns[0] = (f"{picture.caption}\n{turns[0][0]}", turns[0][1])
-            if rng.random() < 0.1:
-                turns = [(f"{picture.caption}\n{CAPTION_REQUEST}", picture.caption)]
+        if picture.caption and rng.random() < 0.1:
+            turns = [(CAPTION_REQUEST, picture.caption)]
+        return self.told(turns, picture.caption)
+
+    def told(self, turns, caption):
+        """The caption stands where the image will be, so that the LLM learns to answer from it."""
+        if caption:
+            turns = [(f"{caption}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
         sample = self.conversation(turns, self.no_tiles())
         return dataclasses.replace(sample, supervised=np.ones_like(sample.supervised))
 
@@ -79,10 +82,21 @@ class SampleMaker:
         return self.conversation(turns, self.tile(picture, rng, self.embedding.image_size))
 
     def question(self, picture, rng):
-        """`instruct`: the picture and one of its questions."""
-        question, answer = picture.questions[rng.integers(len(picture.questions))]
-        turns = [(f"{IMAGE_MARK}\n{question}", answer)]
+        """`instruct`: the picture and some of its questions, as one conversation."""
+        order = rng.permutation(len(picture.questions))[: self.config.data.turns]
+        turns = [picture.questions[i] for i in order]
+        turns[0] = (f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1])
         return self.conversation(turns, self.tile(picture, rng, self.embedding.image_size))
+
+    def longest(self, pictures):
+        """A sample at least as long as any that these pictures can give, so that a misfit shows before the compile."""
+        length = lambda pair: sum(len(self.tokenizer.encode(text)) for text in pair)
+        pairs = sorted({pair for p in pictures for pair in p.questions}, key=length)
+        caption = max((p.caption for p in pictures), key=lambda text: len(self.tokenizer.encode(text)))
+        if self.config.stage == "pretrain":
+            return self.told(pairs[-MAX_TEXT_TURNS:], caption)
+        picture = dataclasses.replace(pictures[0], questions=pairs[-self.config.data.turns :], caption=caption)
+        return getattr(self, RECIPES[self.config.stage].make)(picture, np.random.default_rng(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +135,7 @@ def build_dataset(config: RunConfig, tokenizer, pictures, held_out=False):
         per_batch = data.batch_size * data.samples_per_row
         shape = BatchShape.of(data, config.model.embedding, tokenizer.image_id)
         join = functools.partial(collate, shape=shape, kind=recipe.kind, samples_per_row=data.samples_per_row)
+    join([maker.longest(usable)] * per_batch)  # raises where it does not fit
     dataset = grain.MapDataset.source(usable).seed(config.seed).shuffle().repeat()
     dataset = dataset.random_map(getattr(maker, recipe.make))
     return dataset.batch(per_batch, drop_remainder=True, batch_fn=join)

@@ -1,4 +1,7 @@
-"""Attention over grouped heads. Dimension letters: B batch, L queries, S keys, H heads, K kv heads, G = H / K, C head dim."""
+"""Attention over grouped heads.
+
+Dimension letters: B batch, L queries, S keys, H heads, K kv heads, G = H / K, C head dim.
+"""
 
 import flax.struct
 import jax

@@ -140,6 +140,6 @@ def _check_shapes(folder, component, stored, abstract):
         if at is None or tuple(at.shape) != tuple(leaf.shape):
             found = "is missing" if at is None else f"has shape {tuple(at.shape)}"
             raise UserError(
-                f"{folder} is a checkpoint of another config: {component}/{name} {found}, {tuple(leaf.shape)} is needed; "
-                "use the same preset and sizes, or another --workdir"
+                f"{folder} is a checkpoint of another config: {component}/{name} {found} and {tuple(leaf.shape)} "
+                "is needed; use the same preset and sizes, or another --workdir"
             )

@@ -53,9 +53,15 @@ def check(config: RunConfig):
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
     if config.stage == "distill":
         config.teacher.check()
+    if config.tokenizer.path == "required":
+        raise UserError(
+            f"the preset {config.preset!r} reads text as its public LLM does; "
+            "give that LLM's SentencePiece model with --config.tokenizer.path=FILE"
+        )
     if config.stage != "contrast" and config.data.sequence_length > config.model.llm.max_length:
         raise UserError(
-            f"data.sequence_length={config.data.sequence_length} exceeds the LLM's {config.model.llm.max_length} positions"
+            f"data.sequence_length={config.data.sequence_length} exceeds the LLM's "
+            f"{config.model.llm.max_length} positions (model.llm.max_length)"
         )
     for name in ("steps", "log_every", "checkpoint_every"):
         if getattr(config, name) < 1:
@@ -213,7 +219,7 @@ def mean_metrics(waiting, step, folder):
     for back, metrics in enumerate(reversed(values)):
         if not math.isfinite(metrics["loss"]):
             raise UserError(
-                f"the loss is {metrics['loss']} at step {step - back}; the newest checkpoint in {folder} is from before: "
+                f"the loss is {metrics['loss']} at step {step - back} (the newest checkpoint in {folder} is older); "
                 "lower optimizer.learning_rate or optimizer.clip_norm and start in another --workdir"
             )
     names = sorted(values[0], key=lambda name: name != "loss")
