@@ -21,10 +21,10 @@ def get_config(preset="tiny"):
         config.data.sequence_length = 4096
         config.data.tiles = 13
         return config
-    config.data.batch_size = 96
+    config.data.batch_size = 32
     config.data.sequence_length = 48
     config.data.augment = True
-    config.steps = 150
+    config.steps = 300
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     return config

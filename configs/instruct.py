@@ -24,11 +24,11 @@ def get_config(preset="tiny"):
         config.data.sequence_length = 8192
         config.data.tiles = 13
         return config
-    config.data.batch_size = 64
+    config.data.batch_size = 24
     config.data.turns = 3
     config.data.sequence_length = 88
     config.data.augment = True
-    config.steps = 250
+    config.steps = 500
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     return config

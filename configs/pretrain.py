@@ -13,7 +13,7 @@ def get_config(preset="tiny"):
     config = recipes.base("pretrain", preset)
     config.data.batch_size = 64
     config.data.sequence_length = 76
-    config.steps = 200
+    config.steps = 150
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 30
     return config

@@ -317,7 +317,8 @@ class RunConfig:
     steps: int = 1000
     stop_at_step: int = 0  # end early (0: never); the schedule keeps its length
     log_every: int = 20
-    eval_every: int = 0
+    eval_every: int = 0  # held-out metrics between the first and the last step (0: only at both ends)
+    eval_limit: int = 0  # questions or pictures of the benchmark at the end (0: all)
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
 
@@ -331,7 +332,16 @@ class RunConfig:
 
 
 # What may differ between a run and its resumption: nothing that shapes the numbers.
-RUN_ONLY_KEYS = ("stop_at_step", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "execution")
+RUN_ONLY_KEYS = (
+    "stop_at_step",
+    "log_every",
+    "eval_every",
+    "eval_limit",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "mesh",
+    "execution",
+)
 
 
 def from_dict(cls, mapping, path="config"):
@@ -390,9 +400,12 @@ NUM_ADDED_TOKENS = 11  # chat and image tokens at the top of the vocabulary: dat
 
 def tiny_model():
     """HoVLE for 64-pixel images and two CPU cores."""
-    stack = StackConfig(num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
-    embedding = EmbeddingConfig(stack=stack, image_size=64, patch_size=8, vocab_size=512)
-    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=stack, vocab_size=512, max_length=2048))
+    layer = dict(width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
+    embedding = EmbeddingConfig(
+        stack=StackConfig(num_layers=4, **layer), image_size=64, patch_size=8, vocab_size=512
+    )  # fmt: skip
+    llm = LLMConfig(stack=StackConfig(num_layers=3, **layer), vocab_size=512, max_length=2048)
+    return HoVLEConfig(embedding=embedding, llm=llm)
 
 
 def tiny_clip():

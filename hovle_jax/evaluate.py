@@ -13,6 +13,7 @@ from hovle_jax import commands
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run: runs/instruct")
 BENCHMARK = flags.DEFINE_string("benchmark", "easy_vqa", "easy_vqa, or easy_vqa_zero_shot for a contrast run")
+LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many items (0: all)", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else")
 
 
@@ -21,7 +22,7 @@ def main():
     from hovle_jax.evaluation.benchmarks import evaluate
 
     started = time.time()
-    scores, _ = evaluate(folder, BENCHMARK.value)
+    scores, _ = evaluate(folder, BENCHMARK.value, LIMIT.value)
     result = {"benchmark": BENCHMARK.value, "checkpoint": folder, "split": "test", **scores}
     result["seconds"] = round(time.time() - started, 1)
     if JSON.value:

@@ -42,11 +42,11 @@ def plan(config: RunConfig, config_folder, workdir):
 
     runs, planned = [], set()
 
-    def visit(config, wanted):
+    def visit(config):
         if config.stage not in STAGES:
             raise UserError(f"stage={config.stage!r} is not one of {', '.join(STAGES)}")
         folder, sources = workdir / config.stage, {}
-        if config.stage in planned or (is_finished(folder) and not wanted):
+        if config.stage in planned or is_finished(folder):
             return
         planned.add(config.stage)
         for field in dataclasses.fields(InitConfig):
@@ -59,13 +59,13 @@ def plan(config: RunConfig, config_folder, workdir):
                     f"give their run's folder with --config.init.{field.name}=DIR"
                 )
             if source in STAGES:
-                visit(stage_config(config_folder, source, config.preset), wanted=False)
+                visit(stage_config(config_folder, source, config.preset))
                 sources[field.name] = workdir / source
             else:
                 sources[field.name] = pathlib.Path(source)
         runs.append((config, folder, sources))
 
-    visit(config, wanted=True)
+    visit(config)
     return runs
 
 
@@ -90,6 +90,12 @@ def main():
     from hovle_jax.training import checkpoint, loop
 
     checkpoint.open_run_folder(workdir)
+    folder = workdir / config.stage
+    if checkpoint.is_finished(folder):
+        loop.check(config)
+        checkpoint.check_same_config(folder, config)
+        print(f"{config.stage} is finished in {folder}; remove that folder to train it again")
+        return
     runs = plan(config, config_path.parent, workdir)
     for stage, folder, _ in runs:
         loop.check(stage)
@@ -97,14 +103,14 @@ def main():
     for done, (stage, folder, sources) in enumerate(runs):
         if stage.stage != config.stage:
             print(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
-        if checkpoint.is_finished(folder):
-            print(f"{stage.stage} is finished in {folder}; remove that folder to train it again")
-            continue
         print(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
         result = loop.run(stage, folder, sources)
         if result.finished:
             for name, value in summarize(stage, result).items():
                 print(f"{stage.stage}: {name} {value}")
+        else:
+            print(f"stopped at step {result.step} of {stage.steps}; the same command without stop_at_step goes on")
+            return
     print(f"done in {format_duration(time.time() - started)}; see {workdir / config.stage / 'report.html'}")
 
 

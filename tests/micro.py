@@ -25,11 +25,11 @@ from hovle_jax.config import (
 )
 from hovle_jax.data import easy_vqa, pipeline
 from hovle_jax.data.text import Tokenizer
-from hovle_jax.training.loop import load_params
+from hovle_jax.training.loop import copy_text_table
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh, put_batch
 from hovle_jax.training.stages import Models
-from hovle_jax.training.state import make_state
+from hovle_jax.training.state import abstract_params, make_state
 
 VOCAB = 320
 SYSTEM = "be brief."
@@ -129,7 +129,19 @@ def dataset(config):
 
 @functools.cache
 def _params(config):
-    return load_params(Models(config, config.execution), dataset(config)[0], one_device(), {})
+    """Random values of numpy: compiling the real initialisation takes longer than most tests."""
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    abstract = abstract_params(Models(config, config.execution), dataset(config)[0], one_device())
+    rng, made = np.random.default_rng(0), {}
+    for path, leaf in sorted(flatten_dict(abstract).items()):
+        fan_in = leaf.shape[-2] if path[-1] == "kernel" else 32
+        value = rng.normal(size=leaf.shape) / fan_in**0.5 + (path[-1] in ("scale", "log_scale"))
+        made[path] = jax.device_put(np.asarray(value, np.float32), leaf.sharding)
+    made = unflatten_dict(made)
+    if "embedding" in made:
+        copy_text_table(made)
+    return made
 
 
 def params(config):

@@ -29,12 +29,20 @@ from hovle_jax.training.losses import contrastive, cosine, cross_entropy, divide
 from hovle_jax.training.optimizer import learning_rate, make_optimizer
 from hovle_jax.training.sharding import check_batch_size, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models, clamp_scale, components_of
-from hovle_jax.training.state import abstract_component, abstract_params, make_state, select
+from hovle_jax.training.state import abstract_component, abstract_params, init_component, make_state, select
 from hovle_jax.training.step import total_loss, train_step
 from tests import micro
 from tests.golden import golden
 
 VARIANTS = ("pre", "post", "none")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Half of the time to compile; the numbers are those of the same program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def host(tree):
@@ -119,11 +127,15 @@ def test_what_a_stage_holds(name):
 
 
 def test_fresh_parameters_depend_on_seed_and_component_alone():
-    align = host(micro.params(micro.run_config("align")))
-    pretrain = host(micro.params(micro.run_config("pretrain")))
-    other = host(micro.params(micro.run_config("pretrain", seed=1)))
+    def fresh(config):
+        batch, models = micro.dataset(config)[0], Models(config, config.execution)
+        abstract = abstract_component(models, "llm", batch, micro.one_device())
+        return host(init_component(models, "llm", batch, abstract))
+
+    align, pretrain = fresh(micro.run_config("align")), fresh(micro.run_config("pretrain"))
+    other = fresh(micro.run_config("pretrain", seed=1))
     assert all((align[path] == leaf).all() for path, leaf in pretrain.items())
-    assert (other["llm/head/kernel"] != pretrain["llm/head/kernel"]).any()
+    assert (other["head/kernel"] != pretrain["head/kernel"]).any()
 
 
 def test_weights_move_from_stage_to_stage(tmp_path):
@@ -141,7 +153,9 @@ def test_weights_move_from_stage_to_stage(tmp_path):
         np.testing.assert_array_equal(leaf, wanted[:1] if path.startswith("layers/") else wanted, err_msg=path)
     larger = dataclasses.replace(contrast, clip=dataclasses.replace(contrast.clip, projection_width=24))
     abstract = abstract_component(Models(larger, larger.execution), "clip", micro.dataset(larger)[0], mesh)
-    with pytest.raises(UserError, match=r"another config: clip/\w+_projection/kernel has shape \(32, 16\), \(32, 24\)"):
+    with pytest.raises(
+        UserError, match=r"another config: clip/\w+_projection/kernel has shape \(32, 16\).* \(32, 24\)"
+    ):
         load_component(tmp_path, "clip", abstract)
     with pytest.raises(UserError, match="no finished 'llm' weights"):
         load_component(tmp_path, "llm", {})
@@ -327,9 +341,9 @@ def test_a_mesh_changes_no_number(stage, mesh_name):
     config = micro.run_config(stage)
     models, mesh, batch = Models(config, config.execution), make_mesh(MESHES[mesh_name]), micro.dataset(config)[0]
     assert mesh.size == 8
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
+    params = jax.device_put(micro.params(config), shardings)
     with on_mesh(mesh):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
-        params = jax.device_put(micro.params(config), shardings)
         loss, grads = gradients_of(models, stage)(params, put_batch(batch, mesh))
     np.testing.assert_allclose(loss, reference(config)[0], rtol=1e-5)
     assert_close(reference(config)[1], grads)
@@ -338,9 +352,10 @@ def test_a_mesh_changes_no_number(stage, mesh_name):
 def test_parameters_moments_and_rows_are_really_cut():
     config, mesh = micro.run_config("instruct"), make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
     models, batch = Models(config, config.execution), micro.dataset(config)[0]
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer, params = make_optimizer(config.optimizer, config.steps), micro.params(config)
     with on_mesh(mesh):
-        state = make_state(models, loop.load_params(models, batch, mesh, {}), optimizer)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
+        state = make_state(models, jax.device_put(params, shardings), optimizer)
         kernels = lambda tree: tree["llm"]["stack"]["layers"]["gate"]["kernel"]
 
         def check(state):
@@ -349,26 +364,28 @@ def test_parameters_moments_and_rows_are_really_cut():
                 assert kernels(tree).addressable_shards[0].data.shape == (2, 16, 32)
 
         check(state)
+        compiled = train_step._cache_size()
         rows = put_batch(batch, mesh)
         assert rows["tokens"].addressable_shards[0].data.shape == (2, config.data.sequence_length)
-        state, _ = train_step(state, rows, stage=config.stage, models=models, optimizer=optimizer)
-        check(state)
+        for _ in range(2):
+            state, _ = train_step(state, rows, stage=config.stage, models=models, optimizer=optimizer)
+            check(state)
+        assert train_step._cache_size() == compiled + 1  # once, not again for where the first step left its results
 
 
 def test_logical_constraints_reach_the_program():
     config, mesh = micro.run_config("instruct"), make_mesh(MESHES["data=4,sequence=2"])
     models, batch, params = Models(config, config.execution), micro.dataset(config)[0], micro.params(config)
-    program = lambda: jax.jit(models.hovle.logits).trace(params, batch)
+    params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    program = lambda: jax.jit(lambda p, b: models.hovle.logits(p, b)).trace(params, batch)
     with on_mesh(mesh):
         traced = program()
     text = traced.lower().as_text()
     # Before and behind each of the two stacks: [B, L, D], rows over the data axes and L over `sequence`.
     assert text.count("sharding_constraint") == 4 == str(traced.jaxpr).count("sharding_constraint[")
     assert text.count('<@mesh, [{"data", "fsdp"}, {"sequence"}, {}]>') >= 4
-    jax.clear_caches()  # else the first trace would be found again
     with mesh:  # the usual way, in which they would silently be ignored
         assert "sharding_constraint" not in str(program().jaxpr)
-    jax.clear_caches()
 
 
 def test_meshes_and_batches_that_do_not_divide_fail_with_the_number():
@@ -387,14 +404,15 @@ def micro_corpus(monkeypatch):
     monkeypatch.setattr(pipeline, "load_pictures", lambda config, split: list(micro.pictures()))
 
 
-LOOP = micro.run_config("instruct", steps=4, log_every=1, checkpoint_every=3, execution=ExecutionConfig(dtype="auto"))
+# The stage that compiles fastest.
+LOOP = micro.run_config("contrast", steps=4, log_every=1, checkpoint_every=3, execution=ExecutionConfig(dtype="auto"))
 
 
 def saved(folder, step):
     """Everything in a checkpoint, and the finished model: {path: array}."""
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(folder / "checkpoints" / str(step) / "default")
-        model = {c: checkpointer.restore(folder / "model" / c) for c in ("embedding", "llm")}
+        model = {c: checkpointer.restore(folder / "model" / c) for c in ("clip",)}
     leaves = jax.tree_util.tree_leaves_with_path({"state": state, "model": model})
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -411,7 +429,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpu
     assert (stopped.step, stopped.finished) == (2, False) and not (cut / "model").exists()
     said = []
     assert loop.run(LOOP, cut, {}, say=said.append).finished
-    assert "instruct: resuming at step 2" in said
+    assert "contrast: resuming at step 2" in said
     # Killed behind step 4 without a checkpoint of it: what was written after step 3 happens again.
     import shutil
 
@@ -420,9 +438,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpu
     shutil.rmtree(killed / "model")
     said.clear()
     assert loop.run(LOOP, killed, {}, say=said.append).finished
-    assert "instruct: resuming at step 3" in said
+    assert "contrast: resuming at step 3" in said
     expected = saved(whole, 4)
-    assert len(expected) > 60 and int(expected["['state']['step']"]) == 4
+    assert len(expected) > 100 and int(expected["['state']['step']"]) == 4
     for folder in (cut, killed):
         got = saved(folder, 4)
         assert got.keys() == expected.keys()
@@ -475,7 +493,7 @@ def test_each_stage_has_a_config_file():
     assert set(STAGE_FILES) == set(STAGES)
 
 
-@pytest.mark.parametrize("stage, preset", itertools.product(STAGE_FILES, PRESETS))
+@pytest.mark.parametrize("stage, preset", [*itertools.product(STAGE_FILES, PRESETS)])
 def test_each_config_resolves(stage, preset):
     if preset.startswith("hovle") and stage in ("pretrain", "contrast"):
         with pytest.raises(UserError, match=f"'{preset}' has no {stage} stage"):

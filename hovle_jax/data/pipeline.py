@@ -26,6 +26,7 @@ class SampleMaker:
 
     config: RunConfig
     tokenizer: Tokenizer
+    pictures: list
     augmented: bool
 
     @property
@@ -69,12 +70,19 @@ class SampleMaker:
         return Sample(np.asarray(ids, np.int32), np.zeros(len(ids), bool), tiles)
 
     def random_text(self, picture, rng):
-        """`distill`: the picture and text of random ids."""
+        """`distill`: the picture, with others up to `data.tiles` in all, and text of random ids.
+
+        Small pictures give few visual tokens; several of them bring the share that a tiled picture would have.
+        """
         data = self.config.data
+        others = rng.integers(0, len(self.pictures), data.tiles - 1)
+        shown = [picture, *(self.pictures[i] for i in others)]
+        tiles = np.concatenate([self.tile(p, rng, self.embedding.image_size) for p in shown])
+        counts = (1,) * len(shown)
         encoded = encode_random_text(
-            self.tokenizer, rng, data.random_tokens, data.system_message, (1,), self.embedding.tokens_per_tile
+            self.tokenizer, rng, data.random_tokens, data.system_message, counts, self.embedding.tokens_per_tile
         )
-        return Sample(encoded.tokens, encoded.supervised, self.tile(picture, rng, self.embedding.image_size))
+        return Sample(encoded.tokens, encoded.supervised, tiles)
 
     def caption(self, picture, rng):
         """`align`: the picture and a request for its caption."""
@@ -127,7 +135,7 @@ def build_dataset(config: RunConfig, tokenizer, pictures, held_out=False):
     """
     recipe, data = RECIPES[config.stage], config.data
     usable = [p for p in pictures if not recipe.needs or getattr(p, recipe.needs)]
-    maker = SampleMaker(config, tokenizer, augmented=data.augment and not held_out)
+    maker = SampleMaker(config, tokenizer, usable, augmented=data.augment and not held_out)
     if recipe.kind == "captions":
         per_batch = data.batch_size
         join = functools.partial(collate_captions, context=config.clip.text.context, end_id=config.clip.text.end_id)

@@ -178,9 +178,8 @@ def encode_random_text(tokenizer, rng, count, system="", tiles=(), tokens_per_ti
     Returns:
       Encoded, whose `supervised` marks the random ids.
     """
-    mark = [IMAGE_MARK] if tiles else []
     tokens, random = [tokenizer.bos], [False]
-    for text, token, is_answer in render([("".join(mark), "")], system, tiles, tokens_per_tile):
+    for text, token, is_answer in render([(IMAGE_MARK * len(tiles), "")], system, tiles, tokens_per_tile):
         ids = [tokenizer.special(token)] if token is not None else tokenizer.encode(text)
         begins_query_end = token == "<|im_end|>" and tokens.count(tokenizer.special("<|im_end|>")) == 1
         if begins_query_end or (is_answer and token is None):

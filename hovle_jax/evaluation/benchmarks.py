@@ -10,7 +10,7 @@ from hovle_jax.training.load import load_run
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """`score(loaded)` returns (scores, records [(picture, question, answer, expected)])."""
+    """`score(loaded, limit)` returns (scores, records [(picture, question, answer, expected)])."""
 
     components: tuple[str, ...]
     score: Callable
@@ -22,9 +22,9 @@ BENCHMARKS = {
 }
 
 
-def evaluate(folder, name):
-    """Scores a finished run. Raises UserError for an unknown benchmark or a run without the needed components."""
+def evaluate(folder, name, limit=0):
+    """Scores a finished run, on the first `limit` items of the benchmark (0: all). Raises UserError for an unknown benchmark or a run without the needed components."""
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
-    return benchmark.score(load_run(folder, benchmark.components))
+    return benchmark.score(load_run(folder, benchmark.components), limit)

@@ -63,13 +63,17 @@ def caption_vectors(loaded: Loaded, captions):
     return clip.apply({"params": loaded.params["clip"]}, tokens, method="encode_texts")
 
 
-def zero_shot(loaded: Loaded):
+def zero_shot(loaded: Loaded, limit=0):
     """Accuracy over the 24 colour x shape captions, on the test pictures whose caption is determined.
+
+    Args:
+      limit: only the first so many pictures (0: all 888).
 
     Returns:
       (scores in percent, records [(picture, '', best caption, caption)]).
     """
     pictures = [p for p in easy_vqa.load("test") if p.caption]
+    pictures = pictures[:limit] if limit else pictures
     classes = caption_vectors(loaded, easy_vqa.CAPTIONS)
     clip, size = loaded.models.clip, loaded.config.clip.vision.image_size
     tiles = np.concatenate([single_tile(p.image, size) for p in pictures])

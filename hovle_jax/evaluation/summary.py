@@ -24,7 +24,7 @@ def summarize(config, result):
       {name: number}, as in results.json.
     """
     folder = result.folder
-    scores, samples = SCORERS.get(config.stage, lambda folder: ({}, []))(folder)
+    scores, samples = SCORERS.get(config.stage, lambda folder, limit: ({}, []))(folder, config.eval_limit)
     scores = held_out_change(result) | scores
     (folder / "results.json").write_text(json.dumps(scores, indent=2) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
@@ -51,8 +51,8 @@ def held_out_change(result):
 def benchmark_samples(name):
     """A scorer that runs a benchmark; wrong answers come first, then an even choice of the rest."""
 
-    def score(folder):
-        scores, records = evaluate(folder, name)
+    def score(folder, limit):
+        scores, records = evaluate(folder, name, limit)
         wrong = [r for r in records if r[2] != r[3]][: NUM_SAMPLES // 3]
         right = [r for r in records if r[2] == r[3]]
         some = np.linspace(0, len(right) - 1, min(NUM_SAMPLES - len(wrong), len(right))).astype(int)
@@ -62,9 +62,10 @@ def benchmark_samples(name):
     return score
 
 
-def captions(folder):
+def captions(folder, limit):
     """`align` has learned to describe: captions of test pictures."""
-    pictures = [p for p in easy_vqa.load("test") if p.caption][: 10 * NUM_SAMPLES]
+    pictures = [p for p in easy_vqa.load("test") if p.caption]
+    pictures = pictures[: limit or 10 * NUM_SAMPLES]
     loaded = load_run(folder, ("embedding", "llm"))
     prompt = f"{IMAGE_MARK}\n{CAPTION_REQUEST}"
     answers = answer(loaded.answerer, [(prompt, [p.image]) for p in pictures], max_new_tokens=8, batch_size=64)

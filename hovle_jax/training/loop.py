@@ -12,6 +12,8 @@ from hovle_jax.config import ExecutionConfig, RunConfig
 from hovle_jax.data import pipeline
 from hovle_jax.data.text import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.model.attention import IMPLEMENTATIONS
+from hovle_jax.model.transformer import REMAT_POLICIES
 from hovle_jax.report.metrics import MetricsWriter
 from hovle_jax.report.pictures import batch_picture
 from hovle_jax.report.progress import Progress
@@ -63,9 +65,17 @@ def check(config: RunConfig):
             f"data.sequence_length={config.data.sequence_length} exceeds the LLM's "
             f"{config.model.llm.max_length} positions (model.llm.max_length)"
         )
+    check_execution(config.execution)
     for name in ("steps", "log_every", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+
+
+def check_execution(execution: ExecutionConfig):
+    choices = {"dtype": ("auto", "float32", "bfloat16"), "attention": IMPLEMENTATIONS, "remat": tuple(REMAT_POLICIES)}
+    for name, allowed in choices.items():
+        if getattr(execution, name) not in allowed:
+            raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
 
 
 def get_tokenizer(config: RunConfig, folder, sources, pictures):

@@ -82,7 +82,9 @@ def shardings_of(boxed, mesh):
                     "%s: axis %s of %d is not divisible by %s=%d and stays whole", where, name, size, axis, parts
                 )
                 axis = None
-            spec.append(axis)
+            spec.append(axis if parts > 1 else None)
+        while spec and spec[-1] is None:  # the compiler's own spelling: a step's outputs then fit the next one's inputs
+            spec.pop()
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     is_boxed = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)

@@ -4,7 +4,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hovle_jax.training.sharding import shardings_of
 from hovle_jax.training.stages import STAGES, Models, components_of
@@ -80,6 +82,15 @@ def make_state(models: Models, params, optimizer):
     stage = STAGES[models.config.stage]
     trained = select(params, stage.trains)
     frozen = select(params, lambda path: not stage.trains(path))
-    # Under jit the moments take their parameters' shardings.
-    opt_state = jax.jit(optimizer.init)(trained)
-    return TrainState(jnp.zeros((), jnp.int32), trained, frozen, opt_state)
+    # Moments lie where their parameters lie, the rest everywhere. Unsaid, all of it would start on one device, and
+    # the second step would be compiled anew for where the first one left it.
+    whole = NamedSharding(jax.tree.leaves(trained)[0].sharding.mesh, PartitionSpec())
+    shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trained),
+        jax.tree.map(lambda leaf: leaf.sharding, trained),
+        transform_non_params=lambda _: whole,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), trained, frozen, opt_state)

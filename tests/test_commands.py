@@ -1,0 +1,130 @@
+"""The commands as a user meets them: a mistake is one line on stderr; the chain of stages works."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from hovle_jax import train
+from hovle_jax.training import checkpoint
+from tests import micro
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(name, *arguments, timeout=60):
+    """Runs `python -m hovle_jax.NAME` on one CPU device."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    line = [sys.executable, "-m", f"hovle_jax.{name}", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A picture, a file where a folder is needed, and the folder of a run with another seed."""
+    from PIL import Image
+
+    Image.fromarray(micro.draw("red", "circle")).save(tmp_path / "picture.png")
+    (tmp_path / "file").touch()
+    (tmp_path / "other" / "pretrain").mkdir(parents=True)
+    config = train.stage_config(ROOT / "configs", "pretrain", "tiny")
+    checkpoint.save_config(tmp_path / "other" / "pretrain", config)
+    return tmp_path
+
+
+MISTAKES = {
+    "unknown key": (
+        "train --config configs/pretrain.py --workdir TMP/w --config.optimizer.learning_rat=1e-4",
+        ["unknown config key", "learning_rate"],
+    ),
+    "unknown preset": ("train --config configs/pretrain.py:huge --workdir TMP/w", ["'huge'", "tiny", "hovle_hd"]),
+    "no config": ("train --workdir TMP/w", ["--config is missing"]),
+    "absent config": ("train --config configs/absent.py", ["configs/absent.py"]),
+    "value of another type": ("train --config configs/pretrain.py --config.steps=many", ["steps"]),
+    "another seed": (
+        "train --config configs/pretrain.py --workdir TMP/other --config.seed=5",
+        ["TMP/other/pretrain", "seed=0, not 5", "--workdir"],
+    ),
+    "no folder can be made": (
+        "train --config configs/pretrain.py --workdir TMP/file/x",
+        ["cannot write to TMP/file/x"],
+    ),
+    "weights of the paper": (
+        "train --config configs/align.py:hovle --workdir TMP/w", ["llm weights", "--config.init.llm=DIR"]
+    ),
+    "absent image": (
+        "generate --checkpoint TMP/w --image TMP/absent.png --prompt hi", ["no image at TMP/absent.png", "--image"]
+    ),
+    "more marks than images": (
+        "generate --checkpoint TMP/w --image TMP/picture.png --prompt <image><image>?",
+        ["2 <image> marks and 1 image was given"],
+    ),
+    "no run": ("generate --checkpoint TMP --image TMP/picture.png --prompt hi", ["TMP holds no run"]),
+    "unfinished run": ("evaluate --checkpoint TMP/other/pretrain", ["no finished embedding and llm"]),
+    "unknown benchmark": ("evaluate --checkpoint TMP --benchmark mmlu", ["'mmlu'", "easy_vqa_zero_shot"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, files):
+    text, expected = MISTAKES[name]
+    started = time.monotonic()
+    result = command(*text.replace("TMP", str(files)).split())
+    seconds = time.monotonic() - started
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in expected:
+        assert part.replace("TMP", str(files)) in lines[0]
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert seconds < 30  # two or three on a free machine; with a compilation it would be far more
+    assert not (files / "w").exists() or not any((files / "w").rglob("checkpoints"))
+
+
+STAGES = ("pretrain", "contrast", "distill", "align", "instruct")
+
+
+@pytest.mark.slow
+def test_the_chain_of_stages(tmp_path):
+    """Five stages of two steps in one folder, then an answer and a score."""
+    workdir = tmp_path / "runs"
+    cut = ["--config.steps=2", "--config.data.batch_size=8"]
+    for stage in STAGES:
+        arguments = ["--config", f"configs/{stage}.py", "--workdir", workdir, *cut]
+        result = command("train", *arguments, timeout=400)
+        assert result.returncode == 0, result.stderr
+        assert f"== {stage} (1 of 1)" in result.stdout  # the stages before it are found, not trained again
+        folder = workdir / stage
+        for name in ("report.html", "metrics.jsonl", "first_batch.png", "metrics.png", "config.json", "results.json"):
+            assert (folder / name).stat().st_size > 0, f"{stage}: {name}"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == 2 and all(np.isfinite(row.get("loss", 0)) for row in rows)
+        assert json.loads((folder / "config.json").read_text())["steps"] == 2
+        assert isinstance(json.loads((folder / "results.json").read_text()), dict)
+    assert {p.name for p in (workdir / "instruct" / "model").iterdir()} == {"embedding", "llm"}
+    assert {p.name for p in (workdir / "contrast" / "model").iterdir()} == {"clip"}
+
+    again = command("train", "--config", "configs/instruct.py", "--workdir", workdir, *cut)
+    assert again.returncode == 0 and f"instruct is finished in {workdir / 'instruct'}" in again.stdout
+
+    from PIL import Image
+
+    Image.fromarray(micro.draw("red", "circle")).save(tmp_path / "picture.png")
+    asked = ["--image", tmp_path / "picture.png", "--prompt", "what color is it?", "--max_new_tokens", 4]
+    answered = command("generate", "--checkpoint", workdir / "instruct", *asked)
+    assert answered.returncode == 0 and len(answered.stdout.splitlines()) >= 1, answered.stderr
+
+    scored = command("evaluate", "--checkpoint", workdir / "contrast", "--benchmark", "easy_vqa_zero_shot", "--json")
+    scores = json.loads(scored.stdout)
+    assert scores["split"] == "test" and scores["pictures"] == 1000 - 112 and 0 <= scores["accuracy"] <= 100
+    stored = json.loads((workdir / "contrast" / "results.json").read_text())
+    assert stored["accuracy"] == scores["accuracy"]
+    questions = json.loads((workdir / "instruct" / "results.json").read_text())
+    assert questions["questions"] == 9_673
+
+    wrong = command("evaluate", "--checkpoint", workdir / "contrast")
+    assert wrong.returncode == 2 and "no finished embedding and llm" in wrong.stderr
