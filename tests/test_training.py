@@ -27,7 +27,7 @@ from hovle_jax.training.checkpoint import load_component
 from hovle_jax.training.load import example_batch
 from hovle_jax.training.losses import contrastive, cosine, cross_entropy, divide
 from hovle_jax.training.optimizer import learning_rate, make_optimizer
-from hovle_jax.training.sharding import check_batch_size, make_mesh, on_mesh, put_batch
+from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models, clamp_scale, components_of
 from hovle_jax.training.state import abstract_component, abstract_params, init_component, make_state, select
 from hovle_jax.training.step import total_loss, train_step
@@ -392,7 +392,7 @@ def test_meshes_and_batches_that_do_not_divide_fail_with_the_number():
     with pytest.raises(UserError, match="data=3, .* does not cover 8 devices"):
         make_mesh(MeshConfig(data=3))
     with pytest.raises(UserError, match="data.batch_size=30 must divide by 8 devices .*: use 32"):
-        check_batch_size(30, make_mesh(MeshConfig()))
+        check_batch_shape(30, 64, make_mesh(MeshConfig()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, micro_corpus):
     optimizer = dataclasses.replace(LOOP.optimizer, learning_rate=float("inf"))
     config = dataclasses.replace(LOOP, optimizer=optimizer)
-    with pytest.raises(UserError, match="the loss is nan at step 2; .* lower optimizer.learning_rate"):
+    with pytest.raises(UserError, match="the loss is nan at step 2 .* lower optimizer.learning_rate"):
         loop.run(config, tmp_path, {}, say=quiet)
     assert not (tmp_path / "model").exists()
 
@@ -501,11 +501,15 @@ def test_each_config_resolves(stage, preset):
         return
     config = train.stage_config(CONFIGS, stage, preset)
     assert (config.stage, config.preset) == (stage, preset)
+    if preset.startswith("hovle"):
+        with pytest.raises(UserError, match="--config.tokenizer.path=FILE"):
+            loop.check(config)
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path="llm.model"))
     loop.check(config)
     assert RunConfig.from_dict(config.to_dict()) == config
     if preset.startswith("tiny"):
         make_mesh(config.mesh)
-        check_batch_size(config.data.batch_size, make_mesh(config.mesh))
+        check_batch_shape(config.data.batch_size, config.data.sequence_length, make_mesh(config.mesh))
 
 
 def test_unknown_presets_and_keys_are_named():

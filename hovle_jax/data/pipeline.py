@@ -53,14 +53,14 @@ class SampleMaker:
         turns = [picture.questions[i] for i in order]
         if picture.caption and rng.random() < 0.1:
             turns = [(CAPTION_REQUEST, picture.caption)]
-        return self.told(turns, picture.caption)
+        return self.told(turns, picture.caption, all_tokens=rng.random() < 0.1)
 
-    def told(self, turns, caption):
+    def told(self, turns, caption, all_tokens=False):
         """The caption stands where the image will be, so that the LLM learns to answer from it."""
         if caption:
             turns = [(f"{caption}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
         sample = self.conversation(turns, self.no_tiles())
-        return dataclasses.replace(sample, supervised=np.ones_like(sample.supervised))
+        return dataclasses.replace(sample, supervised=np.ones_like(sample.supervised)) if all_tokens else sample
 
     def caption_pair(self, picture, rng):
         """`contrast`: the picture and its caption's ids."""

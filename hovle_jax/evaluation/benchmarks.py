@@ -23,7 +23,11 @@ BENCHMARKS = {
 
 
 def evaluate(folder, name, limit=0):
-    """Scores a finished run, on the first `limit` items of the benchmark (0: all). Raises UserError for an unknown benchmark or a run without the needed components."""
+    """Scores a finished run, on the first `limit` items of the benchmark (0: all).
+
+    Raises:
+      UserError: an unknown benchmark, or a run without the needed components.
+    """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]

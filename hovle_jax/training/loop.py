@@ -19,7 +19,7 @@ from hovle_jax.report.pictures import batch_picture
 from hovle_jax.report.progress import Progress
 from hovle_jax.training import checkpoint
 from hovle_jax.training.optimizer import learning_rate, make_optimizer
-from hovle_jax.training.sharding import check_batch_size, make_mesh, on_mesh, put_batch
+from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models
 from hovle_jax.training.state import abstract_params, init_component, make_state
 from hovle_jax.training.step import average, eval_step, train_step
@@ -154,7 +154,7 @@ def run(config: RunConfig, folder, sources, say=print):
     folder = checkpoint.open_run_folder(folder)
     checkpoint.check_same_config(folder, config)
     mesh = make_mesh(config.mesh)
-    check_batch_size(config.data.batch_size, mesh)
+    check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
     pictures = pipeline.load_pictures(config, config.data.split)
     tokenizer = get_tokenizer(config, folder, list(sources.values()), pictures)
     check_tokenizer(config, tokenizer)

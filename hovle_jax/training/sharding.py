@@ -96,8 +96,12 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch_size(batch_size, mesh):
-    """Raises UserError when the rows do not divide over the data axes."""
+def check_batch_shape(batch_size, length, mesh):
+    """Raises UserError when rows do not divide over the data axes, or a row's length over `sequence`."""
+    parts = mesh.shape["sequence"]
+    if length % parts:
+        nearest = -(-length // parts) * parts
+        raise UserError(f"data.sequence_length={length} must divide by mesh.sequence={parts}: use {nearest}")
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         nearest = -(-batch_size // parts) * parts
