@@ -21,11 +21,11 @@ def get_config(preset="tiny"):
         config.optimizer.learning_rate = 3e-4
         config.data.sequence_length = 512
         return config
-    config.data.batch_size = 14
+    config.data.batch_size = 16
     config.data.tiles = 4
     config.data.sequence_length = 192
     config.data.augment = True
-    config.steps = 600
+    config.steps = 500
     config.eval_every = 200
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 40

@@ -24,9 +24,9 @@ def get_config(preset="tiny"):
         config.data.sequence_length = 8192
         config.data.tiles = 13
         return config
-    config.data.batch_size = 24
-    config.data.turns = 3
-    config.data.sequence_length = 88
+    config.data.batch_size = 48
+    config.data.balanced = True
+    config.data.sequence_length = 52
     config.data.augment = True
     config.steps = 500
     config.optimizer.learning_rate = 1e-3

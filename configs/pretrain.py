@@ -12,8 +12,11 @@ from hovle_jax import recipes
 def get_config(preset="tiny"):
     config = recipes.base("pretrain", preset)
     config.data.batch_size = 64
-    config.data.sequence_length = 76
-    config.steps = 150
-    config.optimizer.learning_rate = 3e-3
+    config.data.balanced = True
+    config.data.sequence_length = 32
+    config.steps = 800
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 30
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.b2 = 0.98
     return config

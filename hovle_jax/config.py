@@ -247,7 +247,9 @@ class DataConfig:
       sequence_length, tiles: L and M of the batch contract (HD: the short stream).
       samples_per_row: how many samples are packed into a row, as segments.
       augment: flips and shifts of the images, from (seed, step) alone.
-      turns: instruct: questions about one picture in a conversation, at most.
+      balanced: pretrain, instruct: draw affirmed, denied and open questions as 2 : 2 : 1. Five in seven yes/no
+        answers of easy-VQA deny; a model that always does is then right often enough to stay there for long.
+      turns: pretrain, instruct: questions about one picture in a conversation, at most.
       random_tokens: distill: ids in the query and again in the response.
       system_message: empty = the template's own.
     """
@@ -259,6 +261,7 @@ class DataConfig:
     tiles: int = 1
     samples_per_row: int = 1
     augment: bool = False
+    balanced: bool = False
     turns: int = 1
     random_tokens: int = 50
     system_message: str = ""

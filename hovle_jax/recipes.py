@@ -25,7 +25,7 @@ PRESETS = {
     "hovle": ("hovle", None, "hovle"),
     "hovle_hd": ("hovle_hd", None, "hovle"),
 }
-TINY_SYSTEM = "You answer questions about a picture."
+TINY_SYSTEM = "Answer."
 
 
 def is_paper(preset):

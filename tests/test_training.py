@@ -360,7 +360,7 @@ def test_parameters_moments_and_rows_are_really_cut():
 
         def check(state):
             for tree in (state.trained, *(optax.tree_utils.tree_get(state.opt_state, m) for m in ("mu", "nu"))):
-                assert kernels(tree).sharding.spec == (None, "fsdp", "tensor")
+                assert kernels(tree).sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
                 assert kernels(tree).addressable_shards[0].data.shape == (2, 16, 32)
 
         check(state)

@@ -53,19 +53,28 @@ def deduce_caption(questions):
     possible = [set(COLORS), set(SHAPES)]
     for question, answer in questions:
         words = re.findall(r"\w+", question)
-        negated = "not" in words or "no" in words
+        kind = reply_kind(question, answer)
         for values in possible:
             vocabulary = COLORS if values <= set(COLORS) else SHAPES
             named = {w for w in words if w in vocabulary}
             if answer in vocabulary:
                 values &= {answer}
-            elif named and answer in ("yes", "no") and (answer == "yes") == negated:
+            elif named and kind == "denied":
                 values -= named
             elif named:
                 values &= named
     if any(len(values) != 1 for values in possible):
         return ""
     return f"a {possible[0].pop()} {possible[1].pop()}"
+
+
+def reply_kind(question, answer):
+    """'open', or for a yes/no question whether the answer says that the thing is there: 'affirmed' or 'denied'."""
+    if answer not in ("yes", "no"):
+        return "open"
+    words = re.findall(r"\w+", question)
+    negated = "not" in words or "no" in words
+    return "affirmed" if (answer == "yes") != negated else "denied"
 
 
 def _package_folder():

@@ -17,7 +17,8 @@ from hovle_jax.data.images import augment, single_tile
 from hovle_jax.data.text import IMAGE_MARK, Tokenizer, encode_conversation, encode_random_text
 
 CAPTION_REQUEST = "describe the picture."
-MAX_TEXT_TURNS = 3
+BALANCE = {"affirmed": 2, "denied": 2, "open": 1}
+WHOLE_TEXTS = 0.02  # pretrain: the share of conversations of which every token is learned, not the answers alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,16 @@ class SampleMaker:
         tiles = single_tile(picture.image, size)
         return augment(tiles[0], rng, max_shift=size // 8)[None] if self.augmented else tiles
 
+    def questions(self, picture, rng, count):
+        """Up to `count` different questions of a picture, in random order; see `DataConfig.balanced`."""
+        pairs = picture.questions
+        weights = np.ones(len(pairs))
+        if self.config.data.balanced:
+            kinds = [easy_vqa.reply_kind(*pair) for pair in pairs]
+            weights = np.asarray([BALANCE[kind] / kinds.count(kind) for kind in kinds])
+        chosen = rng.choice(len(pairs), min(count, len(pairs)), replace=False, p=weights / weights.sum())
+        return [pairs[i] for i in chosen]
+
     def conversation(self, turns, tiles):
         encoded = encode_conversation(
             self.tokenizer, turns, self.config.data.system_message, (1,) * len(tiles), self.embedding.tokens_per_tile
@@ -48,12 +59,15 @@ class SampleMaker:
         return np.zeros((0, self.embedding.image_size, self.embedding.image_size, 3), np.uint8)
 
     def text(self, picture, rng):
-        """`pretrain`: a conversation about a picture that is told, not shown. Every token is learned."""
-        order = rng.permutation(len(picture.questions))[: rng.integers(1, MAX_TEXT_TURNS + 1)]
-        turns = [picture.questions[i] for i in order]
+        """`pretrain`: a conversation about a picture that is told, not shown.
+
+        Most samples teach the answers alone: what a caption implies is learned slowly beside the noise of which
+        question was drawn.
+        """
+        turns = self.questions(picture, rng, self.config.data.turns)
         if picture.caption and rng.random() < 0.1:
             turns = [(CAPTION_REQUEST, picture.caption)]
-        return self.told(turns, picture.caption, all_tokens=rng.random() < 0.1)
+        return self.told(turns, picture.caption, all_tokens=rng.random() < WHOLE_TEXTS)
 
     def told(self, turns, caption, all_tokens=False):
         """The caption stands where the image will be, so that the LLM learns to answer from it."""
@@ -91,8 +105,7 @@ class SampleMaker:
 
     def question(self, picture, rng):
         """`instruct`: the picture and some of its questions, as one conversation."""
-        order = rng.permutation(len(picture.questions))[: self.config.data.turns]
-        turns = [picture.questions[i] for i in order]
+        turns = self.questions(picture, rng, self.config.data.turns)
         turns[0] = (f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1])
         return self.conversation(turns, self.tile(picture, rng, self.embedding.image_size))
 
@@ -102,7 +115,7 @@ class SampleMaker:
         pairs = sorted({pair for p in pictures for pair in p.questions}, key=length)
         caption = max((p.caption for p in pictures), key=lambda text: len(self.tokenizer.encode(text)))
         if self.config.stage == "pretrain":
-            return self.told(pairs[-MAX_TEXT_TURNS:], caption)
+            return self.told(pairs[-self.config.data.turns :], caption)
         picture = dataclasses.replace(pictures[0], questions=pairs[-self.config.data.turns :], caption=caption)
         return getattr(self, RECIPES[self.config.stage].make)(picture, np.random.default_rng(0))
 
