@@ -22,7 +22,7 @@ def get_config(preset="tiny"):
         config.data.tiles = 13
         return config
     config.data.batch_size = 32
-    config.data.sequence_length = 48
+    config.data.sequence_length = 42
     config.data.augment = True
     config.steps = 300
     config.optimizer.learning_rate = 1e-3

@@ -23,7 +23,7 @@ def get_config(preset="tiny"):
         return config
     config.data.batch_size = 16
     config.data.tiles = 4
-    config.data.sequence_length = 192
+    config.data.sequence_length = 188
     config.data.augment = True
     config.steps = 500
     config.eval_every = 200

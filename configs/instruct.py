@@ -26,9 +26,10 @@ def get_config(preset="tiny"):
         return config
     config.data.batch_size = 48
     config.data.balanced = True
-    config.data.sequence_length = 52
+    config.data.sequence_length = 46
     config.data.augment = True
     config.steps = 500
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 20
+    config.optimizer.learning_rate = 7e-4
+    config.optimizer.warmup_steps = 40
+    config.optimizer.b2 = 0.98
     return config

@@ -15,6 +15,7 @@ def get_config(preset="tiny"):
     config.data.balanced = True
     config.data.sequence_length = 32
     config.steps = 800
+    config.optimizer.final_fraction = 0.1
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 30
     config.optimizer.weight_decay = 0.1

@@ -1,5 +1,7 @@
 """The one folder outside of a run's own that the project writes to."""
 
+import contextlib
+import fcntl
 import os
 import pathlib
 
@@ -10,3 +12,11 @@ def cache_dir(*parts):
     path = pathlib.Path(os.environ.get("HOVLE_CACHE") or default).joinpath(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Held by one process at a time, so that two that start together do not prepare the same thing at once."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -404,9 +404,11 @@ NUM_ADDED_TOKENS = 11  # chat and image tokens at the top of the vocabulary: dat
 def tiny_model():
     """HoVLE for 64-pixel images and two CPU cores."""
     layer = dict(width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
+    # Distillation fixes directions, not lengths. Unit outputs are about as long as the LLM's token vectors, so that
+    # what the LLM can do with text survives; a small LLM would otherwise have to learn it anew.
     embedding = EmbeddingConfig(
-        stack=StackConfig(num_layers=4, **layer), image_size=64, patch_size=8, vocab_size=512
-    )  # fmt: skip
+        stack=StackConfig(num_layers=4, **layer), image_size=64, patch_size=8, vocab_size=512, normalize_output=True
+    )
     llm = LLMConfig(stack=StackConfig(num_layers=3, **layer), vocab_size=512, max_length=2048)
     return HoVLEConfig(embedding=embedding, llm=llm)
 

@@ -324,3 +324,26 @@ def test_images_become_square_tiles(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match="text.png cannot be read as an image"):
         load_image(tmp_path / "text.png")
+
+
+def test_reply_kinds_follow_what_is_affirmed_not_the_word():
+    assert easy_vqa.reply_kind("is there a red shape?", "yes") == "affirmed"
+    assert easy_vqa.reply_kind("is there not a circle?", "yes") == "denied"
+    assert easy_vqa.reply_kind("is no circle present?", "no") == "affirmed"
+    assert easy_vqa.reply_kind("what color is the shape?", "red") == "open"
+
+
+@pytest.mark.parametrize("balanced, expected", [(True, (0.4, 0.4, 0.2)), (False, (0.1, 0.6, 0.3))])
+def test_balanced_questions_are_drawn_two_two_one(balanced, expected):
+    config = micro.run_config("instruct", data={"balanced": balanced})
+    maker = pipeline.SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
+    pairs = [("is there a red shape?", "yes")]
+    pairs += [(f"is there a {color} shape?", "no") for color in ("blue", "teal", "gray", "black", "green", "brown")]
+    pairs += [(question, "red") for question in ("what color is the shape?", "what color is it?", "which color?")]
+    picture = dataclasses.replace(micro.pictures()[0], questions=tuple(pairs))
+    rng = np.random.default_rng(0)
+    drawn = [easy_vqa.reply_kind(*maker.questions(picture, rng, 1)[0]) for _ in range(2000)]
+    shares = [drawn.count(kind) / len(drawn) for kind in ("affirmed", "denied", "open")]
+    assert shares == pytest.approx(expected, abs=0.04)
+    several = maker.questions(picture, rng, 30)
+    assert len(several) == len(set(several)) == len(pairs)

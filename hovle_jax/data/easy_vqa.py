@@ -16,7 +16,7 @@ import re
 
 import numpy as np
 
-from hovle_jax.cache import cache_dir
+from hovle_jax.cache import cache_dir, locked
 from hovle_jax.errors import UserError
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -146,8 +146,9 @@ def load(split):
     """
     if split not in PICTURES:
         raise UserError(f"easy_vqa has no split {split!r}; use one of {', '.join(PICTURES)}")
-    builder = _builder_class()(data_dir=str(cache_dir("tfds")), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that does not take place
+    folder = cache_dir("tfds")
+    with locked(folder), contextlib.redirect_stdout(io.StringIO()):  # it announces a download that does not take place
+        builder = _builder_class()(data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare()
     pictures = []
     for row in builder.as_data_source(split):
