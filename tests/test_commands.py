@@ -119,7 +119,9 @@ def test_the_chain_of_stages(tmp_path):
     answered = command("generate", "--checkpoint", workdir / "instruct", *asked)
     assert answered.returncode == 0 and len(answered.stdout.splitlines()) >= 1, answered.stderr
 
-    scored = command("evaluate", "--checkpoint", workdir / "contrast", "--benchmark", "easy_vqa_zero_shot", "--json", "--limit=64")
+    scored = command(
+        "evaluate", "--checkpoint", workdir / "contrast", "--benchmark", "easy_vqa_zero_shot", "--json", "--limit=64"
+    )
     scores = json.loads(scored.stdout)
     assert scores["split"] == "test" and scores["pictures"] == 64 and 0 <= scores["accuracy"] <= 100
     stored = json.loads((workdir / "contrast" / "results.json").read_text())
