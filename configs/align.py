@@ -2,7 +2,7 @@
 
     python -m hovle_jax.train --config configs/align.py
 
-tiny: captions deduced from easy-VQA's questions; under a minute on two CPU cores.
+tiny: captions deduced from easy-VQA's questions; over a minute on two CPU cores.
 tiny_no_distill: the same without stage 1, to show what distillation is for.
 hovle, hovle_hd: 12k steps of 4096 samples, peak learning rate 5e-5.
 """

@@ -15,6 +15,7 @@ from hovle_jax.data import easy_vqa
 from hovle_jax.data.batch import BatchShape, Sample, collate, collate_captions
 from hovle_jax.data.images import augment, single_tile
 from hovle_jax.data.text import IMAGE_MARK, Tokenizer, encode_conversation, encode_random_text
+from hovle_jax.errors import UserError
 
 CAPTION_REQUEST = "describe the picture."
 BALANCE = {"affirmed": 2, "denied": 2, "open": 1}
@@ -173,8 +174,6 @@ LOADERS = {"easy_vqa": easy_vqa}
 
 def load_pictures(config: RunConfig, split):
     """Raises UserError for a source or split that does not exist."""
-    from hovle_jax.errors import UserError
-
     if config.data.source not in LOADERS:
         raise UserError(f"data.source={config.data.source!r} is not known; use one of {', '.join(LOADERS)}")
     return LOADERS[config.data.source].load(split)

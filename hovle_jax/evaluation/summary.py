@@ -27,11 +27,12 @@ def summarize(config, result):
     scores, samples = SCORERS.get(config.stage, lambda folder, limit: ({}, []))(folder, config.eval_limit)
     scores = held_out_change(result) | scores
     (folder / "results.json").write_text(json.dumps(scores, indent=2) + "\n")
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    installed = versions()
+    (folder / "versions.json").write_text(json.dumps(installed, indent=2) + "\n")
     plot = plot_metrics(read_metrics(folder), folder / "metrics.png", f"{config.stage} ({config.preset})")
     title = f"hovle_jax: {config.stage} ({config.preset})"
     pictures = [plot, folder / "first_batch.png"]
-    write_page(folder, title, config.to_dict(), versions(), scores, samples, pictures)
+    write_page(folder, title, config.to_dict(), installed, scores, samples, pictures)
     return scores
 
 

@@ -113,8 +113,8 @@ def load_clip_teacher(folder, models, abstract):
     """A CLIP run's image tower without its last layer, whose patches the contrastive loss does not train."""
     total, used = models.config.teacher.vision.num_layers, models.config.teacher.num_layers
     vision = abstract["vision"]
-    replicated = jax.tree.leaves(vision)[0].sharding.mesh
-    whole = jax.sharding.NamedSharding(replicated, jax.sharding.PartitionSpec())
+    mesh = jax.tree.leaves(vision)[0].sharding.mesh
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     stored = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((total, *leaf.shape[1:]), leaf.dtype, sharding=whole), vision["layers"]
     )
