@@ -12,6 +12,8 @@ from hovle_jax import recipes
 
 def get_config(preset="tiny"):
     config = recipes.base("align", preset)
+    config.data.turns = 0
+    config.data.ask_caption = True
     config.init.llm = "pretrain"
     config.init.embedding = "" if preset == "tiny_no_distill" else "distill"
     if recipes.is_paper(preset):
@@ -22,9 +24,13 @@ def get_config(preset="tiny"):
         config.data.tiles = 13
         return config
     config.data.batch_size = 32
-    config.data.sequence_length = 42
+    config.data.turns = 1
+    config.data.balanced = True
+    config.data.negated_share = 0.0
+    config.data.sequence_length = 64
     config.data.augment = True
-    config.steps = 300
+    config.steps = 400
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
+    config.optimizer.b2 = 0.98
     return config

@@ -21,12 +21,12 @@ def get_config(preset="tiny"):
         config.optimizer.learning_rate = 3e-4
         config.data.sequence_length = 512
         return config
-    config.data.batch_size = 16
-    config.data.tiles = 4
-    config.data.sequence_length = 188
+    config.data.batch_size = 8
+    config.data.tiles = 8
+    config.data.sequence_length = 260
     config.data.augment = True
-    config.steps = 500
-    config.eval_every = 200
-    config.optimizer.learning_rate = 2e-3
+    config.steps = 600
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 40
+    config.optimizer.b2 = 0.98
     return config

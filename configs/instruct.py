@@ -24,11 +24,13 @@ def get_config(preset="tiny"):
         config.data.sequence_length = 8192
         config.data.tiles = 13
         return config
-    config.data.batch_size = 48
+    config.data.batch_size = 32
     config.data.balanced = True
-    config.data.sequence_length = 46
+    config.data.negated_share = 0.4
+    config.data.ask_caption = True
+    config.data.sequence_length = 64
     config.data.augment = True
-    config.steps = 500
+    config.steps = 700
     config.optimizer.learning_rate = 7e-4
     config.optimizer.warmup_steps = 40
     config.optimizer.b2 = 0.98

@@ -247,9 +247,10 @@ class DataConfig:
       sequence_length, tiles: L and M of the batch contract (HD: the short stream).
       samples_per_row: how many samples are packed into a row, as segments.
       augment: flips and shifts of the images, from (seed, step) alone.
-      balanced: pretrain, instruct: draw affirmed, denied and open questions as 2 : 2 : 1. Five in seven yes/no
-        answers of easy-VQA deny; a model that always does is then right often enough to stay there for long.
-      turns: pretrain, instruct: questions about one picture in a conversation, at most.
+      balanced: draw questions so that their words do not give the answer away (one question in a conversation).
+      negated_share: balanced: of the yes/no questions, how many are negated.
+      turns: pretrain, align, instruct: questions about one picture in a conversation, at most.
+      ask_caption: align, instruct: the conversation ends with a request for the picture's caption.
       random_tokens: distill: ids in the query and again in the response.
       system_message: empty = the template's own.
     """
@@ -262,7 +263,9 @@ class DataConfig:
     samples_per_row: int = 1
     augment: bool = False
     balanced: bool = False
+    negated_share: float = 0.5
     turns: int = 1
+    ask_caption: bool = False
     random_tokens: int = 50
     system_message: str = ""
 

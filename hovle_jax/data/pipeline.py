@@ -18,7 +18,6 @@ from hovle_jax.data.text import IMAGE_MARK, Tokenizer, encode_conversation, enco
 from hovle_jax.errors import UserError
 
 CAPTION_REQUEST = "describe the picture."
-BALANCE = {"affirmed": 2, "denied": 2, "open": 1}
 WHOLE_TEXTS = 0.02  # pretrain: the share of conversations of which every token is learned, not the answers alone
 
 
@@ -28,7 +27,7 @@ class SampleMaker:
 
     config: RunConfig
     tokenizer: Tokenizer
-    pictures: list
+    pictures: list = dataclasses.field(repr=False)  # grain writes every transform's repr
     augmented: bool
 
     @property
@@ -40,15 +39,15 @@ class SampleMaker:
         tiles = single_tile(picture.image, size)
         return augment(tiles[0], rng, max_shift=size // 8)[None] if self.augmented else tiles
 
-    def questions(self, picture, rng, count):
-        """Up to `count` different questions of a picture, in random order; see `DataConfig.balanced`."""
-        pairs = picture.questions
-        weights = np.ones(len(pairs))
+    def questions(self, picture, rng):
+        """Up to `data.turns` different questions of a picture with their answers, in random order.
+
+        Where questions are balanced, the picture's first one was drawn already and comes first.
+        """
+        order = rng.permutation(len(picture.questions))
         if self.config.data.balanced:
-            kinds = [easy_vqa.reply_kind(*pair) for pair in pairs]
-            weights = np.asarray([BALANCE[kind] / kinds.count(kind) for kind in kinds])
-        chosen = rng.choice(len(pairs), min(count, len(pairs)), replace=False, p=weights / weights.sum())
-        return [pairs[i] for i in chosen]
+            order = np.concatenate([[0], order[order != 0]])
+        return [picture.questions[i] for i in order[: self.config.data.turns]]
 
     def conversation(self, turns, tiles):
         encoded = encode_conversation(
@@ -65,17 +64,19 @@ class SampleMaker:
         Most samples teach the answers alone: what a caption implies is learned slowly beside the noise of which
         question was drawn.
         """
-        turns = self.questions(picture, rng, self.config.data.turns)
+        turns = self.questions(picture, rng)
         if picture.caption and rng.random() < 0.1:
             turns = [(CAPTION_REQUEST, picture.caption)]
-        return self.told(turns, picture.caption, all_tokens=rng.random() < WHOLE_TEXTS)
+        return self.told(turns, picture.caption, rng, all_tokens=rng.random() < WHOLE_TEXTS)
 
-    def told(self, turns, caption, all_tokens=False):
-        """The caption stands where the image will be, so that the LLM learns to answer from it."""
-        if caption:
-            turns = [(f"{caption}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
-        sample = self.conversation(turns, self.no_tiles())
-        return dataclasses.replace(sample, supervised=np.ones_like(sample.supervised)) if all_tokens else sample
+    def told(self, turns, caption, rng, all_tokens=False):
+        """The caption's words stand in the image's place, in any order, so that the LLM learns to find them there."""
+        words = self.tokenizer.encode(caption)
+        turns = [(f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
+        encoded = encode_conversation(self.tokenizer, turns, self.config.data.system_message, (1,), len(words))
+        tokens, supervised = encoded.tokens.copy(), encoded.supervised
+        tokens[tokens == self.tokenizer.image_id] = rng.permutation(words)
+        return Sample(tokens, np.ones_like(supervised) if all_tokens else supervised, self.no_tiles())
 
     def caption_pair(self, picture, rng):
         """`contrast`: the picture and its caption's ids."""
@@ -99,14 +100,11 @@ class SampleMaker:
         )
         return Sample(encoded.tokens, encoded.supervised, tiles)
 
-    def caption(self, picture, rng):
-        """`align`: the picture and a request for its caption."""
-        turns = [(f"{IMAGE_MARK}\n{CAPTION_REQUEST}", picture.caption)]
-        return self.conversation(turns, self.tile(picture, rng, self.embedding.image_size))
-
-    def question(self, picture, rng):
-        """`instruct`: the picture and some of its questions, as one conversation."""
-        turns = self.questions(picture, rng, self.config.data.turns)
+    def seen(self, picture, rng):
+        """`align`, `instruct`: the picture, questions about it, and a request for its caption, as one conversation."""
+        turns = self.questions(picture, rng)
+        if self.config.data.ask_caption and picture.caption:
+            turns.append((CAPTION_REQUEST, picture.caption))
         turns[0] = (f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1])
         return self.conversation(turns, self.tile(picture, rng, self.embedding.image_size))
 
@@ -114,11 +112,15 @@ class SampleMaker:
         """A sample at least as long as any that these pictures can give, so that a misfit shows before the compile."""
         length = lambda pair: sum(len(self.tokenizer.encode(text)) for text in pair)
         pairs = sorted({pair for p in pictures for pair in p.questions}, key=length)
-        caption = max((p.caption for p in pictures), key=lambda text: len(self.tokenizer.encode(text)))
+        picture = dataclasses.replace(
+            pictures[0],
+            questions=tuple(pairs[len(pairs) - self.config.data.turns :]),
+            caption=max((p.caption for p in pictures), key=lambda text: len(self.tokenizer.encode(text))),
+        )
+        rng = np.random.default_rng(0)
         if self.config.stage == "pretrain":
-            return self.told(pairs[-self.config.data.turns :], caption)
-        picture = dataclasses.replace(pictures[0], questions=pairs[-self.config.data.turns :], caption=caption)
-        return getattr(self, RECIPES[self.config.stage].make)(picture, np.random.default_rng(0))
+            return self.told(self.questions(picture, rng), picture.caption, rng)
+        return getattr(self, RECIPES[self.config.stage].make)(picture, rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +133,11 @@ class Recipe:
 
 
 RECIPES = {
-    "pretrain": Recipe("text", "questions", "text"),
+    "pretrain": Recipe("text", "caption", "text"),
     "contrast": Recipe("caption_pair", "caption", "captions"),
     "distill": Recipe("random_text", "", "distill"),
-    "align": Recipe("caption", "caption", "images"),
-    "instruct": Recipe("question", "questions", "images"),
+    "align": Recipe("seen", "caption", "images"),
+    "instruct": Recipe("seen", "questions", "images"),
 }
 
 
@@ -158,7 +160,11 @@ def build_dataset(config: RunConfig, tokenizer, pictures, held_out=False):
         shape = BatchShape.of(data, config.model.embedding, tokenizer.image_id)
         join = functools.partial(collate, shape=shape, kind=recipe.kind, samples_per_row=data.samples_per_row)
     join([maker.longest(usable)] * per_batch)  # raises where it does not fit
-    dataset = grain.MapDataset.source(usable).seed(config.seed).shuffle().repeat()
+    groups = [(1.0, usable)]
+    if data.balanced:
+        groups = LOADERS[data.source].balance_groups(usable, data.negated_share)
+    shuffled = [grain.MapDataset.source(group).seed(config.seed).shuffle().repeat() for _, group in groups]
+    dataset = grain.MapDataset.mix(shuffled, [weight for weight, _ in groups])
     dataset = dataset.random_map(getattr(maker, recipe.make))
     return dataset.batch(per_batch, drop_remainder=True, batch_fn=join)
 

@@ -53,6 +53,7 @@ def check(config: RunConfig):
     config.model.check()
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
+    check_conversations(config)
     if config.stage == "distill":
         config.teacher.check()
     if config.tokenizer.path == "required":
@@ -69,6 +70,15 @@ def check(config: RunConfig):
     for name in ("steps", "log_every", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+
+
+def check_conversations(config: RunConfig):
+    data = config.data
+    if data.turns < (0 if config.stage == "align" and data.ask_caption else 1):
+        raise UserError(
+            f"data.turns={data.turns} leaves nothing to be learned in {config.stage}; "
+            "set it to at least 1 (align can do without questions where data.ask_caption is set)"
+        )
 
 
 def check_execution(execution: ExecutionConfig):

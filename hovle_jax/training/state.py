@@ -1,5 +1,7 @@
 """A run's state: abstract shapes -> shardings -> values; optimizer state for the trained parameters only."""
 
+import dataclasses
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -64,6 +66,8 @@ def init_component(models: Models, component, batch, abstract):
     wanted = set(traverse_util.flatten_dict(abstract))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     names = ("llm", "embedding", "clip", "teacher", "head")
+    # Layers in a loop: the same values, compiled once instead of once a layer.
+    models = dataclasses.replace(models, execution=dataclasses.replace(models.execution, unroll_layers=False))
 
     def init(key):
         params = nn.meta.unbox(models.init(component, key, _zeros(batch)))
