@@ -2,7 +2,7 @@
 
     python -m hovle_jax.train --config configs/pretrain.py
 
-tiny: the questions, answers and captions of easy-VQA; about two minutes on two CPU cores.
+tiny: the questions, answers and captions of easy-VQA; a minute and a half on two CPU cores.
 HoVLE itself starts from a public LLM instead, so this stage has no paper recipe.
 """
 
@@ -15,7 +15,7 @@ def get_config(preset="tiny"):
     config.data.balanced = True
     config.data.negated_share = 0.25
     config.data.sequence_length = 33
-    config.steps = 550
+    config.steps = 500
     config.optimizer.final_fraction = 0.1
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 30

@@ -336,8 +336,8 @@ def test_reply_kinds_follow_what_is_affirmed_not_the_word():
 def named_by(question):
     """What a question names: 'colour', 'shape' or nothing."""
     words = question.rstrip("?").split()
-    named = [kind for kind, values in (("colour", easy_vqa.COLORS), ("shape", easy_vqa.SHAPES)) for w in words if w in values]
-    return named[0] if named else ""
+    kinds = {"colour": easy_vqa.COLORS, "shape": easy_vqa.SHAPES}
+    return next((kind for kind, values in kinds.items() if set(words) & set(values)), "")
 
 
 def drawn_questions(batches):
@@ -366,15 +366,15 @@ def test_balanced_questions_do_not_give_their_answer_away():
                 asked = [p for p in pairs if named_by(p[0]) == thing and easy_vqa.is_negated(p[0]) == negated]
                 kinds = [easy_vqa.reply_kind(*pair) for pair in asked if pair[1] in ("yes", "no")]
                 share[balanced] = kinds.count("affirmed") / len(kinds)
-            assert share[True] == pytest.approx(0.5, abs=0.05)
-            assert share[False] < 0.4
+            assert share[True] == pytest.approx(0.4, abs=0.05)
+            assert thing == "shape" or share[False] < 0.25
 
 
 def test_an_open_question_may_be_the_only_kind():
     pairs = (("what color is the shape?", "red"),)
     pictures = [dataclasses.replace(p, questions=pairs) for p in micro.pictures()]
     ((weight, group),) = easy_vqa.balance_groups(pictures, 0.5)
-    assert weight > 0 and [p.index for p in group] == [p.index for p in pictures]
+    assert weight > 0 and group == pictures
 
 
 def test_several_questions_are_different_ones():
@@ -384,6 +384,19 @@ def test_several_questions_are_different_ones():
     drawn = [maker.questions(picture, rng) for _ in range(20)]
     assert all(len(turns) == len(set(turns)) == 3 and set(turns) <= set(picture.questions) for turns in drawn)
     assert len({tuple(turns) for turns in drawn}) > 5
+
+
+def test_a_balanced_conversation_begins_with_the_question_that_was_drawn():
+    config = micro.run_config("instruct", data={"turns": 2, "balanced": True})
+    maker = pipeline.SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
+    groups = easy_vqa.balance_groups(micro.pictures(), negated_share=0.25)
+    rng = np.random.default_rng(0)
+    for _, pictures in groups:
+        first, second = maker.questions(pictures[0], rng)
+        assert first == pictures[0].questions[0] and second in pictures[0].questions[1:]
+    plain = easy_vqa.balance_groups(micro.pictures(), negated_share=0.0)
+    assert len(plain) < len(groups)
+    assert not any(easy_vqa.is_negated(p.questions[0][0]) for _, pictures in plain for p in pictures)
 
 
 def test_conversations_end_with_the_caption_where_it_is_known():
@@ -416,7 +429,6 @@ def test_a_told_picture_has_its_words_in_the_image_s_place():
     [
         ("instruct", {"turns": 0, "ask_caption": True}, "data.turns=0 leaves nothing"),
         ("align", {"turns": 0}, "data.turns=0 leaves nothing"),
-        ("instruct", {"turns": 2, "balanced": True}, "one question at a time and data.turns=2"),
     ],
 )
 def test_conversations_that_cannot_be_are_refused(stage, data, message):

@@ -101,9 +101,13 @@ def balance_groups(pictures, negated_share):
             others = tuple(pair for pair in picture.questions if pair != (question, answer))
             first = dataclasses.replace(picture, questions=((question, answer), *others))
             groups.setdefault(key, []).append(first)
-    shares = {"open": 1.0, "affirmed": 0.8, "denied": 1.2}
-    weight = lambda kind, negated: shares[kind] * (1 if kind == "open" else negated_share if negated else 1 - negated_share)
-    return [(weight(*key[:2]), group) for key, group in sorted(groups.items()) if weight(*key[:2])]
+
+    def weight(kind, negated, about_shape):
+        if kind == "open":
+            return 1.0
+        return {"affirmed": 0.8, "denied": 1.2}[kind] * (negated_share if negated else 1 - negated_share)
+
+    return [(weight(*key), group) for key, group in sorted(groups.items()) if weight(*key)]
 
 
 def _package_folder():

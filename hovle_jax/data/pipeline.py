@@ -18,6 +18,7 @@ from hovle_jax.data.text import IMAGE_MARK, Tokenizer, encode_conversation, enco
 from hovle_jax.errors import UserError
 
 CAPTION_REQUEST = "describe the picture."
+CAPTION_REQUESTS = 0.1  # pretrain: the share of conversations that ask for the caption
 WHOLE_TEXTS = 0.02  # pretrain: the share of conversations of which every token is learned, not the answers alone
 
 
@@ -64,9 +65,8 @@ class SampleMaker:
         Most samples teach the answers alone: what a caption implies is learned slowly beside the noise of which
         question was drawn.
         """
-        turns = self.questions(picture, rng)
-        if picture.caption and rng.random() < 0.1:
-            turns = [(CAPTION_REQUEST, picture.caption)]
+        asks_caption = rng.random() < CAPTION_REQUESTS
+        turns = [(CAPTION_REQUEST, picture.caption)] if asks_caption else self.questions(picture, rng)
         return self.told(turns, picture.caption, rng, all_tokens=rng.random() < WHOLE_TEXTS)
 
     def told(self, turns, caption, rng, all_tokens=False):

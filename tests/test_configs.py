@@ -1,0 +1,79 @@
+"""The files of configs/."""
+
+import dataclasses
+import itertools
+import pathlib
+
+import jax
+import pytest
+
+from hovle_jax import train
+from hovle_jax.config import ExecutionConfig, RunConfig
+from hovle_jax.errors import UserError
+from hovle_jax.recipes import PRESETS
+from hovle_jax.training import loop
+from hovle_jax.training.load import example_batch
+from hovle_jax.training.sharding import check_batch_shape, make_mesh
+from hovle_jax.training.stages import STAGES, Models, components_of
+from hovle_jax.training.state import abstract_params, select
+from tests import micro
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+STAGE_FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def test_each_stage_has_a_config_file():
+    assert set(STAGE_FILES) == set(STAGES)
+
+
+@pytest.mark.parametrize("stage, preset", [*itertools.product(STAGE_FILES, PRESETS)])
+def test_each_config_resolves(stage, preset):
+    if preset.startswith("hovle") and stage in ("pretrain", "contrast"):
+        with pytest.raises(UserError, match=f"'{preset}' has no {stage} stage"):
+            train.stage_config(CONFIGS, stage, preset)
+        return
+    config = train.stage_config(CONFIGS, stage, preset)
+    assert (config.stage, config.preset) == (stage, preset)
+    if preset.startswith("hovle"):
+        with pytest.raises(UserError, match="--config.tokenizer.path=FILE"):
+            loop.check(config)
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path="llm.model"))
+    loop.check(config)
+    assert RunConfig.from_dict(config.to_dict()) == config
+    if preset.startswith("tiny"):
+        make_mesh(config.mesh)
+        check_batch_shape(config.data.batch_size, config.data.sequence_length, make_mesh(config.mesh))
+
+
+def test_unknown_presets_and_keys_are_named():
+    with pytest.raises(UserError, match="unknown preset 'huge'; use one of tiny, "):
+        train.stage_config(CONFIGS, "align", "huge")
+    mapping = micro.run_config("align").to_dict()
+    mapping["optimizer"]["learning_rat"] = mapping["optimizer"].pop("learning_rate")
+    with pytest.raises(UserError, match="config.optimizer.learning_rat is not a known key; did you mean learning_rate"):
+        RunConfig.from_dict(mapping)
+    with pytest.raises(UserError, match="config.steps='many' should be of type int"):
+        RunConfig.from_dict(micro.run_config("align").to_dict() | {"steps": "many"})
+
+
+@pytest.mark.parametrize("preset", ["hovle", "hovle_hd"])
+def test_full_size_state_in_abstract(preset):
+    """Every stage of the paper's recipe: what is allocated, trained and frozen."""
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    totals = {}
+    for stage in ("distill", "align", "instruct"):
+        config = train.stage_config(CONFIGS, stage, preset)
+        mesh = make_mesh(config.mesh)
+        assert mesh.shape["fsdp"] == 8
+        models = Models(config, ExecutionConfig())
+        params = abstract_params(models, example_batch(config), mesh)
+        assert params.keys() == set(components_of(config))
+        totals[stage] = (count(params), count(select(params, STAGES[stage].trains)))
+        largest = params["embedding"]["stack"]["layers"]["gate"]["kernel"]
+        assert largest.sharding.shard_shape(largest.shape) == (8, 256, 8192)
+    whole, table, class_token = 2_606_327_808, 92553 * 2048, 2 * 2048
+    assert totals["align"][0] == totals["instruct"][0] == whole
+    assert totals["instruct"][1] == whole - table - class_token
+    assert totals["distill"][1] == totals["align"][1] == count(params["embedding"]) - class_token

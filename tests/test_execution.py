@@ -1,0 +1,186 @@
+"""What changes no number: packing, layers written out or looped over, recomputation, any mesh."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hovle_jax.config import ExecutionConfig, MeshConfig
+from hovle_jax.data import pipeline
+from hovle_jax.data.batch import BatchShape, Sample, collate
+from hovle_jax.data.text import IMAGE_MARK, encode_conversation, encode_random_text
+from hovle_jax.errors import UserError
+from hovle_jax.training.optimizer import make_optimizer
+from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
+from hovle_jax.training.stages import STAGES, Models
+from hovle_jax.training.state import abstract_params, make_state, select
+from hovle_jax.training.step import total_loss, train_step
+from tests import micro
+from tests.trees import assert_close
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+VARIANTS = ("pre", "post", "none")
+
+
+def conversations(config):
+    """Six samples of different lengths; the second and the last have no picture."""
+    turns = [("what shape?", "circle"), ("hello, what is it?", "red"), ("describe the picture.", "a red circle")] * 2
+    samples = []
+    for i, (turn, picture) in enumerate(zip(turns, micro.pictures())):
+        shown = i not in (1, 5)
+        tiles = picture.image[None] if shown else np.zeros((0, *picture.image.shape), np.uint8)
+        text = f"{IMAGE_MARK}\n{turn[0]}" if shown else turn[0]
+        encoded = encode_conversation(
+            micro.tokenizer(), [(text, turn[1])], "s", (1,) * shown, config.model.embedding.tokens_per_tile
+        )
+        samples.append(Sample(encoded.tokens, encoded.supervised, tiles))
+    return samples
+
+
+def random_texts(config):
+    """Six samples of distillation, with different numbers of random ids."""
+    samples, rng = [], np.random.default_rng(0)
+    for count, picture in zip((3, 1, 5, 2, 4, 6), micro.pictures()):
+        encoded = encode_random_text(micro.tokenizer(), rng, count, "s", (1,), config.model.embedding.tokens_per_tile)
+        samples.append(Sample(encoded.tokens, encoded.supervised, picture.image[None]))
+    return samples
+
+
+@pytest.mark.parametrize("stage, variant", [*itertools.product(["instruct"], VARIANTS), ("distill", "post")])
+def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, variant):
+    config = micro.run_config(stage, variant)
+    models = Models(config, config.execution)
+    kind = pipeline.RECIPES[stage].kind
+    samples = (conversations if stage == "instruct" else random_texts)(config)
+    longest = max(len(s.tokens) for s in samples)
+
+    @jax.jit
+    def losses(params, batch):
+        def total(params):
+            pairs = STAGES[stage].losses(models, params, batch)
+            return sum(pair[0] for pair in pairs.values()), pairs
+
+        return jax.grad(total, has_aux=True)(params)
+
+    results = []
+    for per_row in (1, 3):
+        data = dataclasses.replace(config.data, sequence_length=per_row * longest, tiles=per_row)
+        shape = BatchShape.of(data, config.model.embedding, micro.tokenizer().image_id)
+        batch = collate(samples, shape, kind, per_row)
+        assert len(batch["tokens"]) == 6 // per_row
+        results.append(losses(micro.params(config), batch))
+    (grads, pairs), (packed_grads, packed_pairs) = results
+    for name, (total, weight) in pairs.items():
+        assert float(weight) == float(packed_pairs[name][1]) > 0
+        np.testing.assert_allclose(packed_pairs[name][0], total, rtol=1e-5)
+    assert_close(grads, packed_grads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Execution: layers written out or looped over, recomputed or not, on any mesh
+
+
+def gradients_of(models, stage):
+    def of(params, batch):
+        trained = select(params, STAGES[stage].trains)
+        frozen = select(params, lambda path: not STAGES[stage].trains(path))
+        (loss, _), grads = jax.value_and_grad(total_loss, has_aux=True)(trained, frozen, batch, stage, models)
+        return loss, grads
+
+    return jax.jit(of)
+
+
+@functools.cache
+def reference(config):
+    """(loss, gradients) on one device."""
+    batch = micro.dataset(config)[0]
+    return jax.device_get(gradients_of(Models(config, config.execution), config.stage)(micro.params(config), batch))
+
+
+@pytest.mark.parametrize(
+    "execution", [ExecutionConfig(unroll_layers=True), ExecutionConfig(remat="full"), ExecutionConfig(remat="dots")]
+)
+def test_execution_changes_neither_parameters_nor_numbers(execution):
+    config = micro.run_config("instruct")
+    models = Models(config, execution)
+    batch, mesh = micro.dataset(config)[0], micro.one_device()
+    assert jax.tree.map(jnp.shape, micro.params(config)) == jax.tree.map(
+        jnp.shape, abstract_params(models, batch, mesh)
+    )
+    loss, grads = gradients_of(models, config.stage)(micro.params(config), batch)
+    np.testing.assert_allclose(loss, reference(config)[0], rtol=1e-5)
+    assert_close(reference(config)[1], grads)
+
+
+MESHES = {
+    "data=8": MeshConfig(data=8),
+    "data=2,fsdp=4": MeshConfig(data=2, fsdp=4),
+    "data=2,fsdp=2,tensor=2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "data=4,sequence=2": MeshConfig(data=4, sequence=2),
+}
+SHARDED = [*itertools.product(["instruct", "distill"], MESHES), ("contrast", "data=8")]
+
+
+@pytest.mark.parametrize("stage, mesh_name", SHARDED)
+def test_a_mesh_changes_no_number(stage, mesh_name):
+    config = micro.run_config(stage)
+    models, mesh, batch = Models(config, config.execution), make_mesh(MESHES[mesh_name]), micro.dataset(config)[0]
+    assert mesh.size == 8
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
+    params = jax.device_put(micro.params(config), shardings)
+    with on_mesh(mesh):
+        loss, grads = gradients_of(models, stage)(params, put_batch(batch, mesh))
+    np.testing.assert_allclose(loss, reference(config)[0], rtol=1e-5)
+    assert_close(reference(config)[1], grads)
+
+
+def test_parameters_moments_and_rows_are_really_cut():
+    config, mesh = micro.run_config("instruct"), make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
+    models, batch = Models(config, config.execution), micro.dataset(config)[0]
+    optimizer, params = make_optimizer(config.optimizer, config.steps), micro.params(config)
+    with on_mesh(mesh):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
+        state = make_state(models, jax.device_put(params, shardings), optimizer)
+        kernels = lambda tree: tree["llm"]["stack"]["layers"]["gate"]["kernel"]
+
+        def check(state):
+            for tree in (state.trained, *(optax.tree_utils.tree_get(state.opt_state, m) for m in ("mu", "nu"))):
+                assert kernels(tree).sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+                assert kernels(tree).addressable_shards[0].data.shape == (2, 16, 32)
+
+        check(state)
+        compiled = train_step._cache_size()
+        rows = put_batch(batch, mesh)
+        assert rows["tokens"].addressable_shards[0].data.shape == (2, config.data.sequence_length)
+        for _ in range(2):
+            state, _ = train_step(state, rows, stage=config.stage, models=models, optimizer=optimizer)
+            check(state)
+        assert train_step._cache_size() == compiled + 1  # once, not again for where the first step left its results
+
+
+def test_logical_constraints_reach_the_program():
+    config, mesh = micro.run_config("instruct"), make_mesh(MESHES["data=4,sequence=2"])
+    models, batch, params = Models(config, config.execution), micro.dataset(config)[0], micro.params(config)
+    params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    program = lambda: jax.jit(lambda p, b: models.hovle.logits(p, b)).trace(params, batch)
+    with on_mesh(mesh):
+        traced = program()
+    text = traced.lower().as_text()
+    # Before and behind each of the two stacks: [B, L, D], rows over the data axes and L over `sequence`.
+    assert text.count("sharding_constraint") == 4 == str(traced.jaxpr).count("sharding_constraint[")
+    assert text.count('<@mesh, [{"data", "fsdp"}, {"sequence"}, {}]>') >= 4
+    with mesh:  # the usual way, in which they would silently be ignored
+        assert "sharding_constraint" not in str(program().jaxpr)
+
+
+def test_meshes_and_batches_that_do_not_divide_fail_with_the_number():
+    with pytest.raises(UserError, match="data=3, .* does not cover 8 devices"):
+        make_mesh(MeshConfig(data=3))
+    with pytest.raises(UserError, match="data.batch_size=30 must divide by 8 devices .*: use 32"):
+        check_batch_shape(30, 64, make_mesh(MeshConfig()))

@@ -1,0 +1,100 @@
+"""The loop: resuming, held-out metrics, stopping."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from hovle_jax.config import ExecutionConfig
+from hovle_jax.data import pipeline
+from hovle_jax.errors import UserError
+from hovle_jax.report.metrics import read_metrics
+from hovle_jax.training import loop
+from tests import micro
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def micro_corpus(monkeypatch):
+    monkeypatch.setattr(pipeline, "load_pictures", lambda config, split: list(micro.pictures()))
+
+
+# The stage that compiles fastest.
+LOOP = micro.run_config("contrast", steps=4, log_every=1, checkpoint_every=3, execution=ExecutionConfig(dtype="auto"))
+
+
+def saved(folder, step):
+    """Everything in a checkpoint, and the finished model: {path: array}."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(folder / "checkpoints" / str(step) / "default")
+        model = {c: checkpointer.restore(folder / "model" / c) for c in ("clip",)}
+    leaves = jax.tree_util.tree_leaves_with_path({"state": state, "model": model})
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def quiet(line):
+    pass
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpus):
+    whole, cut, killed = (tmp_path / name for name in ("whole", "cut", "killed"))
+    result = loop.run(LOOP, whole, {}, say=quiet)
+    assert (result.step, result.finished) == (4, True)
+    stopped = loop.run(dataclasses.replace(LOOP, stop_at_step=2), cut, {}, say=quiet)
+    assert (stopped.step, stopped.finished) == (2, False) and not (cut / "model").exists()
+    said = []
+    assert loop.run(LOOP, cut, {}, say=said.append).finished
+    assert "contrast: resuming at step 2" in said
+    # Killed behind step 4 without a checkpoint of it: what was written after step 3 happens again.
+    import shutil
+
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints" / "4")
+    shutil.rmtree(killed / "model")
+    said.clear()
+    assert loop.run(LOOP, killed, {}, say=said.append).finished
+    assert "contrast: resuming at step 3" in said
+    expected = saved(whole, 4)
+    assert len(expected) > 100 and int(expected["['state']['step']"]) == 4
+    for folder in (cut, killed):
+        got = saved(folder, 4)
+        assert got.keys() == expected.keys()
+        for path, leaf in expected.items():
+            assert leaf.tobytes() == got[path].tobytes(), f"{folder.name}: {path}"
+        assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4]
+        assert [row["loss"] for row in read_metrics(folder)] == [row["loss"] for row in read_metrics(whole)]
+    for name in ("config.json", "tokenizer.model", "first_batch.png"):
+        assert (whole / name).stat().st_size > 0
+    # Another seed in the same folder would mix two runs.
+    with pytest.raises(UserError, match="holds a run with seed=0, not 7; choose another --workdir"):
+        loop.run(dataclasses.replace(LOOP, seed=7), whole, {}, say=quiet)
+    changed = dataclasses.replace(LOOP, optimizer=dataclasses.replace(LOOP.optimizer, learning_rate=1e-4, b1=0.5))
+    with pytest.raises(UserError, match=r"optimizer.b1=0.9, not 0.5 \(and 1 more keys\)"):
+        loop.run(changed, whole, {}, say=quiet)
+
+
+def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
+    config = micro.run_config("distill", steps=3, log_every=3, eval_every=2)
+    result = loop.run(config, tmp_path, {}, say=quiet)
+    assert list(result.held_out) == [0, 2, 3]
+    losses = {step: metrics["loss"] for step, metrics in result.held_out.items()}
+    assert losses[3] < losses[0]
+    for metrics in result.held_out.values():
+        assert metrics["loss"] == pytest.approx(-metrics["image_cosine"] - metrics["text_cosine"], abs=1e-5)
+    written = {row["step"]: row.get("held_out/loss") for row in read_metrics(tmp_path)}
+    assert written == pytest.approx(losses)
+    assert not (tmp_path / "model" / "llm").exists() or set(path.name for path in (tmp_path / "model").iterdir()) <= {
+        "embedding",
+        "llm",
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, micro_corpus):
+    optimizer = dataclasses.replace(LOOP.optimizer, learning_rate=float("inf"))
+    config = dataclasses.replace(LOOP, optimizer=optimizer)
+    with pytest.raises(UserError, match="the loss is nan at step 2 .* lower optimizer.learning_rate"):
+        loop.run(config, tmp_path, {}, say=quiet)
+    assert not (tmp_path / "model").exists()

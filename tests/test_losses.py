@@ -1,0 +1,85 @@
+"""Losses, the learning rate."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hovle_jax.model.clip import MAX_LOG_SCALE
+from hovle_jax.training.losses import contrastive, cosine, cross_entropy, divide
+from hovle_jax.training.optimizer import learning_rate
+from hovle_jax.training.stages import clamp_scale
+from tests import micro
+from tests.golden import golden
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_contrastive_loss_is_that_of_open_clip(case):
+    arrays = np.load(golden("contrastive-loss") / "expected.npz")
+    get = lambda name: arrays[f"case{case}.{name}"]
+
+    def loss(images, texts, log_scale):
+        return divide(contrastive(images, texts, log_scale))
+
+    inputs = [get(n) for n in ("image_features", "text_features", "log_logit_scale")]
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(*inputs)
+    np.testing.assert_allclose(value, get("clip.loss"), rtol=1e-5, atol=1e-6)
+    for name, gradient in zip(("grad_image", "grad_text", "grad_log_logit_scale"), gradients):
+        np.testing.assert_allclose(gradient, get(f"clip.{name}"), rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+def test_the_logit_scale_is_clamped_at_100():
+    clamped = clamp_scale({"clip": {"log_scale": jnp.float32(5.0), "other": 1}})["clip"]
+    assert float(clamped["log_scale"]) == pytest.approx(np.log(100)) and clamped["other"] == 1
+    assert float(clamp_scale({"clip": {"log_scale": jnp.float32(1.5)}})["clip"]["log_scale"]) == 1.5
+    config = micro.run_config("contrast")
+    state, batches, step = micro.start(config)
+    state.trained["clip"]["log_scale"] = jnp.float32(
+        9.0
+    )  # a start above the limit, which one step alone would not mend
+    state, _ = step(state, batches[0])
+    assert float(state.trained["clip"]["log_scale"]) == pytest.approx(MAX_LOG_SCALE)
+
+
+def test_cosine():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 5, 7)).astype(np.float32)
+    weights = np.asarray([1, 0, 2, 1, 0.5], np.float32)
+    cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+    total, weight = cosine(x, y, weights)
+    np.testing.assert_allclose(total, -(weights * cosines).sum(), rtol=1e-5)
+    assert float(weight) == 4.5
+    gradient = jax.grad(lambda x: cosine(x, y, weights)[0])(x)
+    assert not gradient[1].any() and np.abs((gradient * x).sum(-1)).max() < 1e-5  # of length it knows nothing
+
+
+@pytest.mark.parametrize("zero", ["prediction", "target", "both"])
+def test_cosine_is_finite_at_zero_vectors(zero):
+    x, y = jnp.ones((2, 4)), jnp.ones((2, 4))
+    x = x.at[0].set(0) if zero != "target" else x
+    y = y.at[0].set(0) if zero != "prediction" else y
+    value, gradients = jax.value_and_grad(lambda x, y: cosine(x, y, jnp.ones(2))[0], argnums=(0, 1))(x, y)
+    assert float(value) == pytest.approx(-1) and all(np.isfinite(g).all() for g in gradients)
+
+
+def test_cross_entropy_counts_weighted_tokens_alone():
+    logits = np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32)
+    total, weight = cross_entropy(logits, np.asarray([[2, 4, 0]]), np.asarray([[1.0, 0.5, 0.0]]))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(total, -log_p[0, 0, 2] - 0.5 * log_p[0, 1, 4], rtol=1e-5)
+    assert float(weight) == 1.5
+    gradient = jax.grad(lambda pair: divide((pair, jnp.float32(0))))(jnp.float32(3))
+    assert float(divide((total, jnp.float32(0)))) == 0 and float(gradient) == 0
+
+
+def test_learning_rate_schedule():
+    config = dataclasses.replace(
+        micro.run_config("align").optimizer, learning_rate=2.0, warmup_steps=4, final_fraction=0.1
+    )
+    values = [float(learning_rate(config, 12)(i)) for i in range(13)]
+    np.testing.assert_allclose(values[:5], [0, 0.5, 1, 1.5, 2])
+    np.testing.assert_allclose([values[8], values[12]], [0.2 + 0.9, 0.2], rtol=1e-6)

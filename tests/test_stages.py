@@ -1,0 +1,117 @@
+"""What each stage holds, trains and leaves alone, and how weights move from stage to stage."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from hovle_jax.errors import UserError
+from hovle_jax.training import loop
+from hovle_jax.training.checkpoint import load_component
+from hovle_jax.training.optimizer import make_optimizer
+from hovle_jax.training.stages import STAGES, Models
+from hovle_jax.training.state import abstract_component, init_component, select
+from tests import micro
+from tests.trees import host
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RUNS = {
+    "pretrain": dict(stage="pretrain"),
+    "contrast": dict(stage="contrast"),
+    "distill, CLIP": dict(stage="distill"),
+    "distill, InternViT, HD": dict(stage="distill", variant="post", teacher="internvit", projector="mlp1", special=9),
+    "align": dict(stage="align", special=9),
+    "instruct": dict(stage="instruct", variant="none"),
+}
+CLASS_TOKEN = {"embedding/class_embedding", "embedding/class_position"}
+TABLE = {"llm/token_embedding/embedding"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stage_changes_what_it_trains_and_nothing_else(name):
+    config = micro.run_config(**RUNS[name])
+    state, batches, step = micro.start(config)
+    trained, frozen = host(state.trained), host(state.frozen)
+    assert not trained.keys() & frozen.keys()
+    metrics = []
+    for i in range(3):
+        state, measured = step(state, batches[i])
+        metrics.append(jax.device_get(measured))
+    assert int(state.step) == 3
+    assert all(np.isfinite(list(m.values())).all() and m["gradient_norm"] > 0 for m in metrics)
+    for path, leaf in host(state.frozen).items():  # to the bit, and in spite of weight decay
+        assert leaf.tobytes() == frozen[path].tobytes(), f"{path} is frozen and was changed"
+    moments = host(optax.tree_utils.tree_get(state.opt_state, "mu"))
+    for path, leaf in host(state.trained).items():
+        assert (leaf != trained[path]).any(), f"{path} is trained and did not move"
+        # A key's bias shifts all of a query's scores alike, which the softmax ignores.
+        assert moments[path].any() or path.endswith("key/bias"), f"{path} gets no gradient"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_stage_holds(name):
+    config = micro.run_config(**RUNS[name])
+    stage, params = STAGES[config.stage], micro.params(config)
+    paths = set(host(params))
+    trained, frozen = set(host(select(params, stage.trains))), set(host(select(params, lambda p: not stage.trains(p))))
+    assert trained | frozen == paths and trained
+    inside = lambda *components: {p for p in paths if p.split("/")[0] in components}
+    expected = {
+        "pretrain": (inside("llm"), set()),
+        "contrast": (inside("clip"), set()),
+        "distill": (inside("embedding", "head") - CLASS_TOKEN, inside("teacher", "llm") | CLASS_TOKEN),
+        "align": (inside("embedding") - CLASS_TOKEN, inside("llm") | CLASS_TOKEN),
+        "instruct": (inside("embedding", "llm") - CLASS_TOKEN - TABLE, CLASS_TOKEN | TABLE),
+    }
+    assert (trained, frozen) == expected[config.stage]
+    assert frozen >= CLASS_TOKEN or config.stage in ("pretrain", "contrast")
+    if config.stage == "distill":
+        assert inside("llm") == TABLE  # neither body nor head of the LLM is ever allocated
+        assert bool(inside("head")) == (config.teacher.projector == "linear")
+    if "llm" in params and "embedding" in params:  # the text table starts as the LLM's token vectors
+        embedding = params["embedding"]
+        tables = [embedding[t]["embedding"] for t in ("text_embedding", "special_embedding") if t in embedding]
+        np.testing.assert_array_equal(np.concatenate(tables), params["llm"]["token_embedding"]["embedding"])
+    optimizer_state = make_optimizer(config.optimizer, config.steps).init(select(params, stage.trains))
+    assert set(host(optax.tree_utils.tree_get(optimizer_state, "nu"))) == trained
+    elements = sum(leaf.size for leaf in jax.tree.leaves(optimizer_state) if leaf.ndim)
+    scalars = 2 * ("clip/log_scale" in trained)
+    assert elements + scalars == 2 * sum(leaf.size for leaf in jax.tree.leaves(select(params, stage.trains)))
+
+
+def test_fresh_parameters_depend_on_seed_and_component_alone():
+    def fresh(config):
+        batch, models = micro.dataset(config)[0], Models(config, config.execution)
+        abstract = abstract_component(models, "llm", batch, micro.one_device())
+        return host(init_component(models, "llm", batch, abstract))
+
+    align, pretrain = fresh(micro.run_config("align")), fresh(micro.run_config("pretrain"))
+    other = fresh(micro.run_config("pretrain", seed=1))
+    assert all((align[path] == leaf).all() for path, leaf in pretrain.items())
+    assert (other["head/kernel"] != pretrain["head/kernel"]).any()
+
+
+def test_weights_move_from_stage_to_stage(tmp_path):
+    """CLIP's tower becomes the teacher without its last layer; a shape that does not fit is named."""
+    from hovle_jax.training.checkpoint import is_finished, save_model
+
+    contrast, distill = micro.run_config("contrast"), micro.run_config("distill")
+    save_model(tmp_path, micro.params(contrast))
+    assert is_finished(tmp_path) and not (tmp_path / "model.partial").exists()
+    batch, mesh, models = micro.dataset(distill)[0], micro.one_device(), Models(distill, distill.execution)
+    got = loop.load_params(models, batch, mesh, {"teacher": tmp_path})["teacher"]["vision"]
+    tower = micro.params(contrast)["clip"]["vision"]
+    for path, leaf in host(got).items():
+        wanted = host(tower)[path]
+        np.testing.assert_array_equal(leaf, wanted[:1] if path.startswith("layers/") else wanted, err_msg=path)
+    larger = dataclasses.replace(contrast, clip=dataclasses.replace(contrast.clip, projection_width=24))
+    abstract = abstract_component(Models(larger, larger.execution), "clip", micro.dataset(larger)[0], mesh)
+    with pytest.raises(
+        UserError, match=r"another config: clip/\w+_projection/kernel has shape \(32, 16\).* \(32, 24\)"
+    ):
+        load_component(tmp_path, "clip", abstract)
+    with pytest.raises(UserError, match="no finished 'llm' weights"):
+        load_component(tmp_path, "llm", {})
