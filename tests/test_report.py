@@ -154,6 +154,11 @@ def test_plots_are_pictures_of_a_sane_size(tmp_path):
 
 
 def test_plots_of_a_run_that_has_logged_nothing(tmp_path):
+    picture = np.full((8, 8, 3), 200, np.uint8)
+    samples = [page.Sample(picture, "what color is the shape in the picture?", "red", "red"), page.Sample(None, "?", "")]
+    one_row = open_picture(plots.plot_answers(samples, tmp_path / "answers.png")).shape
+    two_rows = open_picture(plots.plot_answers(samples[:1] * 7, tmp_path / "answers.png")).shape
+    assert two_rows[1] == one_row[1] and two_rows[0] == pytest.approx(2 * one_row[0], abs=2)
     assert plots.plot_metrics([], tmp_path / "empty.png", "a run").exists()
     assert plots.plot_runs({"a": []}, "loss", tmp_path / "empty_runs.png").exists()
 

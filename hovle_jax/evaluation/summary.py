@@ -11,14 +11,14 @@ from hovle_jax.evaluation.benchmarks import evaluate
 from hovle_jax.inference.generate import answer
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.report.page import Sample, versions, write_page
-from hovle_jax.report.plots import plot_metrics
+from hovle_jax.report.plots import plot_answers, plot_metrics
 from hovle_jax.training.load import load_run
 
 NUM_SAMPLES = 24
 
 
 def summarize(config, result):
-    """Scores a finished run, writes RUN/results.json, RUN/metrics.png and RUN/report.html.
+    """Scores a finished run, writes RUN/results.json, metrics.png, answers.png and report.html there.
 
     Returns:
       {name: number}, as in results.json.
@@ -32,6 +32,8 @@ def summarize(config, result):
     plot = plot_metrics(read_metrics(folder), folder / "metrics.png", f"{config.stage} ({config.preset})")
     title = f"hovle_jax: {config.stage} ({config.preset})"
     pictures = [plot, folder / "first_batch.png"]
+    if samples:
+        plot_answers(samples, folder / "answers.png")
     write_page(folder, title, config.to_dict(), installed, scores, samples, pictures)
     return scores
 

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import textwrap
 
 from hovle_jax.report.progress import format_number
 
@@ -14,6 +15,7 @@ UNITS = {
 }
 SMOOTH_FROM = 20  # points; fewer are drawn as they are, with markers
 COLOR = "#2563a8"
+WRONG = "#b3261e"
 
 
 def plot_metrics(rows, path, title):
@@ -69,6 +71,32 @@ def plot_runs(runs, metric, path):
     axis.set_ylabel(f"{metric} ({UNITS[metric]})" if metric in UNITS else metric)
     if drawn:
         axis.legend(frameon=False, fontsize=9, title="run (last value)", title_fontsize=8)
+    return _save(figure, path)
+
+
+def plot_answers(samples, path, columns=6):
+    """Pictures with the question, the answer and, where it is wrong, the expected one.
+
+    Args:
+      samples: `page.Sample`s; those without a picture are left out.
+      path: the PNG to write.
+
+    Returns:
+      the path.
+    """
+    shown = [sample for sample in samples if sample.image is not None]
+    num_rows = max(1, math.ceil(len(shown) / columns))
+    figure = _figure(1.8 * columns, 2.3 * num_rows)
+    axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, sample in zip(axes, shown):
+        axis.imshow(sample.image, interpolation="nearest")
+        axis.set_title("\n".join(textwrap.wrap(sample.prompt or "which caption?", 26)), fontsize=8)
+        wrong = sample.right is False
+        answer = f"{sample.answer}, not {sample.expected}" if wrong else sample.answer
+        color = WRONG if wrong else COLOR
+        axis.text(0.5, -0.04, answer, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
     return _save(figure, path)
 
 
