@@ -19,6 +19,7 @@ from hovle_jax.errors import UserError
 
 CAPTION_REQUEST = "describe the picture."
 CAPTION_REQUESTS = 0.1  # pretrain: the share of conversations that ask for the caption
+MORE_WORDS = 5  # pretrain: how many words of a told caption are repeated at most
 WHOLE_TEXTS = 0.02  # pretrain: the share of conversations of which every token is learned, not the answers alone
 
 
@@ -70,8 +71,12 @@ class SampleMaker:
         return self.told(turns, picture.caption, rng, all_tokens=rng.random() < WHOLE_TEXTS)
 
     def told(self, turns, caption, rng, all_tokens=False):
-        """The caption's words stand in the image's place, in any order, so that the LLM learns to find them there."""
+        """The caption's words stand in the image's place, in any order and number, as an image's tokens may do.
+
+        The LLM so learns to find them there, wherever and however often they stand.
+        """
         words = self.tokenizer.encode(caption)
+        words = [*words, *rng.choice(words, rng.integers(0, MORE_WORDS + 1))]
         turns = [(f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
         encoded = encode_conversation(self.tokenizer, turns, self.config.data.system_message, (1,), len(words))
         tokens, supervised = encoded.tokens.copy(), encoded.supervised
@@ -119,7 +124,8 @@ class SampleMaker:
         )
         rng = np.random.default_rng(0)
         if self.config.stage == "pretrain":
-            return self.told(self.questions(picture, rng), picture.caption, rng)
+            tellings = [self.told(self.questions(picture, rng), picture.caption, rng) for _ in range(100)]
+            return max(tellings, key=lambda sample: len(sample.tokens))
         return getattr(self, RECIPES[self.config.stage].make)(picture, rng)
 
 
