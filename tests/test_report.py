@@ -1,5 +1,6 @@
 """The report: what it writes is whole after a kill, marks the right tokens, and is safe to open."""
 
+import dataclasses
 import json
 import math
 import re
@@ -153,12 +154,16 @@ def test_plots_are_pictures_of_a_sane_size(tmp_path):
     assert 600 < width < 2000 and 300 < height < 1000
 
 
-def test_plots_of_a_run_that_has_logged_nothing(tmp_path):
-    picture = np.full((8, 8, 3), 200, np.uint8)
-    samples = [page.Sample(picture, "what color is the shape in the picture?", "red", "red"), page.Sample(None, "?", "")]
-    one_row = open_picture(plots.plot_answers(samples, tmp_path / "answers.png")).shape
-    two_rows = open_picture(plots.plot_answers(samples[:1] * 7, tmp_path / "answers.png")).shape
+def test_answers_fill_rows_of_pictures(tmp_path):
+    sample = page.Sample(np.full((8, 8, 3), 200, np.uint8), "what color is the shape in the picture?", "red", "blue")
+    without_picture = dataclasses.replace(sample, image=None)
+    size = lambda samples: open_picture(plots.plot_answers(samples, tmp_path / "answers.png")).shape
+    one_row, two_rows = size([sample, without_picture]), size([sample] * 7)
     assert two_rows[1] == one_row[1] and two_rows[0] == pytest.approx(2 * one_row[0], abs=2)
+    assert size([sample] * 6 + [without_picture] * 6) == one_row
+
+
+def test_plots_of_a_run_that_has_logged_nothing(tmp_path):
     assert plots.plot_metrics([], tmp_path / "empty.png", "a run").exists()
     assert plots.plot_runs({"a": []}, "loss", tmp_path / "empty_runs.png").exists()
 
