@@ -413,14 +413,15 @@ def test_conversations_end_with_the_caption_where_it_is_known():
 def test_a_told_picture_has_its_words_in_the_image_s_place():
     tokenizer, picture = micro.tokenizer(), micro.pictures()[0]
     maker = pipeline.SampleMaker(micro.run_config("pretrain"), tokenizer, list(micro.pictures()), False)
-    words, orders = sorted(tokenizer.encode(picture.caption)), set()
-    for seed in range(20):
+    words, counts, orders = tokenizer.encode(picture.caption), set(), set()
+    for seed in range(60):
         sample = maker.told([picture.questions[0]], picture.caption, np.random.default_rng(seed))
         tokens = sample.tokens.tolist()
         told = tokens[tokens.index(tokenizer.special("<img>")) + 1 : tokens.index(tokenizer.special("</img>"))]
-        assert sorted(told) == words and not len(sample.tiles)
-        orders.add(tuple(told))
-    assert len(orders) > 3
+        assert set(told) == set(words) and not len(sample.tiles)
+        counts.add(len(told) - len(words))
+        orders.add(tuple(dict.fromkeys(told)))
+    assert counts == set(range(pipeline.MORE_WORDS + 1)) and len(orders) > 3
     assert tokenizer.decode(sample.tokens[sample.supervised]) == picture.questions[0][1]
 
 
