@@ -247,8 +247,8 @@ class DataConfig:
       sequence_length, tiles: L and M of the batch contract (HD: the short stream).
       samples_per_row: how many samples are packed into a row, as segments.
       augment: flips and shifts of the images, from (seed, step) alone.
-      balanced: draw questions so that their words do not give the answer away (one question in a conversation).
-      negated_share: balanced: of the yes/no questions, how many are negated.
+      balanced: draw each conversation's first question so that its words do not give the answer away.
+      negated_share: balanced: of those that ask for yes or no, how many are negated (0 to 1).
       turns: pretrain, align, instruct: questions about one picture in a conversation, at most.
       ask_caption: align, instruct: the conversation ends with a request for the picture's caption.
       random_tokens: distill: ids in the query and again in the response.

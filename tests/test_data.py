@@ -415,7 +415,9 @@ def test_a_told_picture_has_its_words_in_the_image_s_place():
     maker = pipeline.SampleMaker(micro.run_config("pretrain"), tokenizer, list(micro.pictures()), False)
     words, counts, orders = tokenizer.encode(picture.caption), set(), set()
     for seed in range(60):
-        sample = maker.told([picture.questions[0]], picture.caption, np.random.default_rng(seed))
+        sample = maker.told(
+            [picture.questions[0]], picture.caption, seed % (pipeline.MORE_WORDS + 1), np.random.default_rng(seed)
+        )
         tokens = sample.tokens.tolist()
         told = tokens[tokens.index(tokenizer.special("<img>")) + 1 : tokens.index(tokenizer.special("</img>"))]
         assert set(told) == set(words) and not len(sample.tiles)
@@ -430,6 +432,7 @@ def test_a_told_picture_has_its_words_in_the_image_s_place():
     [
         ("instruct", {"turns": 0, "ask_caption": True}, "data.turns=0 leaves nothing"),
         ("align", {"turns": 0}, "data.turns=0 leaves nothing"),
+        ("align", {"negated_share": 1.5}, "data.negated_share=1.5 is a share"),
     ],
 )
 def test_conversations_that_cannot_be_are_refused(stage, data, message):

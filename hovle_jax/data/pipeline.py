@@ -68,15 +68,16 @@ class SampleMaker:
         """
         asks_caption = rng.random() < CAPTION_REQUESTS
         turns = [(CAPTION_REQUEST, picture.caption)] if asks_caption else self.questions(picture, rng)
-        return self.told(turns, picture.caption, rng, all_tokens=rng.random() < WHOLE_TEXTS)
+        all_tokens = rng.random() < WHOLE_TEXTS
+        return self.told(turns, picture.caption, rng.integers(0, MORE_WORDS + 1), rng, all_tokens)
 
-    def told(self, turns, caption, rng, all_tokens=False):
+    def told(self, turns, caption, repeats, rng, all_tokens=False):
         """The caption's words stand in the image's place, in any order and number, as an image's tokens may do.
 
-        The LLM so learns to find them there, wherever and however often they stand.
+        The LLM so learns to find them there, wherever and however often they stand: `repeats` of them stand again.
         """
         words = self.tokenizer.encode(caption)
-        words = [*words, *rng.choice(words, rng.integers(0, MORE_WORDS + 1))]
+        words = [*words, *rng.choice(words, repeats)]
         turns = [(f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
         encoded = encode_conversation(self.tokenizer, turns, self.config.data.system_message, (1,), len(words))
         tokens, supervised = encoded.tokens.copy(), encoded.supervised
@@ -124,7 +125,8 @@ class SampleMaker:
         )
         rng = np.random.default_rng(0)
         if self.config.stage == "pretrain":
-            tellings = [self.told(self.questions(picture, rng), picture.caption, rng) for _ in range(100)]
+            choices = (self.questions(picture, rng), [(CAPTION_REQUEST, picture.caption)])
+            tellings = [self.told(turns, picture.caption, MORE_WORDS, rng) for turns in choices]
             return max(tellings, key=lambda sample: len(sample.tokens))
         return getattr(self, RECIPES[self.config.stage].make)(picture, rng)
 

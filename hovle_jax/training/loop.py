@@ -73,7 +73,10 @@ def check(config: RunConfig):
 
 
 def check_conversations(config: RunConfig):
+    """Raises UserError where the questions and captions asked for leave nothing to be learned, or cannot be drawn."""
     data = config.data
+    if not 0 <= data.negated_share <= 1:
+        raise UserError(f"data.negated_share={data.negated_share} is a share of questions; set it between 0 and 1")
     if data.turns < (0 if config.stage == "align" and data.ask_caption else 1):
         raise UserError(
             f"data.turns={data.turns} leaves nothing to be learned in {config.stage}; "
