@@ -23,14 +23,14 @@ def get_config(preset="tiny"):
         config.data.sequence_length = 4096
         config.data.tiles = 13
         return config
-    config.data.batch_size = 32
+    config.data.batch_size = 16
     config.data.turns = 1
     config.data.balanced = True
     config.data.negated_share = 0.15
     config.data.sequence_length = 64
     config.data.augment = True
-    config.steps = 400
+    config.steps = 800
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 20
+    config.optimizer.warmup_steps = 40
     config.optimizer.b2 = 0.98
     return config

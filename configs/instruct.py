@@ -24,14 +24,14 @@ def get_config(preset="tiny"):
         config.data.sequence_length = 8192
         config.data.tiles = 13
         return config
-    config.data.batch_size = 32
+    config.data.batch_size = 16
     config.data.balanced = True
     config.data.negated_share = 0.4
     config.data.ask_caption = True
     config.data.sequence_length = 64
     config.data.augment = True
-    config.steps = 600
-    config.optimizer.learning_rate = 7e-4
-    config.optimizer.warmup_steps = 40
+    config.steps = 1200
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 60
     config.optimizer.b2 = 0.98
     return config

@@ -7,11 +7,13 @@ import sys
 from absl import app, flags
 from absl import logging as absl_logging
 
+from hovle_jax import host
 from hovle_jax.errors import UserError
 
 
 def run(main):
     """Runs main() with parsed absl flags; a user's mistake becomes one line on stderr and status 2."""
+    host.keep_freed_memory()
     try:
         app.run(lambda _: _call(main), flags_parser=_parse_flags)
     except KeyboardInterrupt:

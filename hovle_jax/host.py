@@ -1,0 +1,38 @@
+"""How the host's memory is used when the host itself computes."""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+
+# glibc's mallopt(3) parameters, and values under which freed memory stays with the process.
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+KEEP = ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1))
+
+
+def computes():
+    """Whether JAX will run on this machine's CPU; asks for no device, as that would start the backend."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    accelerators = importlib.metadata.entry_points(group="jax_plugins")
+    return not accelerators and importlib.util.find_spec("libtpu") is None
+
+
+def keep_freed_memory():
+    """Lets the process keep what it frees, for the steps of a run to use again.
+
+    XLA's CPU backend allocates a program's temporaries anew at every call. By default glibc maps such large blocks and
+    returns them afterwards, so that every step touches, and the kernel clears, hundreds of megabytes of new pages: a
+    third of the tiny preset's step time (`tests/benchmarks/step_memory.py`). One arena, because the heaps of the
+    others are returned whatever the thresholds are. It must be called before the backend starts its threads.
+
+    Returns:
+      Whether it was done: not on an accelerator's host, and only where the C library is glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018 (only glibc has it)
+    except (AttributeError, OSError, TypeError):
+        return False
+    return computes() and all([mallopt(parameter, value) for parameter, value in KEEP])
