@@ -2,7 +2,7 @@
 
     python -m hovle_jax.train --config configs/align.py
 
-tiny: a question of easy-VQA, rarely a negated one, then the picture's caption; two and a half minutes on two CPU cores.
+tiny: a question of easy-VQA, rarely a negated one, then the picture's caption; two minutes on two CPU cores.
 tiny_no_distill: the same without stage 1, to show what distillation is for.
 hovle, hovle_hd: 12k steps of 4096 samples, peak learning rate 5e-5.
 """

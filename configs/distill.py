@@ -4,7 +4,7 @@ pictures and random text (paper, section 3.2).
     python -m hovle_jax.train --config configs/distill.py
     python -m hovle_jax.train --config configs/distill.py:hovle --config.init.llm=DIR --config.init.teacher=DIR
 
-tiny: the pictures of easy-VQA, the CLIP tower of `contrast`; three and a half minutes on two CPU cores.
+tiny: the pictures of easy-VQA, the CLIP tower of `contrast`; three minutes on two CPU cores.
 hovle, hovle_hd: the paper's 122k steps of 4096 pictures, peak learning rate 3e-4.
 """
 

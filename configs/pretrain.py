@@ -2,7 +2,7 @@
 
     python -m hovle_jax.train --config configs/pretrain.py
 
-tiny: the questions, answers and captions of easy-VQA; over two minutes on two CPU cores.
+tiny: the questions, answers and captions of easy-VQA; two minutes on two CPU cores.
 HoVLE itself starts from a public LLM instead, so this stage has no paper recipe.
 """
 
