@@ -24,7 +24,7 @@ def keep_freed_memory():
 
     XLA's CPU backend allocates a program's temporaries anew at every call. By default glibc maps such large blocks and
     returns them afterwards, so that every step touches, and the kernel clears, hundreds of megabytes of new pages: a
-    third of the tiny preset's step time (`tests/benchmarks/step_memory.py`). One arena, because the heaps of the
+    quarter of the tiny preset's step time (`tests/benchmarks/step_memory.py`). One arena, because the heaps of the
     others are returned whatever the thresholds are. It must be called before the backend starts its threads.
 
     Returns:
