@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").read_text()).group(1)
 
+CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1"]
+
 setup(
     name="hovle_jax",
     version=VERSION,
@@ -37,6 +39,9 @@ setup(
         # jax's own extra picks the libtpu that belongs to it.
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
-        "test": ["pytest>=8", "pytest-xdist>=3"],
+        # GGUF files; tokenizer.json; the chat templates of other LLMs.
+        "convert": CONVERT,
+        "reference": ["torch", "transformers>=5"],  # makes tests/golden, and is the peer in benchmarks
+        "test": ["pytest>=8", "pytest-xdist>=3", *CONVERT],
     },
 )

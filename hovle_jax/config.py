@@ -13,8 +13,34 @@ from hovle_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies for longer texts than `original_length`; see model/rotary.py.
+
+    Attributes:
+      kind: 'linear', 'llama3' or 'yarn'.
+      low_frequency_factor, high_frequency_factor: llama3: how many turns over `original_length` bound the blend.
+      beta_fast, beta_slow: yarn: the same bounds.
+      attention_factor: yarn: scales cos and sin; 0 = from `factor`.
+    """
+
+    kind: str
+    factor: float
+    original_length: int
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class StackConfig:
-    """A stack of InternLM2 decoder layers."""
+    """A stack of decoder layers: InternLM2's, and with the options those of Llama, Qwen2 and Qwen3.
+
+    Attributes:
+      qkv_bias, output_bias, mlp_bias: biases of the projections (Qwen2: qkv_bias).
+      qk_norm: RMSNorm of each query and key head before its rotation (Qwen3).
+    """
 
     num_layers: int
     width: int
@@ -24,6 +50,11 @@ class StackConfig:
     mlp_width: int
     rope_theta: float = 1e6
     norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
     def check(self, name):
         if self.num_heads % self.num_kv_heads:
@@ -36,11 +67,18 @@ class StackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-    """InternLM2: token table, stack, final norm, untied head."""
+    """Token table, stack, final norm, head.
+
+    Attributes:
+      tied: the head is the token table (small Llama and Qwen models).
+      family: whose names and options a public checkpoint of it has: 'internlm2', 'llama', 'qwen2', 'qwen3'.
+    """
 
     stack: StackConfig
     vocab_size: int
     max_length: int = 32768
+    tied: bool = False
+    family: str = "internlm2"
 
 
 PIXEL_SHUFFLE = ("pre", "post", "none")
@@ -56,6 +94,7 @@ class EmbeddingConfig:
       vocab_size: ids below it are rows of the text table.
       num_special_tokens: rows of the optional second table, for ids at and above `vocab_size`.
       normalize_output: L2-normalise the output before the LLM reads it.
+      family: whose decoder layer it is, for the names of its tensors.
     """
 
     stack: StackConfig
@@ -65,6 +104,7 @@ class EmbeddingConfig:
     pixel_shuffle: str = "pre"
     num_special_tokens: int = 0
     normalize_output: bool = False
+    family: str = "internlm2"
 
     @property
     def grid(self):
@@ -98,12 +138,16 @@ class EmbeddingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HoVLEConfig:
-    embedding: EmbeddingConfig
+    """`embedding` is None for an LLM alone, which reads text."""
+
+    embedding: EmbeddingConfig | None
     llm: LLMConfig
 
     def check(self):
-        self.embedding.check()
         self.llm.stack.check("model.llm.stack")
+        if self.embedding is None:
+            return
+        self.embedding.check()
         if self.embedding.stack.width != self.llm.stack.width:
             raise UserError(
                 f"model: the embedding's width {self.embedding.stack.width} must equal the LLM's {self.llm.stack.width}"
@@ -186,24 +230,32 @@ class TeacherConfig:
       vision: the whole tower as trained; a CLIP teacher runs all but its last layer.
       projector: 'mlp1' = InternVL2's own projector (a part of the teacher); 'linear' = none on the teacher and a head
         on the student, dropped after the stage.
+      projector_width: of what 'mlp1' gives: the student's width.
     """
 
     kind: str
     vision: ViTConfig
     projector: str = "linear"
+    projector_width: int = 0
 
     @property
     def num_layers(self):
         """Layers that the teacher runs."""
         return self.vision.num_layers - (1 if self.kind == "clip" else 0)
 
-    def check(self):
+    def check(self, width):
+        """Whether it can teach a student of this width."""
         if self.kind not in ("internvit", "clip"):
             raise UserError(f"teacher.kind={self.kind!r}: use 'internvit' or 'clip'")
         if self.projector not in TEACHER_PROJECTORS:
             raise UserError(f"teacher.projector={self.projector!r}: use one of {TEACHER_PROJECTORS}")
         if self.kind == "clip" and self.projector == "mlp1":
             raise UserError("teacher: a CLIP tower has no mlp1 projector; use projector='linear'")
+        if self.projector == "mlp1" and self.projector_width != width:
+            raise UserError(
+                f"teacher.projector_width={self.projector_width} must be the student's width {width}; "
+                "take a teacher beside an LLM of that width, or projector='linear'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +389,36 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A finished model: the sizes of the components that its folder holds, and how it is talked to.
+
+    Attributes:
+      execution: how it is run by default.
+    """
+
+    embedding: EmbeddingConfig | None = None
+    llm: LLMConfig | None = None
+    clip: CLIPConfig | None = None
+    teacher: TeacherConfig | None = None
+    system_message: str = ""
+    execution: ExecutionConfig = ExecutionConfig(dtype="auto")
+
+    @classmethod
+    def of(cls, run: RunConfig, components):
+        """The part of a run's config that describes its result."""
+        sizes = {"embedding": run.model.embedding, "llm": run.model.llm, "clip": run.clip}
+        return cls(
+            **{name: sizes[name] for name in components},
+            system_message=run.data.system_message,
+            execution=dataclasses.replace(run.execution, remat="none"),
+        )
+
+    @property
+    def model(self):
+        return HoVLEConfig(self.embedding, self.llm)
+
+
 # What may differ between a run and its resumption: nothing that shapes the numbers.
 RUN_ONLY_KEYS = (
     "stop_at_step",
@@ -401,7 +483,7 @@ def differences(old, new, path=""):
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets: the sizes. The recipes (data, steps, learning rates) are in the files of configs/.
 
-NUM_ADDED_TOKENS = 11  # chat and image tokens at the top of the vocabulary: data/text.py
+NUM_ADDED_TOKENS = 11  # chat and image tokens at the top of the vocabulary: data/tokenizer.py
 
 
 def tiny_model():
@@ -444,5 +526,5 @@ MODELS = {"tiny": tiny_model, "hovle": hovle_model, "hovle_hd": lambda: hovle_mo
 CLIPS = {"tiny": tiny_clip}
 TEACHERS = {
     "tiny": lambda: TeacherConfig(kind="clip", vision=tiny_clip().vision, projector="linear"),
-    "hovle": lambda: TeacherConfig(kind="internvit", vision=internvit_300m(), projector="mlp1"),
+    "hovle": lambda: TeacherConfig("internvit", internvit_300m(), projector="mlp1", projector_width=2048),
 }

@@ -14,7 +14,8 @@ from hovle_jax.config import RunConfig
 from hovle_jax.data import easy_vqa
 from hovle_jax.data.batch import BatchShape, Sample, collate, collate_captions
 from hovle_jax.data.images import augment, single_tile
-from hovle_jax.data.text import IMAGE_MARK, Tokenizer, encode_conversation, encode_random_text
+from hovle_jax.data.text import IMAGE_MARK, encode_conversation, encode_random_text
+from hovle_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from hovle_jax.errors import UserError
 
 CAPTION_REQUEST = "describe the picture."
@@ -197,4 +198,4 @@ def train_tokenizer(config: RunConfig, pictures):
     """The tokenizer of a corpus: its text, and the template's role names so that each is one piece."""
     lines = list(LOADERS[config.data.source].corpus(pictures))
     extra = ["system\n" + config.data.system_message, "user\n", "assistant\n", CAPTION_REQUEST]
-    return Tokenizer.train(lines + extra * (len(lines) // 20), config.tokenizer.vocab_size)
+    return SentencePieceTokenizer.train(lines + extra * (len(lines) // 20), config.tokenizer.vocab_size)

@@ -1,107 +1,15 @@
-"""Tokenizers and the chat template of InternLM2.
-
-Special tokens are never parsed out of a user's text: they enter as ids, through the template alone.
-"""
+"""The chat template of InternLM2, as ids. Special tokens enter through it alone, never out of a user's text."""
 
 import dataclasses
-import io
-import itertools
-import pathlib
 
 import numpy as np
 
-from hovle_jax.config import NUM_ADDED_TOKENS
 from hovle_jax.errors import UserError
 
-# At the top of the vocabulary, in the order of the public checkpoints (InternLM2: 92542 to 92552).
-ADDED_TOKENS = (
-    "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>",
-    "</box>",
-)  # fmt: skip
-assert len(ADDED_TOKENS) == NUM_ADDED_TOKENS
 IMAGE_MARK = "<image>"  # in a conversation's text; becomes <img>, the image's tokens, </img>
 DEFAULT_SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
-
-
-class Tokenizer:
-    """A SentencePiece model with the chat and image tokens behind its own ids.
-
-    Attributes:
-      vocab_size: all ids.
-      first_special: the first chat token's id; ids below it are text.
-    """
-
-    bos, eos = 1, 2
-
-    def __init__(self, model: bytes):
-        import sentencepiece
-
-        self.model = model
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.first_special = self._pieces.vocab_size()
-        self.vocab_size = self.first_special + len(ADDED_TOKENS)
-        self._special = {token: self.first_special + i for i, token in enumerate(ADDED_TOKENS)}
-        self._special |= {"<s>": self.bos, "</s>": self.eos}
-        self._names = {i: token for token, i in self._special.items()}
-        self.stop_ids = (self._special["<|im_end|>"], self.eos)
-        self.image_id = self._special["<IMG_CONTEXT>"]
-
-    @classmethod
-    def load(cls, path):
-        """Raises UserError when the file is missing."""
-        path = pathlib.Path(path)
-        if not path.is_file():
-            raise UserError(f"no tokenizer at {path}; point tokenizer.path at a SentencePiece model")
-        return cls(path.read_bytes())
-
-    @classmethod
-    def train(cls, lines, vocab_size):
-        """A BPE model with byte fallback over `lines`; `vocab_size` counts the added tokens too."""
-        import sentencepiece
-
-        out = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=out,
-            model_type="bpe",
-            vocab_size=vocab_size - len(ADDED_TOKENS),
-            byte_fallback=True,
-            character_coverage=1.0,
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            user_defined_symbols=["\n"],  # a boundary: a role's header is never merged with what follows it
-            num_threads=1,
-            minloglevel=2,
-        )
-        return cls(out.getvalue())
-
-    def special(self, token):
-        """The id of '<s>', '</s>' or an added token."""
-        return self._special[token]
-
-    def encode(self, text):
-        """Ids of plain text; special tokens written in it are ordinary characters."""
-        return self._pieces.encode(text)
-
-    def decode(self, ids, skip_special=True):
-        """Text of ids; special tokens are left out or written by name. Reserved ids (none in ours) give nothing."""
-        parts = []
-        for special, run in itertools.groupby(map(int, ids), key=lambda i: i in self._names):
-            if not special:
-                parts.append(self._pieces.decode([i for i in run if i < self.first_special]))
-            elif not skip_special:
-                parts.extend(self._names[i] for i in run)
-        return "".join(parts)
-
-    def pieces(self, ids):
-        """Each id's own piece, for showing: ['▁a', '▁blue', '<img>', ...]."""
-        return [
-            self._names.get(i) or (self._pieces.id_to_piece(i) if i < self.first_special else f"<id {i}>")
-            for i in map(int, ids)
-        ]
 
 
 @dataclasses.dataclass(frozen=True)

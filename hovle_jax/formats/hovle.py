@@ -1,8 +1,8 @@
 """HoVLE and HoVLE-HD as published: the holistic embedding beside the LLM."""
 
-from hovle_jax.config import EmbeddingConfig, HoVLEConfig
+from hovle_jax.config import EmbeddingConfig, HoVLEConfig, LLMConfig
 from hovle_jax.errors import UserError
-from hovle_jax.formats import internlm2
+from hovle_jax.formats import internlm2, llms
 from hovle_jax.formats.fields import field, only
 from hovle_jax.formats.internvl import patch_rules
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, rule
@@ -17,7 +17,7 @@ def config_from_json(config):
             normalize_output=field(config, "normalize_encoder_output", False),
             where="config.json embedding_config",
         ),
-        llm=internlm2.config_from_json(field(config, "llm_config"), "config.json llm_config"),
+        llm=llms.config_from_json(field(config, "llm_config"), "config.json llm_config"),
     )
     model.check()
     return model
@@ -26,17 +26,13 @@ def config_from_json(config):
 def _embedding_from_json(config, normalize_output, where):
     """-> EmbeddingConfig. The rotary base and the variant are published nowhere else, so they have no default."""
     only(config, "num_channels", (3,), 3, where)
-    only(config, "hidden_act", ("silu",), "silu", where)
-    for key in ("attention_bias", "mlp_bias", "use_ls"):
-        only(config, key, (False,), False, where)
+    only(config, "use_ls", (False,), False, where)
+    # Our extension: the published checkpoints have no such key, and InternLM2's layers.
+    family = only(config, "layer_type", tuple(llms.MODULES), "internlm2", where)
     vocab_size = field(config, "llm_vocab_size", where=where)
     return EmbeddingConfig(
-        stack=internlm2.stack_from_json(
-            config,
-            rope_theta=field(config, "rope_theta", where=where),
-            norm_eps=field(config, "rms_norm_eps", where=where),
-            where=where,
-        ),
+        family=family,
+        stack=_plain_stack(config, where) if family == "internlm2" else _other_stack(config, family, where),
         image_size=field(config, "image_size", where=where),
         patch_size=field(config, "patch_size", where=where),
         vocab_size=vocab_size,
@@ -44,6 +40,20 @@ def _embedding_from_json(config, normalize_output, where):
         num_special_tokens=_num_special_tokens(config, vocab_size, where),
         normalize_output=normalize_output,
     )
+
+
+def _plain_stack(config, where):
+    only(config, "hidden_act", ("silu",), "silu", where)
+    for key in ("attention_bias", "mlp_bias"):
+        only(config, key, (False,), False, where)
+    theta, eps = (field(config, key, where=where) for key in ("rope_theta", "rms_norm_eps"))
+    return internlm2.stack_from_json(config, rope_theta=theta, norm_eps=eps, where=where)
+
+
+def _other_stack(config, family, where):
+    for key in ("rope_theta", "rms_norm_eps"):
+        field(config, key, where=where)
+    return llms.config_from_json(config | {"model_type": family, "vocab_size": 0}, where).stack
 
 
 def _pixel_shuffle(config, where):
@@ -63,6 +73,54 @@ def _num_special_tokens(config, vocab_size, where):
     return len(ids)
 
 
+def config_to_json(config: HoVLEConfig, image_id, special_tokens=()):
+    """The public config.json; the inverse of `config_from_json`.
+
+    Args:
+      image_id: the id of <IMG_CONTEXT>.
+      special_tokens: names of the rows of the embedding's second table, where it has one.
+    """
+    c = config.embedding
+    if c.family == "internlm2":
+        internlm2.check_plain(c.stack)
+        if c.stack.qkv_bias:
+            raise UserError("HoVLE's public embedding layer has no biases: give the embedding another family's layers")
+        layers = internlm2.stack_to_json(c.stack) | {"attention_bias": False, "mlp_bias": False}
+    else:
+        layers = llms.config_to_json(LLMConfig(c.stack, c.vocab_size, config.llm.max_length, family=c.family))
+        layers = {k: x for k, x in layers.items() if k not in ("model_type", "vocab_size", "tie_word_embeddings")}
+        layers |= {"layer_type": c.family}
+    names = list(special_tokens) or [f"<special {i}>" for i in range(c.num_special_tokens)]
+    variant = {"use_pixel_shuffle_proj": c.pixel_shuffle != "none"}
+    if c.pixel_shuffle != "none":
+        variant |= {"pixel_shuffle_loc": c.pixel_shuffle, "downsample_ratio": 0.5}
+    embedding = {
+        **layers,
+        "architectures": ["HolisticEmbedding"],
+        "num_channels": 3,
+        "image_size": c.image_size,
+        "patch_size": c.patch_size,
+        "use_ls": False,
+        "llm_vocab_size": c.vocab_size,
+        "llm_hidden_size": c.stack.width,
+        "img_context_token_id": image_id,
+        "special_token_maps": {name: c.vocab_size + i for i, name in enumerate(names)},
+        **variant,
+    }
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "embedding_config": embedding,
+        "llm_config": llms.config_to_json(config.llm),
+        "force_image_size": c.image_size,
+        "downsample_ratio": 0.5,
+        "ps_version": "v2",
+        "template": "internlm2-chat",
+        "select_layer": -1,
+        "normalize_encoder_output": c.normalize_output,
+    }
+
+
 def embedding_rules(config: EmbeddingConfig):
     """Rules of `HolisticEmbedding`; its tensors start with 'embedding_model.'."""
     optional = []
@@ -78,7 +136,7 @@ def embedding_rules(config: EmbeddingConfig):
     return [
         *patch_rules(config.patch_size, "vision_embeddings."),
         rule("llm_text_embeddings.weight", "text_embedding/embedding", SAME),
-        *nested(internlm2.stack_rules(config.stack, "encoder."), ours="stack"),
+        *nested(llms.stack_rules(config.stack, config.family, "encoder."), ours="stack"),
         *optional,
     ]
 
@@ -87,5 +145,5 @@ def rules(config: HoVLEConfig):
     """Rules of the whole checkpoint: {'embedding', 'llm'}."""
     return [
         *nested(embedding_rules(config.embedding), public="embedding_model.", ours="embedding"),
-        *nested(internlm2.rules(config.llm), public="language_model.", ours="llm"),
+        *nested(llms.rules(config.llm), public="language_model.", ours="llm"),
     ]

@@ -1,5 +1,7 @@
 """InternLM2 (`InternLM2ForCausalLM`), and its decoder layers, which the holistic embedding shares."""
 
+import dataclasses
+
 from hovle_jax.config import LLMConfig, StackConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import field, only
@@ -15,8 +17,9 @@ def config_from_json(config, where="config.json"):
         norm_eps=field(config, "rms_norm_eps", 1e-6, where),
         where=where,
     )
+    bias = field(config, "bias", True, where)
     return LLMConfig(
-        stack=stack,
+        stack=dataclasses.replace(stack, qkv_bias=bias, output_bias=bias),
         vocab_size=field(config, "vocab_size", where=where),
         max_length=field(config, "max_position_embeddings", 2048, where),
     )
@@ -27,8 +30,6 @@ def _check_supported(config, where):
     only(config, "hidden_act", ("silu",), "silu", where)
     only(config, "rope_pos_id_version", ("default",), "default", where)
     only(config, "tie_word_embeddings", (False,), False, where)
-    # The public default is true, but where the key is absent the file's tensors decide: a bias is an unknown tensor.
-    only(config, "bias", (False,), False, where)
     scaling = config.get("rope_scaling")
     # Dynamic NTK does nothing up to max_position_embeddings, which is our max_length.
     if scaling is not None and scaling.get("type", scaling.get("rope_type")) != "dynamic":
@@ -54,6 +55,62 @@ def stack_from_json(config, rope_theta, norm_eps, where="config.json"):
     return stack
 
 
+def config_to_json(config: LLMConfig):
+    """The public config.json of an LLM; the inverse of `config_from_json`.
+
+    Raises:
+      UserError: a layer type that InternLM2's code does not have.
+    """
+    stack = config.stack
+    check_plain(stack)
+    if config.tied:
+        raise UserError("InternLM2's public code has no tied head; export as llama")
+    return {
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "auto_map": {
+            "AutoConfig": "configuration_internlm2.InternLM2Config",
+            "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+        },
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_length,
+        **stack_to_json(stack),
+        "bias": stack.qkv_bias,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+
+
+def check_plain(stack: StackConfig):
+    """Raises UserError for what InternLM2's layer does not have."""
+    extra = {
+        "biases but those of all attention projections": stack.mlp_bias or stack.qkv_bias != stack.output_bias,
+        "norms of queries and keys": stack.qk_norm,
+        "scaled rotary positions": stack.rope_scaling is not None,
+        f"a head_dim of {stack.head_dim}": stack.head_dim * stack.num_heads != stack.width,
+    }
+    if any(extra.values()):
+        found = ", ".join(name for name, present in extra.items() if present)
+        raise UserError(f"InternLM2's public layer has no {found}: this stack cannot be written in its format")
+
+
+def stack_to_json(stack: StackConfig):
+    """The keys that the LLM's and the embedding's configs share."""
+    return {
+        "hidden_size": stack.width,
+        "intermediate_size": stack.mlp_width,
+        "num_hidden_layers": stack.num_layers,
+        "num_attention_heads": stack.num_heads,
+        "num_key_value_heads": stack.num_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": stack.norm_eps,
+        "rope_theta": stack.rope_theta,
+    }
+
+
 def stack_rules(config: StackConfig, public):
     """Rules of a `Stack`; `public` is what stands before the layers' numbers, as 'model.layers.'."""
     wqkv = packed_wqkv(config.num_heads, config.num_kv_heads, config.head_dim)
@@ -66,6 +123,10 @@ def stack_rules(config: StackConfig, public):
         ("feed_forward.w2.weight", "down/kernel", LINEAR),
         ("ffn_norm.weight", "ffn_norm/scale", SAME),
     ]
+    if config.qkv_bias:
+        layer += [("attention.wqkv.bias", "query/bias key/bias value/bias", wqkv)]
+    if config.output_bias:
+        layer += [("attention.wo.bias", "output/bias", SAME)]
     rules = [rule(*entry, num_layers=config.num_layers) for entry in layer]
     return nested(rules, public=public + "{layer}.", ours="layers")
 

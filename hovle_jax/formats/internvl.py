@@ -3,7 +3,8 @@
 import dataclasses
 
 from hovle_jax.config import LLMConfig, TeacherConfig, ViTConfig
-from hovle_jax.formats import internlm2
+from hovle_jax.errors import UserError
+from hovle_jax.formats import llms
 from hovle_jax.formats.fields import field, only
 from hovle_jax.formats.mapping import (
     CLASS_TOKEN,
@@ -27,7 +28,7 @@ class InternVLConfig:
 
     @property
     def teacher(self):
-        return TeacherConfig(kind="internvit", vision=self.vision, projector="mlp1")
+        return TeacherConfig("internvit", self.vision, projector="mlp1", projector_width=self.llm.stack.width)
 
 
 def config_from_json(config):
@@ -37,7 +38,7 @@ def config_from_json(config):
     only(config, "ps_version", ("v2",), "v1")
     return InternVLConfig(
         vision=vision_from_json(field(config, "vision_config"), "config.json vision_config"),
-        llm=internlm2.config_from_json(field(config, "llm_config"), "config.json llm_config"),
+        llm=llms.config_from_json(field(config, "llm_config"), "config.json llm_config"),
     )
 
 
@@ -59,6 +60,43 @@ def vision_from_json(config, where="config.json"):
         patch_bias=True,
         layer_scale=True,
     )
+
+
+def config_to_json(config: InternVLConfig):
+    """The public config.json; the inverse of `config_from_json`."""
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "vision_config": vision_to_json(config.vision),
+        "llm_config": llms.config_to_json(config.llm),
+        "force_image_size": config.vision.image_size,
+        "downsample_ratio": 0.5,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internlm2-chat",
+    }
+
+
+def vision_to_json(config: ViTConfig):
+    """The public config of an InternViT. Raises UserError for a tower that is none, as CLIP's."""
+    if config.pre_norm or config.post_norm or not config.layer_scale or not config.patch_bias:
+        raise UserError("this tower is not an InternViT (CLIP's have other norms): it cannot be written in its format")
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "num_channels": 3,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_width,
+        "norm_type": config.norm,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": config.activation,
+        "qkv_bias": config.qkv_bias,
+        "qk_normalization": config.qk_norm,
+    }
 
 
 def patch_rules(patch_size, public):
@@ -93,6 +131,11 @@ def vision_rules(config: ViTConfig):
     ]
 
 
+def tower_rules(config: ViTConfig):
+    """Rules of a checkpoint that is an InternViT alone: {'teacher': {'vision'}}."""
+    return nested(vision_rules(config), ours="teacher/vision")
+
+
 def _linear(public, ours):
     return [(f"{public}.weight", f"{ours}/kernel", LINEAR), (f"{public}.bias", f"{ours}/bias", SAME)]
 
@@ -120,5 +163,5 @@ def rules(config: InternVLConfig):
     """Rules of the whole checkpoint: {'teacher': {'vision', 'mlp1'}, 'llm'}."""
     return [
         *nested(teacher_rules(config), ours="teacher"),
-        *nested(internlm2.rules(config.llm), public="language_model.", ours="llm"),
+        *nested(llms.rules(config.llm), public="language_model.", ours="llm"),
     ]

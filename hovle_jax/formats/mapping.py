@@ -1,12 +1,15 @@
 """Rules between the tensors of a public checkpoint and the leaves of our parameter trees.
 
 A family is a list of `Rule`: which public tensor becomes which of our leaves, and how. The same list imports
-(`to_ours`) and exports (`to_public`), and as every transform only moves numbers, it maps gradients as well.
+(`load`) and exports (`to_public`), and as every transform only moves numbers, it maps gradients as well.
 
 Dimension letters: D width, N layers, K kv heads, G query heads of one kv head, C head dim, P patches, F output width.
 """
 
 import dataclasses
+import functools
+import logging
+import math
 from collections.abc import Callable
 
 import flax.traverse_util
@@ -15,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,37 +69,101 @@ def nested(rules, *, ours, public=""):
     ]
 
 
-def to_ours(rules, tensors):
-    """Public tensors {name: array} -> a tree of parameters (numpy in, numpy out).
+def check(rules, shapes, abstract=None):
+    """Compares a checkpoint's tensors, by their shapes alone, with what the rules and our parameters need.
 
+    Args:
+      shapes: {public name: shape}.
+      abstract: our parameters' shapes, where they are known.
     Raises:
-      UserError: tensors are missing, not known, or of a shape that the config does not allow; all are named.
+      UserError: tensors are missing, not known, or of a shape that the config does not allow, by name.
     """
     rules = [r for r in rules if r.num_layers != 0]
-    _check_names({n for r in rules for n in r.names()}, set(tensors), "the checkpoint")
+    _check_names({n for r in rules for n in r.names()}, set(shapes), "the checkpoint")
+    wanted = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
+    for r in rules:
+        for name in r.names():
+            tensor = jax.ShapeDtypeStruct(shapes[name], jnp.float32)
+            parts = _split(r, name, tensor)
+            for path, part in zip(r.ours, parts, strict=True):
+                shape = wanted[path].shape[r.num_layers is not None :] if path in wanted else part.shape
+                if tuple(part.shape) != tuple(shape):
+                    raise UserError(
+                        f"{name} has shape {list(tensor.shape)}, which gives {path} of {list(part.shape)}; "
+                        f"the config needs {list(shape)}"
+                    )
+
+
+def load(rules, source, abstract=None):
+    """Parameters from a source, one public tensor at a time.
+
+    Args:
+      source: `shapes` {public name: shape} and `read(name)` -> float32 array.
+      abstract: our parameters' shapes with shardings: each leaf goes to its shards as soon as it is whole, so the host
+        holds no more than one leaf. None: numpy arrays.
+    Raises:
+      UserError: see `check`. Tensors with values that are not finite are counted in a warning.
+    """
+    check(rules, source.shapes, abstract)
+    targets = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
     leaves = {}
     for r in rules:
-        pieces = [_split(r, name, tensors[name]) for name in r.names()]
-        for path, parts in zip(r.ours, zip(*pieces, strict=True), strict=True):
-            leaves[path] = parts[0] if r.num_layers is None else _namespace(parts[0]).stack(parts)
+        if r.num_layers == 0:
+            continue
+        leaves |= {path: _place(leaf, targets.get(path)) for path, leaf in zip(r.ours, _read(r, source), strict=True)}
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
+def _read(r, source):
+    """The leaves of one rule, layers stacked."""
+    buffers = None
+    for layer, name in enumerate(r.names()):
+        tensor = source.read(name)
+        wrong = tensor.size - np.count_nonzero(np.isfinite(tensor))
+        if wrong:
+            log.warning("%s: %d of %d values are not finite", name, wrong, tensor.size)
+        parts = r.transform.split(tensor)
+        if r.num_layers is None:
+            return parts
+        buffers = buffers or [_aligned((r.num_layers, *part.shape), part.dtype) for part in parts]
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer[layer] = part
+    return buffers
+
+
+def _aligned(shape, dtype, alignment=64):
+    """An uninitialised array that a CPU device can take over without a copy, as XLA wants buffers aligned."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _place(leaf, target):
+    if target is None:
+        return leaf
+    return jax.make_array_from_callback(leaf.shape, target.sharding, lambda index: leaf[index])
+
+
 def to_public(rules, params):
-    """A tree of parameters (or of their gradients) -> public tensors {name: array}. The inverse of `to_ours`.
+    """A tree of parameters (or of their gradients) -> public tensors {name: array}. The inverse of `load`.
 
     Raises:
       UserError: leaves are missing or not known; all are named.
     """
+    return {name: make() for name, make in public_tensors(rules, params).items()}
+
+
+def public_tensors(rules, params):
+    """The same, each tensor made when it is asked for: {name: function}."""
     rules = [r for r in rules if r.num_layers != 0]
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     _check_names({path for r in rules for path in r.ours}, set(leaves), "the parameter tree")
-    tensors = {}
-    for r in rules:
-        for layer, name in enumerate(r.names()):
-            parts = (leaves[path] if r.num_layers is None else leaves[path][layer] for path in r.ours)
-            tensors[name] = r.transform.join(*parts)
-    return tensors
+
+    def make(r, layer):
+        return r.transform.join(*(leaves[p] if r.num_layers is None else leaves[p][layer] for p in r.ours))
+
+    return {name: functools.partial(make, r, i) for r in rules for i, name in enumerate(r.names())}
 
 
 def _check_names(expected, found, where):
@@ -108,9 +177,10 @@ def _check_names(expected, found, where):
 
 
 def _split(r, name, tensor):
+    """Shapes of what a tensor becomes."""
     try:
-        return r.transform.split(tensor)
-    except ValueError as error:
+        return jax.eval_shape(r.transform.split, tensor)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{name} has shape {list(tensor.shape)}, which does not fit the config: {error}") from error
 
 
@@ -150,19 +220,20 @@ def patch_kernel(patch_size, channels=3):
 def packed_wqkv(num_heads, num_kv_heads, head_dim):
     """InternLM2's `wqkv` [K * (G + 2) * C, D] <-> query [D, K * G * C], key [D, K * C], value [D, K * C].
 
-    The output dimension is (kv head, slot, head dim): the group's G queries, then its key, then its value.
+    The output dimension is (kv head, slot, head dim): the group's G queries, then its key, then its value. The same
+    for a bias, without D.
     """
     groups = num_heads // num_kv_heads
 
     def split(x):
-        D = x.shape[1]
-        x = x.reshape(num_kv_heads, groups + 2, head_dim, D)
-        return tuple(part.reshape(-1, D).T for part in (x[:, :groups], x[:, groups], x[:, groups + 1]))
+        rest = x.shape[1:]
+        x = x.reshape(num_kv_heads, groups + 2, head_dim, *rest)
+        return tuple(part.reshape(-1, *rest).T for part in (x[:, :groups], x[:, groups], x[:, groups + 1]))
 
-    def join(query, key, value):
-        D = query.shape[0]
-        parts = [part.T.reshape(num_kv_heads, -1, head_dim, D) for part in (query, key, value)]
-        return _namespace(query).concatenate(parts, axis=1).reshape(-1, D)
+    def join(*parts):
+        rest = parts[0].shape[:-1]
+        parts = [part.T.reshape(num_kv_heads, -1, head_dim, *rest) for part in parts]
+        return _namespace(parts[0]).concatenate(parts, axis=1).reshape(-1, *rest)
 
     return Transform(split, join)
 

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hovle_jax.data import chat
 from hovle_jax.data.batch import BatchShape, Sample, finish_row, pack_row
 from hovle_jax.data.images import single_tile
-from hovle_jax.data.text import Tokenizer, encode_conversation
+from hovle_jax.data.text import encode_conversation
+from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.errors import UserError
 from hovle_jax.model.hovle import HoVLE
 
 
@@ -21,6 +24,7 @@ class Answerer:
     params: dict
     tokenizer: Tokenizer
     system_message: str = ""
+    chat_template: str | None = None  # Jinja; None = InternLM2's own
 
 
 @functools.partial(jax.jit, static_argnames=("hovle", "max_new_tokens", "stop_ids"))
@@ -64,6 +68,8 @@ def greedy(params, batch, *, hovle, max_new_tokens, stop_ids):
 def prompt_samples(answerer: Answerer, prompts):
     """[(question, [Pillow images or arrays])] -> [Sample]. Raises UserError when marks and images disagree."""
     embedding = answerer.hovle.config.embedding
+    if embedding is None:
+        return [_text_sample(answerer, question, images) for question, images in prompts]
     samples = []
     for question, images in prompts:
         encoded = encode_conversation(
@@ -79,9 +85,27 @@ def prompt_samples(answerer: Answerer, prompts):
     return samples
 
 
+def _text_sample(answerer, question, images):
+    if images:
+        raise UserError(f"this model is an LLM alone and sees no images; {len(images)} were given")
+    if answerer.chat_template is None:
+        tokens = encode_conversation(answerer.tokenizer, [(question, None)], answerer.system_message).tokens
+    else:
+        system = [{"role": "system", "content": answerer.system_message}] if answerer.system_message else []
+        messages = [*system, {"role": "user", "content": question}]
+        tokens = np.asarray(chat.encode(answerer.tokenizer, answerer.chat_template, messages), np.int32)
+    return Sample(tokens, np.zeros(len(tokens), bool), np.zeros((0, 0, 0, 3), np.uint8))
+
+
 def prompt_batch(answerer: Answerer, samples, length=None):
     """Right-padded prompts as a batch; `length` (default: the longest prompt) fixes the shape."""
     embedding = answerer.hovle.config.embedding
+    if embedding is None:
+        length = length or max(len(s.tokens) for s in samples)
+        index = np.broadcast_to(np.arange(length, dtype=np.int32), (len(samples), length))
+        tokens = np.stack([np.pad(s.tokens, (0, length - len(s.tokens))) for s in samples])
+        real = np.asarray([len(s.tokens) for s in samples])[:, None]
+        return {"tokens": tokens, "positions": index, "segment_ids": (index < real).astype(np.int32)}
     shape = BatchShape(
         length=length or max(len(s.tokens) for s in samples),
         tiles=max([1] + [len(s.tiles) for s in samples]),

@@ -15,7 +15,7 @@ from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable, dense
 
 
 class LanguageModel(nn.Module):
-    """InternLM2: token table, decoder stack, final norm, untied head."""
+    """Token table, decoder stack, final norm, and a head of its own or (`tied`) the table again."""
 
     config: LLMConfig
     execution: ExecutionConfig
@@ -25,7 +25,8 @@ class LanguageModel(nn.Module):
         self.token_embedding = TokenTable(c.vocab_size, c.stack.width, self.execution.dtype)
         self.stack = Stack(c.stack, self.execution)
         self.norm = RMSNorm(c.stack.norm_eps)
-        self.head = dense(c.vocab_size, ("embed", "vocab"), "head", self.execution.dtype)
+        if not c.tied:
+            self.head = dense(c.vocab_size, ("embed", "vocab"), "head", self.execution.dtype)
 
     def __call__(self, tokens, positions, segment_ids):
         """Text alone: [B, L] ids -> float32 logits [B, L, V]."""
@@ -38,20 +39,21 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden):
         """[..., D] -> float32 [..., V]."""
-        return self.head(self.norm(hidden)).astype(jnp.float32)
+        head = self.token_embedding.attend if self.config.tied else self.head
+        return head(self.norm(hidden)).astype(jnp.float32)
 
 
 @flax.struct.dataclass
 class HoVLECache:
     """The caches of both stacks. Their lengths are equal but for HD, whose embedding sees more visual tokens."""
 
-    embedding: Cache
+    embedding: Cache | None
     llm: Cache
 
 
 @dataclasses.dataclass(frozen=True)
 class HoVLE:
-    """The two modules of a config, and what is computed with them."""
+    """The two modules of a config, and what is computed with them; without an embedding it is an LLM for text."""
 
     config: HoVLEConfig
     execution: ExecutionConfig = ExecutionConfig()
@@ -71,10 +73,13 @@ class HoVLE:
     def hidden(self, params, batch, cache: HoVLECache | None = None):
         """-> (hidden states [B, L, D] before the final norm, caches or None)."""
         caches = (None, None) if cache is None else (cache.embedding, cache.llm)
-        embedding = self.embedding.bind({"params": params["embedding"]})
-        x, embedding_cache = embedding(batch, caches[0])
-        x = embedding.for_llm(x)
         llm = self.llm.bind({"params": params["llm"]})
+        if self.config.embedding is None:
+            x, embedding_cache = llm.token_embedding(batch["tokens"]), None
+        else:
+            embedding = self.embedding.bind({"params": params["embedding"]})
+            x, embedding_cache = embedding(batch, caches[0])
+            x = embedding.for_llm(x)
         hidden, llm_cache = llm.run(x, batch["positions"], batch["segment_ids"], caches[1])
         return hidden, None if cache is None else HoVLECache(embedding_cache, llm_cache)
 
@@ -84,10 +89,8 @@ class HoVLE:
     def empty_cache(self, slots, capacity, embedding_capacity, dtype=jnp.float32):
         """Caches for `slots` rows; HD needs more room in the embedding's."""
         c = self.config
-        return HoVLECache(
-            Cache.empty(c.embedding.stack, slots, embedding_capacity, dtype),
-            Cache.empty(c.llm.stack, slots, capacity, dtype),
-        )
+        embedding = c.embedding and Cache.empty(c.embedding.stack, slots, embedding_capacity, dtype)
+        return HoVLECache(embedding, Cache.empty(c.llm.stack, slots, capacity, dtype))
 
     def prefill(self, params, batch, cache):
         """Reads right-padded prompts into the caches -> (logits [B, V] behind each row's last token, caches)."""
@@ -107,7 +110,7 @@ class HoVLE:
         """
         segments = active[:, None].astype(jnp.int32)
         batch = {"tokens": tokens[:, None], "positions": cache.llm.length[:, None], "segment_ids": segments}
-        if self.config.embedding.pixel_shuffle == "post":
+        if self.config.embedding and self.config.embedding.pixel_shuffle == "post":
             batch |= {
                 "long_tokens": tokens[:, None],
                 "long_positions": cache.embedding.length[:, None],

@@ -28,14 +28,9 @@ class MLP1(nn.Module):
 
 
 class VisionTeacher(nn.Module):
-    """A frozen tower as a teacher.
-
-    Attributes:
-      width: of the projector's output ('mlp1'), which is the student's width.
-    """
+    """A frozen tower as a teacher."""
 
     config: TeacherConfig
-    width: int
     execution: ExecutionConfig
 
     @nn.compact
@@ -52,4 +47,6 @@ class VisionTeacher(nn.Module):
         hidden, _ = tower(tiles)
         side = 2 * int(tokens_per_tile**0.5)
         x = pixel_shuffle(resize_features(hidden[:, 1:], side))
-        return MLP1(self.width, self.execution.dtype, name="mlp1")(x) if self.config.projector == "mlp1" else x
+        if self.config.projector != "mlp1":
+            return x
+        return MLP1(self.config.projector_width, self.execution.dtype, name="mlp1")(x)

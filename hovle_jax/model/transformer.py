@@ -1,4 +1,4 @@
-"""The decoder of InternLM2: the holistic embedding and the LLM are stacks of this one layer.
+"""The decoder of InternLM2, Llama and Qwen: the holistic embedding and the LLM are stacks of this one layer.
 
 Dimension letters: B batch, L tokens, D width, H heads, K kv heads, C head dim, F ffn width, N layers, S cache capacity.
 """
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from hovle_jax.config import ExecutionConfig, StackConfig
 from hovle_jax.model.attention import AttentionMask, attend
+from hovle_jax.model.rotary import rotary_angles, rotate
 
 Dtype = Any
 
@@ -48,25 +49,6 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return wide.astype(x.dtype) * scale.astype(x.dtype)
-
-
-def rotary_angles(positions, head_dim, theta):
-    """Angles of half-split rotary positions, in float32.
-
-    Args:
-      positions: [B, L] int32.
-    Returns:
-      (cos, sin), each [B, L, 1, C / 2].
-    """
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequency
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x, cos, sin):
-    """Turns [B, L, H, C] by the angles; the first half of C is paired with the second."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 @flax.struct.dataclass
@@ -127,26 +109,31 @@ class DecoderLayer(nn.Module):
         c, dtype = self.config, self.execution.dtype
         B, L = angles[0].shape[:2]
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
-        query = dense(c.num_heads * c.head_dim, ("embed", "heads"), "query", dtype)(y)
-        key = dense(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), "key", dtype)(y)
-        value = dense(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), "value", dtype)(y)
-        query = rotate(query.reshape(B, L, c.num_heads, c.head_dim), *angles)
-        key = rotate(key.reshape(B, L, c.num_kv_heads, c.head_dim), *angles)
-        value = value.reshape(B, L, c.num_kv_heads, c.head_dim)
+
+        def heads(name, count, axis):
+            projected = dense(count * c.head_dim, ("embed", axis), name, dtype, use_bias=c.qkv_bias)(y)
+            return projected.reshape(B, L, count, c.head_dim)
+
+        query, key = heads("query", c.num_heads, "heads"), heads("key", c.num_kv_heads, "kv_heads")
+        value = heads("value", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            query = RMSNorm(c.norm_eps, name="query_norm")(query)
+            key = RMSNorm(c.norm_eps, name="key_norm")(key)
+        query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
             cache = (write_rows(cache[0], key, start), write_rows(cache[1], value, start))
             key, value = cache[0].astype(dtype), cache[1].astype(dtype)
         out = attend(query, key, value, allowed, self.execution.attention)
-        out = out.reshape(B * L, c.num_heads * c.head_dim)
-        return x + dense(c.width, ("heads", "embed"), "output", dtype, branches=2 * c.num_layers)(out), cache
+        output = dense(c.width, ("heads", "embed"), "output", dtype, c.output_bias, branches=2 * c.num_layers)
+        return x + output(out.reshape(B * L, c.num_heads * c.head_dim)), cache
 
     def feed_forward(self, x):
         """SwiGLU: down(silu(gate x) * up x)."""
         c, dtype = self.config, self.execution.dtype
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        gate = nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate", dtype)(y))
-        up = dense(c.mlp_width, ("embed", "mlp"), "up", dtype)(y)
-        return x + dense(c.width, ("mlp", "embed"), "down", dtype, branches=2 * c.num_layers)(gate * up)
+        gate = nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate", dtype, c.mlp_bias)(y))
+        up = dense(c.mlp_width, ("embed", "mlp"), "up", dtype, c.mlp_bias)(y)
+        return x + dense(c.width, ("mlp", "embed"), "down", dtype, c.mlp_bias, branches=2 * c.num_layers)(gate * up)
 
 
 REMAT_POLICIES = {
@@ -202,7 +189,7 @@ class Stack(nn.Module):
         if self.config.num_layers == 0:
             return x, cache
         mask = AttentionMask.for_rows(segment_ids) if cache is None else cache.mask(segment_ids)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rotary_angles(positions, self.config)
         layers = None if cache is None else (cache.key, cache.value)
         start = None if cache is None else cache.length
         x = nn.with_logical_constraint(x.astype(self.execution.dtype), ("batch", "length", "embed_act"))
@@ -221,8 +208,13 @@ class TokenTable(nn.Module):
     width: int
     dtype: Dtype
 
-    @nn.compact
-    def __call__(self, tokens):
+    def setup(self):
         init = partitioned(nn.initializers.normal(self.width**-0.5), "vocab", "embed")
-        table = self.param("embedding", init, (self.size, self.width))
-        return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
+        self.embedding = self.param("embedding", init, (self.size, self.width))
+
+    def __call__(self, tokens):
+        return jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+
+    def attend(self, x):
+        """The table as a tied head: [..., D] -> [..., V]."""
+        return x @ self.embedding.astype(self.dtype).T

@@ -1,0 +1,235 @@
+"""Tokenizers: SentencePiece models, Hugging Face's tokenizer.json, and the BPE inside a GGUF, behind one interface.
+
+Special tokens are never parsed out of a user's text: `encode` takes what is written for ordinary characters. They enter
+as ids, through a chat template alone.
+"""
+
+import io
+import itertools
+import json
+import pathlib
+import re
+
+from hovle_jax.config import NUM_ADDED_TOKENS
+from hovle_jax.errors import UserError
+
+# At the top of the vocabulary, in the order of the public checkpoints (InternLM2: 92542 to 92552).
+ADDED_TOKENS = (
+    "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>",
+    "</box>",
+)  # fmt: skip
+assert len(ADDED_TOKENS) == NUM_ADDED_TOKENS
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+
+
+class Tokenizer:
+    """What every tokenizer has.
+
+    Attributes:
+      vocab_size: all ids.
+      first_special: the first special id of those at the top; ids below it are text.
+      bos, eos: ids; bos may be None.
+      stop_ids: what ends an answer.
+    """
+
+    vocab_size: int
+    first_special: int
+    bos: int | None
+    eos: int
+    stop_ids: tuple[int, ...]
+
+    def __init__(self, special):
+        """special: {token: id}."""
+        self._special = dict(special)
+        self._names = {i: token for token, i in self._special.items()}
+
+    @property
+    def image_id(self):
+        return self.special(IMAGE_TOKEN)
+
+    @property
+    def specials(self):
+        """{token: id} of all special tokens."""
+        return dict(self._special)
+
+    def special(self, token):
+        """The id of a special token. Raises UserError when there is none of this name."""
+        if token not in self._special:
+            raise UserError(f"the tokenizer has no special token {token!r}; it has {', '.join(sorted(self._special))}")
+        return self._special[token]
+
+    def encode(self, text):
+        """Ids of plain text; special tokens written in it are ordinary characters."""
+        raise NotImplementedError
+
+    def _decode_text(self, ids):
+        raise NotImplementedError
+
+    def _piece(self, index):
+        raise NotImplementedError
+
+    def split_special(self, text):
+        """Text in which special tokens are meant (a rendered template) -> [(token, "") or ("", text between)]."""
+        if not self._special:
+            return [("", text)]
+        longest_first = sorted(self._special, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        return [(part, "") if odd else ("", part) for odd, part in zip(itertools.cycle((0, 1)), parts) if part]
+
+    def encode_special(self, text):
+        """Ids of text in which special tokens are meant: a rendered template, never a user's words."""
+        return [
+            i
+            for token, part in self.split_special(text)
+            for i in ([self._special[token]] if token else self.encode(part))
+        ]
+
+    def decode(self, ids, skip_special=True):
+        """Text of ids; special tokens are left out or written by name. Ids without a piece give nothing."""
+        parts = []
+        for special, run in itertools.groupby(map(int, ids), key=lambda i: i in self._names):
+            if not special:
+                parts.append(self._decode_text([i for i in run if i < self.vocab_size]))
+            elif not skip_special:
+                parts.extend(self._names[i] for i in run)
+        return "".join(parts)
+
+    def pieces(self, ids):
+        """Each id's own piece, for showing: ['▁a', '▁blue', '<img>', ...]."""
+        return [self._names.get(i) or (self._piece(i) if i < self.vocab_size else f"<id {i}>") for i in map(int, ids)]
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; chat and image tokens stand behind its own ids or, as InternLM2's, partly among them.
+
+    Args:
+      model: the model file's bytes.
+      added: {token: id} beside the model's pieces; None = ADDED_TOKENS behind its ids.
+    """
+
+    bos, eos = 1, 2
+
+    def __init__(self, model: bytes, added=None):
+        import sentencepiece
+
+        self.model = model
+        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        size = self._pieces.vocab_size()
+        added = {token: size + i for i, token in enumerate(ADDED_TOKENS)} if added is None else dict(added)
+        super().__init__(added | {"<s>": self.bos, "</s>": self.eos})
+        self.added = added
+        self.first_special = min([size, *added.values()])
+        self.vocab_size = max([size - 1, *added.values()]) + 1
+        self.stop_ids = tuple(self._special[token] for token in ("<|im_end|>", "</s>") if token in self._special)
+
+    @classmethod
+    def train(cls, lines, vocab_size):
+        """A BPE model with byte fallback over `lines`; `vocab_size` counts the added tokens too."""
+        import sentencepiece
+
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=vocab_size - len(ADDED_TOKENS),
+            byte_fallback=True,
+            character_coverage=1.0,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            user_defined_symbols=["\n"],  # a boundary: a role's header is never merged with what follows it
+            num_threads=1,
+            minloglevel=2,
+        )
+        return cls(out.getvalue())
+
+    def encode(self, text):
+        ids = self._pieces.encode(text)
+        if self._names.keys().isdisjoint(ids):
+            return ids
+        # A model may hold a special token's id as a piece of its own (InternLM2: '[UNUSED_TOKEN_145]'), and a user may
+        # write that. It then goes by its bytes.
+        return [i for index in ids for i in (self._bytes(index) if index in self._names else [index])]
+
+    def _bytes(self, index):
+        text = self._pieces.id_to_piece(index).replace("\u2581", " ")
+        return [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+
+    def _decode_text(self, ids):
+        return self._pieces.decode([i for i in ids if i < self._pieces.vocab_size()])
+
+    def _piece(self, index):
+        return self._pieces.id_to_piece(index) if index < self._pieces.vocab_size() else f"<id {index}>"
+
+    def save(self, folder):
+        """Writes tokenizer.model, and added_tokens.json where the added tokens are not simply behind it."""
+        (folder / "tokenizer.model").write_bytes(self.model)
+        behind = {token: self._pieces.vocab_size() + i for i, token in enumerate(ADDED_TOKENS)}
+        if self.added != behind:
+            (folder / "added_tokens.json").write_text(json.dumps(self.added, indent=2) + "\n")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, read by the `tokenizers` library (extra `convert`).
+
+    Args:
+      text: the file's content.
+      bos: a token's name or None; stops: names of the tokens that end an answer.
+    """
+
+    def __init__(self, text, bos=None, stops=()):
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise UserError(
+                'reading tokenizer.json needs the package tokenizers; run: pip install "hovle_jax[convert]"'
+            ) from None
+        self.text, self.settings = text, {"bos": bos, "stops": list(stops)}
+        self._model = tokenizers.Tokenizer.from_str(text)
+        self._model.encode_special_tokens = True  # as ordinary text, that is
+        added = self._model.get_added_tokens_decoder()
+        super().__init__({token.content: i for i, token in added.items() if token.special})
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        self.first_special = min([i for i in self._names if i >= self.vocab_size // 2], default=self.vocab_size)
+        self.bos = None if bos is None else self.special(bos)
+        self.stop_ids = tuple(self.special(token) for token in stops)
+        self.eos = self.stop_ids[-1] if self.stop_ids else -1
+
+    def encode(self, text):
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def _decode_text(self, ids):
+        return self._model.decode(ids, skip_special_tokens=False)
+
+    def _piece(self, index):
+        return self._model.id_to_token(index) or f"<id {index}>"
+
+    def save(self, folder):
+        (folder / "tokenizer.json").write_text(self.text)
+        (folder / "tokenizer_settings.json").write_text(json.dumps(self.settings) + "\n")
+
+
+def load_tokenizer(place):
+    """A tokenizer from a folder that holds one, or from a SentencePiece file.
+
+    Raises:
+      UserError: there is none.
+    """
+    place = pathlib.Path(place)
+    if place.is_file():
+        return SentencePieceTokenizer(place.read_bytes())
+    if (place / "tokenizer.model").is_file():
+        added = place / "added_tokens.json"
+        table = json.loads(added.read_text()) if added.is_file() else None
+        return SentencePieceTokenizer((place / "tokenizer.model").read_bytes(), table)
+    if (place / "tokenizer.json").is_file():
+        settings = place / "tokenizer_settings.json"
+        return HuggingFaceTokenizer(
+            (place / "tokenizer.json").read_text(), **(json.loads(settings.read_text()) if settings.is_file() else {})
+        )
+    raise UserError(f"no tokenizer at {place}; point tokenizer.path at a SentencePiece model")
+
+
+def has_tokenizer(folder):
+    return any((pathlib.Path(folder) / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))

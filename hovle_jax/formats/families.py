@@ -1,0 +1,168 @@
+"""Which family a public checkpoint is of, and how its tensors become our parameters."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from hovle_jax.cache import cache_dir
+from hovle_jax.config import TeacherConfig
+from hovle_jax.errors import UserError
+from hovle_jax.formats import gguf, hovle, internvl, llms
+from hovle_jax.formats.mapping import check, load, nested
+from hovle_jax.formats.source import SafetensorsFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A public checkpoint: what it is, where its tensors are, what they become.
+
+    Attributes:
+      kind: 'llm' (LLMConfig), 'teacher' (ViTConfig), 'internvl' (InternVLConfig) or 'hovle' (HoVLEConfig).
+      config: ours, read from the checkpoint's own.
+      public_config: config.json or GGUF's metadata.
+      rules: public names <-> our paths.
+      source: `shapes` {name: shape} and `read(name)`.
+    """
+
+    kind: str
+    config: Any
+    public_config: dict
+    rules: list
+    source: Any
+
+    def load(self, abstract=None):
+        """Parameters, tensor by tensor; `abstract` (shapes with shardings) says where they go, else host memory."""
+        return load(self.rules, self.source, abstract)
+
+    def components(self):
+        """{our component: its config}."""
+        if self.kind == "llm":
+            return {"llm": self.config}
+        if self.kind == "teacher":
+            return {"teacher": TeacherConfig("internvit", self.config, projector="linear")}
+        if self.kind == "internvl":
+            return {"teacher": self.config.teacher, "llm": self.config.llm}
+        return {"embedding": self.config.embedding, "llm": self.config.llm}
+
+    def component_rules(self):
+        """The rules with our components' names in front."""
+        return nested(self.rules, ours="llm") if self.kind == "llm" else self.rules
+
+    def check(self, abstract):
+        """Names and shapes of all tensors against our parameters' {component: shapes}; raises UserError."""
+        check(self.component_rules(), self.source.shapes, abstract)
+
+    def load_component(self, component, abstract=None):
+        """The parameters of one component alone; the others' tensors are not read."""
+        rules = [r for r in self.component_rules() if r.ours[0].split("/")[0] == component]
+        names = {name for r in rules for name in r.names()}
+        source = Part({name: shape for name, shape in self.source.shapes.items() if name in names}, self.source.read)
+        return load(rules, source, None if abstract is None else {component: abstract})[component]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some tensors of a source."""
+
+    shapes: dict
+    read: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    kind: str
+    config_from_json: Callable
+    rules: Callable
+
+
+FAMILIES = {
+    **dict.fromkeys(llms.MODULES, Family("llm", llms.config_from_json, llms.rules)),
+    "intern_vit_6b": Family("teacher", internvl.vision_from_json, internvl.tower_rules),
+    "internvl": Family("internvl", internvl.config_from_json, internvl.rules),
+    "hovle": Family("hovle", hovle.config_from_json, hovle.rules),
+}
+
+
+def family_of(config, where="config.json"):
+    """The key in FAMILIES. Raises UserError for an architecture that is not known."""
+    kind = config.get("model_type")
+    if kind == "internvl_chat":
+        kind = "hovle" if "embedding_config" in config else "internvl"
+    if kind not in FAMILIES:
+        known = ", ".join(sorted((FAMILIES.keys() - {"internvl", "hovle"}) | {"internvl_chat"}))
+        raise UserError(f"{where}: model_type={config.get('model_type')!r} is not supported; supported: {known}")
+    return kind
+
+
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+
+
+def local(source):
+    """The path of a checkpoint: itself, or that of a hub id's ('OpenGVLab/HoVLE') files, fetched into the cache folder.
+
+    Raises:
+      UserError: there is neither a path nor a hub id of this name, or the hub cannot be reached.
+    """
+    path = pathlib.Path(source)
+    if path.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
+        return path
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError:
+        raise UserError(
+            f"{source} is not a path here; to fetch it from the hub: pip install huggingface_hub, or download the "
+            "repository's files into a folder and give that"
+        ) from None
+    try:
+        folder = huggingface_hub.snapshot_download(
+            str(source), allow_patterns=list(HUB_FILES), cache_dir=cache_dir("hub")
+        )
+    except (OSError, ValueError, huggingface_hub.errors.HubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source} is not a path here and cannot be fetched from the hub ({reason})") from None
+    return pathlib.Path(folder)
+
+
+def open_checkpoint(path):
+    """A Checkpoint from a folder in Hugging Face layout, or a .gguf file.
+
+    Raises:
+      UserError: what it is, or a part of it, is missing, broken or not supported.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise UserError(
+            f"{config_path} does not exist; a public checkpoint is a folder with config.json and .safetensors files, "
+            "or one .gguf file"
+        )
+    try:
+        public_config = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise UserError(f"{config_path} is not JSON ({error})") from None
+    family = FAMILIES[family_of(public_config, str(config_path))]
+    source = SafetensorsFolder(path)
+    config = family.config_from_json(_with_bias(public_config, source.shapes))
+    return Checkpoint(family.kind, config, public_config, family.rules(config), source)
+
+
+def _with_bias(public_config, names):
+    """InternLM2's `bias`, where config.json leaves it to the public code's default, is what the tensors say."""
+    key = "llm_config" if "llm_config" in public_config else None
+    llm = public_config[key] if key else public_config
+    if llm.get("model_type", "internlm2") != "internlm2" or "bias" in llm:
+        return public_config
+    llm = llm | {"bias": any(name.endswith(".attention.wqkv.bias") for name in names)}
+    return public_config | {key: llm} if key else llm
+
+
+def _open_gguf(path):
+    source = gguf.GGUFFile(path)
+    config = gguf.config_from_metadata(source.metadata, source.shapes, str(path))
+    rules = gguf.rules(config)
+    return Checkpoint("llm", config, source.metadata, rules, source)

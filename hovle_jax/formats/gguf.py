@@ -1,0 +1,199 @@
+"""GGUF files of Llama, Qwen2 and Qwen3: metadata -> config, quantised blocks -> float32.
+
+The file is read by the package `gguf` of the llama.cpp project (extra `convert`).
+"""
+
+import json
+import pathlib
+
+from hovle_jax.config import LLMConfig, StackConfig
+from hovle_jax.data.tokenizer import HuggingFaceTokenizer
+from hovle_jax.errors import UserError
+from hovle_jax.formats.fields import REQUIRED, field, only
+from hovle_jax.formats.mapping import LINEAR, SAME, Transform, nested, rule
+
+# llama.cpp turns neighbouring pairs in Llama; its other models turn halves, as everyone else does.
+NEIGHBOURING_PAIRS = {"llama": True, "qwen2": False, "qwen3": False}
+LINEARS = {
+    "attn_q": "query",
+    "attn_k": "key",
+    "attn_v": "value",
+    "attn_output": "output",
+    "ffn_gate": "gate",
+    "ffn_up": "up",
+    "ffn_down": "down",
+}
+NORMS = {
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+    "attn_q_norm": "query_norm",
+    "attn_k_norm": "key_norm",
+}
+
+
+class GGUFFile:
+    """A memory-mapped file.
+
+    Attributes:
+      metadata: {key: value}.
+      shapes: {tensor name: shape}, the output dimension first.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        try:
+            import gguf
+        except ModuleNotFoundError:
+            raise UserError('reading GGUF needs the package gguf; run: pip install "hovle_jax[convert]"') from None
+        self._gguf = gguf
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, OSError, IndexError) as error:
+            raise UserError(f"{path} is not a whole GGUF file ({error}); fetch it again") from None
+        self.metadata = {key: entry.contents() for key, entry in reader.fields.items()}
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.shapes = {t.name: tuple(int(size) for size in reversed(t.shape)) for t in reader.tensors}
+
+    def read(self, name):
+        """-> float32 [out, in] (or [size]) of one tensor, dequantised. Raises UserError for an unknown block type."""
+        tensor = self._tensors[name]
+        try:
+            values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise UserError(f"{self.path}: tensor {name} has the type {kind}, which gguf cannot dequantise") from None
+        return values.reshape(self.shapes[name])
+
+
+def config_from_metadata(metadata, tensor_names, where="GGUF metadata"):
+    """-> LLMConfig; which biases, norms and head there are is known by the tensors alone."""
+    arch = only(metadata, "general.architecture", tuple(NEIGHBOURING_PAIRS), where=where)
+
+    def get(key, *default):
+        return field(metadata, f"{arch}.{key}", *(default or (REQUIRED,)), where)
+
+    only(metadata, f"{arch}.rope.scaling.type", (None, "none"), None, where)
+    if "rope_freqs.weight" in tensor_names:
+        raise UserError(f"{where}: rope_freqs.weight (Llama 3.1's rotary scaling) is not supported in GGUF files")
+    width, num_heads = get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", width // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        only(metadata, f"{arch}.{key}", (head_dim,), head_dim, where)
+    stack = StackConfig(
+        num_layers=get("block_count"),
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=get("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        mlp_width=get("feed_forward_length"),
+        rope_theta=float(get("rope.freq_base", 10000.0)),
+        norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+        qkv_bias="blk.0.attn_q.bias" in tensor_names,
+        output_bias="blk.0.attn_output.bias" in tensor_names,
+        mlp_bias="blk.0.ffn_gate.bias" in tensor_names,
+        qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
+    )
+    stack.check(where)
+    vocab_size = metadata.get(f"{arch}.vocab_size") or len(field(metadata, "tokenizer.ggml.tokens", where=where))
+    tied = "output.weight" not in tensor_names
+    return LLMConfig(stack=stack, vocab_size=vocab_size, max_length=get("context_length"), tied=tied, family=arch)
+
+
+def _paired(num_heads):
+    """Rows (head, pair, half) of a rotated projection <-> our (head, half, pair), transposed; biases likewise."""
+
+    def split(x):
+        return (x.reshape(num_heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape).T,)
+
+    def join(x):
+        x = x.T
+        return x.reshape(num_heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+    return Transform(split, join)
+
+
+def rules(config: LLMConfig):
+    """Rules of `LanguageModel`."""
+    stack = config.stack
+    has_bias = dict.fromkeys(("query", "key", "value"), stack.qkv_bias)
+    has_bias |= {"output": stack.output_bias} | dict.fromkeys(("gate", "up", "down"), stack.mlp_bias)
+    rotated = {"query": stack.num_heads, "key": stack.num_kv_heads} if NEIGHBOURING_PAIRS[config.family] else {}
+    layer = []
+    for public, ours in LINEARS.items():
+        paired = _paired(rotated[ours]) if ours in rotated else None
+        layer.append((f"{public}.weight", f"{ours}/kernel", paired or LINEAR))
+        if has_bias[ours]:
+            layer.append((f"{public}.bias", f"{ours}/bias", paired or SAME))
+    norms = [(f"{public}.weight", f"{ours}/scale", SAME) for public, ours in NORMS.items()]
+    layer += norms if stack.qk_norm else norms[:2]
+    layers = [rule(*entry, num_layers=stack.num_layers) for entry in layer]
+    return [
+        rule("token_embd.weight", "token_embedding/embedding", SAME),
+        *nested(layers, public="blk.{layer}.", ours="stack/layers"),
+        rule("output_norm.weight", "norm/scale", SAME),
+        *([] if config.tied else [rule("output.weight", "head/kernel", LINEAR)]),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer. `tokenizer.ggml.pre` names how text is cut before the merges; the expressions are those of the models.
+
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def _split(numbers):
+    pattern = {"Regex": "|".join((_CONTRACTIONS, _LETTERS, numbers, _REST))}
+    return [
+        {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+        _BYTES | {"use_regex": False},
+    ]
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": [_BYTES],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES],
+    "llama-bpe": _split(r"\p{N}{1,3}"),
+    "qwen2": _split(r"\p{N}"),
+}
+CONTROL, USER_DEFINED = 3, 4
+
+
+def tokenizer_from_metadata(metadata, where="GGUF metadata"):
+    """-> HuggingFaceTokenizer of a byte-level BPE.
+
+    Raises:
+      UserError: another kind of vocabulary (SentencePiece's scores), or a way of cutting text that is not known.
+    """
+    only(metadata, "tokenizer.ggml.model", ("gpt2",), where=where)
+    pre = only(metadata, "tokenizer.ggml.pre", tuple(PRE_TOKENIZERS), "gpt-2", where)
+    tokens = field(metadata, "tokenizer.ggml.tokens", where=where)
+    kinds = field(metadata, "tokenizer.ggml.token_type", where=where)
+    merges = [merge.split(" ") for merge in field(metadata, "tokenizer.ggml.merges", where=where)]
+    added = [
+        {"id": i, "content": token, "special": kind == CONTROL}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    model = {
+        "type": "BPE",
+        "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": merges,
+        "ignore_merges": pre == "llama-bpe",
+    }
+    text = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "post_processor": None,
+        "decoder": _BYTES,
+        "model": model,
+    }
+    name = lambda key: tokens[metadata[key]] if key in metadata else None
+    bos = name("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token") else None
+    stops = {name(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")} - {None}
+    return HuggingFaceTokenizer(json.dumps(text), bos, sorted(stops))

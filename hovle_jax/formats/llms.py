@@ -1,0 +1,27 @@
+"""The LLM of a checkpoint, of whichever family: one place that knows them all."""
+
+from hovle_jax.config import LLMConfig, StackConfig
+from hovle_jax.formats import internlm2, llama
+from hovle_jax.formats.fields import only
+
+MODULES = {"internlm2": internlm2, **dict.fromkeys(llama.FAMILIES, llama)}
+
+
+def config_from_json(config, where="config.json"):
+    """-> LLMConfig of a public LLM config; without a `model_type` it is InternLM2's, as in HoVLE's own."""
+    return MODULES[only(config, "model_type", tuple(MODULES), "internlm2", where)].config_from_json(config, where)
+
+
+def config_to_json(config: LLMConfig):
+    """The inverse. Raises UserError for options that the family does not have."""
+    return MODULES[config.family].config_to_json(config)
+
+
+def rules(config: LLMConfig):
+    """Rules of `LanguageModel`."""
+    return MODULES[config.family].rules(config)
+
+
+def stack_rules(config: StackConfig, family, public):
+    """Rules of a `Stack` of a family's layers, for the holistic embedding."""
+    return MODULES[family].stack_rules(config, public)

@@ -1,0 +1,83 @@
+"""Where the tensors of a foreign checkpoint lie: described by their headers, read one at a time."""
+
+import json
+import pathlib
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from hovle_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class SafetensorsFolder:
+    """One .safetensors file, or several with or without an index.
+
+    Attributes:
+      shapes: {tensor name: shape}, from the headers alone.
+
+    Raises:
+      UserError: no such file, pickles instead, a file or tensor that the index lists is missing, a truncated file, a
+        tensor in two files.
+    """
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        index = self._index()
+        self.shapes, self._files = {}, {}
+        for path in self._paths(index):
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
+                    if name in self._files:
+                        raise UserError(
+                            f"{self.folder}: tensor {name} lies in {self._files[name].name} and {path.name}"
+                        )
+                    self._files[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+        missing = sorted(set(index) - set(self.shapes))
+        if missing:
+            raise UserError(f"{self.folder}: the files lack tensors that {INDEX} lists: {', '.join(missing)}")
+
+    def read(self, name):
+        """-> float32 array, the type of our masters (exact from bfloat16 and float16).
+
+        The file is opened anew for each tensor, so that no more than one tensor's pages stay in memory.
+        """
+        with _open(self._files[name]) as file:
+            return np.asarray(file.get_tensor(name)).astype(np.float32, copy=False)
+
+    def _index(self):
+        """{tensor name: file name}; empty without an index."""
+        path = self.folder / INDEX
+        if not path.is_file():
+            return {}
+        try:
+            return json.loads(path.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} is not an index of safetensors files ({error!r})") from None
+
+    def _paths(self, index):
+        paths = [self.folder / name for name in sorted(set(index.values()))] or sorted(
+            self.folder.glob("*.safetensors")
+        )
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise UserError(f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names")
+        if not paths:
+            pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
+            if pickles:
+                raise UserError(
+                    f"{self.folder} holds its weights as pickle files ({pickles[0]}), which can run any code when they "
+                    "are read; take the safetensors version, or convert them with safetensors' own convert script"
+                )
+            raise UserError(f"{self.folder} lacks a .safetensors file")
+        return paths
+
+
+def _open(path):
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None

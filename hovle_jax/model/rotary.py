@@ -1,0 +1,71 @@
+"""Half-split rotary positions (RoFormer, arXiv 2104.09864), and their scalings for longer texts.
+
+Dimension letters: B batch, L tokens, H heads, C head dim.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from hovle_jax.config import RopeScaling, StackConfig
+
+
+def frequencies(config: StackConfig):
+    """-> (angle per position of each pair [C / 2] float32, factor of cos and sin).
+
+    Made on the host in float32, in the order of operations of the public code.
+    """
+    C, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    plain = (1.0 / theta ** (np.arange(0, C, 2, dtype=np.float32) / np.float32(C))).astype(np.float32)
+    if scaling is None:
+        return plain, 1.0
+    return SCALINGS[scaling.kind](plain, scaling, C, theta)
+
+
+def _linear(plain, scaling: RopeScaling, C, theta):
+    """Position interpolation (arXiv 2306.15595)."""
+    return plain / np.float32(scaling.factor), 1.0
+
+
+def _llama3(plain, scaling: RopeScaling, C, theta):
+    """Llama 3.1: slow pairs are interpolated, fast ones kept, those between blended by how often they turn."""
+    turns = scaling.original_length * plain / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    blend = np.clip((turns - low) / (high - low), 0, 1)
+    return (((1 - blend) / scaling.factor + blend) * plain).astype(np.float32), 1.0
+
+
+def _yarn(plain, scaling: RopeScaling, C, theta):
+    """YaRN (arXiv 2309.00071): a ramp over the pairs' indices, and a temperature by way of cos and sin."""
+
+    def pair_that_turns(times):
+        return C * math.log(scaling.original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), C - 1)
+    ramp = np.clip((np.arange(C // 2) - low) / max(high - low, 1e-3), 0, 1)
+    factor = scaling.attention_factor or (0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0)
+    return (plain / scaling.factor * ramp + plain * (1 - ramp)).astype(np.float32), factor
+
+
+SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+
+
+def rotary_angles(positions, config: StackConfig):
+    """Angles in float32.
+
+    Args:
+      positions: [B, L] int32.
+    Returns:
+      (cos, sin), each [B, L, 1, C / 2].
+    """
+    frequency, factor = frequencies(config)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequency
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x, cos, sin):
+    """Turns [B, L, H, C] by the angles; the first half of C is paired with the second."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
