@@ -11,25 +11,30 @@ from hovle_jax import host
 from hovle_jax.errors import UserError
 
 
-def run(main):
-    """Runs main() with parsed absl flags; a user's mistake becomes one line on stderr and status 2."""
+def run(main, usage=None):
+    """Runs main() with parsed absl flags; a user's mistake becomes one line on stderr and status 2.
+
+    Args:
+      usage: for a command with arguments beside its flags: main gets them as a list; this text says what they are.
+    """
     host.keep_freed_memory()
+    call = (lambda rest: main(rest[1:])) if usage else (lambda _: main())
     try:
-        app.run(lambda _: _call(main), flags_parser=_parse_flags)
+        app.run(lambda rest: _call(call, rest), flags_parser=lambda argv: _parse_flags(argv, usage))
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues from the newest checkpoint", status=130)
 
 
-def _call(main):
+def _call(main, rest):
     absl_logging.set_verbosity(absl_logging.WARNING)  # libraries tell the user nothing but warnings
     logging.getLogger().setLevel(logging.WARNING)
     try:
-        main()
+        main(rest)
     except UserError as error:
         _fail(error)
 
 
-def _parse_flags(argv):
+def _parse_flags(argv, usage):
     try:
         rest = flags.FLAGS(argv)
     except UserError as error:  # raised inside a config file
@@ -40,7 +45,7 @@ def _parse_flags(argv):
         _fail(error)
     except (AttributeError, KeyError) as error:
         _fail(_unknown_key(str(error)))
-    if len(rest) > 1:
+    if len(rest) > 1 and not usage:
         _fail(f"unexpected argument {rest[1]!r}; every option starts with --")
     return rest
 

@@ -1,6 +1,7 @@
 """Answers a question about an image.
 
     python -m hovle_jax.generate --checkpoint runs/instruct --image picture.png --prompt "what color is the shape?"
+    python -m hovle_jax.generate --checkpoint smol-llm --prompt "What is the capital of France?"
 
 Each `<image>` in the prompt takes one --image, in order; without any mark the images come first.
 """
@@ -9,7 +10,9 @@ from absl import flags
 
 from hovle_jax import commands
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run: runs/instruct")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
+)
 IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times")
 PROMPT = flags.DEFINE_string("prompt", None, "The question")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer", lower_bound=1)
@@ -24,10 +27,11 @@ def main():
     images = [load_image(path) for path in IMAGE.value]
     render([(prompt, None)], tiles=(1,) * len(images))
 
+    from hovle_jax.conversion.named import resolve
     from hovle_jax.inference.generate import answer
     from hovle_jax.training.load import load_run
 
-    loaded = load_run(folder, ("embedding", "llm"))
+    loaded = load_run(resolve(folder))
     print(answer(loaded.answerer, [(prompt, images)], MAX_NEW_TOKENS.value)[0])
 
 

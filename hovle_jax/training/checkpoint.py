@@ -1,10 +1,13 @@
 """Orbax: a run's resumable state, and the finished model that the next stage and the other commands read.
 
 RUN/checkpoints/STEP/   trained parameters, optimizer state, step
-RUN/model/COMPONENT/    the result, one component a folder ('embedding', 'llm', 'clip'); appears when complete
-RUN/config.json, RUN/tokenizer.model
+RUN/model/COMPONENT/    the result, one component a folder ('embedding', 'llm', ...); appears when complete
+RUN/model/config.json   the components' sizes
+RUN/config.json         the run's own
+RUN/tokenizer.model
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,8 +15,9 @@ import shutil
 import jax
 import orbax.checkpoint as ocp
 
-from hovle_jax.config import RUN_ONLY_KEYS, RunConfig, differences
+from hovle_jax.config import RUN_ONLY_KEYS, ModelConfig, RunConfig, differences, from_dict
 from hovle_jax.errors import UserError
+from hovle_jax.training.stages import STAGES
 
 # What a stage hands on; the rest (teacher, head) is dropped with the stage.
 HANDED_ON = ("embedding", "llm", "clip")
@@ -50,7 +54,8 @@ def check_same_config(folder, config: RunConfig):
     path = folder / "config.json"
     if not path.is_file():
         return
-    old, new = json.loads(path.read_text()), config.to_dict()
+    # Read through the dataclass: a key that is newer than the run has its default.
+    old, new = RunConfig.from_dict(json.loads(path.read_text())).to_dict(), config.to_dict()
     found = [d for d in differences(old, new) if d[0].split(".")[0] not in RUN_ONLY_KEYS]
     if found:
         key, before, after = found[0]
@@ -99,18 +104,39 @@ def is_finished(folder):
     return (pathlib.Path(folder) / "model").is_dir()
 
 
-def save_model(folder, params):
-    """Writes RUN/model whole: into a folder beside it first, then renamed."""
+def save_run_model(folder, params, config: RunConfig):
+    """Writes what a stage hands on; a component that it holds in part is not its result."""
+    partial = {prefix[0] for prefix in STAGES[config.stage].exists}
+    components = [component for component in HANDED_ON if component in params and component not in partial]
+    save_model(folder, ModelConfig.of(config, components), {c: lambda c=c: params[c] for c in components})
+
+
+def save_model(folder, config: ModelConfig, components):
+    """Writes FOLDER/model whole: into a folder beside it first, then renamed.
+
+    Args:
+      components: {name: function that gives its parameters}; each is written before the next one is asked for.
+    """
     folder = pathlib.Path(folder).absolute()
     partial = folder / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        for component in HANDED_ON:
-            if component in params:
-                checkpointer.save(partial / component, params[component])
-        checkpointer.wait_until_finished()
+        for component, params in components.items():
+            checkpointer.save(partial / component, params())
+            checkpointer.wait_until_finished()
+    (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     shutil.rmtree(folder / "model", ignore_errors=True)
     partial.rename(folder / "model")
+
+
+def load_model_config(folder):
+    """The ModelConfig of a finished run or an import. Raises UserError when the folder holds none."""
+    path = pathlib.Path(folder) / "model" / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no finished model; give the folder of a finished run, as runs/instruct, or of an import"
+        )
+    return from_dict(ModelConfig, json.loads(path.read_text()), str(path))
 
 
 def load_component(folder, component, abstract):

@@ -10,7 +10,7 @@ import numpy as np
 
 from hovle_jax.config import ExecutionConfig, RunConfig
 from hovle_jax.data import pipeline
-from hovle_jax.data.text import Tokenizer
+from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.model.attention import IMPLEMENTATIONS
 from hovle_jax.model.transformer import REMAT_POLICIES
@@ -55,7 +55,7 @@ def check(config: RunConfig):
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
     check_conversations(config)
     if config.stage == "distill":
-        config.teacher.check()
+        config.teacher.check(config.model.llm.stack.width)
     if config.tokenizer.path == "required":
         raise UserError(
             f"the preset {config.preset!r} reads text as its public LLM does; "
@@ -94,10 +94,10 @@ def check_execution(execution: ExecutionConfig):
 def get_tokenizer(config: RunConfig, folder, sources, pictures):
     """The run's own tokenizer, an earlier run's, the configured file, or a new one trained on the corpus."""
     for place in (folder, *sources):
-        if (place / "tokenizer.model").is_file():
-            return Tokenizer.load(place / "tokenizer.model")
+        if has_tokenizer(place):
+            return load_tokenizer(place)
     if config.tokenizer.path:
-        return Tokenizer.load(config.tokenizer.path)
+        return load_tokenizer(config.tokenizer.path)
     return pipeline.train_tokenizer(config, pictures)
 
 
@@ -177,7 +177,7 @@ def run(config: RunConfig, folder, sources, say=print):
 
     # 2. The folder is a run from here on.
     checkpoint.save_config(folder, config)
-    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    tokenizer.save(folder)
     batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
 
     # 3. State.
@@ -232,7 +232,7 @@ def _train(config, folder, state, models, optimizer, dataset, held_out, mesh, sa
         if finished and config.steps not in results:
             evaluate(config.steps)
     if finished:
-        checkpoint.save_model(folder, state.params)
+        checkpoint.save_run_model(folder, state.params, config)
     return Result(folder, int(state.step), finished, results)
 
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.config import ExecutionConfig, RunConfig
+from hovle_jax.config import ExecutionConfig, ModelConfig, RunConfig
 from hovle_jax.model.clip import CLIP, MAX_LOG_SCALE
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.teacher import VisionTeacher
@@ -39,9 +39,9 @@ class Head(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """Every module that a run's config describes; building one costs nothing until it is initialised."""
+    """Every module that a run or a model describes; building one costs nothing until it is initialised."""
 
-    config: RunConfig
+    config: RunConfig | ModelConfig
     execution: ExecutionConfig
 
     @property
@@ -54,7 +54,7 @@ class Models:
 
     @property
     def teacher(self):
-        return VisionTeacher(self.config.teacher, self.config.model.llm.stack.width, self.execution)
+        return VisionTeacher(self.config.teacher, self.execution)
 
     @property
     def head(self):
@@ -69,9 +69,8 @@ class Models:
         if component == "clip":
             return self.clip.init(key, batch["tiles"][:, 0], batch["tokens"])["params"]
         if component == "teacher":
-            count = self.config.model.embedding.tokens_per_tile
-            # The count is a static shape, so it must not become a tracer.
-            return self.teacher.init(key, batch["tiles"][:, 0], count)["params"]
+            # The count is a static shape, so it must not become a tracer; no parameter depends on it.
+            return self.teacher.init(key, batch["tiles"][:, 0], (self.config.teacher.vision.grid // 2) ** 2)["params"]
         width = self.config.model.embedding.stack.width
         return self.head.init(key, jnp.zeros((1, 1, width)))["params"]
 

@@ -1,0 +1,1 @@
+"""Public checkpoints become model folders, and back; both against reference outputs."""

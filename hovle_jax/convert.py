@@ -1,0 +1,81 @@
+"""Public checkpoints in and out, and whether our numbers are those of the reference.
+
+    python -m hovle_jax.convert import SRC DST [--as hovle|llm|teacher]
+    python -m hovle_jax.convert export SRC DST [--dtype float32|bfloat16]
+    python -m hovle_jax.convert verify DIR [--json]
+
+import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3) or a .gguf file; DST
+can then stand where a run's folder can.
+
+export: SRC is a finished run or an import; DST has the public names, shapes and config.json.
+
+verify: runs the inputs of DIR/expected.npz through the checkpoint in DIR (Hugging Face layout, or .gguf files) and
+compares every array that it knows: logits, features, loss, gradients, greedy tokens.
+"""
+
+import json
+
+from absl import flags
+
+from hovle_jax import commands
+from hovle_jax.errors import UserError
+
+USAGE = "import SRC DST | export SRC DST | verify DIR"
+AS = flags.DEFINE_enum("as", None, ["hovle", "llm", "teacher"], "import: the part to take (default: all of it)")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: the type of the tensors")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object")
+TOLERANCE = flags.DEFINE_float("tolerance", 2e-5, "verify: the largest absolute error allowed", lower_bound=0)
+
+
+def import_(source, folder):
+    from hovle_jax.conversion.importing import import_checkpoint
+
+    import_checkpoint(source, folder, AS.value)
+    print(f"imported into {folder}")
+
+
+def export(source, folder):
+    from hovle_jax.conversion.exporting import export_model
+
+    export_model(source, folder, DTYPE.value)
+    print(f"exported to {folder}")
+
+
+def verify(folder):
+    """Prints each array's error; raises UserError where one exceeds the tolerance."""
+    from hovle_jax.conversion.verify import verify
+
+    report = verify(folder)
+    failed = report.failed(TOLERANCE.value)
+    if JSON.value:
+        finite = lambda error: error if error == error and abs(error) != float("inf") else str(error)
+        errors = {name: finite(error) for name, error in report.errors.items()}
+        result = {"passed": not failed, "errors": errors, "tokens equal": report.tokens}
+        print(json.dumps(result | {"unknown": sorted(report.unknown), "tolerance": TOLERANCE.value}))
+    else:
+        for name, error in report.errors.items():
+            print(f"{error:8.1e}  {name}")
+        for name, equal in report.tokens.items():
+            print(f"{'equal' if equal else 'DIFFER':>8}  {name}")
+        for name in sorted(report.unknown):
+            print(f"{'unknown':>8}  {name}")
+    if not report.errors and not report.tokens:
+        raise UserError(f"{folder}/expected.npz holds no array that can be compared")
+    if failed:
+        raise UserError(f"{', '.join(failed)} differ by more than {TOLERANCE.value:g} (--tolerance)")
+
+
+ACTIONS = {"import": (import_, 2), "export": (export, 2), "verify": (verify, 1)}
+
+
+def main(arguments):
+    if not arguments or arguments[0] not in ACTIONS:
+        raise UserError(f"usage: python -m hovle_jax.convert {USAGE}")
+    action, count = ACTIONS[arguments[0]]
+    if len(arguments) != 1 + count:
+        raise UserError(f"{arguments[0]} takes {count} argument{'s' * (count != 1)}; usage: {USAGE}")
+    action(*arguments[1:])
+
+
+if __name__ == "__main__":
+    commands.run(main, USAGE)
