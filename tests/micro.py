@@ -24,7 +24,7 @@ from hovle_jax.config import (
     ViTConfig,
 )
 from hovle_jax.data import easy_vqa, pipeline
-from hovle_jax.data.text import Tokenizer
+from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.training.loop import copy_text_table
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh, put_batch
@@ -84,7 +84,7 @@ def clip_config():
 
 def teacher_config(kind="clip", projector="linear"):
     vision = clip_config().vision if kind == "clip" else vision_tower()
-    return TeacherConfig(kind=kind, vision=vision, projector=projector)
+    return TeacherConfig(kind=kind, vision=vision, projector=projector, projector_width=32)
 
 
 def model_config(variant="pre", special=0, normalize_output=False):

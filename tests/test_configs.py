@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from hovle_jax import train
-from hovle_jax.config import ExecutionConfig, RunConfig
+from hovle_jax.config import ExecutionConfig, ModelConfig, RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.recipes import PRESETS
 from hovle_jax.training import loop
@@ -68,7 +68,9 @@ def test_full_size_state_in_abstract(preset):
         mesh = make_mesh(config.mesh)
         assert mesh.shape["fsdp"] == 8
         models = Models(config, ExecutionConfig())
-        params = abstract_params(models, example_batch(config), mesh)
+        sizes = ModelConfig(embedding=config.model.embedding, llm=config.model.llm, teacher=config.teacher)
+        batch = {k: x for c in ("llm", "teacher", "embedding") for k, x in example_batch(sizes, c).items()}
+        params = abstract_params(models, batch, mesh)
         assert params.keys() == set(components_of(config))
         totals[stage] = (count(params), count(select(params, STAGES[stage].trains)))
         largest = params["embedding"]["stack"]["layers"]["gate"]["kernel"]

@@ -9,11 +9,12 @@ import pytest
 from hovle_jax.data import easy_vqa, pipeline
 from hovle_jax.data.batch import BatchShape, Sample, collate, lengthen, pack_row
 from hovle_jax.data.images import augment, load_image, single_tile
-from hovle_jax.data.text import ADDED_TOKENS, encode_conversation, encode_random_text, render_text
+from hovle_jax.data.text import encode_conversation, encode_random_text, render_text
+from hovle_jax.data.tokenizer import ADDED_TOKENS
 from hovle_jax.errors import UserError
 from hovle_jax.training import loop
 from tests import micro
-from tests.golden import golden
+from tests.shared import golden
 
 # ---------------------------------------------------------------------------------------------------------------------
 # easy-VQA

@@ -10,7 +10,7 @@ from hovle_jax.formats import hovle, internvl
 from hovle_jax.formats.mapping import nested, to_public
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.teacher import VisionTeacher
-from tests.golden import checkpoint_keys
+from tests.shared import checkpoint_keys
 
 HOVLE_PARAMETERS = 2_606_327_808
 EXECUTION = ExecutionConfig()
@@ -52,7 +52,7 @@ def test_internvl2_2b_and_internvit_300m():
     llm = hovle_model().llm
     config = internvl.InternVLConfig(vision=internvit_300m(), llm=llm)
     row, tiles = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 448, 448, 3), jnp.uint8)
-    teacher = abstract(VisionTeacher(config.teacher, llm.stack.width, EXECUTION), tiles, tokens_per_tile=256)
+    teacher = abstract(VisionTeacher(config.teacher, EXECUTION), tiles, tokens_per_tile=256)
     params = {"teacher": teacher, "llm": abstract(LanguageModel(llm, EXECUTION), row, row, row)}
     assert public_shapes(internvl.rules(config), params) == checkpoint_keys("internvl2_2b")
     vision_rules = nested(internvl.vision_rules(config.vision), ours="vision")

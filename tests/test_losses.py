@@ -12,7 +12,7 @@ from hovle_jax.training.losses import contrastive, cosine, cross_entropy, divide
 from hovle_jax.training.optimizer import learning_rate
 from hovle_jax.training.stages import clamp_scale
 from tests import micro
-from tests.golden import golden
+from tests.shared import golden
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

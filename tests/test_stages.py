@@ -96,10 +96,10 @@ def test_fresh_parameters_depend_on_seed_and_component_alone():
 
 def test_weights_move_from_stage_to_stage(tmp_path):
     """CLIP's tower becomes the teacher without its last layer; a shape that does not fit is named."""
-    from hovle_jax.training.checkpoint import is_finished, save_model
+    from hovle_jax.training.checkpoint import is_finished, save_run_model
 
     contrast, distill = micro.run_config("contrast"), micro.run_config("distill")
-    save_model(tmp_path, micro.params(contrast))
+    save_run_model(tmp_path, micro.params(contrast), contrast)
     assert is_finished(tmp_path) and not (tmp_path / "model.partial").exists()
     batch, mesh, models = micro.dataset(distill)[0], micro.one_device(), Models(distill, distill.execution)
     got = loop.load_params(models, batch, mesh, {"teacher": tmp_path})["teacher"]["vision"]

@@ -1,0 +1,369 @@
+"""Public checkpoints in and out: round trips to the bit, and what is wrong with a checkpoint said by name."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from hovle_jax.config import (
+    LLMConfig,
+    MeshConfig,
+    ModelConfig,
+    RopeScaling,
+    StackConfig,
+    TeacherConfig,
+    ViTConfig,
+    hovle_model,
+)
+from hovle_jax.conversion import exporting
+from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, scheme
+from hovle_jax.conversion.importing import import_checkpoint
+from hovle_jax.errors import UserError
+from hovle_jax.formats.families import open_checkpoint
+from hovle_jax.formats.mapping import to_public
+from hovle_jax.model.hovle import LanguageModel
+from hovle_jax.training.checkpoint import load_model_config, save_model
+from hovle_jax.training.load import abstract_model
+from hovle_jax.training.sharding import make_mesh
+from tests import micro
+from tests.test_commands import command
+from tests.trees import host
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+STACK = StackConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, rope_theta=1e4)
+
+
+def llm(family, tied=False, **stack):
+    return LLMConfig(dataclasses.replace(STACK, **stack), vocab_size=40, max_length=64, tied=tied, family=family)
+
+
+LLAMA3 = RopeScaling("llama3", 8.0, 16, low_frequency_factor=1.0, high_frequency_factor=4.0)
+YARN = RopeScaling("yarn", 4.0, 16, beta_fast=30.0, beta_slow=2.0, attention_factor=1.2)
+TOWER = ViTConfig(image_size=32, patch_size=8, width=32, num_layers=2, num_heads=2, mlp_width=64)
+PLAIN_TOWER = dataclasses.replace(TOWER, norm="rms_norm", qkv_bias=False, qk_norm=True)
+INTERNVIT = TeacherConfig("internvit", TOWER, projector="mlp1", projector_width=32)
+
+MODELS = {
+    "internlm2": ModelConfig(llm=llm("internlm2")),
+    "internlm2, biases": ModelConfig(llm=llm("internlm2", qkv_bias=True, output_bias=True, num_kv_heads=4)),
+    "llama": ModelConfig(llm=llm("llama", head_dim=12)),
+    "llama, biases, tied": ModelConfig(
+        llm=llm("llama", tied=True, qkv_bias=True, output_bias=True, mlp_bias=True, rope_scaling=LLAMA3)
+    ),
+    "llama, yarn": ModelConfig(llm=llm("llama", rope_scaling=YARN, num_kv_heads=1)),
+    "qwen2": ModelConfig(llm=llm("qwen2", qkv_bias=True, rope_scaling=RopeScaling("linear", 2.0, 64))),
+    "qwen3": ModelConfig(llm=llm("qwen3", qk_norm=True, head_dim=16, tied=True)),
+    "internvit": ModelConfig(teacher=TeacherConfig("internvit", PLAIN_TOWER, projector="linear")),
+    "internvl2": ModelConfig(teacher=INTERNVIT, llm=llm("internlm2")),
+    "internvl2 over qwen2": ModelConfig(teacher=INTERNVIT, llm=llm("qwen2", qkv_bias=True)),
+    "hovle": ModelConfig(embedding=micro.model_config().embedding, llm=micro.model_config().llm),
+    "hovle hd, special tokens, unit output": ModelConfig(
+        embedding=micro.model_config("post", special=9, normalize_output=True).embedding,
+        llm=micro.model_config("post", special=9).llm,
+    ),
+    "hovle, stride": ModelConfig(embedding=micro.model_config("none").embedding, llm=micro.model_config("none").llm),
+}
+QWEN3_STACK = dataclasses.replace(STACK, qk_norm=True, head_dim=12)
+MODELS["hovle over qwen3"] = ModelConfig(
+    embedding=dataclasses.replace(micro.model_config().embedding, stack=QWEN3_STACK, family="qwen3"),
+    llm=LLMConfig(QWEN3_STACK, vocab_size=micro.VOCAB, max_length=64, tied=True, family="qwen3"),
+)
+
+
+def components_of(config):
+    return [name for name in ("embedding", "llm", "teacher") if getattr(config, name) is not None]
+
+
+def random_params(config, component):
+    """Random values for every leaf (fresh biases and norms would be zeros and ones)."""
+    abstract = abstract_model(config, component, micro.one_device())
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), abstract)
+
+
+def made(folder, config):
+    """A model folder of random weights, as an import or a run leaves it -> {component: parameters}."""
+    params = {component: random_params(config, component) for component in components_of(config)}
+    folder.mkdir()
+    save_model(folder, config, {component: lambda c=component: params[c] for component in params})
+    return params
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip(name, tmp_path):
+    config = MODELS[name]
+    params = made(tmp_path / "ours", config)
+    export_model(tmp_path / "ours", tmp_path / "public", say=lambda _: None)
+    assert open_checkpoint(tmp_path / "public").components() == {
+        component: getattr(config, component) for component in components_of(config)
+    }
+    import_checkpoint(tmp_path / "public", tmp_path / "back", say=lambda _: None)
+    back = load_model_config(tmp_path / "back")
+    assert all(getattr(back, component) == getattr(config, component) for component in components_of(config))
+    export_model(tmp_path / "back", tmp_path / "again", say=lambda _: None)
+    first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("public", "again"))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        np.testing.assert_array_equal(second[key], tensor, err_msg=key)
+    checkpoint = open_checkpoint(tmp_path / "public")
+    for component, expected in params.items():
+        expected, found = host(expected), host(checkpoint.load_component(component))
+        assert expected.keys() == found.keys()
+        for key, leaf in expected.items():
+            np.testing.assert_array_equal(found[key], leaf, err_msg=key)
+
+
+def test_parts_bfloat16_and_what_the_config_says(tmp_path):
+    made(tmp_path / "ours", MODELS["internvl2"])
+    export_model(tmp_path / "ours", tmp_path / "public", dtype="bfloat16", say=lambda _: None)
+    path = tmp_path / "public" / "config.json"
+    public = json.loads(path.read_text())
+    assert public["torch_dtype"] == "bfloat16"
+    path.write_text(json.dumps(public | {"max_dynamic_patch": 12, "llm_config": public["llm_config"] | {"extra": 1}}))
+    import_checkpoint(tmp_path / "public", tmp_path / "teacher", "teacher", say=lambda _: None)
+    assert components_of(load_model_config(tmp_path / "teacher")) == ["teacher"]
+    assert not (tmp_path / "teacher" / "model" / "llm").exists()
+    with pytest.raises(UserError, match="has no embedding; it holds teacher and llm"):
+        import_checkpoint(tmp_path / "public", tmp_path / "hovle", "hovle")
+    # A second trip loses nothing: bfloat16 is exact in float32, and unknown keys of config.json are kept.
+    import_checkpoint(tmp_path / "public", tmp_path / "both", say=lambda _: None)
+    export_model(tmp_path / "both", tmp_path / "again", dtype="bfloat16", say=lambda _: None)
+    files = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("public", "again")]
+    assert files[0] == files[1]
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["max_dynamic_patch"] == 12
+    assert again["llm_config"]["extra"] == 1
+    with pytest.raises(UserError, match="holds a model already"):
+        import_checkpoint(tmp_path / "public", tmp_path / "both")
+    with pytest.raises(UserError, match="exists"):
+        export_model(tmp_path / "both", tmp_path / "again")
+
+
+def test_shards_and_their_index(tmp_path):
+    config = MODELS["hovle"]
+    made(tmp_path / "ours", config)
+    export_model(tmp_path / "ours", tmp_path / "public", shard_bytes=60_000, say=lambda _: None)
+    index = json.loads((tmp_path / "public" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "public").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files == sorted(set(index["weight_map"].values()))
+    stored = {file: load_file(tmp_path / "public" / file) for file in files}
+    assert {name: file for file, tensors in stored.items() for name in tensors} == index["weight_map"]
+    nbytes = {file: sum(x.nbytes for x in tensors.values()) for file, tensors in stored.items()}
+    assert sum(nbytes.values()) == index["metadata"]["total_size"]
+    assert all(size <= 60_000 or len(stored[file]) == 1 for file, size in nbytes.items())
+    import_checkpoint(tmp_path / "public", tmp_path / "back", say=lambda _: None)
+    (tmp_path / "public" / files[1]).unlink()
+    with pytest.raises(UserError, match=f"lacks {files[1]}, which .* names"):
+        open_checkpoint(tmp_path / "public")
+
+
+def test_total_size_of_the_published_checkpoint():
+    model = hovle_model()
+    config = ModelConfig(embedding=model.embedding, llm=model.llm)
+    rules, _ = scheme(config)
+    params = {component: abstract_model(config, component, micro.one_device()) for component in ("embedding", "llm")}
+    shapes = {name: x.shape for name, x in jax.eval_shape(lambda p: to_public(rules, p), params).items()}
+    index = make_index(shapes, DTYPES["float32"])
+    assert index["metadata"]["total_size"] == 10_425_311_232
+    assert set(index["weight_map"].values()) == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+
+
+def test_onto_a_mesh(tmp_path):
+    config = MODELS["hovle"]
+    params = made(tmp_path / "ours", config)
+    export_model(tmp_path / "ours", tmp_path / "public", say=lambda _: None)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    for component, expected in params.items():
+        abstract = abstract_model(config, component, mesh)
+        loaded = open_checkpoint(tmp_path / "public").load_component(component, abstract)
+        assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(loaded))
+        for key, leaf in host(expected).items():
+            np.testing.assert_array_equal(host(loaded)[key], leaf, err_msg=key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be wrong with a checkpoint.
+
+
+@pytest.fixture
+def public(tmp_path):
+    """A small public InternLM2 -> its folder."""
+    made(tmp_path / "ours", MODELS["internlm2"])
+    export_model(tmp_path / "ours", tmp_path / "public", say=lambda _: None)
+    return tmp_path / "public"
+
+
+def change(folder, config=None, **tensors):
+    """Replaces keys of config.json, and tensors (None: removes it)."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    stored = load_file(folder / "model.safetensors") | tensors
+    save_file({k: x for k, x in stored.items() if x is not None}, folder / "model.safetensors")
+
+
+WQKV = "model.layers.1.attention.wqkv.weight"
+BROKEN = {
+    "wrong shape": (dict(tensors={WQKV: np.zeros((60, 32), np.float32)}), [WQKV, "[60, 32]"]),
+    "transposed": (dict(tensors={"model.tok_embeddings.weight": np.zeros((32, 40), np.float32)}), ["tok_embeddings"]),
+    "missing": (dict(tensors={WQKV: None}), ["lacks", WQKV]),
+    "surplus": (dict(tensors={"extra": np.zeros(1, np.float32)}), ["unknown extra"]),
+    "architecture": (dict(config={"model_type": "mamba"}), ["'mamba'", "internlm2", "qwen3"]),
+    "option": (dict(config={"rope_scaling": {"type": "longrope"}}), ["rope_scaling", "longrope"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint(name, public):
+    changes, parts = BROKEN[name]
+    change(public, changes.get("config"), **changes.get("tensors", {}))
+    result = command("convert", "import", public, public.parent / "dst")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    for part in parts:
+        assert part in result.stderr
+    assert not (public.parent / "dst").exists()
+
+
+def test_broken_files(public):
+    path = public / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+        open_checkpoint(public)
+    path.write_bytes(whole)
+    (public / "copy.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match=r"lies in copy\.safetensors and model\.safetensors"):
+        open_checkpoint(public)
+    (public / "copy.safetensors").unlink()
+    path.rename(public / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickle files \(pytorch_model\.bin\)"):
+        open_checkpoint(public)
+    (public / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        open_checkpoint(public)
+
+
+def test_a_hub_id(public, tmp_path, monkeypatch):
+    hub = types.SimpleNamespace(errors=types.SimpleNamespace(HubHTTPError=RuntimeError))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
+    hub.snapshot_download = lambda name, **_: {"some/model": str(public)}[name]
+    import_checkpoint("some/model", tmp_path / "dst", say=lambda _: None)
+    assert load_model_config(tmp_path / "dst").llm.family == "internlm2"
+
+    def offline(*_, **__):
+        raise OSError("no route to the hub")
+
+    hub.snapshot_download = offline
+    with pytest.raises(UserError, match=r"some/other is not a path here and cannot be fetched .*no route"):
+        import_checkpoint("some/other", tmp_path / "dst2")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        import_checkpoint("some/other", tmp_path / "dst2")
+
+
+def test_values_that_are_not_finite_are_counted(public, caplog):
+    bad = np.zeros((40, 32), np.float32)
+    bad[0, :3] = np.nan
+    change(public, **{"output.weight": bad})
+    with caplog.at_level(logging.WARNING):
+        open_checkpoint(public).load()
+    assert "output.weight: 3 of 1280 values are not finite" in caplog.text
+
+
+def test_a_full_disk_leaves_nothing(public, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "save_file", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        export_model(tmp_path / "ours", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_verify_tells_right_from_wrong(public):
+    checkpoint = open_checkpoint(public)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    index, ones = np.broadcast_to(np.arange(6, dtype=np.int32), tokens.shape), np.ones_like(tokens)
+    model = LanguageModel(checkpoint.config, micro.run_config("pretrain").execution)
+    logits = np.array(model.apply({"params": checkpoint.load()}, tokens, index, ones))
+    np.savez(public / "expected.npz", input_ids=tokens, logits=logits, other=ones)
+    good = command("convert", "verify", public, "--json")
+    assert good.returncode == 0, good.stderr
+    report = json.loads(good.stdout)
+    assert report["passed"]
+    assert report["unknown"] == ["other"]
+    logits[0, 0, 0] += 1e-3
+    np.savez(public / "expected.npz", input_ids=tokens, logits=logits)
+    bad = command("convert", "verify", public)
+    assert bad.returncode == 2
+    assert "logits differ by more than 2e-05" in bad.stderr
+    assert command("convert", "verify", public, "--tolerance=0.01").returncode == 0
+
+
+def test_usage():
+    for arguments in ((), ("compress",), ("import", "a")):
+        result: subprocess.CompletedProcess = command("convert", *arguments)
+        assert result.returncode == 2
+        assert "import SRC DST" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF.
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_gguf(arch, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    options = {"llama": {}, "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True)}[arch]
+    config = llm(arch, tied=arch == "qwen3", **options)
+    params = random_params(ModelConfig(llm=config), "llm")
+    from hovle_jax.formats import gguf as ours
+
+    tensors = {name: np.asarray(x) for name, x in to_public(ours.rules(config), params).items()}
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
+    writer.add_block_count(2)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_context_length(64)
+    writer.add_vocab_size(40)
+    quantized = "blk.1.ffn_up.weight"
+    for name, tensor in tensors.items():
+        if name == quantized:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    assert dataclasses.replace(checkpoint.config, stack=config.stack) == config
+    assert checkpoint.config.stack.norm_eps == pytest.approx(1e-5)
+    found, expected = host(checkpoint.load()), host(params)
+    for key, leaf in expected.items():
+        tolerance = 0.02 if key == "stack/layers/up/kernel" else 0
+        np.testing.assert_allclose(found[key], leaf, atol=tolerance, rtol=0, err_msg=key)
+    if arch == "llama":  # neighbouring pairs: the file's rows are not ours
+        assert not np.array_equal(tensors["blk.0.attn_q.weight"], expected["stack/layers/query/kernel"][0].T)
+    whole = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole GGUF file"):
+        open_checkpoint(tmp_path / "model.gguf").load()

@@ -1,0 +1,52 @@
+"""SmolLM2-135M-Instruct against transformers (tests/reference/make_smol.py); needs the model in the cache folder."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from hovle_jax.cache import cache_dir
+from hovle_jax.data import chat
+from hovle_jax.inference.generate import answer
+from hovle_jax.training.checkpoint import is_finished
+from hovle_jax.training.load import load_run
+
+CASES = json.loads((pathlib.Path(__file__).parent / "golden" / "smol-llm.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def smol():
+    folder = cache_dir("models") / "smol-llm"
+    if not is_finished(folder):
+        pytest.skip("fetch it once: python -m hovle_jax.generate --checkpoint smol-llm --prompt hello")
+    return load_run(folder)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["prompt"])
+def test_ids(smol, case):
+    assert smol.tokenizer.encode_special(case["text"]) == case["ids"]
+    ours = chat.encode(smol.tokenizer, smol.chat_template, [{"role": "user", "content": case["prompt"]}])
+    if "<|" in case["prompt"]:  # the reference lets a user's words become special tokens
+        assert ours != case["ids"]
+        assert smol.tokenizer.decode(ours, skip_special=False) == case["text"]
+    else:
+        assert ours == case["ids"]
+
+
+def test_logits(smol):
+    length = max(len(case["ids"]) for case in CASES)
+    tokens = np.stack([np.pad(case["ids"], (0, length - len(case["ids"]))) for case in CASES]).astype(np.int32)
+    index = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    ends = np.asarray([[len(case["ids"])] for case in CASES])
+    llm = smol.models.hovle.llm
+    logits = llm.apply({"params": smol.params["llm"]}, tokens, index, (index < ends).astype(np.int32))
+    for case, row, end in zip(CASES, np.asarray(logits), ends[:, 0], strict=True):
+        last = row[end - 1]
+        np.testing.assert_allclose(last[case["at"]], case["logits"], atol=1e-3, rtol=0)
+        assert last.max() == pytest.approx(case["largest"], abs=1e-3)
+        assert last.argmax() == case["best"]
+
+
+def test_it_knows_paris(smol):
+    assert "Paris" in answer(smol.answerer, [("What is the capital of France?", [])], max_new_tokens=12)[0]
