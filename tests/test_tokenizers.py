@@ -2,17 +2,20 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import zipfile
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from hovle_jax.config import LLMConfig, ModelConfig, StackConfig
 from hovle_jax.conversion import named
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.conversion.named import PackagedModel, resolve
 from hovle_jax.data import chat
+from hovle_jax.data.text import encode_conversation
 from hovle_jax.data.tokenizer import ADDED_TOKENS, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf as ours
@@ -100,30 +103,37 @@ def test_sentencepiece_with_its_added_tokens_elsewhere(tmp_path):
     assert again.decode([again.special("<|im_end|>"), *again.encode("a red circle")]) == "a red circle"
 
 
+def sentencepiece_model(lines, **options):
+    """A small BPE with byte fallback -> the model's bytes."""
+    out = io.BytesIO()
+    options = (
+        dict(vocab_size=320, byte_fallback=True, minloglevel=2, model_type="bpe", hard_vocab_limit=False) | options
+    )
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines * 3), model_writer=out, **options)
+    return out.getvalue()
+
+
 def test_a_special_token_under_its_old_name():
-    import io
-
-    import sentencepiece
-
-    out, old = io.BytesIO(), "[UNUSED_TOKEN_145]"
-    options = dict(
-        vocab_size=320,
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        minloglevel=2,
-        model_type="bpe",
-        hard_vocab_limit=False,
-    )
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 3), model_writer=out, user_defined_symbols=[old], **options
-    )
-    plain = SentencePieceTokenizer(out.getvalue())
+    old = "[UNUSED_TOKEN_145]"
+    model = sentencepiece_model(LINES, user_defined_symbols=[old], add_dummy_prefix=False)
+    plain = SentencePieceTokenizer(model)
     (index,) = plain.encode(old)
-    tokenizer = SentencePieceTokenizer(out.getvalue(), {"<|im_end|>": index})
+    tokenizer = SentencePieceTokenizer(model, {"<|im_end|>": index})
     ids = tokenizer.encode(f"Paris{old} is")
     assert index not in ids
     assert tokenizer.decode(ids) == f"Paris{old} is"
     assert tokenizer.encode("Paris is") == plain.encode("Paris is")
+
+
+def test_an_answer_is_encoded_behind_its_header():
+    """A dummy prefix (a blank before every text) must not come between "assistant" and what it says."""
+    tokenizer = SentencePieceTokenizer(sentencepiece_model(LINES, add_dummy_prefix=True, user_defined_symbols=["\n"]))
+    encoded = encode_conversation(tokenizer, [("What?", "Paris is")], "brief")
+    header, whole = tokenizer.encode("assistant\n"), tokenizer.encode("assistant\nParis is")
+    assert encoded.tokens.tolist()[-len(whole) - 1 :] == [*whole, tokenizer.special("<|im_end|>")]
+    assert encoded.supervised.sum() == len(whole) - len(header) + 1
+    assert encoded.supervised[-(len(whole) - len(header) + 1) :].all()
+    assert whole != header + tokenizer.encode("Paris is")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

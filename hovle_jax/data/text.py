@@ -1,6 +1,7 @@
 """The chat template of InternLM2, as ids. Special tokens enter through it alone, never out of a user's text."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -71,11 +72,30 @@ def encode_conversation(tokenizer, turns, system="", tiles=(), tokens_per_tile=0
     if all(answer is not None for _, answer in turns):
         turns = [(question.strip(), answer.strip()) for question, answer in turns]
     tokens, supervised = [tokenizer.bos], [False]
-    for text, token, is_answer in render(turns, system, tiles, tokens_per_tile):
-        ids = [tokenizer.special(token)] if token is not None else tokenizer.encode(text)
+    parts = render(turns, system, tiles, tokens_per_tile)
+    for is_text, run in itertools.groupby(parts, key=lambda part: part[1] is None):
+        run = list(run)
+        if is_text:
+            ids, answers = _encode_text(tokenizer, [(text, is_answer) for text, _, is_answer in run])
+        else:
+            ids, answers = [tokenizer.special(token) for _, token, _ in run], [is_answer for _, _, is_answer in run]
         tokens += ids
-        supervised += [is_answer] * len(ids)
+        supervised += answers
     return Encoded(np.asarray(tokens, np.int32), np.asarray(supervised, bool))
+
+
+def _encode_text(tokenizer, parts):
+    """Ids of adjacent texts [(text, is_answer)], and whether each is an answer's.
+
+    They are encoded as one text, as the public code does: a tokenizer may treat the beginning of a text in its own way.
+    Where one part ends is told by the number of ids of what stands before.
+    """
+    ids = tokenizer.encode("".join(text for text, _ in parts))
+    ends = [len(tokenizer.encode("".join(text for text, _ in parts[:count]))) for count in range(1, len(parts))]
+    answers = np.zeros(len(ids), bool)
+    for (_, is_answer), start, end in zip(parts, [0, *ends], [*ends, len(ids)], strict=True):
+        answers[start:end] = is_answer
+    return ids, answers.tolist()
 
 
 def encode_random_text(tokenizer, rng, count, system="", tiles=(), tokens_per_tile=0):

@@ -20,6 +20,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.training.stages import STAGES
 
 # What a stage hands on; the rest (teacher, head) is dropped with the stage.
+SAVE_CONCURRENT_BYTES = 10**8
 HANDED_ON = ("embedding", "llm", "clip")
 
 
@@ -120,10 +121,13 @@ def save_model(folder, config: ModelConfig, components):
     folder = pathlib.Path(folder).absolute()
     partial = folder / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        for component, params in components.items():
-            checkpointer.save(partial / component, params())
-            checkpointer.wait_until_finished()
+    for component, make in components.items():
+        params = make()
+        # Bytes in flight are limited: on a CPU they are a second copy of parameters that lie in the same memory.
+        limit = max(SAVE_CONCURRENT_BYTES, *(leaf.nbytes for leaf in jax.tree.leaves(params)))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=(limit + 10**6) / 10**9)) as checkpointer:
+            checkpointer.save(partial / component, args=ocp.args.PyTreeSave(params))
+        del params
     (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     shutil.rmtree(folder / "model", ignore_errors=True)
     partial.rename(folder / "model")
