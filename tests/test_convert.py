@@ -34,6 +34,7 @@ from hovle_jax.training.checkpoint import load_model_config, save_model
 from hovle_jax.training.load import abstract_model
 from hovle_jax.training.sharding import make_mesh
 from tests import micro
+from tests.gguf_files import write_gguf
 from tests.test_commands import command
 from tests.trees import host
 
@@ -325,34 +326,11 @@ def test_usage():
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_gguf(arch, tmp_path):
-    gguf = pytest.importorskip("gguf")
     options = {"llama": {}, "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True)}[arch]
     config = llm(arch, tied=arch == "qwen3", **options)
     params = random_params(ModelConfig(llm=config), "llm")
-    from hovle_jax.formats import gguf as ours
-
-    tensors = {name: np.asarray(x) for name, x in to_public(ours.rules(config), params).items()}
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
-    writer.add_block_count(2)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
-    writer.add_context_length(64)
-    writer.add_vocab_size(40)
-    quantized = "blk.1.ffn_up.weight"
-    for name, tensor in tensors.items():
-        if name == quantized:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, np.ascontiguousarray(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    add = lambda writer: writer.add_vocab_size(config.vocab_size)
+    tensors = write_gguf(tmp_path / "model.gguf", config, params, add, quantized=["blk.1.ffn_up.weight"])
 
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     assert dataclasses.replace(checkpoint.config, stack=config.stack) == config

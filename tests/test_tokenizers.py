@@ -6,7 +6,6 @@ import io
 import json
 import zipfile
 
-import numpy as np
 import pytest
 import sentencepiece
 
@@ -19,10 +18,10 @@ from hovle_jax.data.text import encode_conversation
 from hovle_jax.data.tokenizer import ADDED_TOKENS, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf as ours
-from hovle_jax.formats.mapping import to_public
 from hovle_jax.inference.generate import answer
 from hovle_jax.training.load import load_run
 from tests import micro
+from tests.gguf_files import write_gguf
 from tests.test_convert import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -197,35 +196,22 @@ def test_the_tokenizer_inside_a_gguf(trained, tokenizer):
 @pytest.fixture
 def gguf_file(trained, tmp_path):
     """A tiny Llama with that tokenizer -> the file's path."""
-    gguf = pytest.importorskip("gguf")
     metadata = metadata_of(trained)
     stack = StackConfig(num_layers=1, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, rope_theta=1e4)
     size = len(metadata["tokenizer.ggml.tokens"])
     config = LLMConfig(stack, vocab_size=size, max_length=128, tied=True, family="llama")
-    params = random_params(ModelConfig(llm=config), "llm")
+
+    def add(writer):
+        writer.add_tokenizer_model(metadata["tokenizer.ggml.model"])
+        writer.add_tokenizer_pre(metadata["tokenizer.ggml.pre"])
+        writer.add_token_list(metadata["tokenizer.ggml.tokens"])
+        writer.add_token_types(metadata["tokenizer.ggml.token_type"])
+        writer.add_token_merges(metadata["tokenizer.ggml.merges"])
+        writer.add_eos_token_id(metadata["tokenizer.ggml.eos_token_id"])
+        writer.add_chat_template(CHATML)
+
     path = tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
-    writer.add_context_length(128)
-    writer.add_tokenizer_model(metadata["tokenizer.ggml.model"])
-    writer.add_tokenizer_pre(metadata["tokenizer.ggml.pre"])
-    writer.add_token_list(metadata["tokenizer.ggml.tokens"])
-    writer.add_token_types(metadata["tokenizer.ggml.token_type"])
-    writer.add_token_merges(metadata["tokenizer.ggml.merges"])
-    writer.add_eos_token_id(metadata["tokenizer.ggml.eos_token_id"])
-    writer.add_chat_template(CHATML)
-    for name, tensor in to_public(ours.rules(config), params).items():
-        writer.add_tensor(name, np.ascontiguousarray(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(path, config, random_params(ModelConfig(llm=config), "llm"), add)
     return path
 
 

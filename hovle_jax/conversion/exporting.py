@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hovle_jax.config import HoVLEConfig, MeshConfig, ModelConfig
-from hovle_jax.conversion.importing import TOKENIZER_FILES
+from hovle_jax.conversion.importing import PUBLIC_CONFIG, TOKENIZER_FILES
 from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import hovle, internvl, llms
@@ -42,10 +42,10 @@ def scheme(config: ModelConfig, image_id=0, special_tokens=()):
     if config.teacher:
         if config.teacher.kind != "internvit":
             raise UserError("a CLIP teacher has no public format here; export the LLM or the HoVLE beside it")
-        if not config.llm or config.teacher.projector != "mlp1":
-            if config.teacher.projector == "mlp1":
-                raise UserError("an InternVL2 projector is public only beside its LLM; import both (without --as)")
+        if config.teacher.projector != "mlp1":
             return internvl.tower_rules(config.teacher.vision), internvl.vision_to_json(config.teacher.vision)
+        if not config.llm:
+            raise UserError("an InternVL2 projector is public only beside its LLM; import both (without --as)")
         whole = internvl.InternVLConfig(config.teacher.vision, config.llm)
         return internvl.rules(whole), internvl.config_to_json(whole)
     if config.llm:
@@ -112,7 +112,7 @@ def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=p
 
 def _public_config(source):
     """The config.json that an import came with, or {}."""
-    path = source / "public_config.json"
+    path = source / PUBLIC_CONFIG
     return json.loads(path.read_text()) if path.is_file() else {}
 
 

@@ -16,9 +16,10 @@ from hovle_jax.training.load import CHAT_TEMPLATE, abstract_model
 from hovle_jax.training.sharding import make_mesh
 
 WANTED = {"hovle": ("embedding", "llm"), "llm": ("llm",), "teacher": ("teacher",)}
+PUBLIC_CONFIG = "public_config.json"  # an import's own config.json, for its export
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
-    "generation_config.json", "chat_template.jinja",
+    "generation_config.json", CHAT_TEMPLATE,
 )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def import_checkpoint(source, folder, kind=None, say=print):
 
     import_text(source, checkpoint, folder, say)
     if source.is_dir():
-        (folder / "public_config.json").write_text(json.dumps(checkpoint.public_config, indent=2) + "\n")
+        (folder / PUBLIC_CONFIG).write_text(json.dumps(checkpoint.public_config, indent=2) + "\n")
     save_model(folder, config, {component: lambda c=component: read(c) for component in components})
 
 
@@ -74,6 +75,7 @@ def import_text(source, checkpoint, folder, say):
 
 
 def text_from_gguf(_, checkpoint):
+    """-> (tokenizer, template or None) from the file's metadata."""
     metadata = checkpoint.public_config
     return gguf.tokenizer_from_metadata(metadata), metadata.get("tokenizer.chat_template")
 
@@ -105,7 +107,7 @@ def text_from_folder(folder, checkpoint):
         tokenizer = None
     if checkpoint.kind != "llm":
         return tokenizer, None  # InternVL's and HoVLE's template is our own
-    file = folder / "chat_template.jinja"
+    file = folder / CHAT_TEMPLATE
     template = file.read_text() if file.is_file() else settings.get("chat_template")
     if isinstance(template, list):
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)

@@ -57,8 +57,4 @@ def encode(tokenizer, template, messages):
         bos=by_id.get(tokenizer.bos, ""),
         eos=by_id.get(tokenizer.eos, ""),
     )
-    return [
-        i
-        for token, part in tokenizer.split_special(text)
-        for i in ([names[token]] if token else tokenizer.encode(part.replace(shield, "")))
-    ]
+    return tokenizer.encode_special(text, without=shield)

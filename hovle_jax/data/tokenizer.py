@@ -68,20 +68,24 @@ class Tokenizer:
     def _piece(self, index):
         raise NotImplementedError
 
-    def split_special(self, text):
-        """Text in which special tokens are meant (a rendered template) -> [(token, "") or ("", text between)]."""
+    def _split_special(self, text):
+        """-> [(token, "") or ("", text between)]."""
         if not self._special:
             return [("", text)]
         longest_first = sorted(self._special, key=len, reverse=True)
         parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
         return [(part, "") if odd else ("", part) for odd, part in zip(itertools.cycle((0, 1)), parts) if part]
 
-    def encode_special(self, text):
-        """Ids of text in which special tokens are meant: a rendered template, never a user's words."""
+    def encode_special(self, text, without=""):
+        """Ids of text in which special tokens are meant: a rendered template, never a user's words.
+
+        Args:
+          without: characters that are taken out of the text between special tokens before it is encoded.
+        """
         return [
             i
-            for token, part in self.split_special(text)
-            for i in ([self._special[token]] if token else self.encode(part))
+            for token, part in self._split_special(text)
+            for i in ([self._special[token]] if token else self.encode(part.replace(without, "") if without else part))
         ]
 
     def decode(self, ids, skip_special=True):
@@ -191,6 +195,7 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self._model.get_added_tokens_decoder()
         super().__init__({token.content: i for i, token in added.items() if token.special})
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        # Small ids may be special too (SmolLM2's 0 to 16): those in the lower half are not "at the top".
         self.first_special = min([i for i in self._names if i >= self.vocab_size // 2], default=self.vocab_size)
         self.bos = None if bos is None else self.special(bos)
         self.stop_ids = tuple(self.special(token) for token in stops)

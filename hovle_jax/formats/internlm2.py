@@ -39,20 +39,25 @@ def _check_supported(config, where):
 def stack_from_json(config, rope_theta, norm_eps, where="config.json"):
     """-> StackConfig from the keys that the LLM's and the embedding's configs share."""
     width, num_heads = (field(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
-    if width % num_heads:
-        raise UserError(f"{where}: hidden_size={width} must be a multiple of num_attention_heads={num_heads}")
     stack = StackConfig(
         num_layers=field(config, "num_hidden_layers", where=where),
         width=width,
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=width // num_heads,
+        head_dim=head_dim(width, num_heads, where),
         mlp_width=field(config, "intermediate_size", where=where),
         rope_theta=float(rope_theta),
         norm_eps=float(norm_eps),
     )
     stack.check(where)
     return stack
+
+
+def head_dim(width, num_heads, where):
+    """The size of a head where the config does not name one. Raises UserError when the width does not divide."""
+    if width % num_heads:
+        raise UserError(f"{where}: hidden_size={width} must be a multiple of num_attention_heads={num_heads}")
+    return width // num_heads
 
 
 def config_to_json(config: LLMConfig):

@@ -52,7 +52,7 @@ def config_from_json(config, where="config.json"):
         width=width,
         num_heads=num_heads,
         num_kv_heads=field(config, "num_key_value_heads", family.kv_heads, where) or num_heads,
-        head_dim=field(config, "head_dim", family.head_dim, where) or _head_dim(width, num_heads, where),
+        head_dim=field(config, "head_dim", family.head_dim, where) or internlm2.head_dim(width, num_heads, where),
         mlp_width=field(config, "intermediate_size", where=where),
         rope_theta=theta,
         norm_eps=float(field(config, "rms_norm_eps", 1e-6, where)),
@@ -70,12 +70,6 @@ def config_from_json(config, where="config.json"):
         tied=field(config, "tie_word_embeddings", False, where),
         family=kind,
     )
-
-
-def _head_dim(width, num_heads, where):
-    if width % num_heads:
-        raise UserError(f"{where}: hidden_size={width} must be a multiple of num_attention_heads={num_heads}")
-    return width // num_heads
 
 
 def _rope(config, max_length, where):
