@@ -4,8 +4,8 @@
     python -m hovle_jax.convert export SRC DST [--dtype float32|bfloat16]
     python -m hovle_jax.convert verify DIR [--json]
 
-import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3) or a .gguf file; DST
-can then stand where a run's folder can.
+import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3), a .gguf file
+or a hub id; DST can then stand where a run's folder can.
 
 export: SRC is a finished run or an import; DST has the public names, shapes and config.json.
 
