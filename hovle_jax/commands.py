@@ -26,7 +26,7 @@ def run(main, usage=None):
 
 
 def _call(main, rest):
-    absl_logging.set_verbosity(absl_logging.WARNING)  # libraries tell the user nothing but warnings
+    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs with a stack trace what it raises anyway
     logging.getLogger().setLevel(logging.WARNING)
     try:
         main(rest)

@@ -21,11 +21,11 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer"
 def main():
     folder, prompt = commands.required("checkpoint"), commands.required("prompt")
     from hovle_jax.data.images import load_image
-    from hovle_jax.data.text import render
+    from hovle_jax.data.text import with_image_marks
 
     # All that can be wrong with the input is known before a model is loaded.
     images = [load_image(path) for path in IMAGE.value]
-    render([(prompt, None)], tiles=(1,) * len(images))
+    with_image_marks([(prompt, None)], len(images))
 
     from hovle_jax.conversion.named import resolve
     from hovle_jax.inference.generate import answer

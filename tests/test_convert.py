@@ -1,6 +1,7 @@
 """Public checkpoints in and out: round trips to the bit, and what is wrong with a checkpoint said by name."""
 
 import dataclasses
+import errno
 import json
 import logging
 import subprocess
@@ -23,10 +24,10 @@ from hovle_jax.config import (
     ViTConfig,
     hovle_model,
 )
-from hovle_jax.conversion import exporting
 from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, scheme
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
+from hovle_jax.files import whole_folder
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.hovle import LanguageModel
@@ -35,7 +36,7 @@ from hovle_jax.training.load import abstract_model
 from hovle_jax.training.sharding import make_mesh
 from tests import micro
 from tests.gguf_files import write_gguf
-from tests.test_commands import command
+from tests.test_commands import ROOT, command
 from tests.trees import host
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -143,7 +144,7 @@ def test_parts_bfloat16_and_what_the_config_says(tmp_path):
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["max_dynamic_patch"] == 12
     assert again["llm_config"]["extra"] == 1
-    with pytest.raises(UserError, match="holds a model already"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         import_checkpoint(tmp_path / "public", tmp_path / "both")
     with pytest.raises(UserError, match="exists"):
         export_model(tmp_path / "both", tmp_path / "again")
@@ -283,14 +284,32 @@ def test_values_that_are_not_finite_are_counted(public, caplog):
     assert "output.weight: 3 of 1280 values are not finite" in caplog.text
 
 
-def test_a_full_disk_leaves_nothing(public, monkeypatch, tmp_path):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(exporting, "save_file", full)
-    with pytest.raises(UserError, match="the disk is full"):
-        export_model(tmp_path / "ours", tmp_path / "out")
+@pytest.mark.parametrize("action", ["import", "export"])
+def test_what_cannot_be_written_leaves_nothing(action, public, tmp_path):
+    """Files may not grow beyond some bytes in this process: the system's refusal comes through all the libraries."""
+    source = {"import": public, "export": tmp_path / "ours"}[action]
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", sys.executable, "-m", "hovle_jax.convert"]
+    line = [*limited, action, source, tmp_path / "out"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert f"error: cannot write {tmp_path / 'out'}: File too large; nothing was left behind" in result.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(UserError, match="the disk is full"), whole_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    reported = "RESOURCE_EXHAUSTED: Failed to write [os_error_code='28']"  # as tensorstore says it
+    with pytest.raises(UserError, match="the disk is full"), whole_folder(tmp_path / "out"):
+        raise ValueError(reported)
+    with pytest.raises(KeyError), whole_folder(tmp_path / "out"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 def test_verify_tells_right_from_wrong(public):

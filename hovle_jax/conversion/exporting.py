@@ -1,7 +1,6 @@
 """A trained or imported model becomes a public checkpoint: safetensors in shards, their index, config.json."""
 
 import dataclasses
-import errno
 import json
 import math
 import pathlib
@@ -10,35 +9,39 @@ import shutil
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
-from hovle_jax.config import HoVLEConfig, MeshConfig, ModelConfig
-from hovle_jax.conversion.importing import PUBLIC_CONFIG, TOKENIZER_FILES
-from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from hovle_jax.config import HoVLEConfig, ModelConfig
+from hovle_jax.conversion.importing import PUBLIC, SHARDED
+from hovle_jax.conversion.text import BUILT_IN, OTHER, write_tokenizer
+from hovle_jax.data.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.files import whole_folder
 from hovle_jax.formats import hovle, internvl, llms
-from hovle_jax.formats.mapping import nested, public_tensors
+from hovle_jax.formats.mapping import nested, public_shapes, public_tensors
 from hovle_jax.formats.source import INDEX
 from hovle_jax.training.checkpoint import load_component, load_model_config
 from hovle_jax.training.load import abstract_model
 from hovle_jax.training.sharding import make_mesh
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}  # in a safetensors header
 SHARD_BYTES = 5 * 10**9  # what transformers writes by default
 
 
-def scheme(config: ModelConfig, image_id=0, special_tokens=()):
+def scheme(config: ModelConfig, tokenizer=None):
     """How a model is written in public: (rules over the dict of components, config.json).
 
     Args:
-      image_id: the id of <IMG_CONTEXT>.
-      special_tokens: names of the embedding's second table, in order.
+      tokenizer: gives the id of <IMG_CONTEXT> and the names of the embedding's second table.
     Raises:
       UserError: there is no public format for these components.
     """
     if config.embedding and config.llm:
         both = HoVLEConfig(config.embedding, config.llm)
-        return hovle.rules(both), hovle.config_to_json(both, image_id, special_tokens)
+        specials = {} if tokenizer is None else tokenizer.specials
+        public = hovle.config_to_json(both, specials.get(IMAGE_TOKEN, 0), specials)
+        has_template = tokenizer is not None and tokenizer.chat_template is not None
+        return hovle.rules(both), public | {"template": OTHER if has_template else BUILT_IN[0]}
     if config.teacher:
         if config.teacher.kind != "internvit":
             raise UserError("a CLIP teacher has no public format here; export the LLM or the HoVLE beside it")
@@ -79,68 +82,80 @@ def make_index(shapes, dtype, shard_bytes=SHARD_BYTES):
 def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=print):
     """Writes the model of a finished run or an import as a public checkpoint; `folder` appears when it is whole.
 
+    Parameters are read and written leaf by leaf: no more than one, with its layers, is in memory.
+
     Raises:
       UserError: no finished model, no public format for it, the folder exists, or the disk is full.
     """
-    source, folder = pathlib.Path(source), pathlib.Path(folder).absolute()
+    source = pathlib.Path(source)
     config = load_model_config(source)
     held = [f.name for f in dataclasses.fields(config) if (source / "model" / f.name).is_dir()]
     config = dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - set(held)))
-    known = _public_config(source)
-    rules, public_config = scheme(config, *_special_ids(source, known))
-    if folder.exists():
-        raise UserError(f"{folder} exists; choose another folder, or remove that one")
-    mesh, wanted = make_mesh(MeshConfig()), {r.ours[0].split("/")[0] for r in rules}
-    params = {c: load_component(source, c, abstract_model(config, c, mesh)) for c in wanted}
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_tensors(partial, public_tensors(rules, params), DTYPES[dtype], shard_bytes, say)
-        text = json.dumps(merged(known, public_config) | {"torch_dtype": dtype}, indent=2)
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    rules, public_config = scheme(config, tokenizer)
+    mesh = make_mesh(SHARDED)
+    components = dict.fromkeys(r.ours[0].split("/")[0] for r in rules)
+    abstract = {c: abstract_model(config, c, mesh) for c in components}
+
+    def read(path):
+        """One leaf, whole, on the host."""
+        component, *keys = path.split("/")
+        leaf = abstract[component]
+        for key in keys:
+            leaf = leaf[key]
+        for key in reversed(keys):
+            leaf = {key: leaf}
+        return np.asarray(jax.tree.leaves(load_component(source, component, leaf))[0])
+
+    with whole_folder(folder) as partial:
+        write_tensors(
+            partial, public_shapes(rules, abstract), public_tensors(rules, read), DTYPES[dtype], shard_bytes, say
+        )
+        public = source / PUBLIC
+        if public.is_dir():
+            shutil.copytree(public, partial, dirs_exist_ok=True)
+            public_config = json.loads((public / "config.json").read_text())  # with what we have no name for
+        elif tokenizer is not None:
+            write_tokenizer(tokenizer, partial)
+        text = json.dumps(public_config | {"torch_dtype": dtype}, indent=2)
         (partial / "config.json").write_text(text + "\n")
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        partial.rename(folder)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        raise UserError(f"cannot write {folder}: {reason}; nothing was left behind") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _public_config(source):
-    """The config.json that an import came with, or {}."""
-    path = source / PUBLIC_CONFIG
-    return json.loads(path.read_text()) if path.is_file() else {}
+def write_tensors(folder, shapes, tensors, dtype, shard_bytes, say):
+    """Writes safetensors files and their index.
 
-
-def _special_ids(source, known):
-    """-> (id of <IMG_CONTEXT>, names of the second table): from the imported config, else from the run's tokenizer."""
-    if "embedding_config" in known:
-        embedding = known["embedding_config"]
-        names = embedding.get("special_token_maps") or {}
-        return embedding.get("img_context_token_id", 0), sorted(names, key=names.get)
-    return (load_tokenizer(source).image_id if has_tokenizer(source) else 0), ()
-
-
-def merged(known, ours):
-    """The imported config.json with our values: what we do not know stays as it was."""
-    both = known | ours
-    return both | {k: merged(known[k], v) for k, v in ours.items() if isinstance(v, dict) and known.get(k)}
-
-
-def write_tensors(folder, tensors, dtype, shard_bytes, say):
-    """Writes {name: function} file by file; holds the tensors of one file at a time."""
-    shapes = {name: jax.eval_shape(make).shape for name, make in tensors.items()}
+    Args:
+      shapes: {public name: shape}.
+      tensors: iterator of (public name, array), in the same order.
+    """
     index = make_index(shapes, dtype, shard_bytes)
     files = {}
     for name, file in index["weight_map"].items():
         files.setdefault(file, []).append(name)
+    tensors = iter(tensors)
     for file, names in files.items():
-        arrays = {name: np.ascontiguousarray(np.asarray(tensors[name]()).astype(dtype, copy=False)) for name in names}
-        save_file(arrays, folder / file, metadata={"format": "pt"})
-        say(f"{file}: {len(names)} tensors, {sum(a.nbytes for a in arrays.values()):,} bytes")
+        with (folder / file).open("wb") as stream:
+            stream.write(safetensors_header({name: shapes[name] for name in names}, dtype))
+            for expected in names:
+                name, tensor = next(tensors)
+                assert (name, tensor.shape) == (expected, shapes[expected])
+                stream.write(np.ascontiguousarray(tensor.astype(dtype, copy=False)).view(np.uint8).data)
+        say(f"{file}: {len(names)} tensors, {(folder / file).stat().st_size:,} bytes")
     if len(files) > 1:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def safetensors_header(shapes, dtype):
+    """What stands before the tensors, one behind another, in a safetensors file.
+
+    The library's writer wants a whole file's tensors in memory at once; the format is a length in 8 bytes, JSON with
+    each tensor's type, shape and place, and blanks up to a multiple of 8.
+    """
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,13 +1,15 @@
-"""The chat template of InternLM2, as ids. Special tokens enter through it alone, never out of a user's text."""
+"""Conversations as ids, by InternLM2's chat template or the tokenizer's own; special tokens enter through it alone."""
 
 import dataclasses
 import itertools
 
 import numpy as np
 
+from hovle_jax.data import chat
+from hovle_jax.data.chat import IMAGE_MARK
+from hovle_jax.data.tokenizer import IMAGE_TOKEN
 from hovle_jax.errors import UserError
 
-IMAGE_MARK = "<image>"  # in a conversation's text; becomes <img>, the image's tokens, </img>
 DEFAULT_SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
@@ -21,58 +23,86 @@ class Encoded:
     supervised: np.ndarray
 
 
-def render(turns, system="", tiles=(), tokens_per_tile=0):
-    """The template as parts: [(text or None, special token or None, is_answer)], `<s>` not included.
+def with_image_marks(turns, num_images):
+    """The turns with one `<image>` mark for each image; where there is none at all, they are put in front.
 
-    Args:
-      turns: ((question, answer), ...); the last answer may be None, to be generated.
-      system: the system message; empty = InternVL's own.
-      tiles: number of tiles of each image, in order; each takes one `<image>` mark. Where the first question has
-        no mark at all, one for each image is put in front of it.
     Raises:
       UserError: more or fewer marks than images.
     """
     turns = list(turns)
     marks = sum(question.count(IMAGE_MARK) for question, _ in turns)
-    if tiles and not marks:
-        turns[0] = ((IMAGE_MARK + "\n") * len(tiles) + turns[0][0], turns[0][1])
-        marks = len(tiles)
-    if marks != len(tiles):
+    if num_images and not marks:
+        turns[0] = ((IMAGE_MARK + "\n") * num_images + turns[0][0], turns[0][1])
+        marks = num_images
+    if marks != num_images:
         raise UserError(
-            f"the prompt has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} and {len(tiles)} "
-            f"image{'s were' if len(tiles) != 1 else ' was'} given; give one image for each mark"
+            f"the prompt has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} and {num_images} "
+            f"image{'s were' if num_images != 1 else ' was'} given; give one image for each mark"
         )
-    remaining = iter(tiles)
+    return turns
+
+
+def internlm2_parts(turns, system=""):
+    """InternLM2's template, as `chat.parts` gives those of others; `<s>` is not included."""
     parts = [(None, "<|im_start|>", False), ("system\n" + (system or DEFAULT_SYSTEM), None, False)]
     parts += [(None, "<|im_end|>", False)]
     for question, answer in turns:
         parts += [(None, "<|im_start|>", False)]
-        pieces = ("user\n" + question).split(IMAGE_MARK)
-        parts += [(pieces[0], None, False)]
-        for piece in pieces[1:]:
-            count = next(remaining) * tokens_per_tile
-            parts += [(None, "<img>", False)] + [(None, "<IMG_CONTEXT>", False)] * count + [(None, "</img>", False)]
-            parts += [(piece, None, False)]
+        before, *rest = ("user\n" + question).split(IMAGE_MARK)
+        parts += [(before, None, False)]
+        for text in rest:
+            parts += [(None, IMAGE_MARK, False), (text, None, False)]
         parts += [(None, "<|im_end|>", False), (None, "<|im_start|>", False), ("assistant\n", None, False)]
         if answer is not None:
             parts += [(answer, None, True), (None, "<|im_end|>", True)]
     return parts
 
 
+def with_image_tokens(parts, tiles, tokens_per_tile):
+    """Each image as its special tokens, `tokens_per_tile` <IMG_CONTEXT> for each of its tiles between two marks."""
+    remaining, found = iter(tiles), []
+    for part in parts:
+        if part[1] == IMAGE_MARK:
+            tokens = ["<img>"] + [IMAGE_TOKEN] * (next(remaining) * tokens_per_tile) + ["</img>"]
+            found += [(None, token, False) for token in tokens]
+        else:
+            found.append(part)
+    return found
+
+
+def render(turns, system="", tiles=(), tokens_per_tile=0, tokenizer=None):
+    """A conversation as parts [(text or None, special token or None, is_answer)].
+
+    Args:
+      turns: ((question, answer), ...); the last answer may be None, to be generated.
+      system: the system message; empty = the template's own.
+      tiles: number of tiles of each image, in order; each image takes one `<image>` mark.
+      tokenizer: whose chat template it is; without one it is InternLM2's.
+    Raises:
+      UserError: more or fewer marks than images, or a template that cannot be used.
+    """
+    turns = with_image_marks(turns, len(tiles))
+    has_template = tokenizer is not None and tokenizer.chat_template is not None
+    parts = chat.parts(tokenizer, turns, system) if has_template else internlm2_parts(turns, system)
+    return with_image_tokens(parts, tiles, tokens_per_tile)
+
+
 def render_text(turns, system="", tiles=(), tokens_per_tile=0):
-    """The template as one string, special tokens by name."""
+    """InternLM2's template as one string, special tokens by name."""
     return "".join(text if token is None else token for text, token, _ in render(turns, system, tiles, tokens_per_tile))
 
 
 def encode_conversation(tokenizer, turns, system="", tiles=(), tokens_per_tile=0):
-    """Ids of a conversation, `<s>` first; supervised are each answer and its `<|im_end|>`.
+    """Ids of a conversation by the tokenizer's template; supervised are each answer and its end token.
 
-    In training (every answer given) each turn's text is stripped, as InternVL's preprocessing does.
+    InternLM2's template begins with `<s>`; another one says itself what it begins with. In training (every answer
+    given) each turn's text is stripped, as InternVL's preprocessing does.
     """
     if all(answer is not None for _, answer in turns):
         turns = [(question.strip(), answer.strip()) for question, answer in turns]
-    tokens, supervised = [tokenizer.bos], [False]
-    parts = render(turns, system, tiles, tokens_per_tile)
+    tokens = _first(tokenizer)
+    supervised = [False] * len(tokens)
+    parts = render(turns, system, tiles, tokens_per_tile, tokenizer)
     for is_text, run in itertools.groupby(parts, key=lambda part: part[1] is None):
         run = list(run)
         if is_text:
@@ -98,22 +128,29 @@ def _encode_text(tokenizer, parts):
     return ids, answers.tolist()
 
 
+def _first(tokenizer):
+    """What stands before the rendered template."""
+    return [tokenizer.bos] if tokenizer.chat_template is None and tokenizer.bos is not None else []
+
+
+RANDOM = "\uf8ff"  # where the random ids of distillation go: Unicode's last private character
+
+
 def encode_random_text(tokenizer, rng, count, system="", tiles=(), tokens_per_tile=0):
-    """The text of distillation: `count` random ids behind the image in the query, `count` in the response.
+    """The text of distillation: `count` random ids behind the images in the query, `count` in the response.
 
     Ids are uniform below the first special one; the rest is the template around them (paper, section 3.2).
 
     Returns:
       Encoded, whose `supervised` marks the random ids.
     """
-    tokens, random = [tokenizer.bos], [False]
-    for text, token, is_answer in render([(IMAGE_MARK * len(tiles), "")], system, tiles, tokens_per_tile):
-        ids = [tokenizer.special(token)] if token is not None else tokenizer.encode(text)
-        begins_query_end = token == "<|im_end|>" and tokens.count(tokenizer.special("<|im_end|>")) == 1
-        if begins_query_end or (is_answer and token is None):
-            drawn = rng.integers(0, tokenizer.first_special, count).tolist()
-            tokens += drawn
-            random += [True] * count
-        tokens += ids
-        random += [False] * len(ids)
+    tokens = _first(tokenizer)
+    random = [False] * len(tokens)
+    turns = [(IMAGE_MARK * len(tiles) + RANDOM, RANDOM)]
+    for text, token, _ in render(turns, system, tiles, tokens_per_tile, tokenizer):
+        pieces = [[tokenizer.special(token)]] if text is None else [tokenizer.encode(t) for t in text.split(RANDOM)]
+        for i, ids in enumerate(pieces):
+            drawn = rng.integers(0, tokenizer.first_special, count).tolist() if i else []
+            tokens += drawn + ids
+            random += [True] * len(drawn) + [False] * len(ids)
     return Encoded(np.asarray(tokens, np.int32), np.asarray(random, bool))

@@ -19,7 +19,10 @@ ADDED_TOKENS = (
     "</box>",
 )  # fmt: skip
 assert len(ADDED_TOKENS) == NUM_ADDED_TOKENS
+UNUSED_NAMES = {"<|im_end|>": "[UNUSED_TOKEN_145]", "<|im_start|>": "[UNUSED_TOKEN_146]"}  # InternLM2's pieces
 IMAGE_TOKEN = "<IMG_CONTEXT>"
+IMAGE_TOKENS = ("<img>", "</img>", IMAGE_TOKEN)
+CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer: a public LLM's own; without it the template is InternLM2's
 
 
 class Tokenizer:
@@ -30,6 +33,7 @@ class Tokenizer:
       first_special: the first special id of those at the top; ids below it are text.
       bos, eos: ids; bos may be None.
       stop_ids: what ends an answer.
+      chat_template: Jinja source; None = InternLM2's template, which is built in.
     """
 
     vocab_size: int
@@ -37,6 +41,7 @@ class Tokenizer:
     bos: int | None
     eos: int
     stop_ids: tuple[int, ...]
+    chat_template: str | None = None
 
     def __init__(self, special):
         """special: {token: id}."""
@@ -68,6 +73,27 @@ class Tokenizer:
     def _piece(self, index):
         raise NotImplementedError
 
+    def save(self, folder):
+        """Writes the files that `load_tokenizer` reads."""
+        self._save(folder)
+        if self.chat_template is not None:
+            (folder / CHAT_TEMPLATE).write_text(self.chat_template)
+
+    def _save(self, folder):
+        raise NotImplementedError
+
+    def with_image_tokens(self):
+        """A tokenizer that also knows <img>, </img> and <IMG_CONTEXT>; those that are new stand behind all ids."""
+        new = [token for token in IMAGE_TOKENS if token not in self._special]
+        if not new:
+            return self
+        more = self._with_special(new)
+        more.chat_template = self.chat_template
+        return more
+
+    def _with_special(self, tokens):
+        raise NotImplementedError
+
     def _split_special(self, text):
         """-> [(token, "") or ("", text between)]."""
         if not self._special:
@@ -76,16 +102,12 @@ class Tokenizer:
         parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
         return [(part, "") if odd else ("", part) for odd, part in zip(itertools.cycle((0, 1)), parts) if part]
 
-    def encode_special(self, text, without=""):
-        """Ids of text in which special tokens are meant: a rendered template, never a user's words.
-
-        Args:
-          without: characters that are taken out of the text between special tokens before it is encoded.
-        """
+    def encode_special(self, text):
+        """Ids of text in which special tokens are meant: a rendered template, never a user's words."""
         return [
             i
             for token, part in self._split_special(text)
-            for i in ([self._special[token]] if token else self.encode(part.replace(without, "") if without else part))
+            for i in ([self._special[token]] if token else self.encode(part))
         ]
 
     def decode(self, ids, skip_special=True):
@@ -108,7 +130,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
       model: the model file's bytes.
-      added: {token: id} beside the model's pieces; None = ADDED_TOKENS behind its ids.
+      added: {token: id} beside the model's pieces; None = ADDED_TOKENS, as InternLM2 has them: in the place of its
+        pieces `UNUSED_NAMES`, where the model has those, and the others behind its ids.
     """
 
     bos, eos = 1, 2
@@ -119,7 +142,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = model
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         size = self._pieces.vocab_size()
-        added = {token: size + i for i, token in enumerate(ADDED_TOKENS)} if added is None else dict(added)
+        added = self._usual_added() if added is None else dict(added)
         super().__init__(added | {"<s>": self.bos, "</s>": self.eos})
         self.added = added
         self.first_special = min([size, *added.values()])
@@ -166,11 +189,20 @@ class SentencePieceTokenizer(Tokenizer):
     def _piece(self, index):
         return self._pieces.id_to_piece(index) if index < self._pieces.vocab_size() else f"<id {index}>"
 
-    def save(self, folder):
-        """Writes tokenizer.model, and added_tokens.json where the added tokens are not simply behind it."""
+    def _usual_added(self):
+        pieces, size = self._pieces, self._pieces.vocab_size()
+        ids = {token: pieces.piece_to_id(name) for token, name in UNUSED_NAMES.items()}
+        inside = {token: i for token, i in ids.items() if not pieces.is_unknown(i)}
+        behind = [token for token in ADDED_TOKENS if token not in inside]
+        return inside | {token: size + i for i, token in enumerate(behind)}
+
+    def _with_special(self, tokens):
+        return SentencePieceTokenizer(self.model, self.added | {t: self.vocab_size + i for i, t in enumerate(tokens)})
+
+    def _save(self, folder):
+        """Writes tokenizer.model, and added_tokens.json where the added tokens are not where they usually are."""
         (folder / "tokenizer.model").write_bytes(self.model)
-        behind = {token: self._pieces.vocab_size() + i for i, token in enumerate(ADDED_TOKENS)}
-        if self.added != behind:
+        if self.added != self._usual_added():
             (folder / "added_tokens.json").write_text(json.dumps(self.added, indent=2) + "\n")
 
 
@@ -179,7 +211,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Args:
       text: the file's content.
-      bos: a token's name or None; stops: names of the tokens that end an answer.
+      bos: a token's name or None.
+      stops: names of the tokens that end an answer, the end-of-sequence token first.
     """
 
     def __init__(self, text, bos=None, stops=()):
@@ -199,7 +232,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.first_special = min([i for i in self._names if i >= self.vocab_size // 2], default=self.vocab_size)
         self.bos = None if bos is None else self.special(bos)
         self.stop_ids = tuple(self.special(token) for token in stops)
-        self.eos = self.stop_ids[-1] if self.stop_ids else -1
+        self.eos = self.stop_ids[0] if self.stop_ids else -1
 
     def encode(self, text):
         return self._model.encode(text, add_special_tokens=False).ids
@@ -210,13 +243,20 @@ class HuggingFaceTokenizer(Tokenizer):
     def _piece(self, index):
         return self._model.id_to_token(index) or f"<id {index}>"
 
-    def save(self, folder):
+    def _with_special(self, tokens):
+        import tokenizers
+
+        model = tokenizers.Tokenizer.from_str(self.text)
+        model.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens])
+        return HuggingFaceTokenizer(model.to_str(), **self.settings)
+
+    def _save(self, folder):
         (folder / "tokenizer.json").write_text(self.text)
         (folder / "tokenizer_settings.json").write_text(json.dumps(self.settings) + "\n")
 
 
 def load_tokenizer(place):
-    """A tokenizer from a folder that holds one, or from a SentencePiece file.
+    """A tokenizer from a folder that holds one, with its chat template, or from a SentencePiece file.
 
     Raises:
       UserError: there is none.
@@ -224,16 +264,18 @@ def load_tokenizer(place):
     place = pathlib.Path(place)
     if place.is_file():
         return SentencePieceTokenizer(place.read_bytes())
+    if not has_tokenizer(place):
+        raise UserError(f"no tokenizer at {place}; point tokenizer.path at a SentencePiece model")
+    read_json = lambda path: json.loads(path.read_text()) if path.is_file() else None
     if (place / "tokenizer.model").is_file():
-        added = place / "added_tokens.json"
-        table = json.loads(added.read_text()) if added.is_file() else None
-        return SentencePieceTokenizer((place / "tokenizer.model").read_bytes(), table)
-    if (place / "tokenizer.json").is_file():
-        settings = place / "tokenizer_settings.json"
-        return HuggingFaceTokenizer(
-            (place / "tokenizer.json").read_text(), **(json.loads(settings.read_text()) if settings.is_file() else {})
-        )
-    raise UserError(f"no tokenizer at {place}; point tokenizer.path at a SentencePiece model")
+        added = read_json(place / "added_tokens.json")
+        tokenizer = SentencePieceTokenizer((place / "tokenizer.model").read_bytes(), added)
+    else:
+        settings = read_json(place / "tokenizer_settings.json")
+        tokenizer = HuggingFaceTokenizer((place / "tokenizer.json").read_text(), **(settings or {}))
+    template = place / CHAT_TEMPLATE
+    tokenizer.chat_template = template.read_text() if template.is_file() else None
+    return tokenizer
 
 
 def has_tokenizer(folder):

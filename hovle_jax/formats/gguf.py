@@ -194,6 +194,6 @@ def tokenizer_from_metadata(metadata, where="GGUF metadata"):
         "model": model,
     }
     name = lambda key: tokens[metadata[key]] if key in metadata else None
-    bos = name("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token") else None
-    stops = {name(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")} - {None}
-    return HuggingFaceTokenizer(json.dumps(text), bos, sorted(stops))
+    stops = [name(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    stops = [token for token in dict.fromkeys(stops) if token]
+    return HuggingFaceTokenizer(json.dumps(text), name("tokenizer.ggml.bos_token_id"), stops)

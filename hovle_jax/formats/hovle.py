@@ -73,12 +73,12 @@ def _num_special_tokens(config, vocab_size, where):
     return len(ids)
 
 
-def config_to_json(config: HoVLEConfig, image_id, special_tokens=()):
+def config_to_json(config: HoVLEConfig, image_id, special_tokens):
     """The public config.json; the inverse of `config_from_json`.
 
     Args:
       image_id: the id of <IMG_CONTEXT>.
-      special_tokens: names of the rows of the embedding's second table, where it has one.
+      special_tokens: {token: id}, for the names of the rows of the embedding's second table.
     """
     c = config.embedding
     if c.family == "internlm2":
@@ -90,7 +90,8 @@ def config_to_json(config: HoVLEConfig, image_id, special_tokens=()):
         layers = llms.config_to_json(LLMConfig(c.stack, c.vocab_size, config.llm.max_length, family=c.family))
         layers = {k: x for k, x in layers.items() if k not in ("model_type", "vocab_size", "tie_word_embeddings")}
         layers |= {"layer_type": c.family}
-    names = list(special_tokens) or [f"<special {i}>" for i in range(c.num_special_tokens)]
+    names = {i: token for token, i in special_tokens.items()}
+    second_table = range(c.vocab_size, c.vocab_size + c.num_special_tokens)
     variant = {"use_pixel_shuffle_proj": c.pixel_shuffle != "none"}
     if c.pixel_shuffle != "none":
         variant |= {"pixel_shuffle_loc": c.pixel_shuffle, "downsample_ratio": 0.5}
@@ -104,7 +105,7 @@ def config_to_json(config: HoVLEConfig, image_id, special_tokens=()):
         "llm_vocab_size": c.vocab_size,
         "llm_hidden_size": c.stack.width,
         "img_context_token_id": image_id,
-        "special_token_maps": {name: c.vocab_size + i for i, name in enumerate(names)},
+        "special_token_maps": {names.get(i, f"<special {i}>"): i for i in second_table},
         **variant,
     }
     return {
@@ -115,7 +116,6 @@ def config_to_json(config: HoVLEConfig, image_id, special_tokens=()):
         "force_image_size": c.image_size,
         "downsample_ratio": 0.5,
         "ps_version": "v2",
-        "template": "internlm2-chat",
         "select_layer": -1,
         "normalize_encoder_output": c.normalize_output,
     }

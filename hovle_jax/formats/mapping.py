@@ -7,7 +7,6 @@ Dimension letters: D width, N layers, K kv heads, G query heads of one kv head, 
 """
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -151,19 +150,25 @@ def to_public(rules, params):
     Raises:
       UserError: leaves are missing or not known; all are named.
     """
-    return {name: make() for name, make in public_tensors(rules, params).items()}
-
-
-def public_tensors(rules, params):
-    """The same, each tensor made when it is asked for: {name: function}."""
-    rules = [r for r in rules if r.num_layers != 0]
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
-    _check_names({path for r in rules for path in r.ours}, set(leaves), "the parameter tree")
+    _check_names({path for r in rules if r.num_layers != 0 for path in r.ours}, set(leaves), "the parameter tree")
+    return dict(public_tensors(rules, leaves.__getitem__))
 
-    def make(r, layer):
-        return r.transform.join(*(leaves[p] if r.num_layers is None else leaves[p][layer] for p in r.ours))
 
-    return {name: functools.partial(make, r, i) for r in rules for i, name in enumerate(r.names())}
+def public_shapes(rules, abstract):
+    """{public name: shape} of a tree of our parameters' shapes, in the order of `public_tensors`."""
+    shapes = jax.eval_shape(lambda params: to_public(rules, params), abstract)  # whose keys come back sorted
+    return {name: shapes[name].shape for r in rules for name in r.names()}
+
+
+def public_tensors(rules, read):
+    """Iterates over (public name, array); `read(path)` gives a leaf, and is asked once for each."""
+    for r in rules:
+        if r.num_layers == 0:
+            continue
+        leaves = [read(path) for path in r.ours]
+        for layer, name in enumerate(r.names()):
+            yield name, r.transform.join(*(leaf if r.num_layers is None else leaf[layer] for leaf in leaves))
 
 
 def _check_names(expected, found, where):

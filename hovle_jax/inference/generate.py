@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.data import chat
 from hovle_jax.data.batch import BatchShape, Sample, finish_row, pack_row
 from hovle_jax.data.images import single_tile
 from hovle_jax.data.text import encode_conversation
@@ -24,7 +23,6 @@ class Answerer:
     params: dict
     tokenizer: Tokenizer
     system_message: str = ""
-    chat_template: str | None = None  # Jinja; None = InternLM2's own
 
 
 @functools.partial(jax.jit, static_argnames=("hovle", "max_new_tokens", "stop_ids"))
@@ -67,34 +65,20 @@ def greedy(params, batch, *, hovle, max_new_tokens, stop_ids):
 
 def prompt_samples(answerer: Answerer, prompts):
     """[(question, [Pillow images or arrays])] -> [Sample]. Raises UserError when marks and images disagree."""
+    return [_prompt_sample(answerer, question, images) for question, images in prompts]
+
+
+def _prompt_sample(answerer, question, images):
     embedding = answerer.hovle.config.embedding
-    if embedding is None:
-        return [_text_sample(answerer, question, images) for question, images in prompts]
-    samples = []
-    for question, images in prompts:
-        encoded = encode_conversation(
-            answerer.tokenizer,
-            [(question, None)],
-            answerer.system_message,
-            (1,) * len(images),
-            embedding.tokens_per_tile,
-        )
-        tiles = [single_tile(image, embedding.image_size) for image in images]
-        empty = np.zeros((0, embedding.image_size, embedding.image_size, 3), np.uint8)
-        samples.append(Sample(encoded.tokens, encoded.supervised, np.concatenate([empty, *tiles])))
-    return samples
-
-
-def _text_sample(answerer, question, images):
-    if images:
+    if embedding is None and images:
         raise UserError(f"this model is an LLM alone and sees no images; {len(images)} were given")
-    if answerer.chat_template is None:
-        tokens = encode_conversation(answerer.tokenizer, [(question, None)], answerer.system_message).tokens
-    else:
-        system = [{"role": "system", "content": answerer.system_message}] if answerer.system_message else []
-        messages = [*system, {"role": "user", "content": question}]
-        tokens = np.asarray(chat.encode(answerer.tokenizer, answerer.chat_template, messages), np.int32)
-    return Sample(tokens, np.zeros(len(tokens), bool), np.zeros((0, 0, 0, 3), np.uint8))
+    size, tokens_per_tile = (embedding.image_size, embedding.tokens_per_tile) if embedding else (0, 0)
+    encoded = encode_conversation(
+        answerer.tokenizer, [(question, None)], answerer.system_message, (1,) * len(images), tokens_per_tile
+    )
+    empty = np.zeros((0, size, size, 3), np.uint8)
+    tiles = np.concatenate([empty, *(single_tile(image, size) for image in images)])
+    return Sample(encoded.tokens, encoded.supervised, tiles)
 
 
 def prompt_batch(answerer: Answerer, samples, length=None):

@@ -16,8 +16,6 @@ from hovle_jax.training.sharding import make_mesh
 from hovle_jax.training.stages import Models
 from hovle_jax.training.state import abstract_component
 
-CHAT_TEMPLATE = "chat_template.jinja"  # a public LLM's own; without it the template is InternLM2's
-
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -27,11 +25,10 @@ class Loaded:
     models: Models
     params: dict
     tokenizer: Tokenizer
-    chat_template: str | None = None
 
     @property
     def answerer(self):
-        return Answerer(self.models.hovle, self.params, self.tokenizer, self.config.system_message, self.chat_template)
+        return Answerer(self.models.hovle, self.params, self.tokenizer, self.config.system_message)
 
 
 def load_run(folder, components=None):
@@ -57,8 +54,7 @@ def load_run(folder, components=None):
     params = {
         c: load_component(folder, c, abstract_component(models, c, example_batch(config, c), mesh)) for c in components
     }
-    template = folder / CHAT_TEMPLATE
-    return Loaded(config, models, params, load_tokenizer(folder), template.read_text() if template.is_file() else None)
+    return Loaded(config, models, params, load_tokenizer(folder))
 
 
 def abstract_model(config: ModelConfig, component, mesh):

@@ -1,0 +1,56 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import re
+import shutil
+import time
+
+from hovle_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """A folder beside `folder` to write into; it takes that name when the block ends well, and is removed otherwise.
+
+    Raises:
+      UserError: `folder` exists and is not empty, or it cannot be written (a full disk, no permission).
+    """
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; choose another folder, or remove that one")
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except (OSError, ValueError) as error:
+        number = _errno(error)
+        if number is None:
+            raise
+        reason = "the disk is full" if number == errno.ENOSPC else os.strerror(number)
+        raise UserError(f"cannot write {folder}: {reason}; nothing was left behind") from None
+    finally:
+        _remove(partial)
+
+
+def _errno(error):
+    """The system's number of an error, also of one that tensorstore reports, as text; None where it has none."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found.group(1)) if found else None
+
+
+def _remove(folder):
+    """Removes a folder in which threads of a failed write may still be making files."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
