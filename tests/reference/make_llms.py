@@ -7,14 +7,11 @@ positions, head sizes. InternLM2 has no code in transformers; its layer is Llama
 """
 
 import json
-import pathlib
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
+from common import llm_names, randomize, write
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZES = dict(
     vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
@@ -39,15 +36,6 @@ MODELS = {
     "qwen3-biases": (Qwen3Config, Qwen3ForCausalLM, dict(attention_bias=True, head_dim=8)),
     "internlm2-biases": (LlamaConfig, LlamaForCausalLM, dict(attention_bias=True)),
 }
-
-
-def randomize(model):
-    """Every parameter random, so that none can be left out unnoticed."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
 
 
 def run(model):
@@ -76,36 +64,6 @@ def run(model):
     return arrays | {"greedy_prompt": prompt, "greedy_sequence": sequence}
 
 
-def packed(tensors, config):
-    """Llama's tensors under InternLM2's names: per kv head its queries, its key, its value."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    names = {
-        "model.embed_tokens.": "model.tok_embeddings.",
-        "lm_head.": "output.",
-        ".self_attn.o_proj.": ".attention.wo.",
-        ".mlp.gate_proj.": ".feed_forward.w1.",
-        ".mlp.up_proj.": ".feed_forward.w3.",
-        ".mlp.down_proj.": ".feed_forward.w2.",
-        ".input_layernorm.": ".attention_norm.",
-        ".post_attention_layernorm.": ".ffn_norm.",
-    }
-    found = {}
-    for name, tensor in tensors.items():
-        if ".k_proj." in name or ".v_proj." in name:
-            continue
-        if ".q_proj." in name:
-            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            shape = (kv_heads, -1, config.head_dim, *tensor.shape[1:])
-            joined = torch.cat([part.reshape(shape) for part in parts], dim=1)
-            assert joined.shape[1] == heads // kv_heads + 2
-            found[name.replace("self_attn.q_proj", "attention.wqkv")] = joined.reshape(-1, *tensor.shape[1:])
-            continue
-        for old, new in names.items():
-            name = name.replace(old, new)
-        found[name] = tensor
-    return found
-
-
 def main():
     for name, (config_class, model_class, options) in MODELS.items():
         config = config_class(**(SIZES | options), attn_implementation="eager")
@@ -118,16 +76,12 @@ def main():
         keep = (*SIZES, *options, "head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "hidden_act")
         public = {key: public[key] for key in ("model_type", *dict.fromkeys(keep)) if key in public}
         if name.startswith("internlm2"):
-            tensors, gradients = packed(tensors, config), packed(gradients, config)
             public = {k: x for k, x in public.items() if k not in ("attention_bias", "head_dim", "rope_parameters")}
             public |= {"model_type": "internlm2", "bias": True, "rope_theta": 10000.0}
-        folder = GOLDEN / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(public, indent=2) + "\n")
-        save_file({key: x.contiguous() for key, x in tensors.items()}, folder / "model.safetensors")
-        arrays |= {f"grad.{key}": x for key, x in gradients.items() if ".1." in key or "layers" not in key}
-        np.savez(folder / "expected.npz", **{key: x.detach().numpy() for key, x in arrays.items()})
-        print(name, sum(path.stat().st_size for path in folder.iterdir()), "bytes")
+        names = llm_names(public)
+        gradients = {f"grad.{key}": x for key, x in names.to_public(gradients).items()}
+        arrays |= {key: x for key, x in gradients.items() if ".1." in key or "layers" not in key}
+        write(name, public, names.to_public(tensors), arrays)
 
 
 if __name__ == "__main__":
