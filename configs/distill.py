@@ -21,6 +21,18 @@ def get_config(preset="tiny"):
         config.optimizer.learning_rate = 3e-4
         config.data.sequence_length = 512
         return config
+    if preset == "smol":
+        config.init.llm = "smol-llm"
+        config.init.pass_through = True
+        config.data.batch_size = 8
+        config.data.tiles = 4
+        config.data.sequence_length = 196
+        config.data.augment = True
+        config.steps = 300
+        config.optimizer.learning_rate = 1e-3
+        config.optimizer.warmup_steps = 20
+        config.optimizer.b2 = 0.98
+        return config
     config.data.batch_size = 8
     config.data.tiles = 8
     config.data.sequence_length = 260

@@ -26,6 +26,16 @@ def get_config(preset="tiny"):
         return config
     config.data.batch_size = 16
     config.data.balanced = True
+    if preset == "smol":
+        config.data.sequence_length = 72
+        config.data.ask_caption = True
+        config.data.augment = True
+        config.steps = 150
+        config.eval_limit = 200
+        config.optimizer.learning_rate = 1e-4
+        config.optimizer.warmup_steps = 10
+        config.optimizer.b2 = 0.98
+        return config
     config.data.negated_share = 0.4
     config.data.ask_caption = True
     config.data.sequence_length = 64

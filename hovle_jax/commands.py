@@ -11,13 +11,14 @@ from hovle_jax import host
 from hovle_jax.errors import UserError
 
 
-def run(main, usage=None):
+def run(main, usage=None, memory=host.keep_freed_memory):
     """Runs main() with parsed absl flags; a user's mistake becomes one line on stderr and status 2.
 
     Args:
+      memory: how the host's memory is used; called first.
       usage: for a command with arguments beside its flags: main gets them as a list; this text says what they are.
     """
-    host.keep_freed_memory()
+    memory()
     call = (lambda rest: main(rest[1:])) if usage else (lambda _: main())
     try:
         app.run(lambda rest: _call(call, rest), flags_parser=lambda argv: _parse_flags(argv, usage))

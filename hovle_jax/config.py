@@ -107,6 +107,11 @@ class EmbeddingConfig:
     family: str = "internlm2"
 
     @property
+    def num_tokens(self):
+        """All ids that it knows."""
+        return self.vocab_size + self.num_special_tokens
+
+    @property
     def grid(self):
         """Patches along one side of a tile."""
         return self.image_size // self.patch_size
@@ -143,6 +148,11 @@ class HoVLEConfig:
     embedding: EmbeddingConfig | None
     llm: LLMConfig
 
+    @property
+    def num_tokens(self):
+        """All ids that the model reads."""
+        return self.embedding.num_tokens if self.embedding else self.llm.vocab_size
+
     def check(self):
         self.llm.stack.check("model.llm.stack")
         if self.embedding is None:
@@ -152,11 +162,12 @@ class HoVLEConfig:
             raise UserError(
                 f"model: the embedding's width {self.embedding.stack.width} must equal the LLM's {self.llm.stack.width}"
             )
-        total = self.embedding.vocab_size + self.embedding.num_special_tokens
-        if total != self.llm.vocab_size:
+        # It may know more: tokens that are read and never written, as those of images over a text-only LLM.
+        if self.embedding.num_tokens < self.llm.vocab_size:
             raise UserError(
-                f"model: the embedding knows {total} tokens (vocab_size + num_special_tokens) and the LLM "
-                f"{self.llm.vocab_size}; make them equal"
+                f"model: the embedding knows {self.embedding.num_tokens} tokens (vocab_size + num_special_tokens) and "
+                f"the LLM writes {self.llm.vocab_size}; raise model.embedding.num_special_tokens to "
+                f"{self.llm.vocab_size - self.embedding.vocab_size}"
             )
 
 
@@ -348,12 +359,20 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Where a component's weights come from: a stage's name, a run's folder, or empty for fresh random ones."""
+    """Where a component's weights come from.
+
+    Attributes:
+      llm, embedding, clip, teacher: a stage's name, the folder of a run or an import, 'smol-llm' (which is fetched),
+        or empty for fresh random weights.
+      pass_through: the layers of a fresh embedding start by adding nothing, so that a trained LLM reads text through
+        them as it did without them.
+    """
 
     llm: str = ""
     embedding: str = ""
     clip: str = ""
     teacher: str = ""
+    pass_through: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -507,6 +526,19 @@ def tiny_clip():
     return CLIPConfig(vision=vision, text=text, projection_width=64)
 
 
+def smol_model():
+    """HoVLE for 64-pixel images over SmolLM2-135M-Instruct, whose vocabulary ends before the three image tokens."""
+    stack = StackConfig(
+        num_layers=30, width=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_width=1536, rope_theta=1e5
+    )
+    embedding = EmbeddingConfig(
+        stack=dataclasses.replace(stack, num_layers=4), image_size=64, patch_size=8, vocab_size=49152,
+        num_special_tokens=3, family="llama",
+    )  # fmt: skip
+    llm = LLMConfig(stack=stack, vocab_size=49152, max_length=8192, tied=True, family="llama")
+    return HoVLEConfig(embedding=embedding, llm=llm)
+
+
 def hovle_model(pixel_shuffle="pre"):
     """The paper's sizes: 2,606,327,808 parameters over InternLM2-chat-1.8B (pixel_shuffle='post': HoVLE-HD)."""
     layer = dict(width=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=8192)
@@ -522,7 +554,7 @@ def internvit_300m():
     return ViTConfig(image_size=448, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096)
 
 
-MODELS = {"tiny": tiny_model, "hovle": hovle_model, "hovle_hd": lambda: hovle_model("post")}
+MODELS = {"tiny": tiny_model, "smol": smol_model, "hovle": hovle_model, "hovle_hd": lambda: hovle_model("post")}
 CLIPS = {"tiny": tiny_clip}
 TEACHERS = {
     "tiny": lambda: TeacherConfig(kind="clip", vision=tiny_clip().vision, projector="linear"),

@@ -17,7 +17,7 @@ import json
 
 from absl import flags
 
-from hovle_jax import commands
+from hovle_jax import commands, host
 from hovle_jax.errors import UserError
 
 USAGE = "import SRC DST | export SRC DST | verify DIR"
@@ -78,4 +78,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    commands.run(main, USAGE)
+    commands.run(main, USAGE, memory=host.share_freed_memory)

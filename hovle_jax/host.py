@@ -7,7 +7,8 @@ import os
 
 # glibc's mallopt(3) parameters, and values under which freed memory stays with the process.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-KEEP = ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1))
+ONE_ARENA = ((ARENA_MAX, 1),)
+KEEP = (*ONE_ARENA, (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1))
 
 
 def computes():
@@ -30,9 +31,22 @@ def keep_freed_memory():
     Returns:
       Whether it was done: not on an accelerator's host, and only where the C library is glibc.
     """
+    return computes() and _set(KEEP)
+
+
+def share_freed_memory():
+    """Threads take from one pool what any of them has freed; large blocks go back to the system.
+
+    For a process that passes files through: with a pool for each thread of the readers and writers it takes half as
+    much memory again (`tests/benchmarks/import_memory.py`). Returns whether the C library is glibc.
+    """
+    return _set(ONE_ARENA)
+
+
+def _set(parameters):
     try:
         mallopt = ctypes.CDLL(None).mallopt
         ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018 (only glibc has it)
     except (AttributeError, OSError, TypeError):
         return False
-    return computes() and all([mallopt(parameter, value) for parameter, value in KEEP])
+    return all([mallopt(parameter, value) for parameter, value in parameters])

@@ -22,6 +22,7 @@ from hovle_jax.errors import UserError
 PRESETS = {
     "tiny": ("tiny", "tiny", "tiny"),
     "tiny_no_distill": ("tiny", "tiny", "tiny"),
+    "smol": ("smol", "tiny", "tiny"),
     "hovle": ("hovle", None, "hovle"),
     "hovle_hd": ("hovle_hd", None, "hovle"),
 }
@@ -33,6 +34,11 @@ def is_paper(preset):
     return preset.startswith("hovle")
 
 
+def no_stage(preset):
+    """Stages that a preset does not have, as it starts from what they would give."""
+    return ("pretrain", "contrast") if is_paper(preset) else ("pretrain",) if preset == "smol" else ()
+
+
 def base(stage, preset):
     """The defaults of a stage under a preset, to be completed by its config file.
 
@@ -41,9 +47,9 @@ def base(stage, preset):
     """
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
-    if is_paper(preset) and stage in ("pretrain", "contrast"):
+    if stage in no_stage(preset):
         raise UserError(
-            f"the preset {preset!r} has no {stage} stage: it starts from a public LLM and teacher; "
+            f"the preset {preset!r} has no {stage} stage: it starts from public weights; "
             "use configs/distill.py, or the preset tiny"
         )
     model, clip, teacher = PRESETS[preset]
@@ -53,13 +59,14 @@ def base(stage, preset):
         model=MODELS[model](),
         clip=CLIPS[clip]() if clip else None,
         teacher=TEACHERS[teacher](),
-        tokenizer=TokenizerConfig(vocab_size=MODELS[model]().llm.vocab_size),
+        # A tokenizer that is trained here; over a public LLM it is CLIP's alone.
+        tokenizer=TokenizerConfig(vocab_size=CLIPS[clip]().text.vocab_size if clip else MODELS[model]().llm.vocab_size),
         data=DataConfig(system_message="" if is_paper(preset) else TINY_SYSTEM),
         optimizer=OptimizerConfig(),
         init=InitConfig(),
         mesh=MeshConfig(),
         # Written-out layers are faster on the CPU; a loop compiles in the same time at any depth.
-        execution=ExecutionConfig(dtype="auto", unroll_layers=not is_paper(preset)),
+        execution=ExecutionConfig(dtype="auto", unroll_layers=preset.startswith("tiny")),
     )
     if is_paper(preset):
         data = dataclasses.replace(config.data, batch_size=4096)

@@ -85,6 +85,7 @@ def main():
     config = RunConfig.from_dict(CONFIG.value.to_dict())
     workdir = pathlib.Path(WORKDIR.value)
 
+    from hovle_jax.conversion.named import resolve
     from hovle_jax.evaluation.summary import summarize
     from hovle_jax.report.progress import format_duration
     from hovle_jax.training import checkpoint, loop
@@ -100,6 +101,7 @@ def main():
     for stage, folder, _ in runs:
         loop.check(stage)
         checkpoint.check_same_config(folder, stage)
+    runs = [(stage, folder, {c: resolve(str(s)) for c, s in sources.items()}) for stage, folder, sources in runs]
     for done, (stage, folder, sources) in enumerate(runs):
         if stage.stage != config.stage:
             print(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")

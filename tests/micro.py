@@ -87,17 +87,20 @@ def teacher_config(kind="clip", projector="linear"):
     return TeacherConfig(kind=kind, vision=vision, projector=projector, projector_width=32)
 
 
-def model_config(variant="pre", special=0, normalize_output=False):
+def model_config(variant="pre", special=0, normalize_output=False, tied=False):
     """`variant`: pixel_shuffle; `special`: rows of the second text table, taken off the first one."""
     stack = StackConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64)
     embedding = EmbeddingConfig(
         stack=stack, image_size=SIZE, patch_size=8, vocab_size=VOCAB - special, pixel_shuffle=variant,
         num_special_tokens=special, normalize_output=normalize_output,
     )  # fmt: skip
-    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=stack, vocab_size=VOCAB, max_length=512))
+    llm = LLMConfig(stack=stack, vocab_size=VOCAB, max_length=512, tied=tied)
+    return HoVLEConfig(embedding=embedding, llm=llm)
 
 
-def run_config(stage, variant="pre", teacher="clip", projector="linear", special=0, data=None, **changes) -> RunConfig:
+def run_config(
+    stage, variant="pre", teacher="clip", projector="linear", special=0, tied=False, data=None, **changes
+) -> RunConfig:
     """A run of one stage; `data` changes fields of its DataConfig, the rest those of RunConfig."""
     base = RunConfig.from_dict(recipes.base(stage, "tiny").to_dict())
     lengths = {"pretrain": 192, "distill": 64}
@@ -106,7 +109,7 @@ def run_config(stage, variant="pre", teacher="clip", projector="linear", special
     )
     config = dataclasses.replace(
         base,
-        model=model_config(variant, special),
+        model=model_config(variant, special, tied=tied),
         clip=clip_config(),
         teacher=teacher_config(teacher, projector),
         tokenizer=TokenizerConfig(vocab_size=VOCAB),

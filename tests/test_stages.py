@@ -1,6 +1,7 @@
 """What each stage holds, trains and leaves alone, and how weights move from stage to stage."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from hovle_jax.training import loop
 from hovle_jax.training.checkpoint import load_component
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import abstract_component, init_component, select
+from hovle_jax.training.state import abstract_component, init_component, make_state, select
+from hovle_jax.training.step import train_step
 from tests import micro
 from tests.trees import host
 
@@ -25,6 +27,7 @@ RUNS = {
     "distill, InternViT, HD": dict(stage="distill", variant="post", teacher="internvit", projector="mlp1", special=9),
     "align": dict(stage="align", special=9),
     "instruct": dict(stage="instruct", variant="none"),
+    "instruct, tied": dict(stage="instruct", tied=True),
 }
 CLASS_TOKEN = {"embedding/class_embedding", "embedding/class_position"}
 TABLE = {"llm/token_embedding/embedding"}
@@ -56,15 +59,17 @@ def test_what_a_stage_holds(name):
     config = micro.run_config(**RUNS[name])
     stage, params = STAGES[config.stage], micro.params(config)
     paths = set(host(params))
-    trained, frozen = set(host(select(params, stage.trains))), set(host(select(params, lambda p: not stage.trains(p))))
+    trains = functools.partial(stage.trains, model=config.model)
+    trained, frozen = set(host(select(params, trains))), set(host(select(params, lambda p: not trains(p))))
     assert trained | frozen == paths and trained
     inside = lambda *components: {p for p in paths if p.split("/")[0] in components}
+    unused = CLASS_TOKEN if config.model.llm.tied else CLASS_TOKEN | TABLE  # a tied table is the head
     expected = {
         "pretrain": (inside("llm"), set()),
         "contrast": (inside("clip"), set()),
         "distill": (inside("embedding", "head") - CLASS_TOKEN, inside("teacher", "llm") | CLASS_TOKEN),
         "align": (inside("embedding") - CLASS_TOKEN, inside("llm") | CLASS_TOKEN),
-        "instruct": (inside("embedding", "llm") - CLASS_TOKEN - TABLE, CLASS_TOKEN | TABLE),
+        "instruct": (inside("embedding", "llm") - unused, unused),
     }
     assert (trained, frozen) == expected[config.stage]
     assert frozen >= CLASS_TOKEN or config.stage in ("pretrain", "contrast")
@@ -75,11 +80,11 @@ def test_what_a_stage_holds(name):
         embedding = params["embedding"]
         tables = [embedding[t]["embedding"] for t in ("text_embedding", "special_embedding") if t in embedding]
         np.testing.assert_array_equal(np.concatenate(tables), params["llm"]["token_embedding"]["embedding"])
-    optimizer_state = make_optimizer(config.optimizer, config.steps).init(select(params, stage.trains))
+    optimizer_state = make_optimizer(config.optimizer, config.steps).init(select(params, trains))
     assert set(host(optax.tree_utils.tree_get(optimizer_state, "nu"))) == trained
     elements = sum(leaf.size for leaf in jax.tree.leaves(optimizer_state) if leaf.ndim)
     scalars = 2 * ("clip/log_scale" in trained)
-    assert elements + scalars == 2 * sum(leaf.size for leaf in jax.tree.leaves(select(params, stage.trains)))
+    assert elements + scalars == 2 * sum(leaf.size for leaf in jax.tree.leaves(select(params, trains)))
 
 
 def test_fresh_parameters_depend_on_seed_and_component_alone():
@@ -115,3 +120,38 @@ def test_weights_move_from_stage_to_stage(tmp_path):
         load_component(tmp_path, "clip", abstract)
     with pytest.raises(UserError, match="no finished 'llm' weights"):
         load_component(tmp_path, "llm", {})
+
+
+def test_an_embedding_over_a_text_only_llm():
+    """Image tokens beyond the LLM's vocabulary; the layers start by adding nothing, so text is read as before."""
+    config = micro.run_config("distill")
+    model = config.model
+    llm = dataclasses.replace(model.llm, vocab_size=micro.VOCAB - 9)  # its table ends before the image tokens
+    embedding = dataclasses.replace(model.embedding, vocab_size=llm.vocab_size, num_special_tokens=9)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, embedding=embedding, llm=llm),
+        init=dataclasses.replace(config.init, pass_through=True),
+    )
+    loop.check(config)
+    loop.check_tokenizer(config, micro.tokenizer())
+    batch, models = micro.dataset(config)[0], Models(config, config.execution)
+    params = loop.load_params(models, batch, micro.one_device(), {})
+    tables = params["embedding"]["text_embedding"]["embedding"], params["llm"]["token_embedding"]["embedding"]
+    np.testing.assert_array_equal(*tables)
+    output, _ = models.hovle.embedding.apply({"params": params["embedding"]}, batch)
+    text = batch["text_weights"] > 0
+    np.testing.assert_array_equal(output[text], tables[1][batch["tokens"][text]])
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = make_state(models, params, optimizer)
+    state, metrics = train_step(state, batch, stage="distill", models=models, optimizer=optimizer)
+    assert metrics["text_cosine"] == pytest.approx(1)
+    moved = host(state.trained["embedding"])["stack/layers/output/kernel"]
+    assert np.isfinite(moved).all() and moved.any()
+    few = dataclasses.replace(embedding, num_special_tokens=3)
+    few = dataclasses.replace(config, model=dataclasses.replace(config.model, embedding=few))
+    with pytest.raises(UserError, match="320 ids and the model knows 314; set model.embedding.num_special_tokens=9"):
+        loop.check_tokenizer(few, micro.tokenizer())
+    less = dataclasses.replace(few.model, embedding=dataclasses.replace(few.model.embedding, vocab_size=300))
+    with pytest.raises(UserError, match=r"knows 303 tokens .* raise model.embedding.num_special_tokens to 11"):
+        less.check()

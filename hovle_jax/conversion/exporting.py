@@ -10,8 +10,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from hovle_jax.config import HoVLEConfig, ModelConfig
-from hovle_jax.conversion.importing import PUBLIC, SHARDED
+from hovle_jax.config import HoVLEConfig, MeshConfig, ModelConfig
+from hovle_jax.conversion.importing import PUBLIC
 from hovle_jax.conversion.text import BUILT_IN, OTHER, write_tokenizer
 from hovle_jax.data.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
@@ -93,19 +93,20 @@ def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=p
     config = dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - set(held)))
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     rules, public_config = scheme(config, tokenizer)
-    mesh = make_mesh(SHARDED)
+    mesh = make_mesh(MeshConfig())
     components = dict.fromkeys(r.ours[0].split("/")[0] for r in rules)
     abstract = {c: abstract_model(config, c, mesh) for c in components}
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract)
 
     def read(path):
-        """One leaf, whole, on the host."""
+        """One leaf, on the host."""
         component, *keys = path.split("/")
         leaf = abstract[component]
         for key in keys:
             leaf = leaf[key]
         for key in reversed(keys):
             leaf = {key: leaf}
-        return np.asarray(jax.tree.leaves(load_component(source, component, leaf))[0])
+        return jax.tree.leaves(load_component(source, component, leaf))[0]
 
     with whole_folder(folder) as partial:
         write_tensors(

@@ -3,26 +3,26 @@
 import json
 import shutil
 
-import jax
+import flax.traverse_util
+import numpy as np
 
 from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.conversion.text import TOKENIZER_FILES, read_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.files import whole_folder
 from hovle_jax.formats.families import local, open_checkpoint
-from hovle_jax.training.checkpoint import save_model
+from hovle_jax.training.checkpoint import Deferred, save_model
 from hovle_jax.training.load import abstract_model
 from hovle_jax.training.sharding import make_mesh
 
 WANTED = {"hovle": ("embedding", "llm"), "llm": ("llm",), "teacher": ("teacher",)}
 PUBLIC = "public"  # in an import's folder: the checkpoint's config.json and tokenizer files as they came, for an export
-SHARDED = MeshConfig(data=1, fsdp=-1)  # a part of every tensor on each device
 
 
 def import_checkpoint(source, folder, kind=None, say=print):
     """Reads a public checkpoint (see `open_checkpoint`) into `folder`/model, component by component.
 
-    The folder appears when it is whole.
+    Tensors go from file to file, one after another; the folder appears when it is whole.
 
     Args:
       source: a folder, a .gguf file or a hub id.
@@ -38,19 +38,22 @@ def import_checkpoint(source, folder, kind=None, say=print):
     if missing:
         raise UserError(f"{source} has no {' and '.join(missing)}; it holds {' and '.join(configs)}")
     config = ModelConfig(**{component: configs[component] for component in components})
-    mesh = make_mesh(SHARDED)
-    abstract = {component: abstract_model(config, component, mesh) for component in components}
-    checkpoint.check(abstract)
+    mesh = make_mesh(MeshConfig())
+    checkpoint.check({component: abstract_model(config, component, mesh) for component in components})
 
-    def read(component):
-        say(f"{component}: {sum(leaf.size for leaf in jax.tree.leaves(abstract[component])):,} parameters")
-        return checkpoint.load_component(component, abstract[component])
+    def tree(component):
+        leaves = {
+            path: Deferred(shape, np.dtype(np.float32), read)
+            for path, (shape, read) in checkpoint.deferred_component(component).items()
+        }
+        say(f"{component}: {sum(leaf.size for leaf in leaves.values()):,} parameters")
+        return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
     with whole_folder(folder) as partial:
         import_text(source, checkpoint, partial, say)
         if source.is_dir():
             copy_public_files(source, public_config(checkpoint, kind), partial / PUBLIC)
-        save_model(partial, config, {component: lambda c=component: read(c) for component in components})
+        save_model(partial, config, {component: lambda c=component: tree(c) for component in components})
 
 
 def import_text(source, checkpoint, folder, say):

@@ -11,7 +11,7 @@ from hovle_jax.cache import cache_dir
 from hovle_jax.config import TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf, hovle, internvl, llms
-from hovle_jax.formats.mapping import check, load, nested
+from hovle_jax.formats.mapping import check, deferred, load, nested
 from hovle_jax.formats.source import SafetensorsFolder
 
 
@@ -57,10 +57,19 @@ class Checkpoint:
 
     def load_component(self, component, abstract=None):
         """The parameters of one component alone; the others' tensors are not read."""
+        return load(*self._part(component), None if abstract is None else {component: abstract})[component]
+
+    def deferred_component(self, component):
+        """The same, with nothing read yet: {path: (shape, function that reads it)}."""
+        leaves = deferred(*self._part(component))
+        return {path.removeprefix(f"{component}/"): leaf for path, leaf in leaves.items()}
+
+    def _part(self, component):
+        """-> (rules, source) of one component."""
         rules = [r for r in self.component_rules() if r.ours[0].split("/")[0] == component]
         names = {name for r in rules for name in r.names()}
-        source = Part({name: shape for name, shape in self.source.shapes.items() if name in names}, self.source.read)
-        return load(rules, source, None if abstract is None else {component: abstract})[component]
+        shapes = {name: shape for name, shape in self.source.shapes.items() if name in names}
+        return rules, Part(shapes, self.source.read)
 
 
 @dataclasses.dataclass(frozen=True)

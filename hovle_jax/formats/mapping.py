@@ -7,6 +7,7 @@ Dimension letters: D width, N layers, K kv heads, G query heads of one kv head, 
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def check(rules, shapes, abstract=None):
     Raises:
       UserError: tensors are missing, not known, or of a shape that the config does not allow, by name.
     """
-    rules = [r for r in rules if r.num_layers != 0]
+    rules = _present(rules)
     _check_names({n for r in rules for n in r.names()}, set(shapes), "the checkpoint")
     wanted = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
     for r in rules:
@@ -106,11 +107,34 @@ def load(rules, source, abstract=None):
     check(rules, source.shapes, abstract)
     targets = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
     leaves = {}
-    for r in rules:
-        if r.num_layers == 0:
-            continue
+    for r in _present(rules):
         leaves |= {path: _place(leaf, targets.get(path)) for path, leaf in zip(r.ours, _read(r, source), strict=True)}
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def deferred(rules, source):
+    """Our leaves, none of them read yet: {path: (shape, function that reads it)}. The functions work once."""
+    check(rules, source.shapes)
+    leaves = {}
+    for r in _present(rules):
+        first = r.names()[0]
+        shapes = [x.shape for x in _split(r, first, jax.ShapeDtypeStruct(source.shapes[first], jnp.float32))]
+        parts = {}  # of tensors that are read; those that become several leaves wait here for their turn
+
+        def read(path, r=r, parts=parts):
+            if not parts:
+                parts.update(zip(r.ours, _read(r, source), strict=True))
+            return parts.pop(path)
+
+        for path, shape in zip(r.ours, shapes, strict=True):
+            layers = () if r.num_layers is None else (r.num_layers,)
+            leaves[path] = ((*layers, *shape), functools.partial(read, path))
+    return leaves
+
+
+def _present(rules):
+    """A stack without layers has no tensors."""
+    return [r for r in rules if r.num_layers != 0]
 
 
 def _read(r, source):
@@ -151,7 +175,7 @@ def to_public(rules, params):
       UserError: leaves are missing or not known; all are named.
     """
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
-    _check_names({path for r in rules if r.num_layers != 0 for path in r.ours}, set(leaves), "the parameter tree")
+    _check_names({path for r in _present(rules) for path in r.ours}, set(leaves), "the parameter tree")
     return dict(public_tensors(rules, leaves.__getitem__))
 
 
@@ -163,9 +187,7 @@ def public_shapes(rules, abstract):
 
 def public_tensors(rules, read):
     """Iterates over (public name, array); `read(path)` gives a leaf, and is asked once for each."""
-    for r in rules:
-        if r.num_layers == 0:
-            continue
+    for r in _present(rules):
         leaves = [read(path) for path in r.ours]
         for layer, name in enumerate(r.names()):
             yield name, r.transform.join(*(leaf if r.num_layers is None else leaf[layer] for leaf in leaves))

@@ -7,12 +7,16 @@ RUN/config.json         the run's own
 RUN/tokenizer.model
 """
 
+import asyncio
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from hovle_jax.config import RUN_ONLY_KEYS, ModelConfig, RunConfig, differences, from_dict
@@ -20,8 +24,44 @@ from hovle_jax.errors import UserError
 from hovle_jax.training.stages import STAGES
 
 # What a stage hands on; the rest (teacher, head) is dropped with the stage.
-SAVE_CONCURRENT_BYTES = 10**8
 HANDED_ON = ("embedding", "llm", "clip")
+SAVE_CONCURRENT_BYTES = 10**8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """A leaf that is read when it is written: a model that is larger than the memory can be saved.
+
+    Attributes:
+      read: gives the numpy array; called once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self):
+        return self.size * self.dtype.itemsize
+
+
+class _DeferredHandler(ocp.type_handlers.NumpyHandler):
+    """Writes deferred leaves as arrays, one after another."""
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+            for writing in await super().serialize([value.read()], [info], arg and [arg]):
+                await asyncio.to_thread(writing.result)
+        return []
+
+
+REGISTRY = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler()), (Deferred, _DeferredHandler(deepcopy_host_arrays=False))
+)
 
 
 def open_run_folder(folder):
@@ -116,7 +156,8 @@ def save_model(folder, config: ModelConfig, components):
     """Writes FOLDER/model whole: into a folder beside it first, then renamed.
 
     Args:
-      components: {name: function that gives its parameters}; each is written before the next one is asked for.
+      components: {name: function that gives its parameters, arrays or `Deferred` ones}; each is written before the
+        next one is asked for.
     """
     folder = pathlib.Path(folder).absolute()
     partial = folder / "model.partial"
@@ -125,7 +166,10 @@ def save_model(folder, config: ModelConfig, components):
         params = make()
         # Bytes in flight are limited: on a CPU they are a second copy of parameters that lie in the same memory.
         limit = max(SAVE_CONCURRENT_BYTES, *(leaf.nbytes for leaf in jax.tree.leaves(params)))
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=(limit + 10**6) / 10**9)) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(
+            save_concurrent_gb=(limit + 10**6) / 10**9, type_handler_registry=REGISTRY
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / component, args=ocp.args.PyTreeSave(params))
         del params
     (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -144,7 +188,7 @@ def load_model_config(folder):
 
 
 def load_component(folder, component, abstract):
-    """One component of a finished run, onto the shardings of `abstract` (which may be a part of it).
+    """One component of a finished run, or the part of it that `abstract` has, onto its shardings (without: numpy).
 
     Raises:
       UserError: the run is missing, unfinished, without this component, or of other sizes.
@@ -157,9 +201,15 @@ def load_component(folder, component, abstract):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         _check_shapes(folder, component, stored, abstract)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        restore_args = jax.tree.map(_restore_args, abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         return checkpointer.restore(path, args=args)
+
+
+def _restore_args(leaf):
+    if leaf.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 def _check_shapes(folder, component, stored, abstract):

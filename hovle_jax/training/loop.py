@@ -56,11 +56,6 @@ def check(config: RunConfig):
     check_conversations(config)
     if config.stage == "distill":
         config.teacher.check(config.model.llm.stack.width)
-    if config.tokenizer.path == "required":
-        raise UserError(
-            f"the preset {config.preset!r} reads text as its public LLM does; "
-            "give that LLM's SentencePiece model with --config.tokenizer.path=FILE"
-        )
     if config.stage != "contrast" and config.data.sequence_length > config.model.llm.max_length:
         raise UserError(
             f"data.sequence_length={config.data.sequence_length} exceeds the LLM's "
@@ -93,18 +88,28 @@ def check_execution(execution: ExecutionConfig):
 
 def get_tokenizer(config: RunConfig, folder, sources, pictures):
     """The run's own tokenizer, an earlier run's, the configured file, or a new one trained on the corpus."""
-    for place in (folder, *sources):
-        if has_tokenizer(place):
-            return load_tokenizer(place)
-    if config.tokenizer.path:
-        return load_tokenizer(config.tokenizer.path)
-    return pipeline.train_tokenizer(config, pictures)
+    place = next((place for place in (folder, *sources) if has_tokenizer(place)), config.tokenizer.path)
+    if place == "required":
+        raise UserError(
+            f"the preset {config.preset!r} reads text as its public LLM does, and {' and '.join(map(str, sources))} "
+            "have no tokenizer; give that LLM's SentencePiece model with --config.tokenizer.path=FILE"
+        )
+    tokenizer = load_tokenizer(place) if place else pipeline.train_tokenizer(config, pictures)
+    # A public LLM's has no image tokens.
+    return tokenizer.with_image_tokens() if "embedding" in STAGES[config.stage].components else tokenizer
 
 
 def check_tokenizer(config: RunConfig, tokenizer):
-    size = config.clip.text.vocab_size if config.stage == "contrast" else config.model.llm.vocab_size
-    if tokenizer.vocab_size != size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids and the model {size}; make them equal")
+    """Raises UserError where it has ids that the model does not know."""
+    components = STAGES[config.stage].components
+    known = config.clip.text.vocab_size if "clip" in components else config.model.llm.vocab_size
+    remedy = "take the tokenizer of the same model"
+    if "embedding" in components:
+        known = config.model.num_tokens
+        more = tokenizer.vocab_size - config.model.embedding.vocab_size
+        remedy = f"set model.embedding.num_special_tokens={more}, or take the tokenizer of the same model"
+    if tokenizer.vocab_size > known:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids and the model knows {known}; {remedy}")
 
 
 def load_params(models: Models, batch, mesh, sources):
@@ -119,6 +124,8 @@ def load_params(models: Models, batch, mesh, sources):
             params[component] = checkpoint.load_component(sources[component], component, abstract)
     if "embedding" in params and "embedding" not in sources:
         copy_text_table(params)
+        if models.config.init.pass_through:
+            add_nothing(params["embedding"]["stack"])
     return params
 
 
@@ -139,16 +146,25 @@ def load_clip_teacher(folder, models, abstract):
 
 
 def copy_text_table(params):
-    """A fresh holistic embedding starts with the LLM's token vectors as its text table."""
+    """A fresh holistic embedding starts with the LLM's token vectors as its text table, as far as there are any."""
     if "llm" not in params:
         return
-    table = params["llm"]["token_embedding"]["embedding"]
-    embedding = params["embedding"]
-    size = embedding["text_embedding"]["embedding"].shape[0]
-    place = lambda rows, like: jax.device_put(jax.numpy.copy(rows), like.sharding)
-    for name, rows in (("text_embedding", table[:size]), ("special_embedding", table[size:])):
+    table, embedding = params["llm"]["token_embedding"]["embedding"], params["embedding"]
+    for name in ("text_embedding", "special_embedding"):
         if name in embedding:
-            embedding[name] = {"embedding": place(rows, embedding[name]["embedding"])}
+            fresh = embedding[name]["embedding"]
+            rows, table = table[: len(fresh)], table[len(fresh) :]
+            # A copy also where all rows are replaced: the step donates its buffers.
+            embedding[name] = {"embedding": jax.device_put(fresh.at[: len(rows)].set(rows), fresh.sharding)}
+
+
+def add_nothing(stack):
+    """Zeros in what ends the residual branches of a fresh stack, which then gives its input; they learn from there."""
+    layers = stack["layers"]
+    for name in ("output", "down"):
+        layers[name] = jax.tree.map(
+            lambda leaf: jax.device_put(jax.numpy.zeros_like(leaf), leaf.sharding), layers[name]
+        )
 
 
 def run(config: RunConfig, folder, sources, say=print):

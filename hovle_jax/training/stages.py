@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.config import ExecutionConfig, ModelConfig, RunConfig
+from hovle_jax.config import ExecutionConfig, HoVLEConfig, ModelConfig, RunConfig
 from hovle_jax.model.clip import CLIP, MAX_LOG_SCALE
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.teacher import VisionTeacher
@@ -20,7 +20,7 @@ from hovle_jax.training.losses import contrastive, cosine, cross_entropy
 
 # Stored because the public checkpoints have them, used by nothing: never trained, decayed or changed.
 UNUSED = (("embedding", "class_embedding"), ("embedding", "class_position"))
-LLM_TABLE = ("llm", "token_embedding")
+LLM_TABLE = ("llm", "token_embedding")  # behind an embedding it is not used either, unless it is the head too (tied)
 
 
 class Head(nn.Module):
@@ -102,9 +102,11 @@ def distill_losses(models, params, batch):
     if config.teacher.projector == "linear":
         student = models.head.apply({"params": params["head"]}, student)
     table = jax.lax.stop_gradient(params["llm"]["token_embedding"]["embedding"])
+    # Ids beyond the LLM's table have no weight, and "clip" keeps them from giving NaN.
+    vectors = jnp.take(table, batch["tokens"], axis=0, mode="clip")
     return {
         "image": cosine(student, teacher, batch["image_weights"]),
-        "text": cosine(embedding.shorten(raw, batch), jnp.take(table, batch["tokens"], axis=0), batch["text_weights"]),
+        "text": cosine(embedding.shorten(raw, batch), vectors, batch["text_weights"]),
     }
 
 
@@ -124,9 +126,8 @@ class Stage:
 
     Attributes:
       components: those that the stage holds.
-      trained: path prefixes that are differentiated and have optimizer state, less `UNUSED` and `frozen`.
+      trained: path prefixes that are differentiated and have optimizer state, less those that nothing uses.
       losses: (models, params, batch) -> {name: (sum, weight)}; their quotients are added up.
-      frozen: path prefixes within the trained ones that are only read.
       exists: path prefixes that exist at all, for components held in part.
       after_update: applied to the trained parameters behind each step.
     """
@@ -134,7 +135,6 @@ class Stage:
     components: tuple[str, ...]
     trained: tuple[tuple[str, ...], ...]
     losses: Callable
-    frozen: tuple[tuple[str, ...], ...] = ()
     exists: tuple[tuple[str, ...], ...] = ()
     after_update: Callable = lambda trained: trained
 
@@ -143,8 +143,9 @@ class Stage:
         partial = [prefix for prefix in self.exists if prefix[0] == path[0]]
         return path[0] in self.components and (not partial or _under(path, partial))
 
-    def trains(self, path):
-        return _under(path, self.trained) and not _under(path, self.frozen + UNUSED)
+    def trains(self, path, model: HoVLEConfig):
+        has_unused_table = "embedding" in self.components and not model.llm.tied
+        return _under(path, self.trained) and not _under(path, UNUSED + (LLM_TABLE,) * has_unused_table)
 
 
 def _under(path, prefixes):
@@ -158,7 +159,7 @@ STAGES = {
         ("embedding", "head", "teacher", "llm"), (("embedding",), ("head",)), distill_losses, exists=(LLM_TABLE,)
     ),
     "align": Stage(("embedding", "llm"), (("embedding",),), answer_losses),
-    "instruct": Stage(("embedding", "llm"), (("embedding",), ("llm",)), answer_losses, frozen=(LLM_TABLE,)),
+    "instruct": Stage(("embedding", "llm"), (("embedding",), ("llm",)), answer_losses),
 }
 
 

@@ -1,6 +1,7 @@
 """A run's state: abstract shapes -> shardings -> values; optimizer state for the trained parameters only."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import flax.struct
@@ -83,9 +84,9 @@ def _zeros(batch):
 
 def make_state(models: Models, params, optimizer):
     """The state at step 0 around given parameters."""
-    stage = STAGES[models.config.stage]
-    trained = select(params, stage.trains)
-    frozen = select(params, lambda path: not stage.trains(path))
+    trains = functools.partial(STAGES[models.config.stage].trains, model=models.config.model)
+    trained = select(params, trains)
+    frozen = select(params, lambda path: not trains(path))
     # Moments lie where their parameters lie, the rest everywhere. Unsaid, all of it would start on one device, and
     # the second step would be compiled anew for where the first one left it.
     whole = NamedSharding(jax.tree.leaves(trained)[0].sharding.mesh, PartitionSpec())

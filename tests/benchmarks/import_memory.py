@@ -1,13 +1,15 @@
-"""Peak host memory of reading a public checkpoint onto one device, against the checkpoint's size.
+"""Peak host memory of a public checkpoint's way in and out, against the checkpoint's size.
 
     python tests/benchmarks/import_memory.py --gigabytes 1
 
-Writes a Llama of random float32 values in two files, reads it in a process of its own, and prints one JSON object. The
-peak is the process's whole resident memory (VmHWM), Python and JAX included; on a CPU it has the device's in it.
+Writes a Llama of random float32 values in two files and prints one JSON object: the peaks of `load` onto one device, of
+the command `import` and of the command `export`, each in a process of its own. A peak is the process's whole resident
+memory, Python and JAX included; on a CPU it has the device's in it.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -90,19 +92,29 @@ def main():
     options = parser.parse_args()
     if options.child:
         return read(options.child)
-    with tempfile.TemporaryDirectory() as folder:
-        total = write(pathlib.Path(folder), config_of(options.gigabytes))
-        command = [sys.executable, __file__, "--child", folder]
-        child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        (folder / "public").mkdir()
+        total = write(folder / "public", config_of(options.gigabytes))
+        child = subprocess.run(
+            [sys.executable, __file__, "--child", folder / "public"], check=True, stdout=subprocess.PIPE, text=True
+        )
         found = json.loads(child.stdout.splitlines()[-1])
-    report = {
-        "checkpoint bytes": total,
-        "process before reading": found["before"],
-        "peak": found["peak"],
-        "peak / checkpoint": round(found["peak"] / total, 3),
-        "(peak - before) / checkpoint": round((found["peak"] - found["before"]) / total, 3),
-    }
+        peaks = {"load": found["peak"]}
+        for action, source, target in (("import", "public", "ours"), ("export", "ours", "back")):
+            peaks[action] = peak_of_command(action, folder / source, folder / target)
+    report = {"checkpoint bytes": total, "process before loading": found["before"], "peaks": peaks}
+    report |= {f"peak of {name} / checkpoint": round(size / total, 3) for name, size in peaks.items()}
     print(json.dumps(report, indent=2))
+
+
+def peak_of_command(action, source, target):
+    """-> bytes."""
+    process = subprocess.Popen([sys.executable, "-m", "hovle_jax.convert", action, source, target], stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{action} failed")
+    return 1024 * usage.ru_maxrss
 
 
 if __name__ == "__main__":
