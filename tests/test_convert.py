@@ -28,9 +28,11 @@ from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, sch
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
 from hovle_jax.files import whole_folder
+from hovle_jax.formats import gguf as gguf_format
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.hovle import LanguageModel
+from hovle_jax.model.rotary import frequencies
 from hovle_jax.training.checkpoint import load_model_config, save_model
 from hovle_jax.training.load import abstract_model
 from hovle_jax.training.sharding import make_mesh
@@ -57,6 +59,7 @@ INTERNVIT = TeacherConfig("internvit", TOWER, projector="mlp1", projector_width=
 MODELS = {
     "internlm2": ModelConfig(llm=llm("internlm2")),
     "internlm2, biases": ModelConfig(llm=llm("internlm2", qkv_bias=True, output_bias=True, num_kv_heads=4)),
+    "internlm2, linear": ModelConfig(llm=llm("internlm2", rope_scaling=RopeScaling("linear", 2.0, 64))),
     "llama": ModelConfig(llm=llm("llama", head_dim=12)),
     "llama, biases, tied": ModelConfig(
         llm=llm("llama", tied=True, qkv_bias=True, output_bias=True, mlp_bias=True, rope_scaling=LLAMA3)
@@ -364,3 +367,35 @@ def test_gguf(arch, tmp_path):
     (tmp_path / "model.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="not a whole GGUF file"):
         open_checkpoint(tmp_path / "model.gguf").load()
+
+
+YARN_KEYS = {"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 30.0}
+SCALINGS = {
+    "linear": (RopeScaling("linear", 2.0, 64), {"type": "linear", "factor": 2.0}),
+    "yarn": (RopeScaling("yarn", 4.0, 16, beta_fast=30.0), YARN_KEYS),
+    "llama3": (LLAMA3, {}),
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaled_rotary_positions_in_a_gguf(kind, tmp_path):
+    scaling, keys = SCALINGS[kind]
+    config = llm("llama", head_dim=32, num_heads=1, num_kv_heads=1, rope_scaling=scaling)
+
+    def add(writer):
+        for key, value in keys.items():
+            name = f"llama.rope.scaling.{key}"
+            {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)](name, value)
+        writer.add_vocab_size(config.vocab_size)
+        if kind == "llama3":
+            plain, _ = frequencies(dataclasses.replace(config.stack, rope_scaling=None))
+            writer.add_tensor("rope_freqs.weight", (plain / frequencies(config.stack)[0]).astype(np.float32))
+
+    write_gguf(tmp_path / "model.gguf", config, random_params(ModelConfig(llm=config), "llm"), add)
+    found = open_checkpoint(tmp_path / "model.gguf")
+    assert found.config.stack.rope_scaling == scaling
+    found.load()
+    if kind == "llama3":
+        for factors in ([1.0, 2.0, 3.0, 8.0], [1.0, 1.0]):
+            with pytest.raises(UserError, match="rope_freqs.weight is not Llama 3.1's"):
+                gguf_format._llama3_scaling(np.array(factors), 1e4, "model.gguf")

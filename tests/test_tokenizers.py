@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from hovle_jax.config import LLMConfig, ModelConfig, StackConfig
+from hovle_jax.config import ExecutionConfig, HoVLEConfig, InitConfig, LLMConfig, ModelConfig, StackConfig
 from hovle_jax.conversion import named
+from hovle_jax.conversion.exporting import export_model
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.conversion.named import PackagedModel, resolve
-from hovle_jax.data import chat
+from hovle_jax.data import chat, pipeline
 from hovle_jax.data.text import encode_conversation, encode_random_text
 from hovle_jax.data.tokenizer import ADDED_TOKENS, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf as ours
 from hovle_jax.inference.generate import answer
+from hovle_jax.training import loop
+from hovle_jax.training.checkpoint import load_model_config
 from hovle_jax.training.load import load_run
 from tests import micro
 from tests.gguf_files import write_gguf
@@ -282,6 +285,39 @@ def test_an_imported_llm_answers_alone_as_in_a_batch(gguf_file, tmp_path):
     assert together == [answer(loaded.answerer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     with pytest.raises(UserError, match="sees no images"):
         answer(loaded.answerer, [("What?", [micro.draw("red", "circle")])])
+
+
+def test_a_model_that_sees_over_that_llm(gguf_file, tmp_path, monkeypatch):
+    """Trained by the LLM's own template with image tokens that it never had, exported, imported: the same answers."""
+    import_checkpoint(gguf_file, tmp_path / "llm", say=lambda _: None)
+    llm = load_model_config(tmp_path / "llm").llm
+    embedding = dataclasses.replace(
+        micro.model_config().embedding, stack=llm.stack, vocab_size=llm.vocab_size, num_special_tokens=3, family="llama"
+    )
+    config = dataclasses.replace(
+        micro.run_config("align", steps=2, data=dict(sequence_length=120, turns=1)),
+        model=HoVLEConfig(embedding, llm),
+        init=InitConfig(pass_through=True),
+        execution=ExecutionConfig(dtype="auto"),
+    )
+    monkeypatch.setattr(pipeline, "load_pictures", lambda config, split: list(micro.pictures()))
+    loop.run(config, tmp_path / "run", {"llm": tmp_path / "llm"}, say=lambda _: None)
+    prompts = [("<image>\nWhat is it?", [micro.draw("red", "circle")]), ("It's 2026", [])]
+    answers = answer(load_run(tmp_path / "run").answerer, prompts, max_new_tokens=6)
+
+    export_model(tmp_path / "run", tmp_path / "public", say=lambda _: None)
+    public = json.loads((tmp_path / "public" / "config.json").read_text())
+    names = ("<img>", "</img>", "<IMG_CONTEXT>")
+    expected = {name: llm.vocab_size + i for i, name in enumerate(names)}
+    assert public["embedding_config"]["special_token_maps"] == expected
+    assert public["embedding_config"]["img_context_token_id"] == expected["<IMG_CONTEXT>"]
+    assert public["template"] == "chat_template"
+    import_checkpoint(tmp_path / "public", tmp_path / "back", say=lambda _: None)
+    back = load_run(tmp_path / "back")
+    assert back.tokenizer.chat_template == CHATML
+    assert back.tokenizer.specials == load_run(tmp_path / "run").tokenizer.specials
+    assert back.tokenizer.stop_ids == (back.tokenizer.special("<|im_end|>"),)
+    assert answer(back.answerer, prompts, max_new_tokens=6) == answers
 
 
 def test_a_packaged_model(gguf_file, tmp_path, monkeypatch):

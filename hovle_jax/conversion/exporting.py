@@ -108,6 +108,8 @@ def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=p
             leaf = {key: leaf}
         return jax.tree.leaves(load_component(source, component, leaf))[0]
 
+    if config.system_message:
+        public_config |= {"system_message": config.system_message}
     with whole_folder(folder) as partial:
         write_tensors(
             partial, public_shapes(rules, abstract), public_tensors(rules, read), DTYPES[dtype], shard_bytes, say

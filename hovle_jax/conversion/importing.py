@@ -37,7 +37,10 @@ def import_checkpoint(source, folder, kind=None, say=print):
     missing = [component for component in components if component not in configs]
     if missing:
         raise UserError(f"{source} has no {' and '.join(missing)}; it holds {' and '.join(configs)}")
-    config = ModelConfig(**{component: configs[component] for component in components})
+    config = ModelConfig(
+        **{component: configs[component] for component in components},
+        system_message=checkpoint.public_config.get("system_message") or "",  # our own exports have it
+    )
     mesh = make_mesh(MeshConfig())
     checkpoint.check({component: abstract_model(config, component, mesh) for component in components})
 

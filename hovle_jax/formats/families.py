@@ -172,6 +172,6 @@ def _with_bias(public_config, names):
 
 def _open_gguf(path):
     source = gguf.GGUFFile(path)
-    config = gguf.config_from_metadata(source.metadata, source.shapes, str(path))
+    config = gguf.config_from_metadata(source.metadata, source.shapes, source.rope_factors, str(path))
     rules = gguf.rules(config)
     return Checkpoint("llm", config, source.metadata, rules, source)

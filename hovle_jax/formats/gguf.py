@@ -3,17 +3,23 @@
 The file is read by the package `gguf` of the llama.cpp project (extra `convert`).
 """
 
+import dataclasses
 import json
+import math
 import pathlib
 
-from hovle_jax.config import LLMConfig, StackConfig
+import numpy as np
+
+from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.data.tokenizer import HuggingFaceTokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import REQUIRED, field, only
 from hovle_jax.formats.mapping import LINEAR, SAME, Transform, nested, rule
+from hovle_jax.model.rotary import frequencies
 
 # llama.cpp turns neighbouring pairs in Llama; its other models turn halves, as everyone else does.
 NEIGHBOURING_PAIRS = {"llama": True, "qwen2": False, "qwen3": False}
+ROPE_FACTORS = "rope_freqs.weight"
 LINEARS = {
     "attn_q": "query",
     "attn_k": "key",
@@ -50,9 +56,11 @@ class GGUFFile:
             reader = gguf.GGUFReader(path)
         except (ValueError, OSError, IndexError) as error:
             raise UserError(f"{path} is not a whole GGUF file ({error}); fetch it again") from None
+        # Rotary factors are no weights: they belong to the config.
+        self.rope_factors = next((np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS), None)
         self.metadata = {key: entry.contents() for key, entry in reader.fields.items()}
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.shapes = {t.name: tuple(int(size) for size in reversed(t.shape)) for t in reader.tensors}
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
+        self.shapes = {name: tuple(int(size) for size in reversed(t.shape)) for name, t in self._tensors.items()}
 
     def read(self, name):
         """-> float32 [out, in] (or [size]) of one tensor, dequantised. Raises UserError for an unknown block type."""
@@ -65,20 +73,22 @@ class GGUFFile:
         return values.reshape(self.shapes[name])
 
 
-def config_from_metadata(metadata, tensor_names, where="GGUF metadata"):
-    """-> LLMConfig; which biases, norms and head there are is known by the tensors alone."""
+def config_from_metadata(metadata, tensor_names, rope_factors=None, where="GGUF metadata"):
+    """-> LLMConfig; which biases, norms and head there are is known by the tensors alone.
+
+    Args:
+      rope_factors: [head dim / 2], by which the rotary frequencies are divided (Llama 3.1 and later).
+    """
     arch = only(metadata, "general.architecture", tuple(NEIGHBOURING_PAIRS), where=where)
 
     def get(key, *default):
         return field(metadata, f"{arch}.{key}", *(default or (REQUIRED,)), where)
 
-    only(metadata, f"{arch}.rope.scaling.type", (None, "none"), None, where)
-    if "rope_freqs.weight" in tensor_names:
-        raise UserError(f"{where}: rope_freqs.weight (Llama 3.1's rotary scaling) is not supported in GGUF files")
     width, num_heads = get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", width // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         only(metadata, f"{arch}.{key}", (head_dim,), head_dim, where)
+    theta = float(get("rope.freq_base", 10000.0))
     stack = StackConfig(
         num_layers=get("block_count"),
         width=width,
@@ -86,7 +96,8 @@ def config_from_metadata(metadata, tensor_names, where="GGUF metadata"):
         num_kv_heads=get("attention.head_count_kv", num_heads),
         head_dim=head_dim,
         mlp_width=get("feed_forward_length"),
-        rope_theta=float(get("rope.freq_base", 10000.0)),
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(get, head_dim, theta, rope_factors, where),
         norm_eps=float(get("attention.layer_norm_rms_epsilon")),
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         output_bias="blk.0.attn_output.bias" in tensor_names,
@@ -97,6 +108,54 @@ def config_from_metadata(metadata, tensor_names, where="GGUF metadata"):
     vocab_size = metadata.get(f"{arch}.vocab_size") or len(field(metadata, "tokenizer.ggml.tokens", where=where))
     tied = "output.weight" not in tensor_names
     return LLMConfig(stack=stack, vocab_size=vocab_size, max_length=get("context_length"), tied=tied, family=arch)
+
+
+def _rope_scaling(get, head_dim, theta, factors, where):
+    """-> RopeScaling or None, from the keys rope.scaling.* or the factors of rope_freqs.weight."""
+    kind = get("rope.scaling.type", None)
+    if factors is not None:
+        return _llama3_scaling(factors, theta, where)
+    if kind in (None, "none"):
+        return None
+    if kind not in ("linear", "yarn"):
+        raise UserError(f"{where}: rope.scaling.type={kind!r} is not supported; supported: none, linear, yarn")
+    original = int(get("rope.scaling.original_context_length", get("context_length")))
+    scaling = RopeScaling(kind, float(get("rope.scaling.factor")), original)
+    if kind == "linear":
+        return scaling
+    # llama.cpp multiplies its own factor, the paper's, by this one; ours is the product.
+    more = float(get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor", 1.0)))
+    return dataclasses.replace(
+        scaling,
+        beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
+        attention_factor=0.0 if more == 1 else more * (1 + 0.1 * math.log(scaling.factor)),
+    )
+
+
+def _llama3_scaling(factors, theta, where):
+    """The parameters of Llama 3.1's scaling, of which a GGUF file has the result alone.
+
+    The slowest pair is divided by the whole factor; a pair between slow and fast tells how often it turns over the
+    original length. The bounds are 1 and 4 turns in every such model.
+    """
+    factors = factors.astype(np.float64)
+    whole, pairs = float(factors.max()), np.arange(len(factors))
+    blended = pairs[(factors > 1 + 1e-4) & (factors < whole * (1 - 1e-4))]
+    plain = theta ** (-pairs / len(factors))
+    found = None
+    if len(blended):
+        at = blended[len(blended) // 2]
+        turns = 1 + 3 * (1 / factors[at] - 1 / whole) / (1 - 1 / whole)
+        found = RopeScaling("llama3", round(whole, 4), round(turns * 2 * math.pi / plain[at]))
+        stack = StackConfig(0, 0, 0, 0, 2 * len(factors), 0, rope_theta=theta, rope_scaling=found)
+        if not np.allclose(plain / frequencies(stack)[0], factors, rtol=1e-3):
+            found = None
+    if found is None:
+        raise UserError(
+            f"{where}: {ROPE_FACTORS} is not Llama 3.1's rotary scaling, the only one of its kind supported"
+        )
+    return found
 
 
 def _paired(num_heads):

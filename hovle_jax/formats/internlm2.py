@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hovle_jax.config import LLMConfig, StackConfig
+from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import field, only
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, packed_wqkv, rule
@@ -18,10 +18,13 @@ def config_from_json(config, where="config.json"):
         where=where,
     )
     bias = field(config, "bias", True, where)
+    max_length = field(config, "max_position_embeddings", 2048, where)
     return LLMConfig(
-        stack=dataclasses.replace(stack, qkv_bias=bias, output_bias=bias),
+        stack=dataclasses.replace(
+            stack, qkv_bias=bias, output_bias=bias, rope_scaling=_scaling(config, max_length, where)
+        ),
         vocab_size=field(config, "vocab_size", where=where),
-        max_length=field(config, "max_position_embeddings", 2048, where),
+        max_length=max_length,
     )
 
 
@@ -30,10 +33,18 @@ def _check_supported(config, where):
     only(config, "hidden_act", ("silu",), "silu", where)
     only(config, "rope_pos_id_version", ("default",), "default", where)
     only(config, "tie_word_embeddings", (False,), False, where)
-    scaling = config.get("rope_scaling")
+
+
+def _scaling(config, max_length, where):
+    """-> RopeScaling or None."""
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind == "linear":
+        return RopeScaling("linear", float(field(scaling, "factor", where=f"{where} rope_scaling")), max_length)
     # Dynamic NTK does nothing up to max_position_embeddings, which is our max_length.
-    if scaling is not None and scaling.get("type", scaling.get("rope_type")) != "dynamic":
-        raise UserError(f"{where}: rope_scaling={scaling!r} is not supported; supported: null or type 'dynamic'")
+    if kind not in (None, "dynamic"):
+        raise UserError(f"{where}: rope_scaling={scaling!r} is not supported; supported: null, 'linear', 'dynamic'")
+    return None
 
 
 def stack_from_json(config, rope_theta, norm_eps, where="config.json"):
@@ -67,7 +78,8 @@ def config_to_json(config: LLMConfig):
       UserError: a layer type that InternLM2's code does not have.
     """
     stack = config.stack
-    check_plain(stack)
+    is_linear = stack.rope_scaling is not None and stack.rope_scaling.kind == "linear"
+    check_plain(dataclasses.replace(stack, rope_scaling=None) if is_linear else stack)
     if config.tied:
         raise UserError("InternLM2's public code has no tied head; export as llama")
     return {
@@ -81,7 +93,7 @@ def config_to_json(config: LLMConfig):
         "max_position_embeddings": config.max_length,
         **stack_to_json(stack),
         "bias": stack.qkv_bias,
-        "rope_scaling": None,
+        "rope_scaling": None if stack.rope_scaling is None else {"type": "linear", "factor": stack.rope_scaling.factor},
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
