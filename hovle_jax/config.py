@@ -72,6 +72,8 @@ class LLMConfig:
     Attributes:
       tied: the head is the token table (small Llama and Qwen models).
       family: whose names and options a public checkpoint of it has: 'internlm2', 'llama', 'qwen2', 'qwen3'.
+      vocab_multiple: the table and the head are padded to a multiple of it, so that a mesh axis divides them; an export
+        crops them, and the logits of padding are never chosen.
     """
 
     stack: StackConfig
@@ -79,6 +81,16 @@ class LLMConfig:
     max_length: int = 32768
     tied: bool = False
     family: str = "internlm2"
+    vocab_multiple: int = 1
+
+    @property
+    def table_rows(self):
+        return round_up(self.vocab_size, self.vocab_multiple)
+
+
+def round_up(size, multiple):
+    """The smallest multiple that is no less than `size`."""
+    return -(-size // multiple) * multiple
 
 
 PIXEL_SHUFFLE = ("pre", "post", "none")
@@ -95,6 +107,7 @@ class EmbeddingConfig:
       num_special_tokens: rows of the optional second table, for ids at and above `vocab_size`.
       normalize_output: L2-normalise the output before the LLM reads it.
       family: whose decoder layer it is, for the names of its tensors.
+      vocab_multiple: as the LLM's, for the text table.
     """
 
     stack: StackConfig
@@ -105,6 +118,12 @@ class EmbeddingConfig:
     num_special_tokens: int = 0
     normalize_output: bool = False
     family: str = "internlm2"
+    vocab_multiple: int = 1
+
+    @property
+    def table_rows(self):
+        """Of the text table."""
+        return round_up(self.vocab_size, self.vocab_multiple)
 
     @property
     def num_tokens(self):

@@ -143,7 +143,7 @@ def _params(config):
         made[path] = jax.device_put(np.asarray(value, np.float32), leaf.sharding)
     made = unflatten_dict(made)
     if "embedding" in made:
-        copy_text_table(made)
+        copy_text_table(made, config.model)
     return made
 
 

@@ -31,10 +31,11 @@ from hovle_jax.files import whole_folder
 from hovle_jax.formats import gguf as gguf_format
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
-from hovle_jax.model.hovle import LanguageModel
+from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.rotary import frequencies
-from hovle_jax.training.checkpoint import load_model_config, save_model
+from hovle_jax.training.checkpoint import load_component, load_model_config, save_model
 from hovle_jax.training.load import abstract_model
+from hovle_jax.training.losses import cross_entropy, divide
 from hovle_jax.training.sharding import make_mesh
 from tests import micro
 from tests.gguf_files import write_gguf
@@ -399,3 +400,62 @@ def test_scaled_rotary_positions_in_a_gguf(kind, tmp_path):
         for factors in ([1.0, 2.0, 3.0, 8.0], [1.0, 1.0]):
             with pytest.raises(UserError, match="rope_freqs.weight is not Llama 3.1's"):
                 gguf_format._llama3_scaling(np.array(factors), 1e4, "model.gguf")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vocabularies that are padded for a mesh.
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_padded_vocabulary_changes_nothing(tied, tmp_path):
+    plain = micro.model_config("pre", special=9, tied=tied)
+    padded = dataclasses.replace(
+        plain,
+        embedding=dataclasses.replace(plain.embedding, vocab_multiple=128),
+        llm=dataclasses.replace(plain.llm, vocab_multiple=128, family="llama"),
+    )
+    assert (padded.llm.table_rows, padded.embedding.table_rows) == (384, 384)
+    made(tmp_path / "plain", ModelConfig(plain.embedding, dataclasses.replace(plain.llm, family="llama")))
+    config, mesh = micro.run_config("align", special=9), make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    batch, results = micro.dataset(config)[0], []
+    params = {}
+    for name, model in (("plain", plain), ("padded", padded)):
+        sizes = ModelConfig(model.embedding, model.llm)
+        abstract = {c: abstract_model(sizes, c, mesh) for c in ("embedding", "llm")}
+        params[name] = {c: load_component(tmp_path / "plain", c, abstract[c]) for c in abstract}
+        run = HoVLE(model)
+
+        def loss(params, run=run):
+            return divide(cross_entropy(run.logits(params, batch), batch["targets"], batch["loss_weights"]))
+
+        results.append((run.logits(params[name], batch), *jax.value_and_grad(loss)(params[name])))
+    table = params["padded"]["llm"]["token_embedding"]["embedding"]
+    assert table.sharding.shard_shape(table.shape)[0] == 96
+    (logits, loss, gradients), (padded_logits, padded_loss, padded_gradients) = results
+    np.testing.assert_allclose(padded_logits[..., : micro.VOCAB], logits, atol=1e-5)
+    assert padded_logits[..., micro.VOCAB :].max() < -1e29
+    assert float(padded_loss) == pytest.approx(float(loss), rel=1e-6)
+    expected = host(gradients)
+    for path, gradient in host(padded_gradients).items():
+        np.testing.assert_allclose(
+            gradient[tuple(map(slice, expected[path].shape))], expected[path], atol=1e-5, err_msg=path
+        )
+        assert np.abs(gradient).sum() == pytest.approx(np.abs(expected[path]).sum(), rel=1e-3, abs=1e-6), path
+
+    # Exported without the padding; what is stored with it also loads without it.
+    (tmp_path / "padded").mkdir()
+    save_model(
+        tmp_path / "padded",
+        ModelConfig(padded.embedding, padded.llm),
+        {c: lambda c=c: params["padded"][c] for c in params["padded"]},
+    )
+    for name in ("plain", "padded"):
+        export_model(tmp_path / name, tmp_path / f"{name} public", say=lambda _: None)
+    files = [(tmp_path / f"{name} public" / "model.safetensors").read_bytes() for name in ("plain", "padded")]
+    assert files[0] == files[1]
+    abstract = abstract_model(ModelConfig(plain.embedding, plain.llm), "llm", mesh)
+    for path, leaf in host(load_component(tmp_path / "padded", "llm", abstract)).items():
+        np.testing.assert_array_equal(leaf, host(params["plain"]["llm"])[path])
+    fewer = dataclasses.replace(plain.llm, vocab_size=300)
+    with pytest.raises(UserError, match=r"has shape \\(.* is needed"):
+        load_component(tmp_path / "padded", "llm", abstract_model(ModelConfig(llm=fewer), "llm", mesh))

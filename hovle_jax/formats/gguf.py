@@ -14,7 +14,7 @@ from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.data.tokenizer import HuggingFaceTokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import REQUIRED, field, only
-from hovle_jax.formats.mapping import LINEAR, SAME, Transform, nested, rule
+from hovle_jax.formats.mapping import LINEAR, SAME, Transform, nested, padded, rule
 from hovle_jax.model.rotary import frequencies
 
 # llama.cpp turns neighbouring pairs in Llama; its other models turn halves, as everyone else does.
@@ -173,7 +173,7 @@ def _paired(num_heads):
 
 def rules(config: LLMConfig):
     """Rules of `LanguageModel`."""
-    stack = config.stack
+    stack, rows = config.stack, (config.vocab_size, config.table_rows)
     has_bias = dict.fromkeys(("query", "key", "value"), stack.qkv_bias)
     has_bias |= {"output": stack.output_bias} | dict.fromkeys(("gate", "up", "down"), stack.mlp_bias)
     rotated = {"query": stack.num_heads, "key": stack.num_kv_heads} if NEIGHBOURING_PAIRS[config.family] else {}
@@ -187,10 +187,10 @@ def rules(config: LLMConfig):
     layer += norms if stack.qk_norm else norms[:2]
     layers = [rule(*entry, num_layers=stack.num_layers) for entry in layer]
     return [
-        rule("token_embd.weight", "token_embedding/embedding", SAME),
+        rule("token_embd.weight", "token_embedding/embedding", padded(SAME, *rows)),
         *nested(layers, public="blk.{layer}.", ours="stack/layers"),
         rule("output_norm.weight", "norm/scale", SAME),
-        *([] if config.tied else [rule("output.weight", "head/kernel", LINEAR)]),
+        *([] if config.tied else [rule("output.weight", "head/kernel", padded(LINEAR, *rows))]),
     ]
 
 

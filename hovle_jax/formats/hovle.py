@@ -5,7 +5,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2, llms
 from hovle_jax.formats.fields import field, only
 from hovle_jax.formats.internvl import patch_rules
-from hovle_jax.formats.mapping import LINEAR, SAME, nested, rule
+from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
 
 
 def config_from_json(config):
@@ -135,7 +135,9 @@ def embedding_rules(config: EmbeddingConfig):
             ]
     return [
         *patch_rules(config.patch_size, "vision_embeddings."),
-        rule("llm_text_embeddings.weight", "text_embedding/embedding", SAME),
+        rule(
+            "llm_text_embeddings.weight", "text_embedding/embedding", padded(SAME, config.vocab_size, config.table_rows)
+        ),
         *nested(llms.stack_rules(config.stack, config.family, "encoder."), ours="stack"),
         *optional,
     ]

@@ -5,7 +5,7 @@ import dataclasses
 from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import field, only
-from hovle_jax.formats.mapping import LINEAR, SAME, nested, packed_wqkv, rule
+from hovle_jax.formats.mapping import LINEAR, SAME, nested, packed_wqkv, padded, rule
 
 
 def config_from_json(config, where="config.json"):
@@ -150,9 +150,10 @@ def stack_rules(config: StackConfig, public):
 
 def rules(config: LLMConfig):
     """Rules of `LanguageModel`."""
+    rows = config.vocab_size, config.table_rows
     return [
-        rule("model.tok_embeddings.weight", "token_embedding/embedding", SAME),
+        rule("model.tok_embeddings.weight", "token_embedding/embedding", padded(SAME, *rows)),
         *nested(stack_rules(config.stack, "model.layers."), ours="stack"),
         rule("model.norm.weight", "norm/scale", SAME),
-        rule("output.weight", "head/kernel", LINEAR),
+        rule("output.weight", "head/kernel", padded(LINEAR, *rows)),
     ]

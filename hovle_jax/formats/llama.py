@@ -9,7 +9,7 @@ from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2
 from hovle_jax.formats.fields import field, only
-from hovle_jax.formats.mapping import LINEAR, SAME, nested, rule
+from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +178,10 @@ def stack_rules(config: StackConfig, public):
 
 def rules(config: LLMConfig):
     """Rules of `LanguageModel`; a tied head is not in the file."""
+    rows = config.vocab_size, config.table_rows
     return [
-        rule("model.embed_tokens.weight", "token_embedding/embedding", SAME),
+        rule("model.embed_tokens.weight", "token_embedding/embedding", padded(SAME, *rows)),
         *nested(stack_rules(config.stack, "model.layers."), ours="stack"),
         rule("model.norm.weight", "norm/scale", SAME),
-        *([] if config.tied else [rule("lm_head.weight", "head/kernel", LINEAR)]),
+        *([] if config.tied else [rule("lm_head.weight", "head/kernel", padded(LINEAR, *rows))]),
     ]

@@ -224,6 +224,20 @@ LINEAR = Transform(lambda x: (x.T,), lambda x: x.T)
 CLASS_TOKEN = Transform(lambda x: (x.reshape(1, -1),), lambda x: x[None])  # [1, 1, D] <-> [1, D]
 
 
+def padded(transform, rows, padded_rows):
+    """`transform`, whose public array has `rows` rows, with zeros behind them up to `padded_rows` on our side."""
+    if rows == padded_rows:
+        return transform
+
+    def split(x):
+        if x.shape[0] != rows:
+            raise ValueError(f"{rows} rows are needed")
+        zeros = ((0, padded_rows - rows), *((0, 0) for _ in x.shape[1:]))
+        return transform.split(_namespace(x).pad(x, zeros))
+
+    return Transform(split, lambda *parts: transform.join(*parts)[:rows])
+
+
 def _join_positions(first, rest):
     return _namespace(first).concatenate([first, rest])[None]
 

@@ -54,7 +54,7 @@ class HolisticEmbedding(nn.Module):
         # Stored in the public checkpoints and never used: kept so that an export returns what was imported.
         self.class_embedding = self.param("class_embedding", table_init, (1, width))
         self.class_position = self.param("class_position", table_init, (1, width))
-        self.text_embedding = TokenTable(c.vocab_size, width, dtype)
+        self.text_embedding = TokenTable(c.table_rows, width, dtype)
         if c.num_special_tokens:
             self.special_embedding = TokenTable(c.num_special_tokens, width, dtype)
         if c.pixel_shuffle != "none":

@@ -13,6 +13,8 @@ from hovle_jax.config import ExecutionConfig, HoVLEConfig, LLMConfig
 from hovle_jax.model.embedding import HolisticEmbedding
 from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable, dense
 
+PADDING_LOGIT = -1e30  # not -inf, whose products with a probability of 0 are not numbers
+
 
 class LanguageModel(nn.Module):
     """Token table, decoder stack, final norm, and a head of its own or (`tied`) the table again."""
@@ -22,11 +24,11 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         c = self.config
-        self.token_embedding = TokenTable(c.vocab_size, c.stack.width, self.execution.dtype)
+        self.token_embedding = TokenTable(c.table_rows, c.stack.width, self.execution.dtype)
         self.stack = Stack(c.stack, self.execution)
         self.norm = RMSNorm(c.stack.norm_eps)
         if not c.tied:
-            self.head = dense(c.vocab_size, ("embed", "vocab"), "head", self.execution.dtype)
+            self.head = dense(c.table_rows, ("embed", "vocab"), "head", self.execution.dtype)
 
     def __call__(self, tokens, positions, segment_ids):
         """Text alone: [B, L] ids -> float32 logits [B, L, V]."""
@@ -38,9 +40,13 @@ class LanguageModel(nn.Module):
         return self.stack(x, positions, segment_ids, cache)
 
     def logits(self, hidden):
-        """[..., D] -> float32 [..., V]."""
-        head = self.token_embedding.attend if self.config.tied else self.head
-        return head(self.norm(hidden)).astype(jnp.float32)
+        """[..., D] -> float32 [..., V], V with its padding (which is never likely)."""
+        c = self.config
+        head = self.token_embedding.attend if c.tied else self.head
+        logits = head(self.norm(hidden)).astype(jnp.float32)
+        if c.table_rows == c.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(c.table_rows) < c.vocab_size, logits, PADDING_LOGIT)
 
 
 @flax.struct.dataclass

@@ -201,7 +201,7 @@ def load_component(folder, component, abstract):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         _check_shapes(folder, component, stored, abstract)
-        restore_args = jax.tree.map(_restore_args, abstract)
+        restore_args = jax.tree.map(_restore_args, abstract)  # which cut off the padding of a vocabulary or add it
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         return checkpointer.restore(path, args=args)
 
@@ -209,7 +209,7 @@ def load_component(folder, component, abstract):
 def _restore_args(leaf):
     if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False)
 
 
 def _check_shapes(folder, component, stored, abstract):
@@ -217,9 +217,26 @@ def _check_shapes(folder, component, stored, abstract):
         at, name = stored, jax.tree_util.keystr(path, simple=True, separator="/")
         for key in path:
             at = at.get(key.key) if isinstance(at, dict) else None
-        if at is None or tuple(at.shape) != tuple(leaf.shape):
+        if at is None or not _fits(folder, component, name, at.shape, leaf.shape):
             found = "is missing" if at is None else f"has shape {tuple(at.shape)}"
             raise UserError(
                 f"{folder} is a checkpoint of another config: {component}/{name} {found} and {tuple(leaf.shape)} "
                 "is needed; use the same preset and sizes, or another --workdir"
             )
+
+
+VOCABULARY_AXES = {  # paths of what has an axis of token ids
+    "llm": {"token_embedding/embedding": 0, "head/kernel": 1},
+    "embedding": {"text_embedding/embedding": 0},
+}
+
+
+def _fits(folder, component, name, stored, wanted):
+    """Whether shapes are equal but for the padding of a vocabulary."""
+    stored, wanted = tuple(stored), tuple(wanted)
+    axis = VOCABULARY_AXES.get(component, {}).get(name)
+    if stored == wanted or axis is None:
+        return stored == wanted
+    rest = lambda shape: shape[:axis] + shape[axis + 1 :]
+    real = getattr(load_model_config(folder), component).vocab_size
+    return rest(stored) == rest(wanted) and min(stored[axis], wanted[axis]) >= real

@@ -8,7 +8,7 @@ import pathlib
 import jax
 import numpy as np
 
-from hovle_jax.config import ExecutionConfig, RunConfig
+from hovle_jax.config import ExecutionConfig, HoVLEConfig, RunConfig
 from hovle_jax.data import pipeline
 from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
@@ -123,7 +123,7 @@ def load_params(models: Models, batch, mesh, sources):
         else:
             params[component] = checkpoint.load_component(sources[component], component, abstract)
     if "embedding" in params and "embedding" not in sources:
-        copy_text_table(params)
+        copy_text_table(params, models.config.model)
         if models.config.init.pass_through:
             add_nothing(params["embedding"]["stack"])
     return params
@@ -145,15 +145,16 @@ def load_clip_teacher(folder, models, abstract):
     return {"vision": tower | {"layers": layers}}
 
 
-def copy_text_table(params):
+def copy_text_table(params, model: HoVLEConfig):
     """A fresh holistic embedding starts with the LLM's token vectors as its text table, as far as there are any."""
     if "llm" not in params:
         return
-    table, embedding = params["llm"]["token_embedding"]["embedding"], params["embedding"]
-    for name in ("text_embedding", "special_embedding"):
+    table = params["llm"]["token_embedding"]["embedding"][: model.llm.vocab_size]
+    embedding, size = params["embedding"], model.embedding.vocab_size
+    for name, rows in (("text_embedding", table[:size]), ("special_embedding", table[size:])):
         if name in embedding:
             fresh = embedding[name]["embedding"]
-            rows, table = table[: len(fresh)], table[len(fresh) :]
+            rows = rows[: len(fresh)]
             # A copy also where all rows are replaced: the step donates its buffers.
             embedding[name] = {"embedding": jax.device_put(fresh.at[: len(rows)].set(rows), fresh.sharding)}
 

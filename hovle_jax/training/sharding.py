@@ -78,8 +78,15 @@ def shardings_of(boxed, mesh):
             parts = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
             if size % parts:
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
+                remedy = f"; vocab_multiple={parts} in model.llm and model.embedding pads it" * (name == "vocab")
                 log.warning(
-                    "%s: axis %s of %d is not divisible by %s=%d and stays whole", where, name, size, axis, parts
+                    "%s: axis %s of %d is not divisible by %s=%d and stays whole%s",
+                    where,
+                    name,
+                    size,
+                    axis,
+                    parts,
+                    remedy,
                 )
                 axis = None
             spec.append(axis if parts > 1 else None)
