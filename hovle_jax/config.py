@@ -101,6 +101,8 @@ class EmbeddingConfig:
     """The holistic embedding.
 
     Attributes:
+      image_size: the tile side for which positions were learned.
+      force_image_size: the tile side that is read, where it is another one (the positions are resized); 0 = the same.
       pixel_shuffle: 'pre' (HoVLE: 2x2 patches become one token before the layers), 'post' (HD: after them) or
         'none' (a patch is a token).
       vocab_size: ids below it are rows of the text table.
@@ -119,6 +121,7 @@ class EmbeddingConfig:
     normalize_output: bool = False
     family: str = "internlm2"
     vocab_multiple: int = 1
+    force_image_size: int = 0
 
     @property
     def table_rows(self):
@@ -131,8 +134,18 @@ class EmbeddingConfig:
         return self.vocab_size + self.num_special_tokens
 
     @property
+    def tile_size(self):
+        """Pixels along one side of a tile."""
+        return self.force_image_size or self.image_size
+
+    @property
     def grid(self):
         """Patches along one side of a tile."""
+        return self.tile_size // self.patch_size
+
+    @property
+    def position_grid(self):
+        """Learned positions along one side."""
         return self.image_size // self.patch_size
 
     @property
@@ -149,14 +162,15 @@ class EmbeddingConfig:
         self.stack.check("model.embedding.stack")
         if self.pixel_shuffle not in PIXEL_SHUFFLE:
             raise UserError(f"model.embedding.pixel_shuffle={self.pixel_shuffle!r}: use one of {PIXEL_SHUFFLE}")
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"model.embedding: image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
-            )
+        for name in ("image_size", "force_image_size"):
+            if getattr(self, name) % self.patch_size:
+                raise UserError(
+                    f"model.embedding: {name}={getattr(self, name)} must be a multiple of patch_size={self.patch_size}"
+                )
         if self.pixel_shuffle != "none" and self.grid % 2:
             raise UserError(
                 f"model.embedding: the {self.grid}x{self.grid} patch grid is odd and cannot be pixel-shuffled 2x2; "
-                f"use image_size={self.image_size + self.patch_size} or pixel_shuffle='none'"
+                f"use tiles of {self.tile_size + self.patch_size} pixels or pixel_shuffle='none'"
             )
 
 

@@ -47,7 +47,7 @@ class BatchShape:
     def of(cls, data: DataConfig, embedding: EmbeddingConfig, image_id):
         expansion = embedding.stack_tokens_per_tile // embedding.tokens_per_tile
         return cls(
-            data.sequence_length, data.tiles, embedding.image_size, embedding.tokens_per_tile, expansion, image_id
+            data.sequence_length, data.tiles, embedding.tile_size, embedding.tokens_per_tile, expansion, image_id
         )
 
     @property

@@ -59,7 +59,7 @@ class SampleMaker:
         return Sample(encoded.tokens, encoded.supervised, tiles)
 
     def no_tiles(self):
-        return np.zeros((0, self.embedding.image_size, self.embedding.image_size, 3), np.uint8)
+        return np.zeros((0, self.embedding.tile_size, self.embedding.tile_size, 3), np.uint8)
 
     def text(self, picture, rng):
         """`pretrain`: a conversation about a picture that is told, not shown.
@@ -100,7 +100,7 @@ class SampleMaker:
         data = self.config.data
         others = rng.integers(0, len(self.pictures), data.tiles - 1)
         shown = [picture, *(self.pictures[i] for i in others)]
-        tiles = np.concatenate([self.tile(p, rng, self.embedding.image_size) for p in shown])
+        tiles = np.concatenate([self.tile(p, rng, self.embedding.tile_size) for p in shown])
         counts = (1,) * len(shown)
         encoded = encode_random_text(
             self.tokenizer, rng, data.random_tokens, data.system_message, counts, self.embedding.tokens_per_tile
@@ -113,7 +113,7 @@ class SampleMaker:
         if self.config.data.ask_caption and picture.caption:
             turns.append((CAPTION_REQUEST, picture.caption))
         turns[0] = (f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1])
-        return self.conversation(turns, self.tile(picture, rng, self.embedding.image_size))
+        return self.conversation(turns, self.tile(picture, rng, self.embedding.tile_size))
 
     def longest(self, pictures):
         """A sample at least as long as any that these pictures can give, so that a misfit shows before the compile."""

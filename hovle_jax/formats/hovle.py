@@ -9,12 +9,13 @@ from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
 
 
 def config_from_json(config):
-    """-> HoVLEConfig; `image_size` is that of the learned positions, other tile sizes resize them."""
+    """-> HoVLEConfig; `image_size` is that of the learned positions, `force_image_size` that of tiles."""
     only(config, "ps_version", ("v2",), "v2")
     model = HoVLEConfig(
         embedding=_embedding_from_json(
             field(config, "embedding_config"),
             normalize_output=field(config, "normalize_encoder_output", False),
+            tile_size=field(config, "force_image_size", None),
             where="config.json embedding_config",
         ),
         llm=llms.config_from_json(field(config, "llm_config"), "config.json llm_config"),
@@ -23,22 +24,23 @@ def config_from_json(config):
     return model
 
 
-def _embedding_from_json(config, normalize_output, where):
+def _embedding_from_json(config, normalize_output, tile_size, where):
     """-> EmbeddingConfig. The rotary base and the variant are published nowhere else, so they have no default."""
     only(config, "num_channels", (3,), 3, where)
     only(config, "use_ls", (False,), False, where)
     # Our extension: the published checkpoints have no such key, and InternLM2's layers.
     family = only(config, "layer_type", tuple(llms.MODULES), "internlm2", where)
-    vocab_size = field(config, "llm_vocab_size", where=where)
+    vocab_size, image_size = (field(config, key, where=where) for key in ("llm_vocab_size", "image_size"))
     return EmbeddingConfig(
         family=family,
         stack=_plain_stack(config, where) if family == "internlm2" else _other_stack(config, family, where),
-        image_size=field(config, "image_size", where=where),
+        image_size=image_size,
         patch_size=field(config, "patch_size", where=where),
         vocab_size=vocab_size,
         pixel_shuffle=_pixel_shuffle(config, where),
         num_special_tokens=_num_special_tokens(config, vocab_size, where),
         normalize_output=normalize_output,
+        force_image_size=tile_size if tile_size not in (None, image_size) else 0,
     )
 
 
@@ -113,7 +115,7 @@ def config_to_json(config: HoVLEConfig, image_id, special_tokens):
         "model_type": "internvl_chat",
         "embedding_config": embedding,
         "llm_config": llms.config_to_json(config.llm),
-        "force_image_size": c.image_size,
+        "force_image_size": c.tile_size,
         "downsample_ratio": 0.5,
         "ps_version": "v2",
         "select_layer": -1,

@@ -72,7 +72,7 @@ def _prompt_sample(answerer, question, images):
     embedding = answerer.hovle.config.embedding
     if embedding is None and images:
         raise UserError(f"this model is an LLM alone and sees no images; {len(images)} were given")
-    size, tokens_per_tile = (embedding.image_size, embedding.tokens_per_tile) if embedding else (0, 0)
+    size, tokens_per_tile = (embedding.tile_size, embedding.tokens_per_tile) if embedding else (0, 0)
     encoded = encode_conversation(
         answerer.tokenizer, [(question, None)], answerer.system_message, (1,) * len(images), tokens_per_tile
     )
@@ -93,7 +93,7 @@ def prompt_batch(answerer: Answerer, samples, length=None):
     shape = BatchShape(
         length=length or max(len(s.tokens) for s in samples),
         tiles=max([1] + [len(s.tiles) for s in samples]),
-        tile_size=embedding.image_size,
+        tile_size=embedding.tile_size,
         tokens_per_tile=embedding.tokens_per_tile,
         expansion=embedding.stack_tokens_per_tile // embedding.tokens_per_tile,
         image_id=answerer.tokenizer.image_id,

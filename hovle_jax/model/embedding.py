@@ -50,7 +50,7 @@ class HolisticEmbedding(nn.Module):
         width = c.stack.width
         table_init = partitioned(nn.initializers.normal(width**-0.5), "positions", "embed")
         self.patch_embedding = dense(width, ("patch", "embed"), "patch_embedding", dtype, use_bias=True)
-        self.position_embedding = self.param("position_embedding", table_init, (c.grid**2, width))
+        self.position_embedding = self.param("position_embedding", table_init, (c.position_grid**2, width))
         # Stored in the public checkpoints and never used: kept so that an export returns what was imported.
         self.class_embedding = self.param("class_embedding", table_init, (1, width))
         self.class_position = self.param("class_position", table_init, (1, width))

@@ -70,9 +70,10 @@ def example_batch(config: ModelConfig, component):
     batch = {prefix + name: tokens for prefix in ("", "long_") for name in names} | {"long_text_positions": tokens}
     if component == "llm":
         return batch
-    tower = config.embedding if component == "embedding" else getattr(config, component).vision
-    batch["tiles"] = jax.ShapeDtypeStruct((1, 1, tower.image_size, tower.image_size, 3), jnp.uint8)
+    embedding = config.embedding
+    size = embedding.tile_size if component == "embedding" else getattr(config, component).vision.image_size
+    batch["tiles"] = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
     if component == "embedding":
-        for prefix, count in (("", tower.tokens_per_tile), ("long_", tower.stack_tokens_per_tile)):
+        for prefix, count in (("", embedding.tokens_per_tile), ("long_", embedding.stack_tokens_per_tile)):
             batch[f"{prefix}image_positions"] = jax.ShapeDtypeStruct((1, count), jnp.int32)
     return batch
