@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hovle_jax.cache import cache_dir
+from hovle_jax.config import smol_model
 from hovle_jax.data.text import encode_conversation
 from hovle_jax.inference.generate import answer
 from hovle_jax.training.checkpoint import is_finished
@@ -21,6 +22,10 @@ def smol():
     if not is_finished(folder):
         pytest.skip("fetch it once: python -m hovle_jax.generate --checkpoint smol-llm --prompt hello")
     return load_run(folder)
+
+
+def test_the_preset_has_its_sizes(smol):
+    assert smol.config.llm == smol_model().llm
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["prompt"])

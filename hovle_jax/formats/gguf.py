@@ -88,7 +88,7 @@ def config_from_metadata(metadata, tensor_names, rope_factors=None, where="GGUF 
     head_dim = get("attention.key_length", width // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         only(metadata, f"{arch}.{key}", (head_dim,), head_dim, where)
-    theta = float(get("rope.freq_base", 10000.0))
+    theta = _float(get("rope.freq_base", 10000.0))
     stack = StackConfig(
         num_layers=get("block_count"),
         width=width,
@@ -98,7 +98,7 @@ def config_from_metadata(metadata, tensor_names, rope_factors=None, where="GGUF 
         mlp_width=get("feed_forward_length"),
         rope_theta=theta,
         rope_scaling=_rope_scaling(get, head_dim, theta, rope_factors, where),
-        norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+        norm_eps=_float(get("attention.layer_norm_rms_epsilon")),
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         output_bias="blk.0.attn_output.bias" in tensor_names,
         mlp_bias="blk.0.ffn_gate.bias" in tensor_names,
@@ -108,6 +108,11 @@ def config_from_metadata(metadata, tensor_names, rope_factors=None, where="GGUF 
     vocab_size = metadata.get(f"{arch}.vocab_size") or len(field(metadata, "tokenizer.ggml.tokens", where=where))
     tied = "output.weight" not in tensor_names
     return LLMConfig(stack=stack, vocab_size=vocab_size, max_length=get("context_length"), tied=tied, family=arch)
+
+
+def _float(value):
+    """The shortest number that is this one in float32, the metadata's type: 1e-5, not 9.99...e-6."""
+    return float(str(np.float32(value)))
 
 
 def _rope_scaling(get, head_dim, theta, factors, where):
@@ -120,15 +125,15 @@ def _rope_scaling(get, head_dim, theta, factors, where):
     if kind not in ("linear", "yarn"):
         raise UserError(f"{where}: rope.scaling.type={kind!r} is not supported; supported: none, linear, yarn")
     original = int(get("rope.scaling.original_context_length", get("context_length")))
-    scaling = RopeScaling(kind, float(get("rope.scaling.factor")), original)
+    scaling = RopeScaling(kind, _float(get("rope.scaling.factor")), original)
     if kind == "linear":
         return scaling
     # llama.cpp multiplies its own factor, the paper's, by this one; ours is the product.
-    more = float(get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor", 1.0)))
+    more = _float(get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor", 1.0)))
     return dataclasses.replace(
         scaling,
-        beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
-        beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
+        beta_fast=_float(get("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=_float(get("rope.scaling.yarn_beta_slow", 1.0)),
         attention_factor=0.0 if more == 1 else more * (1 + 0.1 * math.log(scaling.factor)),
     )
 
