@@ -1,6 +1,8 @@
 """Tests run on the CPU with eight devices, so that meshes can be tested; set before JAX is imported anywhere."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -8,6 +10,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+# What one worker or command has compiled, the others need not compile again. The first process of a session makes the
+# folder; those that it starts inherit its name.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_made = None
+if _CACHE not in os.environ:
+    _made = os.environ[_CACHE] = tempfile.mkdtemp(prefix="hovle_jax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure(config):
+    if _made:
+        shutil.rmtree(_made, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

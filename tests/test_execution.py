@@ -88,8 +88,8 @@ def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, var
 
 def gradients_of(models, stage):
     def of(params, batch):
-        trained = select(params, STAGES[stage].trains)
-        frozen = select(params, lambda path: not STAGES[stage].trains(path))
+        trains = functools.partial(STAGES[stage].trains, model=models.config.model)
+        trained, frozen = select(params, trains), select(params, lambda path: not trains(path))
         (loss, _), grads = jax.value_and_grad(total_loss, has_aux=True)(trained, frozen, batch, stage, models)
         return loss, grads
 
