@@ -26,13 +26,14 @@ def get_config(preset="tiny"):
     config.data.batch_size = 16
     if preset == "smol":
         config.init.llm = "smol-llm"
+        config.data.batch_size = 8
         config.data.turns = 1
         config.data.balanced = True
         config.data.sequence_length = 72
         config.data.augment = True
         config.steps = 150
         config.eval_limit = 200
-        config.optimizer.learning_rate = 1e-3
+        config.optimizer.learning_rate = 5e-4
         config.optimizer.warmup_steps = 10
         config.optimizer.b2 = 0.98
         return config

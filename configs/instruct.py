@@ -27,6 +27,7 @@ def get_config(preset="tiny"):
     config.data.batch_size = 16
     config.data.balanced = True
     if preset == "smol":
+        config.data.batch_size = 8
         config.data.sequence_length = 72
         config.data.ask_caption = True
         config.data.augment = True

@@ -22,7 +22,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf as ours
 from hovle_jax.inference.generate import answer
 from hovle_jax.training import loop
-from hovle_jax.training.checkpoint import load_model_config
+from hovle_jax.training.checkpoint import load_model_config, save_model
 from hovle_jax.training.load import load_run
 from tests import micro
 from tests.gguf_files import write_gguf
@@ -318,6 +318,79 @@ def test_a_model_that_sees_over_that_llm(gguf_file, tmp_path, monkeypatch):
     assert back.tokenizer.specials == load_run(tmp_path / "run").tokenizer.specials
     assert back.tokenizer.stop_ids == (back.tokenizer.special("<|im_end|>"),)
     assert answer(back.answerer, prompts, max_new_tokens=6) == answers
+
+
+def public_llm(folder, vocab_size, **public):
+    """A small public InternLM2 with these keys in its config.json, without a tokenizer."""
+    stack = StackConfig(num_layers=1, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
+    config = ModelConfig(llm=LLMConfig(stack, vocab_size=vocab_size, max_length=128))
+    (folder / "ours").mkdir()
+    save_model(folder / "ours", config, {"llm": lambda: random_params(config, "llm")})
+    export_model(folder / "ours", folder / "public", say=lambda _: None)
+    path = folder / "public" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | public))
+    return folder / "public"
+
+
+def files_of(folder):
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def test_the_tokenizer_files_of_internlm2(tmp_path):
+    """A SentencePiece model, two added tokens in the place of its last pieces, the others behind, as InternVL2 has."""
+    unused = ["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]"]
+    model = sentencepiece_model(LINES, user_defined_symbols=unused)
+    plain = SentencePieceTokenizer(model, {})
+    size = plain.vocab_size
+    ids = {"<|im_end|>": plain.encode(unused[0])[-1], "<|im_start|>": plain.encode(unused[1])[-1]}
+    ids |= {token: size + i for i, token in enumerate(ADDED_TOKENS[2:])}
+    decoder = {
+        str(i): {"content": token, "special": True} for token, i in {"<unk>": 0, "<s>": 1, "</s>": 2, **ids}.items()
+    }
+    folder = public_llm(tmp_path, size + 9)
+    (folder / "tokenizer.model").write_bytes(model)
+    import_checkpoint(folder, tmp_path / "bare", say=lambda _: None)
+    settings = {"added_tokens_decoder": decoder, "chat_template": CHATML, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    import_checkpoint(folder, tmp_path / "whole", say=lambda _: None)
+    for name, template in (("bare", None), ("whole", CHATML)):  # the model alone gives the same ids
+        tokenizer = load_tokenizer(tmp_path / name)
+        assert tokenizer.specials == {"<s>": 1, "</s>": 2, **ids}
+        assert tokenizer.vocab_size == size + 9
+        assert tokenizer.first_special == min(ids.values())
+        assert tokenizer.stop_ids == (ids["<|im_end|>"], 2)
+        assert tokenizer.chat_template == template
+    export_model(tmp_path / "whole", tmp_path / "again", say=lambda _: None)
+    assert files_of(tmp_path / "again") == files_of(folder)
+    assert len(files_of(folder)) == 2
+
+
+def test_the_tokenizer_files_of_others(tokenizer, trained, tmp_path):
+    """tokenizer.json; names as strings or objects, several ends, a list of templates, a beginning of its own."""
+    special = tokenizer.specials
+    folder = public_llm(tmp_path, tokenizer.vocab_size, eos_token_id=special["<|endoftext|>"])
+    (folder / "tokenizer.json").write_text(trained.to_str())
+    template = "{{ bos_token }}" + CHATML
+    settings = {
+        "bos_token": {"content": "<|im_start|>"},
+        "eos_token": "<|im_end|>",
+        "chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": template}],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    import_checkpoint(folder, tmp_path / "config", say=lambda _: None)
+    found = load_tokenizer(tmp_path / "config")
+    assert found.stop_ids == (special["<|im_end|>"], special["<|endoftext|>"])
+    assert found.chat_template == template
+    twice = encode_conversation(found, [("It's", None)]).tokens[:2]
+    assert twice.tolist() == [special["<|im_start|>"]] * 2, "the template's own beginning, then the first message's"
+    ends = {"eos_token_id": [special["<|im_end|>"]]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    import_checkpoint(folder, tmp_path / "generation", say=lambda _: None)
+    assert load_tokenizer(tmp_path / "generation").stop_ids == (special["<|im_end|>"],)
+    export_model(tmp_path / "generation", tmp_path / "again", say=lambda _: None)
+    assert files_of(tmp_path / "again") == files_of(folder)
+    assert len(files_of(folder)) == 3
 
 
 def test_a_packaged_model(gguf_file, tmp_path, monkeypatch):
