@@ -17,10 +17,12 @@ class RopeScaling:
     """Rotary frequencies for longer texts than `original_length`; see model/rotary.py.
 
     Attributes:
-      kind: 'linear', 'llama3' or 'yarn'.
+      kind: 'linear', 'llama3', 'yarn' or 'factors'.
       low_frequency_factor, high_frequency_factor: llama3: how many turns over `original_length` bound the blend.
       beta_fast, beta_slow: yarn: the same bounds.
       attention_factor: yarn: scales cos and sin; 0 = from `factor`.
+      truncate: yarn: whether the bounds are rounded to whole pairs.
+      factors: what each pair's frequency is divided by.
     """
 
     kind: str
@@ -31,6 +33,8 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 0.0
+    truncate: bool = True
+    factors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ class LLMConfig:
 
     Attributes:
       tied: the head is the token table (small Llama and Qwen models).
+      head_stored: tied: a public checkpoint has the head all the same, as a copy.
       family: whose names and options a public checkpoint of it has: 'internlm2', 'llama', 'qwen2', 'qwen3'.
       vocab_multiple: the table and the head are padded to a multiple of it, so that a mesh axis divides them; an export
         crops them, and the logits of padding are never chosen.
@@ -82,6 +87,7 @@ class LLMConfig:
     tied: bool = False
     family: str = "internlm2"
     vocab_multiple: int = 1
+    head_stored: bool = False
 
     @property
     def table_rows(self):

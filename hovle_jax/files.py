@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 import time
 
 from hovle_jax.errors import UserError
@@ -19,15 +20,19 @@ def whole_folder(folder):
       UserError: `folder` exists and is not empty, or it cannot be written (a full disk, no permission).
     """
     folder = pathlib.Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another name, or remove it")
+    if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty; choose another folder, or remove that one")
-    partial = folder.with_name(folder.name + ".partial")
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
+    partial = None
     try:
-        _remove(partial)
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
         yield partial
         if folder.exists():
             folder.rmdir()
+        partial.chmod(0o777 & ~_umask())  # a temporary folder is its owner's alone
         partial.rename(folder)
     except (OSError, ValueError) as error:
         number = _errno(error)
@@ -36,7 +41,11 @@ def whole_folder(folder):
         reason = "the disk is full" if number == errno.ENOSPC else os.strerror(number)
         raise UserError(f"cannot write {folder}: {reason}; nothing was left behind") from None
     finally:
-        _remove(partial)
+        if partial is not None:
+            _remove(partial)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # in use
+                parent.rmdir()
 
 
 def _errno(error):
@@ -45,6 +54,12 @@ def _errno(error):
         return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return int(found.group(1)) if found else None
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _remove(folder):

@@ -28,7 +28,6 @@ from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, sch
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
 from hovle_jax.files import whole_folder
-from hovle_jax.formats import gguf as gguf_format
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.hovle import HoVLE, LanguageModel
@@ -51,6 +50,7 @@ def llm(family, tied=False, **stack):
     return LLMConfig(dataclasses.replace(STACK, **stack), vocab_size=40, max_length=64, tied=tied, family=family)
 
 
+FACTORS = RopeScaling("factors", 1.0, 16, attention_factor=1.2, factors=(1.0, 1.5, 2.0, 4.0))
 LLAMA3 = RopeScaling("llama3", 8.0, 16, low_frequency_factor=1.0, high_frequency_factor=4.0)
 YARN = RopeScaling("yarn", 4.0, 16, beta_fast=30.0, beta_slow=2.0, attention_factor=1.2)
 TOWER = ViTConfig(image_size=32, patch_size=8, width=32, num_layers=2, num_heads=2, mlp_width=64)
@@ -66,6 +66,8 @@ MODELS = {
         llm=llm("llama", tied=True, qkv_bias=True, output_bias=True, mlp_bias=True, rope_scaling=LLAMA3)
     ),
     "llama, yarn": ModelConfig(llm=llm("llama", rope_scaling=YARN, num_kv_heads=1)),
+    "llama, longrope": ModelConfig(llm=llm("llama", rope_scaling=FACTORS)),
+    "internlm2, tied": ModelConfig(llm=llm("internlm2", tied=True)),
     "qwen2": ModelConfig(llm=llm("qwen2", qkv_bias=True, rope_scaling=RopeScaling("linear", 2.0, 64))),
     "qwen3": ModelConfig(llm=llm("qwen3", qk_norm=True, head_dim=16, tied=True)),
     "internvit": ModelConfig(teacher=TeacherConfig("internvit", PLAIN_TOWER, projector="linear")),
@@ -397,10 +399,22 @@ def test_scaled_rotary_positions_in_a_gguf(kind, tmp_path):
     found = open_checkpoint(tmp_path / "model.gguf")
     assert found.config.stack.rope_scaling == scaling
     found.load()
-    if kind == "llama3":
-        for factors in ([1.0, 2.0, 3.0, 8.0], [1.0, 1.0]):
-            with pytest.raises(UserError, match="rope_freqs.weight is not Llama 3.1's"):
-                gguf_format._llama3_scaling(np.array(factors), 1e4, "model.gguf")
+
+
+def test_rotary_factors_that_are_not_llama3s(tmp_path):
+    """They stay what they are, and are LongRoPE's in public."""
+    factors = (1.0, 2.0, 3.5, 8.0)
+    scaling = RopeScaling("factors", 1.0, 64, attention_factor=1.0, factors=factors)
+    config = llm("llama", rope_scaling=scaling)
+
+    def add(writer):
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+
+    write_gguf(tmp_path / "model.gguf", config, random_params(ModelConfig(llm=config), "llm"), add)
+    assert open_checkpoint(tmp_path / "model.gguf").config.stack.rope_scaling == scaling
+    plain, _ = frequencies(dataclasses.replace(config.stack, rope_scaling=None))
+    np.testing.assert_allclose(frequencies(config.stack)[0] * factors, plain, rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

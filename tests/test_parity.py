@@ -70,6 +70,7 @@ class InMemory:
 
     def __init__(self, tensors):
         self.shapes, self.read = {name: x.shape for name, x in tensors.items()}, tensors.__getitem__
+        self.file_of = lambda name: "memory"
 
 
 @pytest.mark.parametrize("name", shared.folders("hovle-")[:1])

@@ -120,8 +120,14 @@ def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=p
             public_config = json.loads((public / "config.json").read_text())  # with what we have no name for
         elif tokenizer is not None:
             write_tokenizer(tokenizer, partial)
-        text = json.dumps(public_config | {"torch_dtype": dtype}, indent=2)
+        text = json.dumps(with_dtype(public_config | {"torch_dtype": dtype}, dtype), indent=2)
         (partial / "config.json").write_text(text + "\n")
+
+
+def with_dtype(config, dtype):
+    """A public config whose keys say this type, those of its parts too."""
+    config = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return config | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
 
 
 def write_tensors(folder, shapes, tensors, dtype, shard_bytes, say):

@@ -10,6 +10,7 @@ from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.conversion.text import TOKENIZER_FILES, read_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.files import whole_folder
+from hovle_jax.formats import llms
 from hovle_jax.formats.families import local, open_checkpoint
 from hovle_jax.training.checkpoint import Deferred, save_model
 from hovle_jax.training.load import abstract_model
@@ -73,7 +74,9 @@ def import_text(source, checkpoint, folder, say):
 def public_config(checkpoint, kind):
     """The part of the checkpoint's config.json that describes the part taken, as it came."""
     whole = checkpoint.public_config
-    return whole.get({"llm": "llm_config", "teacher": "vision_config"}.get(kind), whole)
+    if kind == "llm":
+        return llms.named(whole.get("llm_config", whole))
+    return whole.get("vision_config", whole) if kind == "teacher" else whole
 
 
 def copy_public_files(source, config, folder):

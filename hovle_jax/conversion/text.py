@@ -2,7 +2,9 @@
 
 import json
 
+from hovle_jax.data import chat
 from hovle_jax.data.tokenizer import CHAT_TEMPLATE, HuggingFaceTokenizer, SentencePieceTokenizer
+from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf
 
 # InternVL2's and HoVLE's config names the template; these two differ in their default system message alone. The
@@ -17,8 +19,18 @@ TOKENIZER_FILES = (
 
 def read_tokenizer(source, checkpoint):
     """-> Tokenizer of a checkpoint's folder or .gguf file, or None. Raises UserError for one that is not supported."""
-    if source.is_dir():
-        return _from_folder(source, checkpoint)
+    try:
+        tokenizer = (_from_folder if source.is_dir() else _from_gguf)(source, checkpoint)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries' own errors, of many kinds
+        raise UserError(f"the tokenizer's files in {source} are broken ({error})") from None
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        chat.compiled(tokenizer.chat_template)
+    return tokenizer
+
+
+def _from_gguf(_, checkpoint):
     metadata = checkpoint.public_config
     tokenizer = gguf.tokenizer_from_metadata(metadata)
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
@@ -28,7 +40,10 @@ def read_tokenizer(source, checkpoint):
 def _from_folder(folder, checkpoint):
     def read(name):
         path = folder / name
-        return json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is not a JSON object")
+        return found
 
     settings, generation = read("tokenizer_config.json"), read("generation_config.json")
     decoder = settings.get("added_tokens_decoder") or {}

@@ -5,6 +5,7 @@ The names are the field's own (`logits`, `loss`, `grad.<tensor>`, ...); gradient
 
 import dataclasses
 import pathlib
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import llama
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
-from hovle_jax.model.embedding import scatter_rows
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.teacher import MLP1
 from hovle_jax.model.transformer import Stack
@@ -55,6 +55,30 @@ class Report:
             raise UserError(f"expected.npz lacks {name!r}, without which nothing can be compared")
         self.unknown.discard(name)
         return self.arrays[name]
+
+    def has(self, *names):
+        """Whether all of these are there; what needs an input that is not stays unknown."""
+        return all(name in self.arrays for name in names)
+
+    def ids(self, name, vocab_size):
+        """An input [B, L] of token ids, int32. Raises UserError for another shape, or an id that is none."""
+        ids = self.input(name)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"expected.npz: {name} of shape {list(ids.shape)} ({ids.dtype}) must be integers [B, L]")
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise UserError(f"expected.npz: {name} has id {ids.max()}; the checkpoint has {vocab_size} tokens")
+        return ids.astype(np.int32)
+
+    def tiles(self, patch_size):
+        """The input pixel_values [M, 3, S, S], normalised, as [M, S, S, 3]."""
+        pixels = self.input("pixel_values")
+        size = pixels.shape[-1]
+        if pixels.shape != (len(pixels), 3, size, size) or size % patch_size:
+            raise UserError(
+                f"expected.npz: pixel_values of shape {list(pixels.shape)} must be [tiles, 3, size, size], with a size "
+                f"that {patch_size} (patch_size) divides"
+            )
+        return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
     def compare(self, name, ours, where=True):
         """Notes the largest difference, if the reference has this array; `where` leaves out what is not defined."""
@@ -101,7 +125,7 @@ def verify(folder):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             report = Report(arrays)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
     files = sorted(folder.glob("*.gguf"))
     if files and not (folder / "config.json").is_file():
@@ -125,26 +149,21 @@ def shifted_loss(logits, labels):
     return -jnp.sum(jnp.where(weights, chosen, 0)) / jnp.sum(weights)
 
 
-def _text_inputs(report):
+def _text_inputs(report, vocab_size):
     """-> (tokens, positions, segment_ids), each [B, L] int32; padding is segment 0."""
-    tokens = report.input("input_ids").astype(np.int32)
+    tokens = report.ids("input_ids", vocab_size)
     mask = report.input("attention_mask") if "attention_mask" in report else np.ones_like(tokens)
+    if mask.shape != tokens.shape:
+        raise UserError(f"expected.npz: attention_mask is {list(mask.shape)} and input_ids {list(tokens.shape)}")
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return tokens, positions, mask.astype(np.int32)
 
 
-def _places(tokens, token_id):
-    """Where `token_id` stands in each row: [B, count] int32, the row's length where a row has fewer."""
-    found = [np.flatnonzero(row == token_id) for row in tokens]
-    out = np.full((len(tokens), max(map(len, found))), tokens.shape[1], np.int32)
-    for row, at in zip(out, found, strict=True):
-        row[: len(at)] = at
-    return out
-
-
-def _channels_last(pixel_values):
-    """[M, 3, S, S] -> [M, S, S, 3]; they are normalised already."""
-    return np.ascontiguousarray(pixel_values.transpose(0, 2, 3, 1))
+def _embed(llm, tokens, public_config):
+    """Token vectors. The padding id's row learns nothing as input: public code has it as torch's `padding_idx`."""
+    x = llm.token_embedding(tokens)
+    padding = public_config.get("pad_token_id", 0 if llm.config.family == "internlm2" else None)
+    return x if padding is None else jnp.where((tokens == padding)[..., None], jax.lax.stop_gradient(x), x)
 
 
 def _with_loss(forward, report, params, rules):
@@ -152,6 +171,8 @@ def _with_loss(forward, report, params, rules):
     if "labels" not in report:
         return jax.jit(forward)(params)
     labels = report.input("labels")
+    if labels.shape != report.arrays["input_ids"].shape:
+        raise UserError(f"expected.npz: labels is {list(labels.shape)}, input_ids another shape")
 
     def loss(params):
         logits, more = forward(params)
@@ -170,12 +191,27 @@ def _with_loss(forward, report, params, rules):
 def _verify_llm(checkpoint, report):
     config, params = checkpoint.config, checkpoint.load()
     model = LanguageModel(config, EXECUTION)
-    tokens, positions, segment_ids = _text_inputs(report)
+    if report.has("input_ids"):
+        _verify_text(checkpoint, report, model, params)
+    if report.has("greedy_sequence", "greedy_prompt"):
+        prompt = report.ids("greedy_prompt", config.vocab_size)
+        sequence, logits = greedy_text(model, params, prompt, np.ones_like(prompt), report.arrays["greedy_sequence"])
+        report.compare_tokens("greedy_sequence", sequence)
+        report.compare("greedy_logits", logits)
+    if report.has("batch_greedy_sequences", "batch_prompt", "batch_prompt_mask"):
+        prompt, mask = report.ids("batch_prompt", config.vocab_size), report.input("batch_prompt_mask")
+        sequences, _ = greedy_text(model, params, prompt, mask, report.arrays["batch_greedy_sequences"])
+        report.compare_tokens("batch_greedy_sequences", sequences)
+
+
+def _verify_text(checkpoint, report, model, params):
+    config = checkpoint.config
+    tokens, positions, segment_ids = _text_inputs(report, config.vocab_size)
     real = segment_ids > 0
 
     def forward(params):
         bound = model.bind({"params": params})
-        embeddings = bound.token_embedding(tokens)
+        embeddings = _embed(bound, tokens, checkpoint.public_config)
         hidden, _ = bound.run(embeddings, positions, segment_ids)
         return bound.logits(hidden), (embeddings, bound.norm(hidden))
 
@@ -183,20 +219,13 @@ def _verify_llm(checkpoint, report):
     report.compare("logits", logits, real)
     report.compare("embeddings", embeddings)
     report.compare("hidden_final_normed", normed, real)
-    if "hidden_after_layer1" in report and config.stack.num_layers:
+    if "hidden_after_layer1" in report and config.stack.num_layers == 1:
+        report.compare("hidden_after_layer1", normed, real)  # transformers' last hidden state is the normed one
+    elif "hidden_after_layer1" in report and config.stack.num_layers:
         first = jax.tree.map(lambda leaf: leaf[:1], params["stack"]["layers"])
         stack = Stack(dataclasses.replace(config.stack, num_layers=1), EXECUTION)
         hidden, _ = stack.apply({"params": {"layers": first}}, embeddings, positions, segment_ids)
         report.compare("hidden_after_layer1", hidden, real)
-    if "greedy_sequence" in report:
-        prompt = report.input("greedy_prompt")
-        sequence, logits = greedy_text(model, params, prompt, np.ones_like(prompt), report.arrays["greedy_sequence"])
-        report.compare_tokens("greedy_sequence", sequence)
-        report.compare("greedy_logits", logits)
-    if "batch_greedy_sequences" in report:
-        prompt, mask = report.input("batch_prompt"), report.input("batch_prompt_mask")
-        sequences, _ = greedy_text(model, params, prompt, mask, report.arrays["batch_greedy_sequences"])
-        report.compare_tokens("batch_greedy_sequences", sequences)
 
 
 def greedy_text(model, params, prompts, mask, like):
@@ -223,7 +252,7 @@ def greedy_text(model, params, prompts, mask, like):
 
 
 def _verify_tower(checkpoint, report):
-    tiles = _channels_last(report.input("pixel_values"))
+    tiles = report.tiles(checkpoint.config.patch_size)
     tower, params = VisionTransformer(checkpoint.config, EXECUTION), checkpoint.load()["teacher"]["vision"]
     hidden, _ = jax.jit(tower.apply)({"params": params}, tiles)
     for name in ("vit_last_hidden_state", "last_hidden_state"):
@@ -232,19 +261,32 @@ def _verify_tower(checkpoint, report):
 
 def _verify_internvl(checkpoint, report):
     config, params = checkpoint.config, checkpoint.load()
-    tokens, positions, segment_ids = _text_inputs(report)
-    tiles = _channels_last(report.input("pixel_values"))
-    image_positions = _places(tokens, int(report.input("img_context_token_id")))
     tower, llm = VisionTransformer(config.vision, EXECUTION), LanguageModel(config.llm, EXECUTION)
-    width = config.llm.stack.width
+    tiles, width = report.tiles(config.vision.patch_size), config.llm.stack.width
 
-    def forward(params):
+    def see(params):
         teacher = params["teacher"]
         hidden, _ = tower.apply({"params": teacher["vision"]}, tiles)
-        features = MLP1(width, "float32").apply({"params": teacher["mlp1"]}, pixel_shuffle(hidden[:, 1:]))
+        return hidden, MLP1(width, "float32").apply({"params": teacher["mlp1"]}, pixel_shuffle(hidden[:, 1:]))
+
+    if not report.has("input_ids"):
+        hidden, features = jax.jit(see)(params)
+        report.compare("vit_last_hidden_state", hidden)
+        report.compare("projected_features", features)
+        return
+    tokens, positions, segment_ids = _text_inputs(report, config.llm.vocab_size)
+    # All tiles' tokens in order fill the places of all rows in order; a tile whose flag is 0 is a text row's dummy.
+    shown = np.flatnonzero(report.input("image_flags").reshape(-1)) if "image_flags" in report else slice(None)
+    places = np.nonzero(tokens == int(report.input("img_context_token_id")))
+
+    def forward(params):
+        hidden, features = see(params)
         bound = llm.bind({"params": params["llm"]})
-        x = bound.token_embedding(tokens)
-        x = scatter_rows(x, features.reshape(len(tokens), -1, width), image_positions)
+        x = _embed(bound, tokens, checkpoint.public_config["llm_config"])
+        rows = features[shown].reshape(-1, width)
+        if len(rows) != len(places[0]):
+            raise UserError(f"expected.npz: {len(rows)} visual tokens, {len(places[0])} places for them in input_ids")
+        x = x.at[places].set(rows)
         return bound.logits(bound.run(x, positions, segment_ids)[0]), (hidden, features)
 
     logits, (hidden, features) = _with_loss(forward, report, params, checkpoint.rules)
@@ -258,9 +300,17 @@ class HoVLEInputs:
 
     def __init__(self, config, context_id, report):
         self.config, self.context_id = config.embedding, context_id
-        self.tokens = report.input("input_ids")
-        self.long_tokens = report.input("hd_input_ids") if config.embedding.pixel_shuffle == "post" else None
-        self.tiles = _channels_last(report.input("pixel_values"))[None]
+        self.tokens = report.ids("input_ids", config.num_tokens)
+        is_hd = config.embedding.pixel_shuffle == "post"
+        self.long_tokens = report.ids("hd_input_ids", config.num_tokens) if is_hd else None
+        self.tiles = report.tiles(config.embedding.patch_size)[None]
+        if len(self.tokens) != 1:
+            raise UserError(f"expected.npz: input_ids has {len(self.tokens)} rows; one row is supported for HoVLE")
+        grid = self.tiles.shape[2] // config.embedding.patch_size
+        visual, places = self.tiles.shape[1] * grid**2, np.count_nonzero(self.tokens == context_id)
+        visual //= 1 if config.embedding.pixel_shuffle == "none" else 4
+        if visual != places:
+            raise UserError(f"expected.npz: {visual} visual tokens and {places} places for them in input_ids")
 
     def batch(self, appended=(), room=0):
         """The batch of the prompt, then `appended`, then padding; `room` tokens are added to the length in all."""
@@ -283,7 +333,7 @@ class HoVLEInputs:
             "tokens": tokens,
             "positions": index,
             "segment_ids": (index < real).astype(np.int32),
-            "image_positions": _places(prompt, self.context_id),
+            "image_positions": np.flatnonzero(prompt[0] == self.context_id)[None].astype(np.int32),
         }
 
     def text_places(self, stream):
@@ -328,8 +378,9 @@ def _verify_gguf(file, report):
     checkpoint, tag = open_checkpoint(file), file.stem.removeprefix("model-") + "."
     config, params = checkpoint.config, checkpoint.load()
     model = LanguageModel(config, EXECUTION)
-    tokens, positions, segment_ids = _text_inputs(report)
-    report.compare(tag + "logits", jax.jit(model.apply)({"params": params}, tokens, positions, segment_ids))
+    tokens, positions, segment_ids = _text_inputs(report, config.vocab_size)
+    logits = jax.jit(model.apply)({"params": params}, tokens, positions, segment_ids)
+    report.compare(tag + "logits", logits, segment_ids > 0)
     public = to_public(llama.rules(config), params)
     for name in list(report.arrays):
         kind, _, key = name.removeprefix(tag).partition(".")

@@ -1,5 +1,7 @@
 """Chat templates as public checkpoints bring them: Jinja, rendered in a sandbox."""
 
+import datetime
+import json
 import re
 
 from hovle_jax.errors import UserError
@@ -18,23 +20,45 @@ def render(template, messages, bos="", eos="", add_generation_prompt=True):
       UserError: the template is broken or refuses the messages.
     """
     try:
+        return compiled(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos, tools=None
+        )
+    except UserError:
+        raise
+    except Exception as error:  # what a template does can fail in any way
+        raise UserError(f"the checkpoint's chat template cannot be rendered ({error})") from None
+
+
+def compiled(template):
+    """A Jinja template in a sandbox, with what public templates use beside Jinja's own. Raises UserError."""
+    try:
         import jinja2
+        import jinja2.ext
         import jinja2.sandbox
     except ModuleNotFoundError:
         raise UserError('chat templates need the package jinja2; run: pip install "hovle_jax[convert]"') from None
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks answers; what is in it is rendered as it stands."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def refuse(message):
         raise UserError(f"the checkpoint's chat template refuses these messages: {message}")
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos, tools=None
-        )
-    except jinja2.TemplateError as error:
+        return environment.from_string(template)
+    except (jinja2.TemplateError, TypeError) as error:
         raise UserError(f"the checkpoint's chat template cannot be rendered ({error})") from None
 
 
@@ -52,7 +76,7 @@ def parts(tokenizer, turns, system=""):
       [(text or None, special token or None, is_answer)]; an image is the token `IMAGE_MARK`. An answer's end token is
       a part of it.
     Raises:
-      UserError: see `render`; also a template that puts no stop token behind an answer.
+      UserError: see `render`; also a template that changes answers, or puts no stop token behind one.
     """
     template, specials = tokenizer.chat_template, tokenizer.specials
     texts = [template, system, *(text for turn in turns for text in turn if text)]
@@ -60,21 +84,28 @@ def parts(tokenizer, turns, system=""):
     shield, image, begin, end = (next(free) for _ in range(4))
     longest_first = sorted(specials, key=len, reverse=True)
 
-    def message(role, text, before="", behind=""):
+    def message(role, text):
         text = text.replace(IMAGE_MARK, image) if role == "user" else text
         for token in longest_first:
             text = text.replace(token, token[0] + shield + token[1:])
-        return {"role": role, "content": before + text + behind}
+        if role == "assistant":  # within the blanks around it, which a template may strip
+            inner = text.strip()
+            start = text.index(inner)
+            text = text[:start] + begin + inner + end + text[start + len(inner) :]
+        return {"role": role, "content": text}
 
     messages = [message("system", system)] if system else []
     for question, answer in turns:
         messages.append(message("user", question))
         if answer is not None:
-            messages.append(message("assistant", answer, begin, end))
+            messages.append(message("assistant", answer))
     by_id = {i: token for token, i in specials.items()}
     bos, eos = (by_id.get(i, "") for i in (tokenizer.bos, tokenizer.eos))
     text = render(template, messages, bos, eos, add_generation_prompt=turns[-1][1] is None)
 
+    marks = [char for char in text if char in (begin, end)]
+    if marks != [begin, end] * sum(answer is not None for _, answer in turns):
+        raise UserError("the chat template takes answers apart (as some do with <think>); leave that part of them out")
     stops = {by_id[i] for i in tokenizer.stop_ids}
     found, is_answer, is_over = [], False, False
     for piece in re.split("(" + "|".join(map(re.escape, [*longest_first, image, begin, end])) + ")", text):

@@ -118,14 +118,9 @@ def _encode_text(tokenizer, parts):
     """Ids of adjacent texts [(text, is_answer)], and whether each is an answer's.
 
     They are encoded as one text, as the public code does: a tokenizer may treat the beginning of a text in its own way.
-    Where one part ends is told by the number of ids of what stands before.
     """
-    ids = tokenizer.encode("".join(text for text, _ in parts))
-    ends = [len(tokenizer.encode("".join(text for text, _ in parts[:count]))) for count in range(1, len(parts))]
-    answers = np.zeros(len(ids), bool)
-    for (_, is_answer), start, end in zip(parts, [0, *ends], [*ends, len(ids)], strict=True):
-        answers[start:end] = is_answer
-    return ids, answers.tolist()
+    ids, belongs_to = tokenizer.encode_parts([text for text, _ in parts])
+    return ids, [parts[index][1] for index in belongs_to]
 
 
 def _first(tokenizer):

@@ -4,6 +4,7 @@ Special tokens are never parsed out of a user's text: `encode` takes what is wri
 as ids, through a chat template alone.
 """
 
+import bisect
 import io
 import itertools
 import json
@@ -65,6 +66,23 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of plain text; special tokens written in it are ordinary characters."""
+        raise NotImplementedError
+
+    def encode_parts(self, parts):
+        """Ids of adjacent texts, encoded as the one text that they are.
+
+        Returns:
+          (ids, for each the index of its part: the last one that it reaches into).
+        """
+        ids, ends = self._encode_with_ends("".join(parts))
+        if ends is None:
+            pairs = [(i, index) for index, part in enumerate(parts) for i in self.encode(part)]
+            return [i for i, _ in pairs], [index for _, index in pairs]
+        bounds = list(itertools.accumulate(map(len, parts)))
+        return ids, [bisect.bisect_left(bounds, end) for end in ends]
+
+    def _encode_with_ends(self, text):
+        """-> (ids, for each the number of characters up to its end; None where that cannot be told)."""
         raise NotImplementedError
 
     def _decode_text(self, ids):
@@ -179,6 +197,18 @@ class SentencePieceTokenizer(Tokenizer):
         # write that. It then goes by its bytes.
         return [i for index in ids for i in (self._bytes(index) if index in self._names else [index])]
 
+    def _encode_with_ends(self, text):
+        ids, data = self.encode(text), text.encode()
+        pieces = [self._pieces.id_to_piece(i) for i in ids]
+        lengths = [
+            1 if self._pieces.is_byte(i) else len(p.replace("\u2581", " ").encode()) for i, p in zip(ids, pieces)
+        ]
+        prefix = sum(lengths) - len(data)
+        if prefix not in (0, 1):  # a blank may be put in front; a model that changes the text otherwise tells nothing
+            return ids, None
+        starts = list(itertools.accumulate((byte & 0xC0 != 0x80 for byte in data), initial=0))  # characters begun
+        return ids, [starts[max(end - prefix, 0)] for end in itertools.accumulate(lengths)]
+
     def _bytes(self, index):
         text = self._pieces.id_to_piece(index).replace("\u2581", " ")
         return [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
@@ -236,6 +266,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text):
         return self._model.encode(text, add_special_tokens=False).ids
+
+    def _encode_with_ends(self, text):
+        encoded = self._model.encode(text, add_special_tokens=False)
+        return encoded.ids, [end for _, end in encoded.offsets]
 
     def _decode_text(self, ids):
         return self._model.decode(ids, skip_special_tokens=False)

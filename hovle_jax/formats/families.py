@@ -7,8 +7,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from hovle_jax.cache import cache_dir
-from hovle_jax.config import TeacherConfig
+from hovle_jax.config import LLMConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf, hovle, internvl, llms
 from hovle_jax.formats.mapping import check, deferred, load, nested
@@ -24,7 +26,7 @@ class Checkpoint:
       config: ours, read from the checkpoint's own.
       public_config: config.json or GGUF's metadata.
       rules: public names <-> our paths.
-      source: `shapes` {name: shape} and `read(name)`.
+      source: `shapes` {name: shape}, `read(name)` and `file_of(name)`.
     """
 
     kind: str
@@ -53,7 +55,7 @@ class Checkpoint:
 
     def check(self, abstract):
         """Names and shapes of all tensors against our parameters' {component: shapes}; raises UserError."""
-        check(self.component_rules(), self.source.shapes, abstract)
+        check(self.component_rules(), self.source, abstract)
 
     def load_component(self, component, abstract=None):
         """The parameters of one component alone; the others' tensors are not read."""
@@ -69,7 +71,7 @@ class Checkpoint:
         rules = [r for r in self.component_rules() if r.ours[0].split("/")[0] == component]
         names = {name for r in rules for name in r.names()}
         shapes = {name: shape for name, shape in self.source.shapes.items() if name in names}
-        return rules, Part(shapes, self.source.read)
+        return rules, Part(shapes, self.source.read, self.source.file_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Part:
 
     shapes: dict
     read: Callable
+    file_of: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +102,8 @@ def family_of(config, where="config.json"):
     """The key in FAMILIES. Raises UserError for an architecture that is not known."""
     kind = config.get("model_type")
     if kind == "internvl_chat":
-        kind = "hovle" if "embedding_config" in config else "internvl"
-    if kind not in FAMILIES:
+        kind = "hovle" if config.get("embedding_config") is not None else "internvl"
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(sorted((FAMILIES.keys() - {"internvl", "hovle"}) | {"internvl_chat"}))
         raise UserError(f"{where}: model_type={config.get('model_type')!r} is not supported; supported: {known}")
     return kind
@@ -129,8 +132,8 @@ def local(source):
         folder = huggingface_hub.snapshot_download(
             str(source), allow_patterns=list(HUB_FILES), cache_dir=cache_dir("hub")
         )
-    except (OSError, ValueError, huggingface_hub.errors.HubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # its own errors, and those of the HTTP library that it uses
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{source} is not a path here and cannot be fetched from the hub ({reason})") from None
     return pathlib.Path(folder)
 
@@ -154,17 +157,42 @@ def open_checkpoint(path):
         public_config = json.loads(config_path.read_text())
     except ValueError as error:
         raise UserError(f"{config_path} is not JSON ({error})") from None
+    if not isinstance(public_config, dict):
+        raise UserError(f"{config_path} is not a JSON object")
     family = FAMILIES[family_of(public_config, str(config_path))]
     source = SafetensorsFolder(path)
-    config = family.config_from_json(_with_bias(public_config, source.shapes))
+    try:
+        config = family.config_from_json(_with_bias(public_config, source.shapes), str(config_path))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # a value of a type that none of its kind has
+        raise UserError(f"{config_path} cannot be read: {error}") from None
+    config = _with_stored_head(config, source)
     return Checkpoint(family.kind, config, public_config, family.rules(config), source)
+
+
+def _with_stored_head(config, source):
+    """A tied head that is in the file all the same: a copy is written again, and one that differs is a head of its own.
+
+    That is how transformers reads them.
+    """
+    llm = config if isinstance(config, LLMConfig) else getattr(config, "llm", None)
+    if llm is None or not llm.tied:
+        return config
+    heads = [n for n in source.shapes if n.removeprefix("language_model.") in ("lm_head.weight", "output.weight")]
+    if not heads:
+        return config
+    table = heads[0].removesuffix("lm_head.weight").removesuffix("output.weight") + llms.TABLES[llm.family]
+    if table not in source.shapes:
+        return config
+    is_copy = np.array_equal(source.read(heads[0]), source.read(table), equal_nan=True)
+    llm = dataclasses.replace(llm, head_stored=True) if is_copy else dataclasses.replace(llm, tied=False)
+    return llm if isinstance(config, LLMConfig) else dataclasses.replace(config, llm=llm)
 
 
 def _with_bias(public_config, names):
     """InternLM2's `bias`, where config.json leaves it to the public code's default, is what the tensors say."""
     key = "llm_config" if "llm_config" in public_config else None
     llm = public_config[key] if key else public_config
-    if llm.get("model_type", "internlm2") != "internlm2" or "bias" in llm:
+    if not isinstance(llm, dict) or llms.named(llm)["model_type"] != "internlm2" or "bias" in llm:
         return public_config
     llm = llm | {"bias": any(name.endswith(".attention.wqkv.bias") for name in names)}
     return public_config | {key: llm} if key else llm

@@ -17,6 +17,30 @@ def field(config, key, default=REQUIRED, where="config.json"):
     return value
 
 
+def count(config, key, default=REQUIRED, where="config.json", minimum=1):
+    """config[key], an integer of at least `minimum` (or the default, whatever it is)."""
+    value = field(config, key, default, where)
+    if value is not default and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+        raise UserError(f"{where}: {key}={value!r} must be an integer of at least {minimum}")
+    return value
+
+
+def number(config, key, default=REQUIRED, where="config.json"):
+    """config[key] as a positive float."""
+    value = field(config, key, default, where)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{where}: {key}={value!r} must be a positive number")
+    return float(value)
+
+
+def table(config, key, default=REQUIRED, where="config.json"):
+    """config[key], a JSON object."""
+    value = field(config, key, default, where)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key}={value!r} must be an object")
+    return value
+
+
 def only(config, key, supported, default=REQUIRED, where="config.json"):
     """Checks that config[key] is one of `supported`, a tuple; what a checkpoint needs and we lack fails by name."""
     value = field(config, key, default, where)

@@ -62,6 +62,10 @@ class GGUFFile:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
         self.shapes = {name: tuple(int(size) for size in reversed(t.shape)) for name, t in self._tensors.items()}
 
+    def file_of(self, _):
+        """The file's path."""
+        return self.path
+
     def read(self, name):
         """-> float32 [out, in] (or [size]) of one tensor, dequantised. Raises UserError for an unknown block type."""
         tensor = self._tensors[name]
@@ -119,7 +123,11 @@ def _rope_scaling(get, head_dim, theta, factors, where):
     """-> RopeScaling or None, from the keys rope.scaling.* or the factors of rope_freqs.weight."""
     kind = get("rope.scaling.type", None)
     if factors is not None:
-        return _llama3_scaling(factors, theta, where)
+        if len(factors) != head_dim // 2:
+            raise UserError(f"{where}: {ROPE_FACTORS} has {len(factors)} factors for a head_dim of {head_dim}")
+        return _llama3_scaling(factors, theta) or RopeScaling(
+            "factors", 1.0, int(get("context_length")), attention_factor=1.0, factors=tuple(map(_float, factors))
+        )
     if kind in (None, "none"):
         return None
     if kind not in ("linear", "yarn"):
@@ -138,8 +146,8 @@ def _rope_scaling(get, head_dim, theta, factors, where):
     )
 
 
-def _llama3_scaling(factors, theta, where):
-    """The parameters of Llama 3.1's scaling, of which a GGUF file has the result alone.
+def _llama3_scaling(factors, theta):
+    """-> the parameters of Llama 3.1's scaling, of which a GGUF file has the result alone; None if it is another one.
 
     The slowest pair is divided by the whole factor; a pair between slow and fast tells how often it turns over the
     original length. The bounds are 1 and 4 turns in every such model.
@@ -148,19 +156,13 @@ def _llama3_scaling(factors, theta, where):
     whole, pairs = float(factors.max()), np.arange(len(factors))
     blended = pairs[(factors > 1 + 1e-4) & (factors < whole * (1 - 1e-4))]
     plain = theta ** (-pairs / len(factors))
-    found = None
-    if len(blended):
-        at = blended[len(blended) // 2]
-        turns = 1 + 3 * (1 / factors[at] - 1 / whole) / (1 - 1 / whole)
-        found = RopeScaling("llama3", round(whole, 4), round(turns * 2 * math.pi / plain[at]))
-        stack = StackConfig(0, 0, 0, 0, 2 * len(factors), 0, rope_theta=theta, rope_scaling=found)
-        if not np.allclose(plain / frequencies(stack)[0], factors, rtol=1e-3):
-            found = None
-    if found is None:
-        raise UserError(
-            f"{where}: {ROPE_FACTORS} is not Llama 3.1's rotary scaling, the only one of its kind supported"
-        )
-    return found
+    if not len(blended):
+        return None
+    at = blended[len(blended) // 2]
+    turns = 1 + 3 * (1 / factors[at] - 1 / whole) / (1 - 1 / whole)
+    found = RopeScaling("llama3", round(whole, 4), round(turns * 2 * math.pi / plain[at]))
+    stack = StackConfig(0, 0, 0, 0, 2 * len(factors), 0, rope_theta=theta, rope_scaling=found)
+    return found if np.allclose(plain / frequencies(stack)[0], factors, rtol=1e-5) else None
 
 
 def _paired(num_heads):

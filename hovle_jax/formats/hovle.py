@@ -3,22 +3,22 @@
 from hovle_jax.config import EmbeddingConfig, HoVLEConfig, LLMConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2, llms
-from hovle_jax.formats.fields import field, only
+from hovle_jax.formats.fields import count, field, number, only, table
 from hovle_jax.formats.internvl import patch_rules
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
 
 
-def config_from_json(config):
+def config_from_json(config, where="config.json"):
     """-> HoVLEConfig; `image_size` is that of the learned positions, `force_image_size` that of tiles."""
-    only(config, "ps_version", ("v2",), "v2")
+    only(config, "ps_version", ("v2",), "v2", where)
     model = HoVLEConfig(
         embedding=_embedding_from_json(
-            field(config, "embedding_config"),
-            normalize_output=field(config, "normalize_encoder_output", False),
-            tile_size=field(config, "force_image_size", None),
-            where="config.json embedding_config",
+            table(config, "embedding_config", where=where),
+            normalize_output=field(config, "normalize_encoder_output", False, where),
+            tile_size=count(config, "force_image_size", None, where) if config.get("force_image_size") else None,
+            where=f"{where} embedding_config",
         ),
-        llm=llms.config_from_json(field(config, "llm_config"), "config.json llm_config"),
+        llm=llms.config_from_json(table(config, "llm_config", where=where), f"{where} llm_config"),
     )
     model.check()
     return model
@@ -30,12 +30,12 @@ def _embedding_from_json(config, normalize_output, tile_size, where):
     only(config, "use_ls", (False,), False, where)
     # Our extension: the published checkpoints have no such key, and InternLM2's layers.
     family = only(config, "layer_type", tuple(llms.MODULES), "internlm2", where)
-    vocab_size, image_size = (field(config, key, where=where) for key in ("llm_vocab_size", "image_size"))
+    vocab_size, image_size = (count(config, key, where=where) for key in ("llm_vocab_size", "image_size"))
     return EmbeddingConfig(
         family=family,
         stack=_plain_stack(config, where) if family == "internlm2" else _other_stack(config, family, where),
         image_size=image_size,
-        patch_size=field(config, "patch_size", where=where),
+        patch_size=count(config, "patch_size", where=where),
         vocab_size=vocab_size,
         pixel_shuffle=_pixel_shuffle(config, where),
         num_special_tokens=_num_special_tokens(config, vocab_size, where),
@@ -45,17 +45,17 @@ def _embedding_from_json(config, normalize_output, tile_size, where):
 
 
 def _plain_stack(config, where):
-    only(config, "hidden_act", ("silu",), "silu", where)
+    only(config, "hidden_act", internlm2.SILU, "silu", where)
     for key in ("attention_bias", "mlp_bias"):
         only(config, key, (False,), False, where)
-    theta, eps = (field(config, key, where=where) for key in ("rope_theta", "rms_norm_eps"))
+    theta, eps = (number(config, key, where=where) for key in ("rope_theta", "rms_norm_eps"))
     return internlm2.stack_from_json(config, rope_theta=theta, norm_eps=eps, where=where)
 
 
 def _other_stack(config, family, where):
     for key in ("rope_theta", "rms_norm_eps"):
         field(config, key, where=where)
-    return llms.config_from_json(config | {"model_type": family, "vocab_size": 0}, where).stack
+    return llms.config_from_json(config | {"model_type": family, "vocab_size": 1}, where).stack
 
 
 def _pixel_shuffle(config, where):
@@ -67,7 +67,7 @@ def _pixel_shuffle(config, where):
 
 def _num_special_tokens(config, vocab_size, where):
     """Rows of the second table; its ids continue the first table's."""
-    ids = sorted((config.get("special_token_maps") or {}).values())
+    ids = sorted(table(config, "special_token_maps", where=where).values()) if config.get("special_token_maps") else []
     if ids != list(range(vocab_size, vocab_size + len(ids))):
         raise UserError(
             f"{where}: special_token_maps has ids {ids}; they must count up from llm_vocab_size={vocab_size}"

@@ -4,8 +4,10 @@ import dataclasses
 
 from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.errors import UserError
-from hovle_jax.formats.fields import field, only
+from hovle_jax.formats.fields import count, field, number, only, table
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, packed_wqkv, padded, rule
+
+SILU = ("silu", "swish")  # two names of one function
 
 
 def config_from_json(config, where="config.json"):
@@ -13,34 +15,34 @@ def config_from_json(config, where="config.json"):
     _check_supported(config, where)
     stack = stack_from_json(
         config,
-        rope_theta=field(config, "rope_theta", 10000.0, where),
-        norm_eps=field(config, "rms_norm_eps", 1e-6, where),
+        rope_theta=number(config, "rope_theta", 10000.0, where),
+        norm_eps=number(config, "rms_norm_eps", 1e-6, where),
         where=where,
     )
     bias = field(config, "bias", True, where)
-    max_length = field(config, "max_position_embeddings", 2048, where)
+    max_length = count(config, "max_position_embeddings", 2048, where)
     return LLMConfig(
         stack=dataclasses.replace(
             stack, qkv_bias=bias, output_bias=bias, rope_scaling=_scaling(config, max_length, where)
         ),
-        vocab_size=field(config, "vocab_size", where=where),
+        vocab_size=count(config, "vocab_size", where=where),
         max_length=max_length,
+        tied=field(config, "tie_word_embeddings", False, where),
     )
 
 
 def _check_supported(config, where):
     only(config, "model_type", ("internlm2",), "internlm2", where)
-    only(config, "hidden_act", ("silu",), "silu", where)
+    only(config, "hidden_act", SILU, "silu", where)
     only(config, "rope_pos_id_version", ("default",), "default", where)
-    only(config, "tie_word_embeddings", (False,), False, where)
 
 
 def _scaling(config, max_length, where):
     """-> RopeScaling or None."""
-    scaling = config.get("rope_scaling") or {}
+    scaling = table(config, "rope_scaling", {}, where) if config.get("rope_scaling") else {}
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind == "linear":
-        return RopeScaling("linear", float(field(scaling, "factor", where=f"{where} rope_scaling")), max_length)
+        return RopeScaling("linear", number(scaling, "factor", where=f"{where} rope_scaling"), max_length)
     # Dynamic NTK does nothing up to max_position_embeddings, which is our max_length.
     if kind not in (None, "dynamic"):
         raise UserError(f"{where}: rope_scaling={scaling!r} is not supported; supported: null, 'linear', 'dynamic'")
@@ -49,16 +51,16 @@ def _scaling(config, max_length, where):
 
 def stack_from_json(config, rope_theta, norm_eps, where="config.json"):
     """-> StackConfig from the keys that the LLM's and the embedding's configs share."""
-    width, num_heads = (field(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
+    width, num_heads = (count(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
     stack = StackConfig(
-        num_layers=field(config, "num_hidden_layers", where=where),
+        num_layers=count(config, "num_hidden_layers", where=where, minimum=0),
         width=width,
         num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        num_kv_heads=count(config, "num_key_value_heads", None, where) or num_heads,
         head_dim=head_dim(width, num_heads, where),
-        mlp_width=field(config, "intermediate_size", where=where),
-        rope_theta=float(rope_theta),
-        norm_eps=float(norm_eps),
+        mlp_width=count(config, "intermediate_size", where=where),
+        rope_theta=rope_theta,
+        norm_eps=norm_eps,
     )
     stack.check(where)
     return stack
@@ -80,8 +82,6 @@ def config_to_json(config: LLMConfig):
     stack = config.stack
     is_linear = stack.rope_scaling is not None and stack.rope_scaling.kind == "linear"
     check_plain(dataclasses.replace(stack, rope_scaling=None) if is_linear else stack)
-    if config.tied:
-        raise UserError("InternLM2's public code has no tied head; export as llama")
     return {
         "architectures": ["InternLM2ForCausalLM"],
         "model_type": "internlm2",
@@ -94,7 +94,7 @@ def config_to_json(config: LLMConfig):
         **stack_to_json(stack),
         "bias": stack.qkv_bias,
         "rope_scaling": None if stack.rope_scaling is None else {"type": "linear", "factor": stack.rope_scaling.factor},
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
@@ -148,6 +148,14 @@ def stack_rules(config: StackConfig, public):
     return nested(rules, public=public + "{layer}.", ours="layers")
 
 
+def head_rules(config: LLMConfig, public):
+    """Rules of an LLM's head; a tied one is rarely in the file, and then as a copy."""
+    rows = config.vocab_size, config.table_rows
+    if config.tied:
+        return [rule(public, "token_embedding/embedding", padded(SAME, *rows))] if config.head_stored else []
+    return [rule(public, "head/kernel", padded(LINEAR, *rows))]
+
+
 def rules(config: LLMConfig):
     """Rules of `LanguageModel`."""
     rows = config.vocab_size, config.table_rows
@@ -155,5 +163,5 @@ def rules(config: LLMConfig):
         rule("model.tok_embeddings.weight", "token_embedding/embedding", padded(SAME, *rows)),
         *nested(stack_rules(config.stack, "model.layers."), ours="stack"),
         rule("model.norm.weight", "norm/scale", SAME),
-        rule("output.weight", "head/kernel", padded(LINEAR, *rows)),
+        *head_rules(config, "output.weight"),
     ]

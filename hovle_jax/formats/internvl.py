@@ -4,8 +4,8 @@ import dataclasses
 
 from hovle_jax.config import LLMConfig, TeacherConfig, ViTConfig
 from hovle_jax.errors import UserError
-from hovle_jax.formats import llms
-from hovle_jax.formats.fields import field, only
+from hovle_jax.formats import internlm2, llms
+from hovle_jax.formats.fields import count, field, number, only, table
 from hovle_jax.formats.mapping import (
     CLASS_TOKEN,
     LINEAR,
@@ -31,29 +31,34 @@ class InternVLConfig:
         return TeacherConfig("internvit", self.vision, projector="mlp1", projector_width=self.llm.stack.width)
 
 
-def config_from_json(config):
+def config_from_json(config, where="config.json"):
     """-> InternVLConfig. Defaults are those of the public `InternVLChatConfig`."""
-    only(config, "select_layer", (-1,), -1)
-    only(config, "downsample_ratio", (0.5,), 0.5)
-    only(config, "ps_version", ("v2",), "v1")
+    only(config, "select_layer", (-1,), -1, where)
+    only(config, "downsample_ratio", (0.5,), 0.5, where)
+    only(config, "ps_version", ("v2",), "v1", where)
     return InternVLConfig(
-        vision=vision_from_json(field(config, "vision_config"), "config.json vision_config"),
-        llm=llms.config_from_json(field(config, "llm_config"), "config.json llm_config"),
+        vision=vision_from_json(table(config, "vision_config", where=where), f"{where} vision_config"),
+        llm=llms.config_from_json(table(config, "llm_config", where=where), f"{where} llm_config"),
     )
 
 
 def vision_from_json(config, where="config.json"):
     """-> ViTConfig of an InternViT. Defaults are those of the public `InternVisionConfig`."""
     only(config, "num_channels", (3,), 3, where)
+    width, num_heads = (count(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
+    internlm2.head_dim(width, num_heads, where)
+    image_size, patch_size = (count(config, key, where=where) for key in ("image_size", "patch_size"))
+    if image_size % patch_size:
+        raise UserError(f"{where}: image_size={image_size} must be a multiple of patch_size={patch_size}")
     return ViTConfig(
-        image_size=field(config, "image_size", where=where),
-        patch_size=field(config, "patch_size", where=where),
-        width=field(config, "hidden_size", where=where),
-        num_layers=field(config, "num_hidden_layers", where=where),
-        num_heads=field(config, "num_attention_heads", where=where),
-        mlp_width=field(config, "intermediate_size", where=where),
+        image_size=image_size,
+        patch_size=patch_size,
+        width=width,
+        num_layers=count(config, "num_hidden_layers", where=where, minimum=0),
+        num_heads=num_heads,
+        mlp_width=count(config, "intermediate_size", where=where),
         norm=only(config, "norm_type", ("layer_norm", "rms_norm"), "rms_norm", where),
-        norm_eps=float(field(config, "layer_norm_eps", 1e-6, where)),
+        norm_eps=number(config, "layer_norm_eps", 1e-6, where),
         activation=only(config, "hidden_act", ("gelu",), "gelu", where),
         qkv_bias=field(config, "qkv_bias", False, where),
         qk_norm=field(config, "qk_normalization", True, where),

@@ -4,11 +4,12 @@ What differs is which projections have biases, whether queries and keys are norm
 """
 
 import dataclasses
+import math
 
 from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2
-from hovle_jax.formats.fields import field, only
+from hovle_jax.formats.fields import REQUIRED, count, field, number, only, table
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
 
 
@@ -41,21 +42,28 @@ def config_from_json(config, where="config.json"):
     """-> LLMConfig. Defaults are those of the public config classes."""
     kind = only(config, "model_type", tuple(FAMILIES), where=where)
     family = FAMILIES[kind]
-    only(config, "hidden_act", ("silu",), "silu", where)
-    only(config, "use_sliding_window", (False, None), False, where)
-    max_length = field(config, "max_position_embeddings", family.max_length, where)
-    width, num_heads = (field(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
+    only(config, "hidden_act", internlm2.SILU, "silu", where)
+    max_length = count(config, "max_position_embeddings", family.max_length, where)
+    width, num_heads = (count(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
+    num_layers = count(config, "num_hidden_layers", where=where, minimum=0)
+    _check_window(config, num_layers, max_length, where)
     qkv_bias, output_bias = family.biases or (field(config, "attention_bias", False, where),) * 2
-    theta, scaling = _rope(config, max_length, where)
+    given = {key: value for key, value in config.items() if value is not None}
+    head_dim = count(given, "head_dim", family.head_dim, where) or internlm2.head_dim(width, num_heads, where)
+    num_kv_heads = count(
+        given, "num_key_value_heads", None if "num_key_value_heads" in config else family.kv_heads, where
+    )
+    num_kv_heads = num_kv_heads or num_heads
+    theta, scaling = _rope(config, max_length, head_dim, where)
     stack = StackConfig(
-        num_layers=field(config, "num_hidden_layers", where=where),
+        num_layers=num_layers,
         width=width,
         num_heads=num_heads,
-        num_kv_heads=field(config, "num_key_value_heads", family.kv_heads, where) or num_heads,
-        head_dim=field(config, "head_dim", family.head_dim, where) or internlm2.head_dim(width, num_heads, where),
-        mlp_width=field(config, "intermediate_size", where=where),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        mlp_width=count(config, "intermediate_size", where=where),
         rope_theta=theta,
-        norm_eps=float(field(config, "rms_norm_eps", 1e-6, where)),
+        norm_eps=number(config, "rms_norm_eps", 1e-6, where),
         rope_scaling=scaling,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
@@ -65,48 +73,74 @@ def config_from_json(config, where="config.json"):
     stack.check(where)
     return LLMConfig(
         stack=stack,
-        vocab_size=field(config, "vocab_size", where=where),
+        vocab_size=count(config, "vocab_size", where=where),
         max_length=max_length,
         tied=field(config, "tie_word_embeddings", False, where),
         family=kind,
     )
 
 
-def _rope(config, max_length, where):
+def _rope(config, max_length, head_dim, where):
     """-> (theta, RopeScaling or None), from `rope_theta` beside `rope_scaling`, or the newer `rope_parameters`."""
-    rope = dict(config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)})
-    rope |= config.get("rope_scaling") or {}
-    where = f"{where} rope_scaling"
-    theta, kind = float(rope.get("rope_theta", 10000.0)), rope.get("rope_type", rope.get("type", "default"))
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = dict(table(config, key, {}, where) if config.get(key) else {})
+    theta = number({"rope_theta": config.get("rope_theta", 10000.0)} | rope, "rope_theta", where=where)
+    where = f"{where} {key}"
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("default", "dynamic"):  # dynamic NTK does nothing up to max_position_embeddings, our max_length
         return theta, None
-    if kind not in ("linear", "llama3", "yarn"):
-        raise UserError(
-            f"{where}: rope_type={kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn"
-        )
-    scaling = RopeScaling(
-        kind=kind,
-        factor=float(field(rope, "factor", where=where)),
-        original_length=int(rope.get("original_max_position_embeddings") or max_length),
+    if kind not in ROPE_KINDS:
+        known = ", ".join(("default", "dynamic", *ROPE_KINDS))
+        raise UserError(f"{where}: rope_type={kind!r} is not supported; supported: {known}")
+    original = count(rope, "original_max_position_embeddings", None, where) or max_length
+    default = max_length / original if kind == "yarn" and rope.get("factor") is None else REQUIRED
+    present = {key: value for key, value in rope.items() if value is not None}
+    factor = number(present, "factor", 1.0 if kind == "longrope" else default, where)
+    return theta, ROPE_KINDS[kind](RopeScaling(kind, factor, original), present, head_dim, max_length, where)
+
+
+def _llama3(scaling, rope, head_dim, max_length, where):
+    low, high = (number(rope, f"{name}_freq_factor", where=where) for name in ("low", "high"))
+    return dataclasses.replace(scaling, low_frequency_factor=low, high_frequency_factor=high)
+
+
+def _yarn(scaling, rope, head_dim, max_length, where):
+    temperature = lambda scale: 1.0 if scaling.factor <= 1 else 0.1 * scale * math.log(scaling.factor) + 1.0
+    factor = rope.get("attention_factor") or 0
+    if not factor and rope.get("mscale") and rope.get("mscale_all_dim"):
+        factor = temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return dataclasses.replace(
+        scaling,
+        beta_fast=number(rope, "beta_fast", 32.0, where),
+        beta_slow=number(rope, "beta_slow", 1.0, where),
+        attention_factor=float(factor),
+        truncate=only(rope, "truncate", (True, False), True, where),
     )
-    if kind == "llama3":
-        scaling = dataclasses.replace(
-            scaling,
-            original_length=int(field(rope, "original_max_position_embeddings", where=where)),
-            low_frequency_factor=float(field(rope, "low_freq_factor", where=where)),
-            high_frequency_factor=float(field(rope, "high_freq_factor", where=where)),
-        )
-    if kind == "yarn":
-        for key in ("mscale", "mscale_all_dim"):
-            only(rope, key, (None, 0), None, where)
-        only(rope, "truncate", (True,), True, where)
-        scaling = dataclasses.replace(
-            scaling,
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
-            attention_factor=float(rope.get("attention_factor") or 0),
-        )
-    return theta, scaling
+
+
+def _longrope(scaling, rope, head_dim, max_length, where):
+    """Texts up to the original length have factors of their own in public code; here one set serves all."""
+    short, long = (tuple(map(float, field(rope, f"{name}_factor", where=where))) for name in ("short", "long"))
+    if short != long or len(long) != head_dim // 2:
+        raise UserError(f"{where}: longrope is supported with short_factor = long_factor of {head_dim // 2} numbers")
+    factor = rope.get("factor") or max_length / scaling.original_length
+    attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(scaling.original_length))
+    attention = number(rope, "attention_factor", attention, where)
+    return dataclasses.replace(scaling, kind="factors", attention_factor=attention, factors=long)
+
+
+ROPE_KINDS = {"linear": lambda scaling, *_: scaling, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
+
+
+def _check_window(config, num_layers, max_length, where):
+    """A sliding window is not supported where it would leave anything out (as transformers reads these keys)."""
+    window = config.get("sliding_window", 4096)
+    if not config.get("use_sliding_window") or window is None or window >= max_length:
+        return
+    kinds = config.get("layer_types") or []
+    sliding = "sliding_attention" in kinds if kinds else config.get("max_window_layers", 28) < num_layers
+    if sliding:
+        raise UserError(f"{where}: use_sliding_window=True is not supported (sliding_window={window})")
 
 
 def config_to_json(config: LLMConfig):
@@ -138,6 +172,14 @@ def config_to_json(config: LLMConfig):
 
 
 def _scaling_to_json(scaling: RopeScaling):
+    if scaling.kind == "factors":
+        return {
+            "rope_type": "longrope",
+            "short_factor": list(scaling.factors),
+            "long_factor": list(scaling.factors),
+            "attention_factor": scaling.attention_factor or 1.0,
+            "original_max_position_embeddings": scaling.original_length,
+        }
     common = {
         "rope_type": scaling.kind,
         "factor": scaling.factor,
@@ -150,6 +192,8 @@ def _scaling_to_json(scaling: RopeScaling):
         common |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
         if scaling.attention_factor:
             common |= {"attention_factor": scaling.attention_factor}
+        if not scaling.truncate:
+            common |= {"truncate": False}
     return common
 
 
@@ -177,11 +221,11 @@ def stack_rules(config: StackConfig, public):
 
 
 def rules(config: LLMConfig):
-    """Rules of `LanguageModel`; a tied head is not in the file."""
+    """Rules of `LanguageModel`."""
     rows = config.vocab_size, config.table_rows
     return [
         rule("model.embed_tokens.weight", "token_embedding/embedding", padded(SAME, *rows)),
         *nested(stack_rules(config.stack, "model.layers."), ours="stack"),
         rule("model.norm.weight", "norm/scale", SAME),
-        *([] if config.tied else [rule("lm_head.weight", "head/kernel", padded(LINEAR, *rows))]),
+        *internlm2.head_rules(config, "lm_head.weight"),
     ]

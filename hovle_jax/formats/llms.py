@@ -4,12 +4,20 @@ from hovle_jax.config import LLMConfig, StackConfig
 from hovle_jax.formats import internlm2, llama
 from hovle_jax.formats.fields import only
 
+TABLES = {"internlm2": "model.tok_embeddings.weight", **dict.fromkeys(llama.FAMILIES, "model.embed_tokens.weight")}
 MODULES = {"internlm2": internlm2, **dict.fromkeys(llama.FAMILIES, llama)}
 
 
 def config_from_json(config, where="config.json"):
-    """-> LLMConfig of a public LLM config; without a `model_type` it is InternLM2's, as in HoVLE's own."""
-    return MODULES[only(config, "model_type", tuple(MODULES), "internlm2", where)].config_from_json(config, where)
+    """-> LLMConfig of a public LLM config, as part of another one."""
+    config = named(config)
+    return MODULES[only(config, "model_type", tuple(MODULES), where=where)].config_from_json(config, where)
+
+
+def named(config):
+    """A public LLM config with its `model_type`: where it has none, `architectures` says it, else it is InternLM2's."""
+    architecture = (config.get("architectures") or ["InternLM2ForCausalLM"])[0]
+    return {"model_type": str(architecture).removesuffix("ForCausalLM").lower()} | config
 
 
 def config_to_json(config: LLMConfig):

@@ -69,28 +69,29 @@ def nested(rules, *, ours, public=""):
     ]
 
 
-def check(rules, shapes, abstract=None):
+def check(rules, source, abstract=None):
     """Compares a checkpoint's tensors, by their shapes alone, with what the rules and our parameters need.
 
     Args:
-      shapes: {public name: shape}.
+      source: `shapes` {public name: shape} and `file_of(name)`.
       abstract: our parameters' shapes, where they are known.
     Raises:
       UserError: tensors are missing, not known, or of a shape that the config does not allow, by name.
     """
     rules = _present(rules)
-    _check_names({n for r in rules for n in r.names()}, set(shapes), "the checkpoint")
+    shapes, names = source.shapes, {n for r in rules for n in r.names()}
+    _check_names(names, set(shapes), f"{source.file_of(None)} (the checkpoint)")
     wanted = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
     for r in rules:
         for name in r.names():
             tensor = jax.ShapeDtypeStruct(shapes[name], jnp.float32)
-            parts = _split(r, name, tensor)
+            parts = _split(r, f"{source.file_of(name)}: {name}", tensor)
             for path, part in zip(r.ours, parts, strict=True):
                 shape = wanted[path].shape[r.num_layers is not None :] if path in wanted else part.shape
                 if tuple(part.shape) != tuple(shape):
                     raise UserError(
-                        f"{name} has shape {list(tensor.shape)}, which gives {path} of {list(part.shape)}; "
-                        f"the config needs {list(shape)}"
+                        f"{source.file_of(name)}: {name} has shape {list(tensor.shape)}, which gives {path} of "
+                        f"{list(part.shape)}; the config needs {list(shape)}"
                     )
 
 
@@ -98,13 +99,13 @@ def load(rules, source, abstract=None):
     """Parameters from a source, one public tensor at a time.
 
     Args:
-      source: `shapes` {public name: shape} and `read(name)` -> float32 array.
+      source: `shapes` {public name: shape}, `read(name)` -> float32 array, `file_of(name)`.
       abstract: our parameters' shapes with shardings: each leaf goes to its shards as soon as it is whole, so the host
         holds no more than one leaf. None: numpy arrays.
     Raises:
       UserError: see `check`. Tensors with values that are not finite are counted in a warning.
     """
-    check(rules, source.shapes, abstract)
+    check(rules, source, abstract)
     targets = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
     leaves = {}
     for r in _present(rules):
@@ -114,7 +115,7 @@ def load(rules, source, abstract=None):
 
 def deferred(rules, source):
     """Our leaves, none of them read yet: {path: (shape, function that reads it)}. The functions work once."""
-    check(rules, source.shapes)
+    check(rules, source)
     leaves = {}
     for r in _present(rules):
         first = r.names()[0]
@@ -144,7 +145,7 @@ def _read(r, source):
         tensor = source.read(name)
         wrong = tensor.size - np.count_nonzero(np.isfinite(tensor))
         if wrong:
-            log.warning("%s: %d of %d values are not finite", name, wrong, tensor.size)
+            log.warning("%s: %s: %d of %d values are not finite", source.file_of(name), name, wrong, tensor.size)
         parts = r.transform.split(tensor)
         if r.num_layers is None:
             return parts
@@ -195,12 +196,18 @@ def public_tensors(rules, read):
 
 def _check_names(expected, found, where):
     wrong = [
-        f"{what} {', '.join(sorted(names))}"
+        f"{what} {_some(names)}"
         for what, names in (("lacks", expected - found), ("has unknown", found - expected))
         if names
     ]
     if wrong:
         raise UserError(f"{where} does not match its config: it {'; it '.join(wrong)}")
+
+
+def _some(names, limit=5):
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _split(r, name, tensor):

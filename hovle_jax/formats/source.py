@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from hovle_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+DTYPES = ("F32", "BF16", "F16")  # which float32 holds exactly
+NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # in old Llama checkpoints: computed, and ignored by public code too
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -30,13 +32,19 @@ class SafetensorsFolder:
         for path in self._paths(index):
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
+                    if name.endswith(NOT_WEIGHTS):
+                        continue
                     if name in self._files:
                         raise UserError(
                             f"{self.folder}: tensor {name} lies in {self._files[name].name} and {path.name}"
                         )
+                    tensor = file.get_slice(name)
+                    if tensor.get_dtype() not in DTYPES:
+                        kinds = ", ".join(DTYPES)
+                        raise UserError(f"{path}: {name} has the type {tensor.get_dtype()}; supported: {kinds}")
                     self._files[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-        missing = sorted(set(index) - set(self.shapes))
+                    self.shapes[name] = tuple(tensor.get_shape())
+        missing = sorted(name for name in set(index) - set(self.shapes) if not name.endswith(NOT_WEIGHTS))
         if missing:
             raise UserError(f"{self.folder}: the files lack tensors that {INDEX} lists: {', '.join(missing)}")
 
@@ -54,9 +62,16 @@ class SafetensorsFolder:
         if not path.is_file():
             return {}
         try:
-            return json.loads(path.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            files = json.loads(path.read_text())["weight_map"]
+            if not all(isinstance(name, str) for name in files.values()):
+                raise TypeError("weight_map names something that is no file")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not an index of safetensors files ({error!r})") from None
+        return files
+
+    def file_of(self, name):
+        """The path of the file that a tensor is in; of the folder for None."""
+        return self._files.get(name, self.folder)
 
     def _paths(self, index):
         paths = [self.folder / name for name in sorted(set(index.values()))] or sorted(

@@ -42,14 +42,21 @@ def _yarn(plain, scaling: RopeScaling, C, theta):
     def pair_that_turns(times):
         return C * math.log(scaling.original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), C - 1)
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, C - 1)
     ramp = np.clip((np.arange(C // 2) - low) / max(high - low, 1e-3), 0, 1)
     factor = scaling.attention_factor or (0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0)
     return (plain / scaling.factor * ramp + plain * (1 - ramp)).astype(np.float32), factor
 
 
-SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _factors(plain, scaling: RopeScaling, C, theta):
+    """Each pair's own (as in LongRoPE, arXiv 2402.13753)."""
+    return plain / np.asarray(scaling.factors, np.float32), scaling.attention_factor or 1.0
+
+
+SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _factors}
 
 
 def rotary_angles(positions, config: StackConfig):
