@@ -28,6 +28,7 @@ from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, sch
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
 from hovle_jax.files import whole_folder
+from hovle_jax.formats import llms
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.hovle import HoVLE, LanguageModel
@@ -245,6 +246,101 @@ def test_a_broken_checkpoint(name, public):
     assert not (public.parent / "dst").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size=None must be an integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be an integer of at least 1"),
+        ({"vocab_size": "40"}, "vocab_size='40' must be an integer"),
+        ({"rope_theta": "x"}, "rope_theta='x' must be a positive number"),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\] must be an object"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_kv_heads=3"),
+        ({"model_type": ["llama"]}, "is not supported"),
+    ],
+)
+def test_config_values_that_make_no_sense(change, message, public):
+    path = public / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"{path}.*{message}"):
+        open_checkpoint(public)
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "x"}}', "{"]
+)
+def test_a_broken_index(index, public):
+    (public / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        open_checkpoint(public)
+
+
+def test_types_that_float32_does_not_hold(public):
+    change(public, **{WQKV: np.zeros((64, 32), np.float64)})
+    with pytest.raises(UserError, match=rf"model\.safetensors: {WQKV} has the type F64; supported: F32, BF16, F16"):
+        open_checkpoint(public)
+
+
+def test_a_tied_head_that_is_stored(tmp_path):
+    """A copy is written again; one that differs is a head of its own, as transformers reads it."""
+    made(tmp_path / "ours", ModelConfig(llm=llm("llama", tied=True)))
+    export_model(tmp_path / "ours", tmp_path / "public", say=lambda _: None)
+    table = load_file(tmp_path / "public" / "model.safetensors")["model.embed_tokens.weight"]
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}  # of old checkpoints: ignored
+    change(tmp_path / "public", **{"lm_head.weight": table}, **buffers)
+    assert open_checkpoint(tmp_path / "public").config.tied
+    import_checkpoint(tmp_path / "public", tmp_path / "back", say=lambda _: None)
+    export_model(tmp_path / "back", tmp_path / "again", say=lambda _: None)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    np.testing.assert_array_equal(again["lm_head.weight"], table)
+    change(tmp_path / "public", **{"lm_head.weight": table + 1})
+    assert not open_checkpoint(tmp_path / "public").config.tied
+    head = open_checkpoint(tmp_path / "public").load()["head"]["kernel"]
+    np.testing.assert_array_equal(head.T, table + 1)
+
+
+YARN_KEYS = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+ROPES = {  # keys of config.json -> what transformers makes of them
+    "theta beside parameters": ({"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}, (500.0, None)),
+    "theta in parameters": ({"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}, (300.0, None)),
+    "scaling replaces parameters": (
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "yarn", "rope_theta": 7.0}},
+        (10000.0, RopeScaling("linear", 2.0, 64)),
+    ),
+    "yarn, mscale": (
+        {"rope_scaling": YARN_KEYS | {"mscale": 2.0, "mscale_all_dim": 1.0, "truncate": False}},
+        (10000.0, RopeScaling("yarn", 4.0, 16, attention_factor=1.27725887 / 1.13862944, truncate=False)),
+    ),
+    "yarn, no factor": ({"rope_scaling": YARN_KEYS | {"factor": None}}, (10000.0, RopeScaling("yarn", 4.0, 16))),
+    "yarn, mscale alone": ({"rope_scaling": YARN_KEYS | {"mscale": 2.0}}, (10000.0, RopeScaling("yarn", 4.0, 16))),
+    "llama3, no original": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}},
+        (10000.0, RopeScaling("llama3", 8.0, 64)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_keys(name):
+    keys, (theta, scaling) = ROPES[name]
+    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=48, vocab_size=40)
+    config = {"model_type": "llama", "max_position_embeddings": 64, **sizes, **keys}
+    stack = llms.config_from_json(config).stack
+    assert stack.rope_theta == theta
+    if scaling is not None:
+        scaling = dataclasses.replace(scaling, attention_factor=pytest.approx(scaling.attention_factor))
+    assert stack.rope_scaling == scaling
+
+
+def test_sliding_windows():
+    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=4, intermediate_size=48, vocab_size=40)
+    config = {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, **sizes}
+    for idle in ({"max_window_layers": 4}, {"sliding_window": None}, {"layer_types": ["full_attention"] * 4}):
+        llms.config_from_json(config | idle)
+    for working in ({"max_window_layers": 3}, {"layer_types": ["full_attention", "sliding_attention"] * 2}):
+        with pytest.raises(UserError, match="use_sliding_window=True is not supported"):
+            llms.config_from_json(config | working)
+
+
 def test_broken_files(public):
     path = public / "model.safetensors"
     whole = path.read_bytes()
@@ -265,7 +361,7 @@ def test_broken_files(public):
 
 
 def test_a_hub_id(public, tmp_path, monkeypatch):
-    hub = types.SimpleNamespace(errors=types.SimpleNamespace(HubHTTPError=RuntimeError))
+    hub = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
     hub.snapshot_download = lambda name, **_: {"some/model": str(public)}[name]
@@ -273,7 +369,7 @@ def test_a_hub_id(public, tmp_path, monkeypatch):
     assert load_model_config(tmp_path / "dst").llm.family == "internlm2"
 
     def offline(*_, **__):
-        raise OSError("no route to the hub")
+        raise RuntimeError("no route to the hub")  # its errors are of many classes
 
     hub.snapshot_download = offline
     with pytest.raises(UserError, match=r"some/other is not a path here and cannot be fetched .*no route"):
@@ -311,13 +407,18 @@ def test_a_folder_is_whole_or_absent(tmp_path):
     reported = "RESOURCE_EXHAUSTED: Failed to write [os_error_code='28']"  # as tensorstore says it
     with pytest.raises(UserError, match="the disk is full"), whole_folder(tmp_path / "out"):
         raise ValueError(reported)
-    with pytest.raises(KeyError), whole_folder(tmp_path / "out"):
+    with pytest.raises(KeyError), whole_folder(tmp_path / "new" / "out"):
         raise KeyError
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out.partial").mkdir()  # somebody else's
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file"), whole_folder(tmp_path / "file"):
+        pass
+    (tmp_path / "file").unlink()
     (tmp_path / "out").mkdir()
     with whole_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("x")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"out", "out/file", "out.partial"}
 
 
 def test_verify_tells_right_from_wrong(public):
@@ -373,10 +474,10 @@ def test_gguf(arch, tmp_path):
         open_checkpoint(tmp_path / "model.gguf").load()
 
 
-YARN_KEYS = {"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 30.0}
+GGUF_YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 30.0}
 SCALINGS = {
     "linear": (RopeScaling("linear", 2.0, 64), {"type": "linear", "factor": 2.0}),
-    "yarn": (RopeScaling("yarn", 4.0, 16, beta_fast=30.0), YARN_KEYS),
+    "yarn": (RopeScaling("yarn", 4.0, 16, beta_fast=30.0), GGUF_YARN),
     "llama3": (LLAMA3, {}),
 }
 

@@ -176,6 +176,38 @@ def test_answers_of_a_template_are_learned_with_their_end(chatty):
         encode_conversation(chatty, [("What?", "Paris")])
 
 
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+BLANK_LINES = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, BLANK_LINES])
+@pytest.mark.parametrize("answer", ["Paris", "naïve café", "🙂", "<think> it's", "a"])
+def test_a_token_belongs_to_what_it_reaches_into(chatty, template, answer):
+    """Wherever tokens end, what is learned is the answer with its end, and at most the blank before it."""
+    chatty.chat_template = template
+    encoded = encode_conversation(chatty, [("What is it?", answer)])
+    learned = chatty.decode(encoded.tokens[encoded.supervised], skip_special=False)
+    assert learned.removeprefix(" ") == f"{answer}<|im_end|>"
+    assert learned.startswith(" ") <= (template == LLAMA2)
+
+
+def test_a_template_that_takes_answers_apart(chatty):
+    chatty.chat_template = CHATML.replace("message['content'] |", "message['content'].split('</think>')[-1] |")
+    encode_conversation(chatty, [("What?", "Paris")])
+    with pytest.raises(UserError, match="takes answers apart"):
+        encode_conversation(chatty, [("What?", "<think>hm</think>Paris")])
+
+
+def test_what_public_templates_use():
+    assert chat.render("{{ messages | tojson }}", [{"a": "<é>"}]) == '[{"a": "<é>"}]'
+    assert chat.render("{{ strftime_now('%Y') }}", []).isdigit()
+
+
 def test_images_in_a_template(chatty):
     tokenizer = chatty.with_image_tokens()
     assert tokenizer.chat_template == CHATML

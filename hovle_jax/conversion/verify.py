@@ -304,8 +304,8 @@ class HoVLEInputs:
         is_hd = config.embedding.pixel_shuffle == "post"
         self.long_tokens = report.ids("hd_input_ids", config.num_tokens) if is_hd else None
         self.tiles = report.tiles(config.embedding.patch_size)[None]
-        if len(self.tokens) != 1:
-            raise UserError(f"expected.npz: input_ids has {len(self.tokens)} rows; one row is supported for HoVLE")
+        if len(self.tokens) != 1 or ("attention_mask" in report and not report.input("attention_mask").all()):
+            raise UserError(f"expected.npz: input_ids {list(self.tokens.shape)}: HoVLE is compared on one row unpadded")
         grid = self.tiles.shape[2] // config.embedding.patch_size
         visual, places = self.tiles.shape[1] * grid**2, np.count_nonzero(self.tokens == context_id)
         visual //= 1 if config.embedding.pixel_shuffle == "none" else 4

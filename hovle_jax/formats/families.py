@@ -163,6 +163,8 @@ def open_checkpoint(path):
     source = SafetensorsFolder(path)
     try:
         config = family.config_from_json(_with_bias(public_config, source.shapes), str(config_path))
+    except UserError as error:
+        raise error if str(config_path) in str(error) else UserError(f"{config_path}: {error}") from None
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # a value of a type that none of its kind has
         raise UserError(f"{config_path} cannot be read: {error}") from None
     config = _with_stored_head(config, source)

@@ -20,6 +20,8 @@ def field(config, key, default=REQUIRED, where="config.json"):
 def count(config, key, default=REQUIRED, where="config.json", minimum=1):
     """config[key], an integer of at least `minimum` (or the default, whatever it is)."""
     value = field(config, key, default, where)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if value is not default and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
         raise UserError(f"{where}: {key}={value!r} must be an integer of at least {minimum}")
     return value
