@@ -4,6 +4,7 @@
 
 tiny: a question of easy-VQA, rarely a negated one, then the picture's caption; two minutes on two CPU cores.
 tiny_no_distill: the same without stage 1, to show what distillation is for.
+smol: over SmolLM2-135M-Instruct; a quarter of an hour, a start and not a result (docs/training.md).
 hovle, hovle_hd: 12k steps of 4096 samples, peak learning rate 5e-5.
 """
 
@@ -24,19 +25,6 @@ def get_config(preset="tiny"):
         config.data.tiles = 13
         return config
     config.data.batch_size = 16
-    if preset == "smol":
-        config.init.llm = "smol-llm"
-        config.data.batch_size = 8
-        config.data.turns = 1
-        config.data.balanced = True
-        config.data.sequence_length = 72
-        config.data.augment = True
-        config.steps = 150
-        config.eval_limit = 200
-        config.optimizer.learning_rate = 5e-4
-        config.optimizer.warmup_steps = 10
-        config.optimizer.b2 = 0.98
-        return config
     config.data.turns = 1
     config.data.balanced = True
     config.data.negated_share = 0.15
@@ -46,4 +34,13 @@ def get_config(preset="tiny"):
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 40
     config.optimizer.b2 = 0.98
+    if preset == "smol":
+        config.init.llm = "smol-llm"
+        config.data.batch_size = 8
+        config.data.negated_share = 0.5
+        config.data.sequence_length = 72
+        config.steps = 150
+        config.eval_limit = 200
+        config.optimizer.learning_rate = 5e-4
+        config.optimizer.warmup_steps = 10
     return config

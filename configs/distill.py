@@ -5,6 +5,7 @@ pictures and random text (paper, section 3.2).
     python -m hovle_jax.train --config configs/distill.py:hovle --config.init.llm=DIR --config.init.teacher=DIR
 
 tiny: the pictures of easy-VQA, the CLIP tower of `contrast`; three minutes on two CPU cores.
+smol: the same over SmolLM2-135M-Instruct; a quarter of an hour.
 hovle, hovle_hd: the paper's 122k steps of 4096 pictures, peak learning rate 3e-4.
 """
 
@@ -21,18 +22,6 @@ def get_config(preset="tiny"):
         config.optimizer.learning_rate = 3e-4
         config.data.sequence_length = 512
         return config
-    if preset == "smol":
-        config.init.llm = "smol-llm"
-        config.init.pass_through = True
-        config.data.batch_size = 8
-        config.data.tiles = 4
-        config.data.sequence_length = 196
-        config.data.augment = True
-        config.steps = 300
-        config.optimizer.learning_rate = 1e-3
-        config.optimizer.warmup_steps = 20
-        config.optimizer.b2 = 0.98
-        return config
     config.data.batch_size = 8
     config.data.tiles = 8
     config.data.sequence_length = 260
@@ -41,4 +30,12 @@ def get_config(preset="tiny"):
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 40
     config.optimizer.b2 = 0.98
+    if preset == "smol":
+        config.init.llm = "smol-llm"
+        config.init.pass_through = True
+        config.data.tiles = 4
+        config.data.sequence_length = 196
+        config.steps = 300
+        config.optimizer.learning_rate = 1e-3
+        config.optimizer.warmup_steps = 20
     return config

@@ -6,6 +6,7 @@ Runs the whole chain where the earlier stages are missing: pretrain, contrast, d
 
 tiny: the training questions of easy-VQA; four minutes on two CPU cores, fifteen for the chain.
 tiny_no_distill: the chain without stage 1, to show what distillation is for.
+smol: over SmolLM2-135M-Instruct, after its own distill and align.
 hovle, hovle_hd: 1.2k steps of 4096 samples, peak learning rate 4e-5.
 """
 
@@ -26,17 +27,6 @@ def get_config(preset="tiny"):
         return config
     config.data.batch_size = 16
     config.data.balanced = True
-    if preset == "smol":
-        config.data.batch_size = 8
-        config.data.sequence_length = 72
-        config.data.ask_caption = True
-        config.data.augment = True
-        config.steps = 150
-        config.eval_limit = 200
-        config.optimizer.learning_rate = 1e-4
-        config.optimizer.warmup_steps = 10
-        config.optimizer.b2 = 0.98
-        return config
     config.data.negated_share = 0.4
     config.data.ask_caption = True
     config.data.sequence_length = 64
@@ -45,4 +35,12 @@ def get_config(preset="tiny"):
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 60
     config.optimizer.b2 = 0.98
+    if preset == "smol":
+        config.data.batch_size = 8
+        config.data.negated_share = 0.5
+        config.data.sequence_length = 72
+        config.steps = 150
+        config.eval_limit = 200
+        config.optimizer.learning_rate = 1e-4
+        config.optimizer.warmup_steps = 10
     return config

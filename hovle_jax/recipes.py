@@ -35,8 +35,10 @@ def is_paper(preset):
 
 
 def no_stage(preset):
-    """Stages that a preset does not have, as it starts from what they would give."""
-    return ("pretrain", "contrast") if is_paper(preset) else ("pretrain",) if preset == "smol" else ()
+    """Stages that a preset does not have, as it starts from public weights instead of what they would give."""
+    if is_paper(preset):
+        return ("pretrain", "contrast")
+    return ("pretrain",) if preset == "smol" else ()
 
 
 def base(stage, preset):

@@ -112,21 +112,13 @@ class Tokenizer:
     def _with_special(self, tokens):
         raise NotImplementedError
 
-    def _split_special(self, text):
-        """-> [(token, "") or ("", text between)]."""
-        if not self._special:
-            return [("", text)]
-        longest_first = sorted(self._special, key=len, reverse=True)
-        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-        return [(part, "") if odd else ("", part) for odd, part in zip(itertools.cycle((0, 1)), parts) if part]
-
     def encode_special(self, text):
         """Ids of text in which special tokens are meant: a rendered template, never a user's words."""
-        return [
-            i
-            for token, part in self._split_special(text)
-            for i in ([self._special[token]] if token else self.encode(part))
-        ]
+        if not self._special:
+            return self.encode(text)
+        longest_first = sorted(self._special, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        return [i for part in parts for i in ([self._special[part]] if part in self._special else self.encode(part))]
 
     def decode(self, ids, skip_special=True):
         """Text of ids; special tokens are left out or written by name. Ids without a piece give nothing."""
