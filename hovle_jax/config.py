@@ -1,4 +1,4 @@
-"""Frozen dataclasses of everything a run is made of, and the model presets.
+"""Frozen dataclasses of everything a run is made of.
 
 A file in `configs/` returns an `ml_collections.ConfigDict` with the fields of `RunConfig`; `RunConfig.from_dict`
 turns it into these classes and refuses keys that it does not know.
@@ -536,66 +536,3 @@ def differences(old, new, path=""):
     for key in sorted(old.keys() | new.keys()):
         found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets: the sizes. The recipes (data, steps, learning rates) are in the files of configs/.
-
-NUM_ADDED_TOKENS = 11  # chat and image tokens at the top of the vocabulary: data/tokenizer.py
-
-
-def tiny_model():
-    """HoVLE for 64-pixel images and two CPU cores."""
-    layer = dict(width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
-    # Distillation fixes directions, not lengths. Unit outputs are about as long as the LLM's token vectors, so that
-    # what the LLM can do with text survives; a small LLM would otherwise have to learn it anew.
-    embedding = EmbeddingConfig(
-        stack=StackConfig(num_layers=4, **layer), image_size=64, patch_size=8, vocab_size=512, normalize_output=True
-    )
-    llm = LLMConfig(stack=StackConfig(num_layers=3, **layer), vocab_size=512, max_length=2048)
-    return HoVLEConfig(embedding=embedding, llm=llm)
-
-
-def tiny_clip():
-    vision = ViTConfig(
-        image_size=64, patch_size=8, width=96, num_layers=5, num_heads=3, mlp_width=384, norm_eps=1e-5,
-        layer_scale=False, patch_bias=False, pre_norm=True, post_norm=True,
-    )  # fmt: skip
-    text = TextTowerConfig(vocab_size=512, width=64, num_layers=2, num_heads=2, mlp_width=256, context=16, end_id=2)
-    return CLIPConfig(vision=vision, text=text, projection_width=64)
-
-
-def smol_model():
-    """HoVLE for 64-pixel images over SmolLM2-135M-Instruct, whose vocabulary ends before the three image tokens."""
-    stack = StackConfig(
-        num_layers=30, width=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_width=1536, rope_theta=1e5
-    )
-    embedding = EmbeddingConfig(
-        stack=dataclasses.replace(stack, num_layers=4), image_size=64, patch_size=8, vocab_size=49152,
-        num_special_tokens=3, family="llama",
-    )  # fmt: skip
-    llm = LLMConfig(stack=stack, vocab_size=49152, max_length=8192, tied=True, family="llama")
-    return HoVLEConfig(embedding=embedding, llm=llm)
-
-
-def hovle_model(pixel_shuffle="pre"):
-    """The paper's sizes: 2,606,327,808 parameters over InternLM2-chat-1.8B (pixel_shuffle='post': HoVLE-HD)."""
-    layer = dict(width=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=8192)
-    embedding = EmbeddingConfig(
-        stack=StackConfig(num_layers=8, **layer), image_size=448, patch_size=14, vocab_size=92553,
-        pixel_shuffle=pixel_shuffle,
-    )  # fmt: skip
-    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=StackConfig(num_layers=24, **layer), vocab_size=92553))
-
-
-def internvit_300m():
-    """InternViT-300M-448px, the teacher's tower."""
-    return ViTConfig(image_size=448, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096)
-
-
-MODELS = {"tiny": tiny_model, "smol": smol_model, "hovle": hovle_model, "hovle_hd": lambda: hovle_model("post")}
-CLIPS = {"tiny": tiny_clip}
-TEACHERS = {
-    "tiny": lambda: TeacherConfig(kind="clip", vision=tiny_clip().vision, projector="linear"),
-    "hovle": lambda: TeacherConfig("internvit", internvit_300m(), projector="mlp1", projector_width=2048),
-}

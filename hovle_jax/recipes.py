@@ -5,9 +5,6 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from hovle_jax.config import (
-    CLIPS,
-    MODELS,
-    TEACHERS,
     DataConfig,
     ExecutionConfig,
     InitConfig,
@@ -17,6 +14,7 @@ from hovle_jax.config import (
     TokenizerConfig,
 )
 from hovle_jax.errors import UserError
+from hovle_jax.presets import CLIPS, MODELS, TEACHERS
 
 # preset -> (model sizes, CLIP sizes or None, teacher)
 PRESETS = {

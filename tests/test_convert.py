@@ -22,7 +22,6 @@ from hovle_jax.config import (
     StackConfig,
     TeacherConfig,
     ViTConfig,
-    hovle_model,
 )
 from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, scheme
 from hovle_jax.conversion.importing import import_checkpoint
@@ -33,6 +32,7 @@ from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.rotary import frequencies
+from hovle_jax.presets import hovle_model
 from hovle_jax.training.checkpoint import load_component, load_model_config, save_model
 from hovle_jax.training.load import abstract_model
 from hovle_jax.training.losses import cross_entropy, divide

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hovle_jax.cache import cache_dir
-from hovle_jax.config import smol_model
 from hovle_jax.data.text import encode_conversation
 from hovle_jax.inference.generate import answer
+from hovle_jax.presets import smol_model
 from hovle_jax.training.checkpoint import is_finished
 from hovle_jax.training.load import load_run
 

@@ -11,7 +11,6 @@ import json
 import pathlib
 import re
 
-from hovle_jax.config import NUM_ADDED_TOKENS
 from hovle_jax.errors import UserError
 
 # At the top of the vocabulary, in the order of the public checkpoints (InternLM2: 92542 to 92552).
@@ -19,7 +18,6 @@ ADDED_TOKENS = (
     "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>",
     "</box>",
 )  # fmt: skip
-assert len(ADDED_TOKENS) == NUM_ADDED_TOKENS
 UNUSED_NAMES = {"<|im_end|>": "[UNUSED_TOKEN_145]", "<|im_start|>": "[UNUSED_TOKEN_146]"}  # InternLM2's pieces
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 IMAGE_TOKENS = ("<img>", "</img>", IMAGE_TOKEN)
