@@ -27,6 +27,9 @@ setup(
         "grain>=0.2.18",  # the input pipeline
         "tensorflow-datasets>=4.9.10",  # prepares and reads data sets as ArrayRecord, without TensorFlow
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "array_record>=0.5",  # what `prepare` writes
+        "msgpack",  # its rows
+        "fsspec",  # data behind any URL
         "sentencepiece>=0.2.1",
         "pillow",  # decodes and resizes pictures
         "ml_collections>=1.1.0",  # config files and their command-line overrides
@@ -41,7 +44,9 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         # GGUF files; tokenizer.json; the chat templates of other LLMs.
         "convert": CONVERT,
+        "data": ["pyarrow>=14", "gcsfs"],  # Parquet files; gs:// URLs
+        "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "reference": ["torch", "transformers>=5"],  # makes tests/golden, and is the peer in benchmarks
-        "test": ["pytest>=8", "pytest-xdist>=3", *CONVERT],
+        "test": ["pytest>=8", "pytest-xdist>=3", "pyarrow>=14", "resvg-py>=0.5", *CONVERT],
     },
 )

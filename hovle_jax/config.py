@@ -343,12 +343,19 @@ class DataConfig:
     """What a stage reads.
 
     Attributes:
-      source: 'easy_vqa'.
+      source: 'easy_vqa', another corpus by name, or data of one's own: a file, pattern or URL of one of the kinds in
+        data/sources.py, or a meta .json that names several (docs/data.md).
       split: 'train'; the test split is never trained on.
+      held_out: a source of samples that are not trained on, for held-out losses; empty = the corpus' own, if any.
       batch_size: rows of the global batch.
       sequence_length, tiles: L and M of the batch contract (HD: the short stream).
-      samples_per_row: how many samples are packed into a row, as segments.
-      augment: flips and shifts of the images, from (seed, step) alone.
+      samples_per_row: how many samples a row has at most, as segments; 0 = as many as fit (easy_vqa: 1, and always as
+        many as are asked for).
+      augment: flips and shifts of the images, of an indexed source one JPEG compression; from (seed, step) alone.
+      min_tiles, max_tiles, thumbnail: indexed sources: the grid of tiles of a picture (several pictures of a sample
+        share max_tiles), and whether the whole picture follows a grid of more than one.
+      upright: turn pictures as their EXIF orientation says.
+      loss_weights: of a sample's supervised tokens, x in number: 'token' 1, 'sample' 1/x, 'square' 1/sqrt(x).
       balanced: draw each conversation's first question so that its words do not give the answer away.
       negated_share: balanced: of those that ask for yes or no, how many are negated (0 to 1).
       turns: pretrain, align, instruct: questions about one picture in a conversation, at most.
@@ -359,11 +366,17 @@ class DataConfig:
 
     source: str = "easy_vqa"
     split: str = "train"
+    held_out: str = ""
     batch_size: int = 64
     sequence_length: int = 64
     tiles: int = 1
-    samples_per_row: int = 1
+    samples_per_row: int = 0
     augment: bool = False
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+    upright: bool = True
+    loss_weights: str = "token"
     balanced: bool = False
     negated_share: float = 0.5
     turns: int = 1
@@ -437,6 +450,8 @@ class RunConfig:
     eval_limit: int = 0  # questions or pictures of the benchmark at the end (0: all)
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    workers: int = 0  # processes that prepare batches (0: threads of this one)
+    bad_ceiling: float = 0.01  # the share of samples that may be unusable before the run stops
 
     @classmethod
     def from_dict(cls, mapping):
@@ -485,6 +500,8 @@ RUN_ONLY_KEYS = (
     "eval_limit",
     "checkpoint_every",
     "keep_checkpoints",
+    "workers",
+    "bad_ceiling",
     "mesh",
     "execution",
 )

@@ -24,6 +24,7 @@ from hovle_jax.config import (
     ViTConfig,
 )
 from hovle_jax.data import easy_vqa, pipeline
+from hovle_jax.data.pictures import PictureCorpus
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.training.loop import copy_text_table
 from hovle_jax.training.optimizer import make_optimizer
@@ -67,9 +68,13 @@ def pictures():
     return tuple(made)
 
 
+def corpus():
+    return PictureCorpus(list(pictures()))
+
+
 @functools.cache
 def tokenizer() -> Tokenizer:
-    return pipeline.train_tokenizer(run_config("pretrain"), pictures())
+    return pipeline.train_tokenizer(run_config("pretrain"), corpus())
 
 
 def vision_tower(**changes):
@@ -127,7 +132,7 @@ def one_device():
 
 
 def dataset(config):
-    return pipeline.build_dataset(config, tokenizer(), pictures())
+    return pipeline.build_dataset(config, tokenizer(), corpus())
 
 
 @functools.cache

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from hovle_jax.data import easy_vqa, pipeline
-from hovle_jax.data.batch import BatchShape, Sample, collate, lengthen, pack_row
+from hovle_jax.data.batch import BatchShape, Sample, lengthen, make_row, pack_row, stack
 from hovle_jax.data.images import augment, load_image, single_tile
+from hovle_jax.data.pictures import MORE_WORDS, RECIPES, PictureCorpus, SampleMaker
 from hovle_jax.data.text import encode_conversation, encode_random_text, render_text
 from hovle_jax.data.tokenizer import ADDED_TOKENS
 from hovle_jax.errors import UserError
@@ -238,17 +239,17 @@ def test_long_stream_has_room_for_a_full_row():
     assert s.long_length == 21 + 3 * 12 and (long["long_segment_ids"] > 0).all()
 
 
-def test_collate_keeps_what_the_kind_of_batch_needs():
+def test_a_row_has_what_the_kind_of_batch_needs():
     s = shape()
     language = {"tokens", "positions", "segment_ids"}
-    images = collate(SAMPLES, s, "images", samples_per_row=3)
+    images = stack([make_row(SAMPLES, s, "images")])
     assert images.keys() == language | {"targets", "loss_weights", "tiles", "image_positions"}
     assert images["tokens"].shape == (1, 24)
-    distill = collate(SAMPLES, s, "distill")
+    distill = stack([make_row([sample], s, "distill") for sample in SAMPLES])
     assert distill.keys() == language | {"tiles", "image_positions", "image_weights", "text_weights"}
     assert distill["image_weights"].sum(1).tolist() == [4, 0, 8]
     assert distill["text_weights"].sum(1).tolist() == [1, 3, 2]
-    assert collate(SAMPLES, s, "text").keys() == language | {"targets", "loss_weights"}
+    assert make_row(SAMPLES, s, "text").keys() == language | {"targets", "loss_weights"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,14 +266,14 @@ def assert_differ(first, second):
     assert any((first[name] != second[name]).any() for name in first)
 
 
-@pytest.mark.parametrize("stage", pipeline.RECIPES)
+@pytest.mark.parametrize("stage", RECIPES)
 def test_a_batch_depends_on_seed_and_step_alone(stage):
     config = micro.run_config(stage)
     built = micro.dataset(config)
     at_5 = built[5]
-    iterator = pipeline.iterate(built, 5)
-    assert_same(at_5, next(iterator))
-    assert_same(micro.dataset(config)[6], next(iterator))
+    iterator = built.iterate(5)
+    assert_same(at_5, next(iterator)[0])
+    assert_same(micro.dataset(config)[6], next(iterator)[0])
     assert_differ(at_5, built[6])
     assert_differ(at_5, micro.dataset(dataclasses.replace(config, seed=1))[5])
 
@@ -296,7 +297,7 @@ def test_pictures_stay_with_their_text():
 
 def test_held_out_data_is_not_augmented():
     config = micro.run_config("distill")
-    held_out = pipeline.build_dataset(config, micro.tokenizer(), micro.pictures(), held_out=True)[0]
+    held_out = pipeline.build_dataset(config, micro.tokenizer(), micro.corpus(), held_out=True)[0]
     originals = {p.image.tobytes() for p in micro.pictures()}
     assert all(tile.tobytes() in originals for tile in held_out["tiles"][:, 0])
     assert any(tile.tobytes() not in originals for tile in micro.dataset(config)[0]["tiles"][:, 0])
@@ -358,7 +359,7 @@ def test_balanced_questions_do_not_give_their_answer_away():
     drawn = {}
     for balanced in (True, False):
         config = micro.run_config("instruct", data={"balanced": balanced, "augment": False, "batch_size": 100})
-        dataset = pipeline.build_dataset(config, micro.tokenizer(), pictures)
+        dataset = pipeline.build_dataset(config, micro.tokenizer(), PictureCorpus(pictures))
         drawn[balanced] = drawn_questions(dataset[i] for i in range(10))
     for thing in ("colour", "shape"):
         for negated in (True, False):
@@ -380,7 +381,7 @@ def test_an_open_question_may_be_the_only_kind():
 
 def test_several_questions_are_different_ones():
     config = micro.run_config("instruct", data={"turns": 3})
-    maker = pipeline.SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
+    maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
     picture, rng = micro.pictures()[0], np.random.default_rng(0)
     drawn = [maker.questions(picture, rng) for _ in range(20)]
     assert all(len(turns) == len(set(turns)) == 3 and set(turns) <= set(picture.questions) for turns in drawn)
@@ -389,7 +390,7 @@ def test_several_questions_are_different_ones():
 
 def test_a_balanced_conversation_begins_with_the_question_that_was_drawn():
     config = micro.run_config("instruct", data={"turns": 2, "balanced": True})
-    maker = pipeline.SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
+    maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
     groups = easy_vqa.balance_groups(micro.pictures(), negated_share=0.25)
     rng = np.random.default_rng(0)
     for _, pictures in groups:
@@ -402,7 +403,7 @@ def test_a_balanced_conversation_begins_with_the_question_that_was_drawn():
 
 def test_conversations_end_with_the_caption_where_it_is_known():
     config = micro.run_config("instruct", data={"ask_caption": True})
-    maker = pipeline.SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
+    maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
     picture, rng = micro.pictures()[0], np.random.default_rng(0)
     decode = lambda s: micro.tokenizer().decode(s.tokens[s.supervised], skip_special=False)
     answers = decode(maker.seen(picture, rng)).split("<|im_end|>")
@@ -413,18 +414,18 @@ def test_conversations_end_with_the_caption_where_it_is_known():
 
 def test_a_told_picture_has_its_words_in_the_image_s_place():
     tokenizer, picture = micro.tokenizer(), micro.pictures()[0]
-    maker = pipeline.SampleMaker(micro.run_config("pretrain"), tokenizer, list(micro.pictures()), False)
+    maker = SampleMaker(micro.run_config("pretrain"), tokenizer, list(micro.pictures()), False)
     words, counts, orders = tokenizer.encode(picture.caption), set(), set()
     for seed in range(60):
         sample = maker.told(
-            [picture.questions[0]], picture.caption, seed % (pipeline.MORE_WORDS + 1), np.random.default_rng(seed)
+            [picture.questions[0]], picture.caption, seed % (MORE_WORDS + 1), np.random.default_rng(seed)
         )
         tokens = sample.tokens.tolist()
         told = tokens[tokens.index(tokenizer.special("<img>")) + 1 : tokens.index(tokenizer.special("</img>"))]
         assert set(told) == set(words) and not len(sample.tiles)
         counts.add(len(told) - len(words))
         orders.add(tuple(dict.fromkeys(told)))
-    assert counts == set(range(pipeline.MORE_WORDS + 1)) and len(orders) > 3
+    assert counts == set(range(MORE_WORDS + 1)) and len(orders) > 3
     assert tokenizer.decode(sample.tokens[sample.supervised]) == picture.questions[0][1]
 
 

@@ -11,8 +11,7 @@ import optax
 import pytest
 
 from hovle_jax.config import ExecutionConfig, MeshConfig
-from hovle_jax.data import pipeline
-from hovle_jax.data.batch import BatchShape, Sample, collate
+from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
 from hovle_jax.data.text import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
 from hovle_jax.training.optimizer import make_optimizer
@@ -56,7 +55,7 @@ def random_texts(config):
 def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, variant):
     config = micro.run_config(stage, variant)
     models = Models(config, config.execution)
-    kind = pipeline.RECIPES[stage].kind
+    kind = KINDS[stage]
     samples = (conversations if stage == "instruct" else random_texts)(config)
     longest = max(len(s.tokens) for s in samples)
 
@@ -72,7 +71,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, var
     for per_row in (1, 3):
         data = dataclasses.replace(config.data, sequence_length=per_row * longest, tiles=per_row)
         shape = BatchShape.of(data, config.model.embedding, micro.tokenizer().image_id)
-        batch = collate(samples, shape, kind, per_row)
+        batch = stack([make_row(samples[i : i + per_row], shape, kind) for i in range(0, len(samples), per_row)])
         assert len(batch["tokens"]) == 6 // per_row
         results.append(losses(micro.params(config), batch))
     (grads, pairs), (packed_grads, packed_pairs) = results

@@ -332,7 +332,7 @@ def test_a_model_that_sees_over_that_llm(gguf_file, tmp_path, monkeypatch):
         init=InitConfig(pass_through=True),
         execution=ExecutionConfig(dtype="auto"),
     )
-    monkeypatch.setattr(pipeline, "load_pictures", lambda config, split: list(micro.pictures()))
+    monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())
     loop.run(config, tmp_path / "run", {"llm": tmp_path / "llm"}, say=lambda _: None)
     prompts = [("<image>\nWhat is it?", [micro.draw("red", "circle")]), ("It's 2026", [])]
     answers = answer(load_run(tmp_path / "run").answerer, prompts, max_new_tokens=6)

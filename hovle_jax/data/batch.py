@@ -10,6 +10,12 @@ import numpy as np
 from hovle_jax.config import DataConfig, EmbeddingConfig
 from hovle_jax.errors import UserError
 
+# stage -> the kind of its batches
+KINDS = {"pretrain": "text", "contrast": "captions", "distill": "distill", "align": "images", "instruct": "images"}
+
+# What each supervised token of a sample weighs that has x of them; the loss is the weighted mean over the global batch.
+WEIGHTINGS = {"token": lambda x: 1.0, "sample": lambda x: 1 / x, "square": lambda x: x**-0.5}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -28,12 +34,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """The static shapes of a batch.
+    """The static shapes of a batch, and how its samples count.
 
     Attributes:
       length, tiles: L and M of a row.
       tokens_per_tile: visual tokens of a tile in the short stream.
       expansion: visual tokens in the embedding's stream for one in the short stream (HD: 4, else 1).
+      weighting: of `WEIGHTINGS`.
     """
 
     length: int
@@ -42,13 +49,15 @@ class BatchShape:
     tokens_per_tile: int
     expansion: int
     image_id: int
+    weighting: str = "token"
 
     @classmethod
     def of(cls, data: DataConfig, embedding: EmbeddingConfig, image_id):
         expansion = embedding.stack_tokens_per_tile // embedding.tokens_per_tile
         return cls(
-            data.sequence_length, data.tiles, embedding.tile_size, embedding.tokens_per_tile, expansion, image_id
-        )
+            data.sequence_length, data.tiles, embedding.tile_size, embedding.tokens_per_tile, expansion, image_id,
+            data.loss_weights,
+        )  # fmt: skip
 
     @property
     def long_length(self):
@@ -91,7 +100,14 @@ def pack_row(samples, shape: BatchShape):
         at, tile_at = at + n, tile_at + m
     # A supervised token is predicted from the one before it, never from another segment's.
     same = row["segment_ids"][1:] == row["segment_ids"][:-1]
-    row["loss_weights"][:-1] = row["supervised"][1:] & same
+    counts = row["supervised"][1:] & same
+    if shape.weighting == "token":
+        row["loss_weights"][:-1] = counts
+    else:
+        per_segment = np.bincount(row["segment_ids"][1:][counts], minlength=len(samples) + 1)
+        weigh = WEIGHTINGS[shape.weighting]
+        weights = np.asarray([weigh(int(x)) if x else 0.0 for x in per_segment], np.float32)
+        row["loss_weights"][:-1] = np.where(counts, weights[row["segment_ids"][1:]], 0)
     row["targets"][row["loss_weights"] == 0] = 0
     return row
 
@@ -151,20 +167,50 @@ def finish_row(row, shape: BatchShape, kind):
     return {name: row[name] for name in ("tokens", "positions", "segment_ids") + IMAGE_FIELDS + long_fields} | weights
 
 
-def collate(samples, shape: BatchShape, kind, samples_per_row=1):
-    """Samples -> a batch of len(samples) / samples_per_row rows."""
-    rows = [
-        finish_row(pack_row(samples[i : i + samples_per_row], shape), shape, kind)
-        for i in range(0, len(samples), samples_per_row)
-    ]
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a batch, and what happened on its way.
+
+    Attributes:
+      arrays: the fields of its kind of batch, without the batch axis.
+      events: `bad.BadEvent`s of samples that were drawn for it and could not be used, without their step.
+      drawn: how many samples were drawn for it.
+    """
+
+    arrays: dict
+    events: tuple
+    drawn: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a corpus knows about itself before the first row.
+
+    Attributes:
+      samples: how many it has.
+      bad: `bad.BadEvent`s of those that cannot be used.
+      summary: a line for people; empty = nothing to say.
+    """
+
+    samples: int
+    bad: tuple = ()
+    summary: str = ""
+
+
+def make_row(samples, shape: BatchShape, kind):
+    """Samples -> the fields of a row of this kind."""
+    return finish_row(pack_row(samples, shape), shape, kind)
+
+
+def caption_row(sample, context, end_id):
+    """A captioned image -> {'tiles': [1, S, S, 3], 'tokens': [T]}, the caption padded with the end token."""
+    if len(sample.tokens) > context:
+        raise UserError(f"a caption has {len(sample.tokens)} tokens and the text tower's context is {context}")
+    tokens = np.full(context, end_id, np.int32)
+    tokens[: len(sample.tokens)] = sample.tokens
+    return {"tiles": sample.tiles, "tokens": tokens}
+
+
+def stack(rows):
+    """Rows as dicts -> a batch."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def collate_captions(samples, context, end_id):
-    """Captioned images -> {'tiles': [B, 1, S, S, 3], 'tokens': [B, T]}, captions padded with the end token."""
-    tokens = np.full((len(samples), context), end_id, np.int32)
-    for row, sample in zip(tokens, samples):
-        if len(sample.tokens) > context:
-            raise UserError(f"a caption has {len(sample.tokens)} tokens and the text tower's context is {context}")
-        row[: len(sample.tokens)] = sample.tokens
-    return {"tiles": np.stack([s.tiles for s in samples]), "tokens": tokens}

@@ -1,24 +1,170 @@
-"""Pictures: files in, square tiles out, and the augmentation of small corpora."""
+"""Pictures: files in, square tiles out, and the augmentations.
 
+Letters: S side of a tile, n number of tiles.
+"""
+
+import dataclasses
+import functools
+import io
 import pathlib
+import warnings
 
 import numpy as np
 
+from hovle_jax.data.bad import BadSample
 from hovle_jax.errors import UserError
+
+MAX_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb: half a gigabyte in RGB
+JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, both included
+ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _opened(data):
+    from PIL import Image
+
+    if len(data) == 0:
+        raise BadSample("empty_image", "0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the number of pixels is checked here, the rest is Pillow's talk
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise BadSample("decompression_bomb", error) from None
+    except Image.UnidentifiedImageError:
+        raise BadSample("not_an_image", f"{len(data)} bytes that begin with {bytes(data[:12])!r}") from None
+    except Exception as error:  # noqa: BLE001 (Pillow's readers raise anything on broken headers)
+        raise BadSample("broken_image", error) from None
+    width, height = image.size
+    if min(width, height) < 1:
+        raise BadSample("zero_size", f"{width} x {height}")
+    if width * height > MAX_PIXELS:
+        raise BadSample("decompression_bomb", f"{width} x {height} pixels")
+    return image
+
+
+def decode_image(data, upright=True):
+    """An encoded picture as Pillow's RGB of its first frame.
+
+    Args:
+      data: the file's bytes.
+      upright: turn it as its EXIF orientation says.
+    Raises:
+      BadSample: no picture, or a broken one.
+    """
+    from PIL import ImageOps
+
+    image = _opened(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except MemoryError:
+        raise BadSample("decompression_bomb", "not enough memory to decode it") from None
+    except Exception as error:  # noqa: BLE001 (see above)
+        truncated = "truncated" in str(error) or isinstance(error, EOFError)
+        raise BadSample("truncated_image" if truncated else "broken_image", error) from None
+
+
+def image_size(data, upright=True):
+    """(width, height) from the header alone, as `decode_image` will give it. Raises BadSample."""
+    image = _opened(data)
+    width, height = image.size
+    try:
+        turned = upright and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # noqa: BLE001 (a broken EXIF block; decoding says whether it matters)
+        turned = False
+    return (height, width) if turned else (width, height)
 
 
 def load_image(path):
     """A file's picture as Pillow image in RGB. Raises UserError when it is missing or no picture."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no image at {path}; check the path given with --image")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        return decode_image(path.read_bytes())
+    except (BadSample, OSError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}); convert it to PNG or JPEG") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a picture becomes square tiles (InternVL's dynamic resolution).
+
+    Attributes:
+      size: S.
+      min_tiles, max_tiles: of the grid, without the thumbnail.
+      thumbnail: the whole picture follows as one more tile where there is more than one.
+    """
+
+    size: int = 448
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+
+    def shared_by(self, images):
+        """The tiling of each of several pictures of one sample, which share its tiles."""
+        return dataclasses.replace(self, max_tiles=max(1, self.max_tiles // max(images, 1)))
+
+    def count(self, width, height):
+        """Number of tiles of a picture of this size, the thumbnail included."""
+        columns, rows = self.grid(width, height)
+        return columns * rows + (self.thumbnail and columns * rows > 1)
+
+    def grid(self, width, height):
+        """(columns, rows) whose ratio is nearest to the picture's; of two as near, the later if the picture is large.
+
+        A picture is large for a grid that has no more than twice its pixels.
+        """
+        ratio, area = width / height, width * height
+        best, best_difference = (1, 1), float("inf")
+        for columns, rows in candidate_grids(self.min_tiles, self.max_tiles):
+            difference = abs(ratio - columns / rows)
+            if difference < best_difference:
+                best, best_difference = (columns, rows), difference
+            elif difference == best_difference and area > 0.5 * self.size**2 * columns * rows:
+                best = (columns, rows)
+        return best
+
+    def cut(self, image):
+        """A Pillow RGB image -> [n, S, S, 3] uint8: bicubic, row by row, the thumbnail last."""
+        from PIL import Image
+
+        S, (columns, rows) = self.size, self.grid(*image.size)
+        whole = (columns * S, rows * S)
+        # Pillow copies an image that has the size already; an array of it is enough.
+        resized = image if image.size == whole else image.resize(whole, Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized, np.uint8).reshape(rows, S, columns, S, 3)
+        count = columns * rows
+        tiles = np.empty((count + (self.thumbnail and count > 1), S, S, 3), np.uint8)
+        tiles[:count].reshape(rows, columns, S, S, 3)[:] = pixels.transpose(0, 2, 1, 3, 4)
+        if len(tiles) > count:
+            tiles[count] = np.asarray(image.resize((S, S), Image.Resampling.BICUBIC), np.uint8)
+        return tiles
+
+
+@functools.cache
+def candidate_grids(min_tiles, max_tiles):
+    """All (columns, rows) of min_tiles to max_tiles tiles, small ones first.
+
+    Grids of as many tiles come in the order of a Python set that was filled in this order, as in InternVL's code: where
+    two are as near to a picture's ratio it decides between them.
+    """
+    sides = [(c, r) for n in range(min_tiles, max_tiles + 1) for c in range(1, n + 1) for r in range(1, n + 1)]
+    return tuple(
+        sorted({(c, r) for c, r in sides if min_tiles <= c * r <= max_tiles}, key=lambda grid: grid[0] * grid[1])
+    )
 
 
 def single_tile(image, size):
@@ -30,6 +176,23 @@ def single_tile(image, size):
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, np.uint8)[None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentations
+
+
+def recompress(tiles, rng):
+    """Each tile after one JPEG compression of random quality (InternVL's `data_augment`): [n, S, S, 3] uint8."""
+    from PIL import Image
+
+    low, high = JPEG_QUALITIES
+    made = np.empty_like(tiles)
+    for i, quality in enumerate(rng.integers(low, high + 1, len(tiles))):
+        buffer = io.BytesIO()
+        Image.fromarray(tiles[i]).save(buffer, "JPEG", quality=int(quality))
+        made[i] = np.asarray(Image.open(buffer))
+    return made
 
 
 def augment(tile, rng, max_shift=8):

@@ -10,6 +10,7 @@ from hovle_jax.data.chat import IMAGE_MARK
 from hovle_jax.data.tokenizer import IMAGE_TOKEN
 from hovle_jax.errors import UserError
 
+CAPTION_REQUEST = "describe the picture."
 DEFAULT_SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )

@@ -5,6 +5,7 @@ as ids, through a chat template alone.
 """
 
 import bisect
+import collections
 import io
 import itertools
 import json
@@ -162,14 +163,14 @@ class SentencePieceTokenizer(Tokenizer):
         """A BPE model with byte fallback over `lines`; `vocab_size` counts the added tokens too."""
         import sentencepiece
 
-        out = io.BytesIO()
+        lines, out = list(lines), io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=out,
             model_type="bpe",
             vocab_size=vocab_size - len(ADDED_TOKENS),
             byte_fallback=True,
-            character_coverage=1.0,
+            character_coverage=_coverage(lines, vocab_size // 4),
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             normalization_rule_name="identity",
@@ -224,6 +225,14 @@ class SentencePieceTokenizer(Tokenizer):
         (folder / "tokenizer.model").write_bytes(self.model)
         if self.added != self._usual_added():
             (folder / "added_tokens.json").write_text(json.dumps(self.added, indent=2) + "\n")
+
+
+def _coverage(lines, most):
+    """The share of a text that its `most` frequent characters make up; the others go by their bytes."""
+    counts = collections.Counter(itertools.chain.from_iterable(lines))
+    if len(counts) <= most:
+        return 1.0
+    return sum(count for _, count in counts.most_common(most)) / counts.total()
 
 
 class HuggingFaceTokenizer(Tokenizer):

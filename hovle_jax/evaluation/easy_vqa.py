@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.data import easy_vqa
-from hovle_jax.data.batch import Sample, collate_captions
+from hovle_jax.data.batch import Sample, caption_row
 from hovle_jax.data.images import single_tile
 from hovle_jax.data.text import IMAGE_MARK
 from hovle_jax.inference.generate import answer
@@ -59,7 +59,7 @@ def caption_vectors(loaded: Loaded, captions):
     for caption in captions:
         ids = np.asarray([tokenizer.bos, *tokenizer.encode(caption), text.end_id], np.int32)
         samples.append(Sample(ids, np.zeros(len(ids), bool), no_tiles))
-    tokens = collate_captions(samples, text.context, text.end_id)["tokens"]
+    tokens = np.stack([caption_row(s, text.context, text.end_id)["tokens"] for s in samples])
     return clip.apply({"params": loaded.params["clip"]}, tokens, method="encode_texts")
 
 

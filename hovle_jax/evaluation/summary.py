@@ -5,8 +5,8 @@ import json
 import numpy as np
 
 from hovle_jax.data import easy_vqa
-from hovle_jax.data.pipeline import CAPTION_REQUEST
-from hovle_jax.data.text import IMAGE_MARK
+from hovle_jax.data.bad import count_reasons, read_bad_samples
+from hovle_jax.data.text import CAPTION_REQUEST, IMAGE_MARK
 from hovle_jax.evaluation.benchmarks import evaluate
 from hovle_jax.inference.generate import answer
 from hovle_jax.report.metrics import read_metrics
@@ -24,8 +24,11 @@ def summarize(config, result):
       {name: number}, as in results.json.
     """
     folder = result.folder
-    scores, samples = SCORERS.get(config.stage, lambda folder, limit: ({}, []))(folder, config.eval_limit)
-    scores = held_out_change(result) | scores
+    # The benchmarks are easy-VQA's: a run on other data has its losses, and its samples are looked at with `generate`.
+    has_benchmark = config.stage in SCORERS and config.data.source == "easy_vqa"
+    scores, samples = SCORERS[config.stage](folder, config.eval_limit) if has_benchmark else ({}, [])
+    bad = read_bad_samples(folder)
+    scores = held_out_change(result) | scores | {f"bad samples: {k}": n for k, n in count_reasons(bad).items()}
     (folder / "results.json").write_text(json.dumps(scores, indent=2) + "\n")
     installed = versions()
     (folder / "versions.json").write_text(json.dumps(installed, indent=2) + "\n")
@@ -34,7 +37,7 @@ def summarize(config, result):
     pictures = [plot, folder / "first_batch.png"]
     if samples:
         plot_answers(samples, folder / "answers.png")
-    write_page(folder, title, config.to_dict(), installed, scores, samples, pictures)
+    write_page(folder, title, config.to_dict(), installed, scores, samples, pictures, bad)
     return scores
 
 

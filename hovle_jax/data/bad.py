@@ -1,0 +1,118 @@
+"""What becomes of samples that cannot be used: a reason for each, a list of all, and a ceiling.
+
+A bad sample never moves another one: it is known before the rows are planned, or another sample of the same source
+takes its place in the row (`pipeline.Rows`).
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+
+from hovle_jax.errors import UserError
+
+FILE_NAME = "bad_samples.jsonl"
+FEWEST_DRAWN = 1000  # a ceiling is a share: of fewer samples than these it says nothing
+SHARDS_NAMED = 5
+
+
+class BadSample(Exception):
+    """A sample that cannot be used.
+
+    Attributes:
+      reason: one of a few words, to be counted by: 'missing_image', 'truncated_image', ...
+      detail: what exactly is wrong.
+    """
+
+    def __init__(self, reason, detail=""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, " ".join(str(detail).split())[:300]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class BadEvent:
+    """One bad sample, as a line of `bad_samples.jsonl`.
+
+    Attributes:
+      step: the step whose batch it was drawn for; -1 = found while the source was indexed, so never drawn.
+      source, shard, sample: the source's name, the file, and the sample's own name in it.
+      replaced_by: the sample in its place; empty where the place stayed empty, or was never planned.
+    """
+
+    step: int
+    source: str
+    shard: str
+    sample: str
+    reason: str
+    detail: str
+    replaced_by: str = ""
+
+
+class BadSamples:
+    """The list of a run, in its folder.
+
+    Args:
+      folder: the run's, or None to count alone.
+      ceiling: the share of samples that may be bad.
+    """
+
+    def __init__(self, folder, ceiling):
+        self.path = pathlib.Path(folder) / FILE_NAME if folder else None
+        self.ceiling = ceiling
+        self.drawn = self.found = 0  # since this process began
+
+    def start(self, step, indexed, total):
+        """A run begins or goes on: what an earlier one listed for this step and later ones will be found again.
+
+        Args:
+          indexed: the events of samples that indexing found bad.
+          total: the number of all samples.
+        Raises:
+          UserError: the share of `indexed` is above the ceiling.
+        """
+        if self.path:
+            earlier = [event for event in read_bad_samples(self.path.parent) if -1 < event.step < step]
+            if self.path.exists() or indexed:
+                self._write([*indexed, *earlier], "w")
+        if len(indexed) > self.ceiling * max(total, 1):
+            raise UserError(self._message(len(indexed), total, indexed))
+
+    def add(self, events, drawn):
+        """Takes a batch's events. Raises UserError above the ceiling."""
+        self.drawn += drawn
+        if not events:
+            return
+        self.found += len(events)
+        if self.path:
+            self._write(events, "a")
+        if self.found > self.ceiling * max(self.drawn, FEWEST_DRAWN):
+            raise UserError(self._message(self.found, self.drawn, events))
+
+    def _write(self, events, mode):
+        with self.path.open(mode, encoding="utf-8") as file:
+            for event in events:
+                file.write(json.dumps(dataclasses.asdict(event), ensure_ascii=False) + "\n")
+
+    def _message(self, bad, total, events):
+        shards = collections.Counter(event.shard for event in events).most_common(SHARDS_NAMED)
+        named = ", ".join(f"{shard} ({count})" for shard, count in shards)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in count_reasons(events).items())
+        where = f"; all are listed in {self.path}" if self.path else ""
+        return (
+            f"{bad} of {total} samples cannot be used, more than bad_ceiling={self.ceiling:g} allows: {reasons}; "
+            f"most are in {named}{where}; mend these files, or raise the ceiling"
+        )
+
+
+def count_reasons(events):
+    """{reason: number of different samples}, the most frequent first."""
+    different = {(event.source, event.shard, event.sample, event.reason) for event in events}
+    return dict(collections.Counter(sorted(reason for *_, reason in different)).most_common())
+
+
+def read_bad_samples(folder):
+    """The events of a run's folder; empty where there is no list."""
+    path = pathlib.Path(folder) / FILE_NAME
+    if not path.is_file():
+        return []
+    return [BadEvent(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]

@@ -1,0 +1,481 @@
+"""Sources: the formats in which people keep samples, each as a list of rows that can be read in any order.
+
+A source is the concatenation of shards, one for each file; a shard knows its length and gives one row, a dict, at a
+time. What a shard needs to find its rows (offsets of lines, of members of a tar) is built once and cached. Shards keep
+no open files but in `_readers`, so that they can be sent to worker processes.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import threading
+
+import numpy as np
+
+from hovle_jax.cache import cache_dir, locked
+from hovle_jax.data import storage
+from hovle_jax.data.bad import BadSample
+from hovle_jax.errors import UserError
+
+TEXT_SPAN = 65_536  # bytes of plain text in a row; spans end with a line
+OPEN_READERS = 32
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+INDEX_VERSION = 1
+
+
+def cached_arrays(key, build):
+    """{name: array} from the cache, memory-mapped, or from `build()` the first time."""
+    folder = cache_dir("index", storage.key_of(INDEX_VERSION, *key))
+    if not (folder / "done").exists():
+        with locked(folder):
+            if not (folder / "done").exists():
+                for name, array in build().items():
+                    np.save(folder / f"{name}.npy", array)
+                (folder / "done").touch()
+    return {path.stem: _load(path) for path in sorted(folder.glob("*.npy"))}
+
+
+def _load(path):
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError:  # an array without elements cannot be mapped
+        return np.load(path)
+
+
+class _Readers:
+    """Open readers of files by path, the last used ones, one set for each process."""
+
+    def __init__(self):
+        self._lock, self._open, self._process = threading.Lock(), collections.OrderedDict(), None
+
+    def get(self, path, make):
+        with self._lock:
+            if self._process != os.getpid():
+                self._open, self._process = collections.OrderedDict(), os.getpid()
+            if path not in self._open:
+                self._open[path] = make()
+                if len(self._open) > OPEN_READERS:
+                    self._open.popitem(last=False)  # it closes when the last thread has done with it
+            self._open.move_to_end(path)
+            return self._open[path]
+
+
+_readers = _Readers()
+
+
+class Shard:
+    """A file of rows. `path` names it; `__len__`, `row(i)` and `name(i)` are its kind's."""
+
+    path: str
+
+    def name(self, index):
+        """What a row is called in reports."""
+        return str(index)
+
+    def _arrays(self, build):
+        """This shard's cached index, loaded once in each process."""
+        key = (type(self).__name__, *storage.fingerprint(self.path))
+        return _readers.get((type(self).__name__, self.path), lambda: cached_arrays(key, build))
+
+
+def _decode(raw):
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample("not_utf8", error) from None
+
+
+def _json(raw):
+    try:
+        return json.loads(_decode(raw))
+    except json.JSONDecodeError as error:
+        raise BadSample("broken_json", error) from None
+    except RecursionError:
+        raise BadSample("broken_json", "nested too deeply") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlShard(Shard):
+    """One JSON object a line; blank lines are no rows."""
+
+    path: str
+
+    @property
+    def lines(self):
+        """[n, 2] int64: where each line begins and ends."""
+        return self._arrays(lambda: {"lines": _lines(self.path)})["lines"]
+
+    def __len__(self):
+        return len(self.lines)
+
+    def row(self, index):
+        start, end = map(int, self.lines[index])
+        return _json(storage.read(self.path, start, end - start))
+
+    def name(self, index):
+        return f"line at byte {int(self.lines[index][0])}"
+
+
+def _lines(path):
+    """[n, 2] int64: begin and end of each line that has more than blanks."""
+    found, offset, pending = [], 0, b""
+    with storage.stream(path) as file:
+        while block := file.read(2**24):
+            *lines, pending = (pending + block).split(b"\n")
+            for line in lines:
+                if line.strip():
+                    found.append((offset, offset + len(line)))
+                offset += len(line) + 1
+    if pending.strip():
+        found.append((offset, offset + len(pending)))
+    return np.asarray(found, np.int64).reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextShard(Shard):
+    """Plain text: rows of whole lines, up to 64 KiB."""
+
+    path: str
+
+    @property
+    def spans(self):
+        return self._arrays(lambda: {"spans": _spans(self.path)})["spans"]
+
+    def __len__(self):
+        return len(self.spans)
+
+    def row(self, index):
+        start, end = map(int, self.spans[index])
+        return {"text": _decode(storage.read(self.path, start, end - start))}
+
+    def name(self, index):
+        return f"text at byte {int(self.spans[index][0])}"
+
+
+def _spans(path):
+    """[n, 2] int64: spans of TEXT_SPAN bytes at most that end with a line, or with a character in a longer line."""
+    found, offset, pending = [], 0, b""
+    with storage.stream(path) as file:
+        while block := file.read(2**22):
+            pending += block
+            at = 0
+            while len(pending) - at > TEXT_SPAN:
+                end = pending.rfind(b"\n", at, at + TEXT_SPAN) + 1 or at + TEXT_SPAN
+                while end > at + 1 and pending[end] & 0xC0 == 0x80:  # never inside a character
+                    end -= 1
+                found.append((offset + at, offset + end))
+                at = end
+            offset, pending = offset + at, pending[at:]
+    if pending:
+        found.append((offset, offset + len(pending)))
+    return np.asarray(found, np.int64).reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TarShard(Shard):
+    """webdataset and img2dataset: members that share a name up to its first dot are one row."""
+
+    path: str
+
+    @property
+    def _index(self):
+        return self._arrays(lambda: _tar_index(self.path))
+
+    def __len__(self):
+        return len(self._index["rows"]) - 1
+
+    def _members(self, index):
+        """[(name, offset, size)] of a row."""
+        arrays = self._index
+        first, last = arrays["rows"][index : index + 2]
+        ends = arrays["name_ends"]
+        for k in range(int(first), int(last)):
+            start = int(ends[k - 1]) if k else 0
+            yield (
+                bytes(arrays["names"][start : int(ends[k])]).decode("utf-8", "replace"),
+                *map(int, arrays["places"][k]),
+            )
+
+    def row(self, index):
+        row, found = {}, []
+        for name, offset, size in self._members(index):
+            extension = _split_name(name)[1].lower()
+            data = storage.read(self.path, offset, size)
+            if len(data) < size:
+                raise BadSample("truncated_shard", f"{name} has {size} bytes, of which the file holds {len(data)}")
+            kind = extension.rsplit(".", 1)[-1]
+            if kind in IMAGE_SUFFIXES:
+                found.append((extension, data))
+            elif kind == "json":
+                value = _json(data)
+                if not isinstance(value, dict):
+                    raise BadSample("not_a_row", f"{name} holds a {type(value).__name__}")
+                row |= value
+            elif kind in ("txt", "text", "caption"):
+                row["caption"] = _decode(data)
+        if found:
+            row["image"] = [data for _, data in sorted(found, key=lambda pair: pair[0])]
+            stated = row.get("width"), row.get("height")
+            if not all(isinstance(value, (int, list)) for value in stated) or len(found) > 1:
+                row.pop("width", None)
+        return row
+
+    def name(self, index):
+        return _split_name(next(iter(self._members(index)))[0])[0]
+
+
+def _split_name(name):
+    """'folder/0001.seg.png' -> ('folder/0001', 'seg.png')."""
+    folder, _, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return (f"{folder}/{key}" if folder else key), extension
+
+
+def _tar_index(path):
+    """Where each member lies, in rows of members that follow each other under one key."""
+    import tarfile
+
+    names, places, rows, previous = [], [], [], None
+    with storage.stream(path) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # it would keep them all
+                    if not member.isfile():
+                        continue
+                    key = _split_name(member.name)[0]
+                    if key != previous:
+                        rows.append(len(places))
+                        previous = key
+                    names.append(member.name.encode("utf-8", "surrogateescape"))
+                    places.append((member.offset_data, member.size))
+        except tarfile.ReadError as error:
+            # What comes before a cut can be read; a file that is no tar at all has nothing before it.
+            if not places:
+                raise UserError(f"{path} cannot be read as a tar archive: {error}") from None
+    return {
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+        "places": np.asarray(places, np.int64).reshape(-1, 2),
+        "rows": np.asarray([*rows, len(places)], np.int64),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetShard(Shard):
+    """A table; a row group is read at once, and the last few are kept, so small ones are better."""
+
+    path: str
+
+    def _file(self):
+        def open_file():
+            try:
+                import pyarrow.parquet as pq
+            except ModuleNotFoundError:
+                raise UserError('Parquet files need pyarrow; run: pip install "hovle_jax[data]"') from None
+            import pyarrow as pa
+
+            try:
+                file = pq.ParquetFile(storage.stream(self.path))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(f"{self.path} cannot be read as a Parquet file: {error}") from None
+            counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            return file, np.cumsum([0, *counts]), threading.Lock()
+
+        return _readers.get(("parquet", self.path), open_file)
+
+    def __len__(self):
+        return int(self._file()[1][-1])
+
+    def row(self, index):
+        group = int(np.searchsorted(self._file()[1], index, side="right")) - 1
+        table = _readers.get(("row group", self.path, group), lambda: self._read_group(group))
+        return {name: column[index - int(self._file()[1][group])].as_py() for name, column in table.items()}
+
+    def _read_group(self, group):
+        file, _, lock = self._file()
+        with lock:  # one reader, many threads
+            table = file.read_row_group(group)
+        return {name: table.column(name) for name in table.column_names}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecordShard(Shard):
+    """ArrayRecord files of msgpack rows: what `prepare` writes."""
+
+    path: str
+
+    def _reader(self):
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        def open_file():
+            try:
+                return ArrayRecordReader(self.path, options="readahead_buffer_size:0"), threading.Lock()
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"{self.path} cannot be read as an ArrayRecord file: {error}") from None
+
+        return _readers.get(("array_record", self.path), open_file)
+
+    def __len__(self):
+        return self._reader()[0].num_records()
+
+    def row(self, index):
+        import msgpack
+
+        reader, lock = self._reader()
+        with lock:
+            (raw,) = reader.read([index])
+        try:
+            return msgpack.unpackb(raw)
+        except (ValueError, msgpack.exceptions.UnpackException) as error:
+            raise BadSample("broken_record", error) from None
+
+    def name(self, index):
+        try:
+            row = self.row(index)
+            return str(row.get("id", index)) if isinstance(row, dict) else str(index)
+        except BadSample:
+            return str(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsShard(Shard):
+    """A split of a prepared TFDS data set (a folder with dataset_info.json), pictures left encoded."""
+
+    path: str
+    split: str
+
+    def _data(self):
+        return _readers.get(("tfds", self.path, self.split), lambda: _tfds_source(self.path, self.split))
+
+    def __len__(self):
+        return len(self._data())
+
+    def row(self, index):
+        return {key: _plain(value) for key, value in self._data()[index].items()}
+
+
+def _tfds_source(path, split):
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(path)
+        pictures = {
+            k: tfds.decode.SkipDecoding()
+            for k, f in builder.info.features.items()
+            if isinstance(f, tfds.features.Image)
+        }
+        return builder.as_data_source(split, decoders=pictures)
+    except Exception as error:  # noqa: BLE001 (tfds raises anything)
+        raise UserError(f"{path} has no split {split!r} that TFDS reads as ArrayRecord: {error}") from None
+
+
+def _plain(value):
+    """TFDS's numpy values as those of a row: texts as str, encoded pictures as bytes."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, np.ndarray):
+        return [_plain(v) for v in value.tolist()]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+KINDS = {
+    ".jsonl": JsonlShard,
+    ".ndjson": JsonlShard,
+    ".tar": TarShard,
+    ".parquet": ParquetShard,
+    ".array_record": ArrayRecordShard,
+    ".arrayrecord": ArrayRecordShard,
+    ".txt": TextShard,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Shards one behind the other: a random-access source of rows.
+
+    Attributes:
+      name: for reports.
+      root: the folder that image paths are relative to.
+    """
+
+    name: str
+    shards: tuple
+    root: str = ""
+
+    @functools.cached_property
+    def _ends(self):
+        return np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def _find(self, index):
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return self.shards[shard], int(index - (self._ends[shard - 1] if shard else 0))
+
+    def __getitem__(self, index):
+        """A row. Raises BadSample where it cannot be read."""
+        shard, inner = self._find(index)
+        return shard.row(inner)
+
+    def where(self, index):
+        """(shard's path, the row's name in it)."""
+        shard, inner = self._find(index)
+        return shard.path, shard.name(inner)
+
+    def fingerprint(self):
+        return [[*dataclasses.astuple(shard), *storage.fingerprint(shard.path)] for shard in self.shards]
+
+
+def open_source(pattern, name="", root="", split="train"):
+    """The source that a path, a pattern or a URL names.
+
+    Args:
+      pattern: files of one kind of `KINDS`, or the folder of a prepared corpus or a TFDS data set; of a folder a split
+        may be named as in FOLDER:test.
+      root: the folder that image paths are relative to; empty = that of the (first) file.
+      split: of a folder.
+    Raises:
+      UserError: no such file, or a kind that is not known.
+    """
+    folder, colon, named_split = str(pattern).rpartition(":")
+    if colon and not storage.is_url(pattern) and os.path.isdir(folder):
+        pattern, split = folder, named_split
+    paths = storage.expand(pattern)
+    if len(paths) == 1 and not storage.is_url(paths[0]) and os.path.isdir(paths[0]):
+        return Source(name or pathlib.Path(paths[0]).name, _folder_shards(pathlib.Path(paths[0]), split), root)
+    shards = []
+    for path in paths:
+        suffix = pathlib.PurePosixPath(path).suffix.lower()
+        if suffix not in KINDS:
+            raise UserError(f"{path}: a source is one of {', '.join(KINDS)}, a meta .json, or the name of a corpus")
+        shards.append(KINDS[suffix](path))
+    root = root or paths[0].rpartition("/")[0]
+    return Source(name or pathlib.PurePosixPath(str(pattern)).stem, tuple(shards), root)
+
+
+def _folder_shards(folder, split):
+    """Of a corpus that `prepare` wrote, or of TFDS."""
+    if (folder / "dataset_info.json").exists():
+        return (TfdsShard(str(folder), split),)
+    found = sorted(folder.glob("*.array_record"))
+    shards = tuple(ArrayRecordShard(str(path)) for path in found if path.name.rpartition("-of-")[0][:-6] == split)
+    if shards:
+        return shards
+    splits = sorted({path.name.rpartition("-of-")[0][:-6] for path in found})
+    if splits:
+        raise UserError(f"{folder} has no split {split!r}; it has {', '.join(splits)}; {folder}:{splits[0]} names one")
+    raise UserError(
+        f"{folder} is a folder; name its files with a pattern, for example '{folder}/*.tar' "
+        "(a folder of `prepare` or TFDS has a dataset.json or a dataset_info.json)"
+    )
