@@ -98,6 +98,7 @@ def pack_row(samples, shape: BatchShape):
         visual = slice(tile_at * shape.tokens_per_tile, (tile_at + m) * shape.tokens_per_tile)
         row["image_positions"][visual] = at + np.flatnonzero(is_image)
         at, tile_at = at + n, tile_at + m
+    row["tiles"][tile_at:] = 0
     # A supervised token is predicted from the one before it, never from another segment's.
     same = row["segment_ids"][1:] == row["segment_ids"][:-1]
     counts = row["supervised"][1:] & same
@@ -117,7 +118,7 @@ def _empty_row(shape):
     row = {name: np.zeros(L, np.int32) for name in ("tokens", "positions", "segment_ids", "targets")}
     row["loss_weights"] = np.zeros(L, np.float32)
     row["supervised"] = np.zeros(L, bool)
-    row["tiles"] = np.zeros((shape.tiles, shape.tile_size, shape.tile_size, 3), np.uint8)
+    row["tiles"] = np.empty((shape.tiles, shape.tile_size, shape.tile_size, 3), np.uint8)  # filled by the caller
     row["image_positions"] = np.full(visual, L, np.int32)
     return row
 
@@ -213,4 +214,6 @@ def caption_row(sample, context, end_id):
 
 def stack(rows):
     """Rows as dicts -> a batch."""
+    if len(rows) == 1:  # tiles are large: no copy
+        return {name: array[None] for name, array in rows[0].items()}
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

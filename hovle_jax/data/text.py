@@ -103,7 +103,7 @@ def encode_conversation(tokenizer, turns, system="", tiles=(), tokens_per_tile=0
         turns = [(question.strip(), answer.strip()) for question, answer in turns]
     tokens = _first(tokenizer)
     supervised = [False] * len(tokens)
-    parts = render(turns, system, tiles, tokens_per_tile, tokenizer)
+    parts = render(turns, system, (1,) * len(tiles), 1, tokenizer)
     for is_text, run in itertools.groupby(parts, key=lambda part: part[1] is None):
         run = list(run)
         if is_text:
@@ -112,7 +112,20 @@ def encode_conversation(tokenizer, turns, system="", tiles=(), tokens_per_tile=0
             ids, answers = [tokenizer.special(token) for _, token, _ in run], [is_answer for _, _, is_answer in run]
         tokens += ids
         supervised += answers
-    return Encoded(np.asarray(tokens, np.int32), np.asarray(supervised, bool))
+    return _with_tiles(tokenizer, tokens, supervised, tiles, tokens_per_tile)
+
+
+def _with_tiles(tokenizer, tokens, marked, tiles, tokens_per_tile):
+    """Encoded, in which each image's one token stands as often as its tiles need.
+
+    Thousands of equal tokens are cheaper to repeat as an array than to render and encode.
+    """
+    tokens, marked = np.asarray(tokens, np.int32), np.asarray(marked, bool)
+    if not tiles:
+        return Encoded(tokens, marked)
+    times = np.ones(len(tokens), np.int64)
+    times[tokens == tokenizer.image_id] = np.asarray(tiles) * tokens_per_tile
+    return Encoded(np.repeat(tokens, times), np.repeat(marked, times))
 
 
 def _encode_text(tokenizer, parts):
@@ -143,10 +156,10 @@ def encode_random_text(tokenizer, rng, count, system="", tiles=(), tokens_per_ti
     tokens = _first(tokenizer)
     random = [False] * len(tokens)
     turns = [(IMAGE_MARK * len(tiles) + RANDOM, RANDOM)]
-    for text, token, _ in render(turns, system, tiles, tokens_per_tile, tokenizer):
+    for text, token, _ in render(turns, system, (1,) * len(tiles), 1, tokenizer):
         pieces = [[tokenizer.special(token)]] if text is None else [tokenizer.encode(t) for t in text.split(RANDOM)]
         for i, ids in enumerate(pieces):
             drawn = rng.integers(0, tokenizer.first_special, count).tolist() if i else []
             tokens += drawn + ids
             random += [True] * len(drawn) + [False] * len(ids)
-    return Encoded(np.asarray(tokens, np.int32), np.asarray(random, bool))
+    return _with_tiles(tokenizer, tokens, random, tiles, tokens_per_tile)
