@@ -16,7 +16,14 @@ from hovle_jax.errors import UserError
 
 MAX_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb: half a gigabyte in RGB
 JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, both included
+# What files hold that people keep as pictures. Pillow knows more: documents, for which it starts other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height
+TURNS = {  # what makes it upright, in Pillow's names
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks and keys that tell it in a PNG
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,7 +38,7 @@ def _opened(data):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the number of pixels is checked here, the rest is Pillow's talk
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadSample("decompression_bomb", error) from None
     except Image.UnidentifiedImageError:
@@ -55,15 +62,16 @@ def decode_image(data, upright=True):
     Raises:
       BadSample: no picture, or a broken one.
     """
-    from PIL import ImageOps
+    from PIL import Image
 
     image = _opened(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
+            orientation = _orientation(image, data) if upright else 1
+            if orientation != 1:
+                image = image.transpose(Image.Transpose[TURNS[orientation]])
             return image if image.mode == "RGB" else image.convert("RGB")
     except MemoryError:
         raise BadSample("decompression_bomb", "not enough memory to decode it") from None
@@ -76,11 +84,23 @@ def image_size(data, upright=True):
     """(width, height) from the header alone, as `decode_image` will give it. Raises BadSample."""
     image = _opened(data)
     width, height = image.size
-    try:
-        turned = upright and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception:  # noqa: BLE001 (a broken EXIF block; decoding says whether it matters)
-        turned = False
+    turned = upright and _orientation(image, data) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
+
+
+def _orientation(image, data):
+    """1 (upright) to 8, as the EXIF block says; 1 where there is none or a broken one, which harms no picture."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, and tells their size so
+    if image.format == "PNG" and not any(mark in data for mark in PNG_EXIF):
+        return 1  # Pillow would decode the whole picture to see whether a block follows it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # noqa: BLE001 (see above)
+        return 1
+    return orientation if orientation in TURNS else 1
 
 
 def load_image(path):
