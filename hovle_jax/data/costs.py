@@ -67,7 +67,14 @@ def costs_of(source: Source, samples: RecordSamples, say=print, workers=0):
       workers: processes that look at samples where there are many; 0 = this one alone.
     """
     key = ("costs", source.fingerprint(), source.root, samples.text_key())
-    arrays = cached_arrays(key, lambda: _build(source, samples, say, workers))
+    build = lambda: _build(source, samples, say, workers)
+    costs = _load(cached_arrays(key, build))
+    # Pictures have files of their own, which people mend while that of the rows stays as it is.
+    mended = [i for i, *_ in costs.bad if look_at(source, samples, [i])[0][1] is None]
+    return _load(cached_arrays((*key, mended), build)) if mended else costs
+
+
+def _load(arrays):
     bad = tuple(map(tuple, json.loads(bytes(arrays["bad"]).decode() or "[]")))
     return Costs(**{name: array for name, array in arrays.items() if name != "bad"}, bad=bad)
 
@@ -88,7 +95,7 @@ def _build(source, samples, say, workers):
     return {
         "text": np.asarray([need[0] for need in needs], np.int32),
         "first": np.asarray([need[1] for need in needs], np.int32),
-        "images_before": np.asarray([need[2] for need in needs], np.int16),
+        "images_before": np.asarray([need[2] for need in needs], np.int32),
         "size_ends": np.cumsum([len(need[3]) for need in needs], dtype=np.int64),
         "sizes": np.asarray(sizes, np.int32).reshape(-1, 2),
         "bad": np.frombuffer(json.dumps(bad).encode(), np.uint8),

@@ -117,7 +117,10 @@ class IndexedCorpus:
         if not len(units["tokens"]):
             first = f"; the first: {events[0].reason}: {events[0].detail}" if events else ""
             raise UserError(f"none of the samples of {config.data.source} can be used for {config.stage}{first}")
-        sources = [[e.source.fingerprint(), e.source.root, e.repeat, e.max_tiles] for e in self.entries]
+        sources = [
+            [e.source.fingerprint(), e.source.root, e.repeat, e.max_tiles, [i for i, *_ in cost.bad]]
+            for e, cost in zip(self.entries, costs)
+        ]
         key = ("plan", sources, samples.text_key(), dataclasses.astuple(samples.tiling), list(shape), config.seed)
         plan = Plan(key, lambda: _pack_units(units, shape, config.seed))
         return plan, _summary(plan, shape, self.entries), events, samples
@@ -130,7 +133,7 @@ class IndexedCorpus:
         numbers = grain.MapDataset.range(len(plan)).seed(config.seed)
         if not held_out:
             numbers = numbers.shuffle()
-        found = Found(sum(entry.used for entry in self.entries), tuple(events), str(summary))
+        found = Found(sum(entry.used for entry in self.entries), tuple(events), str(summary), summary.sources)
         return numbers.repeat().random_map(maker), found
 
 
