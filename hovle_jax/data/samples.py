@@ -123,10 +123,13 @@ class RecordSamples:
             return self._part(self._text(record), part)
         if self.kind == "contrast":
             return self._pair(record)
-        pictures = [decode_image(record.image_bytes(i), self.upright) for i in range(len(record.images))]
-        tiling = (tiling or self.tiling).shared_by(len(pictures))
-        tiles = [tiling.cut(picture) for picture in pictures]
-        counts = tuple(map(len, tiles))
+        if self.kind == "distill":
+            _needs_image(record)
+        tiling = (tiling or self.tiling).shared_by(len(record.images))
+        # An image takes a tile at least, so of more images than a row has tiles the rest is cut off anyway.
+        seen = range(min(len(record.images), self.tiles))
+        tiles = [tiling.cut(decode_image(record.image_bytes(i), self.upright)) for i in seen]
+        counts = (*map(len, tiles), *[1] * (len(record.images) - len(seen)))
         make = self._random_text if self.kind == "distill" else lambda counts, rng: self._conversation(record, counts)
         encoded = make(counts, rng)
         keep, kept_images = self._cut(encoded.tokens, counts)
@@ -148,7 +151,7 @@ class RecordSamples:
             tiles += count
             if tiles > self.tiles or start + count * self.tokens_per_tile + 2 > keep:
                 return min(keep, start), image
-        return keep, len(counts)
+        return keep, min(len(counts), len(starts))  # a caption is about the first image alone
 
     @property
     def _image_start(self):
