@@ -26,7 +26,12 @@ class BadSample(Exception):
 
     def __init__(self, reason, detail=""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, " ".join(str(detail).split())[:300]
+        self.reason, self.detail = reason, printable(" ".join(str(detail).split())[:300])
+
+
+def printable(text):
+    """A text without half characters, which no file takes: names of files and keys of rows may hold them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -60,6 +65,7 @@ class BadSamples:
         self.path = pathlib.Path(folder) / FILE_NAME if folder else None
         self.ceiling = ceiling
         self.drawn = self.found = 0  # since this process began
+        self._shards, self._reasons = collections.Counter(), collections.Counter()
 
     def start(self, step, indexed, total):
         """A run begins or goes on: what an earlier one listed for this step and later ones will be found again.
@@ -75,7 +81,8 @@ class BadSamples:
             if self.path.exists() or indexed:
                 self._write([*indexed, *earlier], "w")
         if len(indexed) > self.ceiling * max(total, 1):
-            raise UserError(self._message(len(indexed), total, indexed))
+            self._count(indexed)
+            raise UserError(self._message(len(indexed), total))
 
     def add(self, events, drawn):
         """Takes a batch's events. Raises UserError above the ceiling."""
@@ -83,20 +90,24 @@ class BadSamples:
         if not events:
             return
         self.found += len(events)
+        self._count(events)
         if self.path:
             self._write(events, "a")
         if self.found > self.ceiling * max(self.drawn, FEWEST_DRAWN):
-            raise UserError(self._message(self.found, self.drawn, events))
+            raise UserError(self._message(self.found, self.drawn))
+
+    def _count(self, events):
+        self._shards.update(event.shard for event in events)
+        self._reasons.update(event.reason for event in events)
 
     def _write(self, events, mode):
         with self.path.open(mode, encoding="utf-8") as file:
             for event in events:
                 file.write(json.dumps(dataclasses.asdict(event), ensure_ascii=False) + "\n")
 
-    def _message(self, bad, total, events):
-        shards = collections.Counter(event.shard for event in events).most_common(SHARDS_NAMED)
-        named = ", ".join(f"{shard} ({count})" for shard, count in shards)
-        reasons = ", ".join(f"{reason} {count}" for reason, count in count_reasons(events).items())
+    def _message(self, bad, total):
+        named = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(SHARDS_NAMED))
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
         where = f"; all are listed in {self.path}" if self.path else ""
         return (
             f"{bad} of {total} samples cannot be used, more than bad_ceiling={self.ceiling:g} allows: {reasons}; "
@@ -115,4 +126,5 @@ def read_bad_samples(folder):
     path = pathlib.Path(folder) / FILE_NAME
     if not path.is_file():
         return []
-    return [BadEvent(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+    *lines, cut = path.read_text("utf-8").split("\n")  # behind the last line's end: what a killed run was writing
+    return [BadEvent(**json.loads(line)) for line in lines]
