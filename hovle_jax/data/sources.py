@@ -17,13 +17,14 @@ import numpy as np
 
 from hovle_jax.cache import cache_dir, locked
 from hovle_jax.data import storage
-from hovle_jax.data.bad import BadSample
+from hovle_jax.data.bad import BadSample, printable
 from hovle_jax.errors import UserError
 
+BYTE_ORDER_MARK = "\ufeff".encode()  # some editors begin a file with it
 TEXT_SPAN = 65_536  # bytes of plain text in a row; spans end with a line
 OPEN_READERS = 32
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 def cached_arrays(key, build):
@@ -45,6 +46,13 @@ def _load(path):
         return np.load(path)
 
 
+class _Reader:
+    """A place for a reader, which one thread opens while those who want the same one wait."""
+
+    def __init__(self):
+        self.lock, self.opened = threading.Lock(), None
+
+
 class _Readers:
     """Open readers of files by path, the last used ones, one set for each process."""
 
@@ -55,12 +63,14 @@ class _Readers:
         with self._lock:
             if self._process != os.getpid():
                 self._open, self._process = collections.OrderedDict(), os.getpid()
-            if path not in self._open:
-                self._open[path] = make()
-                if len(self._open) > OPEN_READERS:
-                    self._open.popitem(last=False)  # it closes when the last thread has done with it
+            reader = self._open.setdefault(path, _Reader())
             self._open.move_to_end(path)
-            return self._open[path]
+            if len(self._open) > OPEN_READERS:
+                self._open.popitem(last=False)  # it closes when the last thread has done with it
+        with reader.lock:
+            if reader.opened is None:
+                reader.opened = make()
+            return reader.opened
 
 
 _readers = _Readers()
@@ -77,13 +87,13 @@ class Shard:
 
     def _arrays(self, build):
         """This shard's cached index, loaded once in each process."""
-        key = (type(self).__name__, *storage.fingerprint(self.path))
-        return _readers.get((type(self).__name__, self.path), lambda: cached_arrays(key, build))
+        kind = type(self).__name__
+        return _readers.get((kind, self.path), lambda: cached_arrays((kind, *storage.fingerprint(self.path)), build))
 
 
 def _decode(raw):
     try:
-        return raw.decode("utf-8")
+        return raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadSample("not_utf8", error) from None
 
@@ -91,7 +101,7 @@ def _decode(raw):
 def _json(raw):
     try:
         return json.loads(_decode(raw))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also a number with too many digits
         raise BadSample("broken_json", error) from None
     except RecursionError:
         raise BadSample("broken_json", "nested too deeply") from None
@@ -164,8 +174,8 @@ def _spans(path):
             at = 0
             while len(pending) - at > TEXT_SPAN:
                 end = pending.rfind(b"\n", at, at + TEXT_SPAN) + 1 or at + TEXT_SPAN
-                while end > at + 1 and pending[end] & 0xC0 == 0x80:  # never inside a character
-                    end -= 1
+                # Never inside a character, which has 4 bytes at most; what is no text is cut anywhere.
+                end = next((e for e in range(end, end - 4, -1) if pending[e] & 0xC0 != 0x80), end)
                 found.append((offset + at, offset + end))
                 at = end
             offset, pending = offset + at, pending[at:]
@@ -203,6 +213,8 @@ class TarShard(Shard):
         row, found = {}, []
         for name, offset, size in self._members(index):
             extension = _split_name(name)[1].lower()
+            if size < 0:
+                raise BadSample("truncated_shard", f"from byte {offset} on it cannot be read as a tar archive")
             data = storage.read(self.path, offset, size)
             if len(data) < size:
                 raise BadSample("truncated_shard", f"{name} has {size} bytes, of which the file holds {len(data)}")
@@ -235,7 +247,10 @@ def _split_name(name):
 
 
 def _tar_index(path):
-    """Where each member lies, in rows of members that follow each other under one key."""
+    """Where each member lies, in rows of members that follow each other under one key.
+
+    An archive that breaks off has one more row, whose size is -1: what is behind it is lost, and is to be reported.
+    """
     import tarfile
 
     names, places, rows, previous = [], [], [], None
@@ -252,10 +267,17 @@ def _tar_index(path):
                         previous = key
                     names.append(member.name.encode("utf-8", "surrogateescape"))
                     places.append((member.offset_data, member.size))
-        except tarfile.ReadError as error:
+                file.seek(tar.offset)
+                ends = not file.read(tarfile.BLOCKSIZE).strip(b"\0") and file.tell() > tar.offset
+        except (tarfile.TarError, ValueError, OverflowError) as error:
             # What comes before a cut can be read; a file that is no tar at all has nothing before it.
             if not places:
                 raise UserError(f"{path} cannot be read as a tar archive: {error}") from None
+            ends = False
+        if not ends:
+            rows.append(len(places))
+            names.append(b"the rest of the archive")
+            places.append((sum(places[-1]) if places else 0, -1))
     return {
         "names": np.frombuffer(b"".join(names), np.uint8),
         "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
@@ -291,14 +313,26 @@ class ParquetShard(Shard):
         return int(self._file()[1][-1])
 
     def row(self, index):
-        group = int(np.searchsorted(self._file()[1], index, side="right")) - 1
+        _, starts, _ = self._file()
+        group = int(np.searchsorted(starts, index, side="right")) - 1
         table = _readers.get(("row group", self.path, group), lambda: self._read_group(group))
-        return {name: column[index - int(self._file()[1][group])].as_py() for name, column in table.items()}
+        inner = index - int(starts[group])
+        try:
+            return {name: column[inner].as_py() for name, column in table.items()}
+        except UnicodeDecodeError as error:  # texts are not looked at before
+            raise BadSample("not_utf8", error) from None
+        except (ValueError, OverflowError) as error:  # a date that Python has none for
+            raise BadSample("broken_record", error) from None
 
     def _read_group(self, group):
+        import pyarrow as pa
+
         file, _, lock = self._file()
-        with lock:  # one reader, many threads
-            table = file.read_row_group(group)
+        try:
+            with lock:  # one reader, many threads
+                table = file.read_row_group(group)
+        except (pa.ArrowException, OSError) as error:
+            raise BadSample("broken_record", f"row group {group}: {error}") from None
         return {name: table.column(name) for name in table.column_names}
 
 
@@ -431,7 +465,7 @@ class Source:
     def where(self, index):
         """(shard's path, the row's name in it)."""
         shard, inner = self._find(index)
-        return shard.path, shard.name(inner)
+        return printable(shard.path), printable(shard.name(inner))
 
     def fingerprint(self):
         return [[*dataclasses.astuple(shard), *storage.fingerprint(shard.path)] for shard in self.shards]

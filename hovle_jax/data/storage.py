@@ -38,6 +38,8 @@ def expand(pattern):
     if ranged:
         first, last = ranged.groups()
         numbers = range(int(first), int(last) + 1)
+        if not numbers:
+            raise UserError(f"{pattern}: the range {ranged.group()} is empty; the smaller number comes first")
         return [p for n in numbers for p in expand(RANGE.sub(f"{n:0{len(first)}d}", pattern, count=1))]
     if is_url(pattern):
         fs, path = _file_system(pattern)
@@ -60,10 +62,9 @@ def join(root, path):
 
 def read(path, offset=0, length=None):
     """Bytes of a file. Raises BadSample where it is missing or cannot be read."""
+    if is_url(path):
+        return _read_url(path, offset, None if length is None else offset + length)
     try:
-        if is_url(path):
-            fs, inner = _file_system(path)
-            return fs.cat_file(inner, start=offset, end=None if length is None else offset + length)
         with open(path, "rb", buffering=0) as file:
             if offset:
                 file.seek(offset)
@@ -79,6 +80,16 @@ def read(path, offset=0, length=None):
     except PermissionError:
         raise BadSample("unreadable_file", f"{path}: no permission") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise BadSample("unreadable_file", f"{path}: {error}") from None
+
+
+def _read_url(path, start, end):
+    try:
+        fs, inner = _file_system(path)
+        return fs.cat_file(inner, start=start, end=end)
+    except FileNotFoundError:
+        raise BadSample("missing_file", f"{path} does not exist") from None
+    except Exception as error:  # noqa: BLE001 (each file system has errors of its own)
         raise BadSample("unreadable_file", f"{path}: {error}") from None
 
 
