@@ -4,6 +4,7 @@ A row is a dict, as a jsonl line, a tar sample or a Parquet row gives it; what i
 """
 
 import dataclasses
+import re
 
 from hovle_jax.data import images, storage
 from hovle_jax.data.bad import BadSample
@@ -13,7 +14,7 @@ HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "model")
 IMAGE_KEYS = ("image", "images", "jpg", "png", "webp", "img")
 CAPTION_KEYS = ("caption", "captions", "text", "txt", "TEXT", "prompt")
 UNSUPPORTED = ("video", "videos", "audio")
-PRIVATE = range(0xE000, 0xF900)  # private characters mark images and answers inside templates (`chat.py`)
+PRIVATE = re.compile("[\ue000-\uf8ff]")  # these characters mark images and answers inside templates (`chat.py`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def parse(row, root=""):
     if not isinstance(row, dict):
         raise BadSample("not_a_row", f"a {type(row).__name__} instead of an object with keys")
     for key in UNSUPPORTED:
-        if row.get(key) is not None:
+        if row.get(key):
             raise BadSample("unsupported", f"it has {key!r}, which is not read")
     found = _images(row, root)
     caption = _caption(row, bool(found))
@@ -81,7 +82,8 @@ def parse(row, root=""):
 
 
 def _images(row, root):
-    value = next((row[key] for key in IMAGE_KEYS if row.get(key) is not None), ())
+    # An empty name is none: so InternVL's rows of text alone have it.
+    value = next((row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "")), ())
     values = value if isinstance(value, (list, tuple)) else (value,)
     return tuple(_image(value, root) for value in values)
 
@@ -93,28 +95,30 @@ def _image(value, root):
         return bytes(value)
     if not isinstance(value, str) or not value:
         raise BadSample("wrong_image_field", f"an image is given as {type(value).__name__} {str(value)[:40]!r}")
-    return storage.join(root, _sound(value))
+    return storage.join(root, _whole(value))
 
 
 def _sizes(row, count):
-    """The stated sizes, where they are there for each image and are numbers above 0."""
+    """The stated sizes, where they are there for each image and can be sizes of pictures."""
     sides = []
     for key in ("width", "height"):
-        value = row.get(key)
+        value = row.get(key, row.get(f"{key}_list"))  # the second is InternVL's name where there are several images
         sides.append(value if isinstance(value, (list, tuple)) else [value])
     pairs = list(zip(*sides))
-    sound = all(type(side) is int and side > 0 for pair in pairs for side in pair)
+    sound = all(type(w) is type(h) is int and min(w, h) > 0 and w * h <= images.MAX_PIXELS for w, h in pairs)
     return tuple(map(tuple, pairs)) if sound and count and len(sides[0]) == len(sides[1]) == count else ()
 
 
 def _sound(text):
-    """A text as it is. Raises BadSample for half characters, and for the private ones that templates use as marks."""
+    """A text without the private characters that templates use as marks. Raises BadSample for half characters."""
+    return PRIVATE.sub("\ufffd", _whole(text))
+
+
+def _whole(text):
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadSample("not_unicode", error) from None
-    if any(ord(c) in PRIVATE for c in text if c >= "\ue000"):
-        text = "".join("\ufffd" if ord(c) in PRIVATE else c for c in text)
     return text
 
 
@@ -176,14 +180,14 @@ def _questions(row):
     answers = row.get("answers", row.get("answer"))
     if questions is None or answers is None:
         return ()
-    if isinstance(questions, str):
-        questions, answers = [questions], answers if isinstance(answers, str) else list(answers)[:1]
-    answers = [answers] if isinstance(answers, str) else list(answers)
+    several = lambda value: list(value) if isinstance(value, (list, tuple)) else [value]
+    # One question may have several answers, of which the first is learned.
+    questions, answers = several(questions), several(answers)[: None if isinstance(questions, (list, tuple)) else 1]
     pairs = list(zip(questions, answers))
-    if not pairs or len(questions) != len(answers) or not all(isinstance(t, str) for pair in pairs for t in pair):
-        raise BadSample(
-            "wrong_questions", f"{len(questions)} questions and {len(answers)} answers as texts are expected"
-        )
+    if not pairs or len(questions) != len(answers):
+        raise BadSample("wrong_questions", f"it has {len(questions)} questions and {len(answers)} answers")
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise BadSample("not_text", "a question or an answer is no text")
     return _answered(tuple((_sound(question), _sound(answer)) for question, answer in pairs))
 
 
