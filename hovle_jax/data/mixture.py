@@ -68,13 +68,17 @@ def _check_not_empty(source, path):
 
 
 def _read_meta(path, split):
-    (path,) = storage.expand(path)
+    path, *more = storage.expand(path)
+    if more:
+        raise UserError(f"{path} and {len(more)} more meta files are named; a run reads one, which names all sources")
     try:
         meta = json.loads(storage.stream(path).read())
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     described = (
-        isinstance(meta, dict) and meta and all(isinstance(v, dict) and "annotation" in v for v in meta.values())
+        isinstance(meta, dict)
+        and meta
+        and all(isinstance(v, dict) and isinstance(v.get("annotation"), str) for v in meta.values())
     )
     if not described:
         raise UserError(
