@@ -307,7 +307,7 @@ def test_a_corpus_appears_whole_or_not_at_all(packaged, monkeypatch):
 
 
 def test_write_corpus_refuses_two_rows_of_one_id(tmp_path):
-    with pytest.raises(ValueError, match="1 rows have the id of another"):
+    with pytest.raises(ValueError, match="two rows have the id a"):
         writing.write_corpus(tmp_path / "x", "x", {"train": [{"id": "a"}, {"id": "a"}]}, {})
     assert not list(tmp_path.iterdir())
 

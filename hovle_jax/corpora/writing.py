@@ -1,6 +1,5 @@
-"""A corpus on disk: ArrayRecord files of rows, one a split, beside a description; whole or not at all."""
+"""A corpus on disk: ArrayRecord files of rows, some for each split, beside a description; whole or not at all."""
 
-import contextlib
 import hashlib
 import json
 
@@ -9,10 +8,11 @@ import msgpack
 from hovle_jax.files import whole_folder
 
 DESCRIPTION = "dataset.json"
+SHARD_BYTES = 512 * 2**20
 
 
-def shard_name(split):
-    return f"{split}-00000-of-00001.array_record"
+def shard_name(split, index=0, count=1):
+    return f"{split}-{index:05d}-of-{count:05d}.array_record"
 
 
 def pack_row(row):
@@ -26,7 +26,7 @@ def pack_row(row):
 
 
 def write_corpus(folder, name, rows_by_split, about):
-    """Writes `<split>-00000-of-00001.array_record` for each split, and `dataset.json`.
+    """Writes the rows of each split, and `dataset.json`.
 
     Args:
       folder: the corpus; it must not exist.
@@ -37,31 +37,91 @@ def write_corpus(folder, name, rows_by_split, about):
       ValueError: two rows of a split have one id.
     """
     with whole_folder(folder) as partial:
-        splits = {split: _write_split(partial / shard_name(split), rows) for split, rows in rows_by_split.items()}
-        text = json.dumps({"name": name, **about, "splits": splits}, indent=1, ensure_ascii=False)
-        (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        with CorpusWriter(partial) as writer:
+            for split, rows in rows_by_split.items():
+                seen = set()
+                for row in rows:
+                    if row["id"] in seen:
+                        raise ValueError(f"{split}: two rows have the id {row['id']}")
+                    seen.add(row["id"])
+                    writer.add(split, row)
+        describe(partial, {"name": name, **about, "splits": writer.splits})
 
 
-def _write_split(path, rows):
-    """-> what the description says of it. One record a group: a reader that jumps to a row reads no other."""
-    from array_record.python.array_record_module import ArrayRecordWriter
+def describe(folder, about):
+    """Writes `dataset.json`, by which a corpus is known to be whole."""
+    text = json.dumps(about, indent=1, ensure_ascii=False)
+    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
-    ids, records = [], hashlib.sha256()
-    with contextlib.closing(ArrayRecordWriter(str(path), "group_size:1")) as writer:
-        for row in rows:
-            record = pack_row(row)
-            writer.write(record)
-            records.update(record)
-            ids.append(row["id"])
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{path.name}: {len(ids) - len(set(ids))} rows have the id of another")
-    return {
-        "file": path.name,
-        "rows": len(ids),
-        "bytes": path.stat().st_size,
-        "ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        "records_sha256": records.hexdigest(),
-    }
+
+class CorpusWriter:
+    """Rows to the files of their splits, one after the other.
+
+    Attributes:
+      splits: {split: what the description says of it}; there when the writer is closed.
+    """
+
+    def __init__(self, folder, shard_bytes=SHARD_BYTES):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.splits = {}
+        self._open = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        for split, writer in self._open.items():
+            description = writer.close()
+            if kind is None:
+                self.splits[split] = description
+
+    def add(self, split, row):
+        if split not in self._open:
+            self._open[split] = _SplitWriter(self.folder, split, self.shard_bytes)
+        self._open[split].add(row)
+
+
+class _SplitWriter:
+    def __init__(self, folder, split, shard_bytes):
+        self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
+        self.rows = self.bytes = self.in_shard = 0
+        self.ids, self.records = hashlib.sha256(), hashlib.sha256()
+        self.paths, self.writer = [], None
+
+    def add(self, row):
+        record = pack_row(row)
+        if self.writer is None or self.in_shard >= self.shard_bytes:
+            self._next_shard()
+        self.writer.write(record)
+        self.records.update(record)
+        self.ids.update(b"\n" * bool(self.rows) + row["id"].encode())
+        self.rows += 1
+        self.bytes += len(record)
+        self.in_shard += len(record)
+
+    def _next_shard(self):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if self.writer is not None:
+            self.writer.close()
+        self.paths.append(self.folder / f"{self.split}-{len(self.paths):05d}.open")
+        # One record a group: a reader that jumps to a row reads no other.
+        self.writer, self.in_shard = ArrayRecordWriter(str(self.paths[-1]), "group_size:1"), 0
+
+    def close(self):
+        """Names the files by their number, which is known now -> the split's description."""
+        self.writer.close()
+        files = []
+        for index, path in enumerate(self.paths):
+            name = shard_name(self.split, index, len(self.paths))
+            files.append({"file": name, "bytes": path.stat().st_size})
+            path.rename(self.folder / name)
+        return {
+            "rows": self.rows,
+            "files": files,
+            "ids_sha256": self.ids.hexdigest(),
+            "records_sha256": self.records.hexdigest(),
+        }
 
 
 def is_written(folder):

@@ -191,11 +191,13 @@ class Found:
       samples: how many it has.
       bad: `bad.BadEvent`s of those that cannot be used.
       summary: a line for people; empty = nothing to say.
+      sources: ((name, samples, tokens) of an epoch, ...), where they are known.
     """
 
     samples: int
     bad: tuple = ()
     summary: str = ""
+    sources: tuple = ()
 
 
 def make_row(samples, shape: BatchShape, kind):

@@ -100,6 +100,48 @@ def plot_answers(samples, path, columns=6):
     return _save(figure, path)
 
 
+def plot_histograms(columns, path, title):
+    """The distribution of each of several quantities, with its mean.
+
+    Args:
+      columns: {name: [n] numbers}.
+
+    Returns:
+      the path.
+    """
+    num_columns = min(3, len(columns))
+    num_rows = math.ceil(len(columns) / num_columns)
+    figure = _figure(4.2 * num_columns, 2.5 * num_rows + 0.4)
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axis in axes[len(columns) :]:
+        axis.set_visible(False)
+    for (name, values), axis in zip(columns.items(), axes):
+        whole = all(float(v).is_integer() for v in values) and max(values) - min(values) < 60
+        bins = [k - 0.5 for k in range(int(min(values)), int(max(values)) + 2)] if whole else 40
+        axis.hist(values, bins=bins, color=COLOR)
+        mean = sum(map(float, values)) / len(values)
+        axis.axvline(mean, color="black", linewidth=0.8)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.set_title(f"mean {format_number(mean)}", fontsize=8, loc="right", color="0.35")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=12)
+    return _save(figure, path)
+
+
+def plot_bars(values, path, title):
+    """One bar for each name, the largest on top: {name: number} -> the path."""
+    ordered = sorted(values.items(), key=lambda pair: pair[1])
+    figure = _figure(7.5, 0.8 + 0.35 * len(ordered))
+    axis = figure.subplots()
+    bars = axis.barh([name for name, _ in ordered], [number for _, number in ordered], color=COLOR)
+    axis.bar_label(bars, [format_number(number) for _, number in ordered], fontsize=8, padding=3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    axis.set_title(title, fontsize=10, loc="left")
+    return _save(figure, path)
+
+
 def metric_names(rows):
     """All names but `step`, as first seen, with 'loss' at the front."""
     names = dict.fromkeys(name for row in rows for name in row if name != "step")

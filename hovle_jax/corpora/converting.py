@@ -1,0 +1,122 @@
+"""Users' data in any format that `sources` reads -> a corpus of ArrayRecord files, pictures inside.
+
+One file for many samples is quicker to read in any order than millions of small ones, and a copy of it is whole.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import tempfile
+import time
+
+from hovle_jax.corpora.writing import CorpusWriter, describe
+from hovle_jax.data import storage
+from hovle_jax.data.bad import BadEvent, BadSample, BadSamples
+from hovle_jax.data.images import decode_image
+from hovle_jax.data.mixture import open_mixture
+from hovle_jax.data.records import parse
+from hovle_jax.errors import UserError
+from hovle_jax.files import whole_folder
+
+SAY_EVERY = 5.0  # seconds
+
+
+def convert(source, folder, root="", held_out=0.0, ceiling=0.01, say=print):
+    """Writes `train` and, with a share of samples held out, `test`.
+
+    Args:
+      source: what data.source may name; a JSON list of rows besides.
+      folder: the corpus; it must not exist.
+      root: the folder that image paths are relative to; empty = what a meta file says, or that of the source.
+      held_out: the share of samples that go to `test`, chosen by their content.
+      ceiling: the share of samples that may be unusable.
+    Returns:
+      {split: number of rows}.
+    Raises:
+      UserError: nothing to read, or too many bad samples.
+    """
+    if not 0 <= held_out < 1:
+        raise UserError(f"held_out={held_out} is a share of samples; set it between 0 and 1")
+    with tempfile.TemporaryDirectory() as temporary:
+        listed = rows_of_json_list(source, temporary)
+        entries = open_mixture(listed or source)
+        root = root or (str(source).rpartition("/")[0] if listed else "")
+        if root:
+            entries = [dataclasses.replace(e, source=dataclasses.replace(e.source, root=root)) for e in entries]
+        return _convert(entries, source, folder, held_out, ceiling, say)
+
+
+def _convert(entries, source, folder, held_out, ceiling, say):
+    total = sum(entry.used for entry in entries)
+    with whole_folder(folder) as partial:
+        bad = BadSamples(partial, ceiling)
+        with CorpusWriter(partial) as writer:
+            for split, row in track(_rows(entries, held_out, bad), total, say):
+                writer.add(split, row)
+        if not writer.splits:
+            raise UserError(f"none of the {total} samples of {source} can be used; the first: {_first(partial)}")
+        describe(partial, {"name": pathlib.Path(folder).name, "made_of": str(source), "splits": writer.splits})
+    return {split: values["rows"] for split, values in writer.splits.items()}
+
+
+def _first(folder):
+    return (folder / "bad_samples.jsonl").read_text("utf-8").splitlines()[0]
+
+
+def _rows(entries, held_out, bad):
+    """(split, row), or None for a bad one; every picture is decoded once, so that what is written can be read."""
+    for entry in entries:
+        for i in range(entry.used):
+            try:
+                row = _row(entry.source, i)
+            except BadSample as error:
+                event = BadEvent(0, entry.source.name, *entry.source.where(i), error.reason, error.detail)
+                bad.add([event], 1)
+                yield None
+                continue
+            bad.add([], 1)
+            number = int.from_bytes(hashlib.sha256(row["id"].encode()).digest()[:8], "big")
+            yield ("test" if number < held_out * 2**64 else "train"), row
+
+
+def _row(source, index):
+    """A row as InternVL's, its pictures as the bytes of their files."""
+    original = source[index]
+    record = parse(original, source.root)
+    row = {"id": f"{source.name}/{original.get('id', index)}"}
+    if record.images:
+        data = [record.image_bytes(k) for k in range(len(record.images))]
+        sizes = [decode_image(d).size for d in data]
+        row |= {"image": data, "width": [w for w, _ in sizes], "height": [h for _, h in sizes]}
+    if record.turns:
+        said = [{"from": "system", "value": record.system}] if record.system else []
+        for question, answer in record.turns:
+            said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        row["conversations"] = said
+    return row | {key: value for key, value in (("caption", record.caption), ("text", record.text)) if value}
+
+
+def track(items, total, say, clock=time.monotonic):
+    """Passes on what is not None, and says now and then how far it is."""
+    started = said = clock()
+    for done, item in enumerate(items, 1):
+        if item is not None:
+            yield item
+        if clock() - said > SAY_EVERY:
+            said = clock()
+            left = int((said - started) * (total / done - 1))
+            say(f"{done:,} of {total:,} samples {done / total:>4.0%}  {left // 60}:{left % 60:02d} left")
+
+
+def rows_of_json_list(path, folder):
+    """A JSON file that is a list of rows (LLaVA's way) as a jsonl file in `folder` -> its path, else None."""
+    if not str(path).endswith(".json"):
+        return None
+    rows = json.loads(storage.stream(storage.expand(path)[0]).read())
+    if not isinstance(rows, list):
+        return None
+    written = pathlib.Path(folder) / f"{pathlib.Path(path).stem}.jsonl"
+    with written.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return written
