@@ -1,4 +1,4 @@
-"""What a stage will read, before anything is trained: pictures and figures of its first batches, and how fast they come."""
+"""What a stage will read before anything is trained: its first batches in pictures and figures, and their speed."""
 
 import json
 import pathlib
