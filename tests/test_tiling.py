@@ -1,0 +1,84 @@
+"""Tiles: InternVL's grids and pixels, against stored outputs and against a plain second version."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hovle_jax.data.images import Tiling, recompress
+from hovle_jax.model.vision import normalize_tiles
+from tests.shared import golden
+
+
+def test_grids_are_those_of_internvl():
+    cases = json.loads((golden("tiling") / "grids.json").read_text())
+    assert len(cases) > 700
+    for case in cases:
+        tiling = Tiling(case["image_size"], case["min_num"], case["max_num"], case["use_thumbnail"])
+        width, height = case["width"], case["height"]
+        assert tiling.grid(width, height) == (case["columns"], case["rows"]), case
+        assert tiling.count(width, height) == case["tiles"], case
+
+
+def test_pixels_are_those_of_internvl():
+    stored = np.load(golden("tiling") / "pixels.npz")
+    names = [name.removeprefix("image") for name in stored if name.startswith("image")]
+    assert names
+    for name in names:
+        size, fewest, most, thumbnail = map(int, stored[f"params{name}"])
+        tiles = Tiling(size, fewest, most, bool(thumbnail)).cut(Image.fromarray(stored[f"image{name}"]))
+        pixels = np.asarray(normalize_tiles(tiles)).transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(pixels, stored[f"pixel_values{name}"], atol=1e-6)
+
+
+def tile_by_tile(image, tiling):
+    """The plain way: crops of the resized picture, one after the other."""
+    S, (columns, rows) = tiling.size, tiling.grid(*image.size)
+    whole = image.resize((columns * S, rows * S), Image.Resampling.BICUBIC)
+    tiles = [whole.crop((c * S, r * S, (c + 1) * S, (r + 1) * S)) for r in range(rows) for c in range(columns)]
+    if tiling.thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((S, S), Image.Resampling.BICUBIC))
+    return np.stack([np.asarray(tile) for tile in tiles])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 32), (31, 97), (200, 20), (1, 1), (1, 40), (32, 16)])
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_tiles_are_crops_of_the_resized_picture(size, thumbnail):
+    rng = np.random.default_rng(sum(size))
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    tiling = Tiling(16, 1, 6, thumbnail)
+    tiles = tiling.cut(image)
+    np.testing.assert_array_equal(tiles, tile_by_tile(image, tiling))
+    assert len(tiles) == tiling.count(*size)
+
+
+@pytest.mark.parametrize(
+    "size, grid",
+    [
+        ((800, 400), (2, 1)),  # the ratio itself, of the few tiles that it needs
+        ((1792, 896), (4, 2)),  # 4 x 2 has the same ratio, and the picture more than half its pixels
+        ((448, 448), (1, 1)),
+        ((1000, 1000), (3, 3)),  # 1 x 1, 2 x 2 and 3 x 3 are as near; it has more than half the pixels of the larger
+        ((100, 3000), (1, 12)),
+        ((3000, 100), (12, 1)),
+    ],
+)
+def test_grids_by_hand(size, grid):
+    assert Tiling(448, 1, 12).grid(*size) == grid
+
+
+def test_pictures_of_one_sample_share_its_tiles():
+    tiling = Tiling(448, 1, 12)
+    assert [tiling.shared_by(n).max_tiles for n in (0, 1, 2, 5, 12, 40)] == [12, 12, 6, 2, 1, 1]
+
+
+def test_recompression_changes_each_tile_a_little_and_by_its_seed():
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((32, 32))
+    tiles = np.repeat(np.asarray(smooth)[None], 5, axis=0)
+    made = recompress(tiles, np.random.default_rng(1))
+    np.testing.assert_array_equal(made, recompress(tiles, np.random.default_rng(1)))
+    assert made.shape == tiles.shape and len(np.unique(made.reshape(5, -1), axis=0)) > 1  # qualities of their own
+    error = np.abs(made.astype(int) - tiles)
+    assert 0 < error.mean() < 8
