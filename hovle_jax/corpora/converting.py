@@ -50,7 +50,7 @@ def convert(source, folder, root="", held_out=0.0, ceiling=0.01, say=print):
 def _convert(entries, source, folder, held_out, ceiling, say):
     total = sum(entry.used for entry in entries)
     with whole_folder(folder) as partial:
-        bad = BadSamples(partial, ceiling)
+        bad = BadSamples(partial, ceiling, stays=False)
         with CorpusWriter(partial) as writer:
             for split, row in track(_rows(entries, held_out, bad), total, say):
                 writer.add(split, row)

@@ -59,9 +59,11 @@ class BadSamples:
     Args:
       folder: the run's, or None to count alone.
       ceiling: the share of samples that may be bad.
+      stays: whether the folder is there when the ceiling is exceeded.
     """
 
-    def __init__(self, folder, ceiling):
+    def __init__(self, folder, ceiling, stays=True):
+        self.stays = stays
         self.path = pathlib.Path(folder) / FILE_NAME if folder else None
         self.ceiling = ceiling
         self.drawn = self.found = 0  # since this process began
@@ -108,7 +110,7 @@ class BadSamples:
     def _message(self, bad, total):
         named = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(SHARDS_NAMED))
         reasons = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
-        where = f"; all are listed in {self.path}" if self.path else ""
+        where = f"; all are listed in {self.path}" if self.path and self.stays else ""
         return (
             f"{bad} of {total} samples cannot be used, more than bad_ceiling={self.ceiling:g} allows: {reasons}; "
             f"most are in {named}{where}; mend these files, or raise the ceiling"

@@ -160,24 +160,34 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, lines, vocab_size):
-        """A BPE model with byte fallback over `lines`; `vocab_size` counts the added tokens too."""
+        """A BPE model with byte fallback over `lines`; `vocab_size` counts the added tokens too.
+
+        Raises:
+          UserError: the text has not so many pieces.
+        """
         import sentencepiece
 
         lines, out = list(lines), io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=out,
-            model_type="bpe",
-            vocab_size=vocab_size - len(ADDED_TOKENS),
-            byte_fallback=True,
-            character_coverage=_coverage(lines, vocab_size // 4),
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            user_defined_symbols=["\n"],  # a boundary: a role's header is never merged with what follows it
-            num_threads=1,
-            minloglevel=2,
-        )
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=out,
+                model_type="bpe",
+                vocab_size=vocab_size - len(ADDED_TOKENS),
+                byte_fallback=True,
+                character_coverage=_coverage(lines, vocab_size // 4),
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                normalization_rule_name="identity",
+                user_defined_symbols=["\n"],  # a boundary: a role's header is never merged with what follows it
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:  # too little text for so many pieces, or so few for 256 bytes
+            raise UserError(
+                f"no tokenizer of tokenizer.vocab_size={vocab_size} can be trained on {len(lines)} lines of text: "
+                f"{error}; change the size, or give a tokenizer with tokenizer.path"
+            ) from None
         return cls(out.getvalue())
 
     def encode(self, text):
