@@ -20,7 +20,8 @@ def get_config(preset="tiny"):
         config.init.llm = config.init.teacher = "required"
         config.steps = 122_000
         config.optimizer.learning_rate = 3e-4
-        config.data.sequence_length = 512
+        config.data.sequence_length = 4096
+        config.data.tiles = 13
         return config
     config.data.batch_size = 8
     config.data.tiles = 8

@@ -353,7 +353,7 @@ class DataConfig:
         many as are asked for).
       augment: flips and shifts of the images, of an indexed source one JPEG compression; from (seed, step) alone.
       min_tiles, max_tiles, thumbnail: indexed sources: the grid of tiles of a picture (several pictures of a sample
-        share max_tiles), and whether the whole picture follows a grid of more than one.
+        share max_tiles; a row's `tiles` limit it too), and whether the whole picture follows a grid of more than one.
       upright: turn pictures as their EXIF orientation says.
       loss_weights: of a sample's supervised tokens, x in number: 'token' 1, 'sample' 1/x, 'square' 1/sqrt(x).
       balanced: draw each conversation's first question so that its words do not give the answer away.

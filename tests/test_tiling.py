@@ -82,3 +82,12 @@ def test_recompression_changes_each_tile_a_little_and_by_its_seed():
     assert made.shape == tiles.shape and len(np.unique(made.reshape(5, -1), axis=0)) > 1  # qualities of their own
     error = np.abs(made.astype(int) - tiles)
     assert 0 < error.mean() < 8
+
+
+@pytest.mark.parametrize(
+    "tiles, thumbnail, most", [(1, True, 1), (2, True, 1), (5, True, 4), (13, True, 12), (99, True, 12), (5, False, 5)]
+)
+def test_a_grid_has_no_more_tiles_than_a_row(tiles, thumbnail, most):
+    tiling = Tiling(448, 3, 12, thumbnail).within(tiles)
+    assert tiling.max_tiles == most and tiling.min_tiles == min(3, most)
+    assert max(tiling.count(w, h) for w in (100, 448, 3000) for h in (100, 448, 3000)) <= tiles

@@ -137,6 +137,12 @@ class Tiling:
         """The tiling of each of several pictures of one sample, which share its tiles."""
         return dataclasses.replace(self, max_tiles=max(1, self.max_tiles // max(images, 1)))
 
+    def within(self, tiles):
+        """A tiling of which no picture has more than so many tiles, its thumbnail included."""
+        most = tiles - 1 if self.thumbnail and tiles > 1 else max(tiles, 1)
+        most = min(self.max_tiles, most)
+        return dataclasses.replace(self, min_tiles=min(self.min_tiles, most), max_tiles=most)
+
     def count(self, width, height):
         """Number of tiles of a picture of this size, the thumbnail included."""
         columns, rows = self.grid(width, height)

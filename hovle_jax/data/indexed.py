@@ -165,9 +165,6 @@ class _RowLimits(tuple):
 def _units(number, entry, cost, samples, limits):
     """What of an entry an epoch has, in its own order -> ({field: [n]}, events)."""
     length, max_tiles, _ = limits
-    tiling = samples.tiling
-    if entry.max_tiles is not None:
-        tiling = dataclasses.replace(tiling, max_tiles=entry.max_tiles)
     text, first = np.asarray(cost.text, np.int64), np.asarray(cost.first, np.int64)
     copies = entry.copies()
     used = copies > 0
@@ -179,7 +176,7 @@ def _units(number, entry, cost, samples, limits):
         parts = np.maximum(-(-(text - 1) // max(length - 1, 1)), 1)
         tokens, tiles = np.minimum(text, length), np.zeros(len(text), np.int64)
     else:
-        tiles, tiles_before = cost.tiles(tiling)
+        tiles, tiles_before = cost.tiles(samples.tiling_of(entry.max_tiles))
         too_long = (first + tiles_before * samples.tokens_per_tile > length) | (tiles_before > max_tiles)
         for i in np.flatnonzero(too_long & (text > 0) & used).tolist():
             takes = f"{first[i] + tiles_before[i] * samples.tokens_per_tile} tokens and {tiles_before[i]} tiles"
@@ -285,9 +282,7 @@ class RowMaker:
 
     def _make(self, entry, index, part, seed):
         augment = self.config.data.augment if entry.augment is None else entry.augment
-        tiling = self.samples.tiling
-        if entry.max_tiles is not None:
-            tiling = dataclasses.replace(tiling, max_tiles=entry.max_tiles)
+        tiling = self.samples.tiling_of(entry.max_tiles)
         record = parse(entry.source[index], entry.source.root)
         return self.samples.make(record, np.random.default_rng(seed), part, tiling, augment and not self.held_out)
 

@@ -59,11 +59,17 @@ class RecordSamples:
     def of(cls, config: RunConfig, tokenizer):
         data, embedding = config.data, config.model.embedding
         clip = (config.clip.vision.image_size, config.clip.text.context, config.clip.text.end_id) if config.clip else ()
-        tiling = Tiling(embedding.tile_size, data.min_tiles, data.max_tiles, data.thumbnail)
+        tiling = Tiling(embedding.tile_size, data.min_tiles, data.max_tiles, data.thumbnail).within(data.tiles)
         return cls(
             config.stage, tokenizer, data.sequence_length, data.tiles, tiling, embedding.tokens_per_tile,
             data.system_message, data.random_tokens, data.upright, clip,
         )  # fmt: skip
+
+    def tiling_of(self, max_tiles):
+        """The run's tiling, with another maximum where a source has one of its own."""
+        if max_tiles is None:
+            return self.tiling
+        return dataclasses.replace(self.tiling, max_tiles=max_tiles).within(self.tiles)
 
     def text_key(self):
         """What `needs` depends on beside the record: the index of a source is known by it."""
