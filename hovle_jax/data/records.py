@@ -74,7 +74,7 @@ def parse(row, root=""):
     if text is not None and not isinstance(text, str):
         raise BadSample("not_text", f"'text' is a {type(text).__name__}")
     record = Record(found, _sizes(row, len(found)), turns, system, caption, _sound(text or ""))
-    if not (record.images or record.turns or record.text.strip()):
+    if not (record.images or record.turns or record.caption or record.text.strip()):
         raise BadSample(
             "empty_row", f"neither images nor text under any known key; it has {', '.join(map(str, row))}"[:200]
         )
@@ -132,6 +132,9 @@ def _caption(row, has_images):
 
 def _turns(messages, role_key, text_key):
     """A list of messages -> (system message, ((question, answer), ...))."""
+    if isinstance(messages, dict) and all(isinstance(values, (list, tuple)) for values in messages.values()):
+        # TFDS and the hub's Sequence keep a list of dicts as a dict of lists.
+        messages = [dict(zip(messages, values)) for values in zip(*messages.values())]
     if not isinstance(messages, (list, tuple)):
         raise BadSample("wrong_conversation", f"it is a {type(messages).__name__} instead of a list")
     system, said = "", []

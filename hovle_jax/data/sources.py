@@ -347,9 +347,12 @@ class ArrayRecordShard(Shard):
 
         def open_file():
             try:
-                return ArrayRecordReader(self.path, options="readahead_buffer_size:0"), threading.Lock()
+                reader = ArrayRecordReader(self.path, options="readahead_buffer_size:0")
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{self.path} cannot be read as an ArrayRecord file: {error}") from None
+            if not reader.ok():  # it would say that there are no records
+                raise UserError(f"{self.path} cannot be read as an ArrayRecord file: it is cut off, or another kind")
+            return reader, threading.Lock()
 
         return _readers.get(("array_record", self.path), open_file)
 
@@ -360,11 +363,11 @@ class ArrayRecordShard(Shard):
         import msgpack
 
         reader, lock = self._reader()
-        with lock:
-            (raw,) = reader.read([index])
         try:
+            with lock:
+                (raw,) = reader.read([index])
             return msgpack.unpackb(raw)
-        except (ValueError, msgpack.exceptions.UnpackException) as error:
+        except (ValueError, RuntimeError, msgpack.exceptions.UnpackException) as error:
             raise BadSample("broken_record", error) from None
 
     def name(self, index):
@@ -389,7 +392,12 @@ class TfdsShard(Shard):
         return len(self._data())
 
     def row(self, index):
-        return {key: _plain(value) for key, value in self._data()[index].items()}
+        data = self._data()
+        try:
+            row = data[index]
+        except Exception as error:  # noqa: BLE001 (as in _tfds_source)
+            raise BadSample("broken_record", error) from None
+        return {key: _plain(value) for key, value in row.items()}
 
 
 def _tfds_source(path, split):
@@ -417,8 +425,10 @@ def _plain(value):
             return value.decode("utf-8")
         except UnicodeDecodeError:
             return value
-    if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()]
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, np.ndarray)):
+        return [_plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
     return value.item() if isinstance(value, np.generic) else value
 
 
