@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad import BadEvent, BadSample, BadSamples, count_reasons, read_bad_samples
 from hovle_jax.data.images import decode_image, image_size
+from hovle_jax.data.records import parse, sizes_of
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
 from hovle_jax.training import loop
@@ -275,6 +277,16 @@ def test_names_that_no_file_takes_are_written(tmp_path):
     bad.start(0, [BadEvent(-1, "s", "a.jsonl", "line\u2028at\x85byte 0", event.reason, event.detail)], 1)
     (read,) = read_bad_samples(tmp_path)
     assert read.detail == "it has \\ud83d and" and read.sample == "line\u2028at\x85byte 0"
+
+
+def test_what_is_no_picture_s_file_is_neither_waited_for_nor_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "film").open("wb") as file:
+        file.truncate(2**36)
+    for name, reason in (("pipe", "empty_image"), ("film", "unreadable_image")):
+        record = parse(broken.asked(image=name), str(tmp_path))
+        with pytest.raises(BadSample, match=reason):
+            sizes_of(record)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 from hovle_jax.data.bad import BadSample
 from hovle_jax.errors import UserError
 
+LARGEST = 2**31  # bytes of a file that is read as a whole; what is named by mistake may be a film
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # shards-{00000..00127}.tar
 
 
@@ -65,10 +66,12 @@ def read(path, offset=0, length=None):
     if is_url(path):
         return _read_url(path, offset, None if length is None else offset + length)
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
             if offset:
                 file.seek(offset)
             size = os.fstat(file.fileno()).st_size - offset if length is None else length
+            if length is None and size > LARGEST:
+                raise BadSample("unreadable_file", f"{path} has {size:,} bytes, and at most {LARGEST:,} are read")
             data = file.read(size)
             while len(data) < size and (more := file.read(size - len(data))):  # a read may stop at 2 GiB
                 data += more
@@ -81,6 +84,11 @@ def read(path, offset=0, length=None):
         raise BadSample("unreadable_file", f"{path}: no permission") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise BadSample("unreadable_file", f"{path}: {error}") from None
+
+
+def _open_at_once(path, flags):
+    """A pipe is opened as an empty file is, instead of waiting for who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read_url(path, start, end):
