@@ -4,13 +4,15 @@ Special tokens are never parsed out of a user's text: `encode` takes what is wri
 as ids, through a chat template alone.
 """
 
-import bisect
 import collections
+import functools
 import io
 import itertools
 import json
 import pathlib
 import re
+
+import numpy as np
 
 from hovle_jax.errors import UserError
 
@@ -78,7 +80,7 @@ class Tokenizer:
             pairs = [(i, index) for index, part in enumerate(parts) for i in self.encode(part)]
             return [i for i, _ in pairs], [index for _, index in pairs]
         bounds = list(itertools.accumulate(map(len, parts)))
-        return ids, [bisect.bisect_left(bounds, end) for end in ends]
+        return ids, np.searchsorted(bounds, ends).tolist()
 
     def _encode_with_ends(self, text):
         """-> (ids, for each the number of characters up to its end; None where that cannot be told)."""
@@ -198,17 +200,23 @@ class SentencePieceTokenizer(Tokenizer):
         # write that. It then goes by its bytes.
         return [i for index in ids for i in (self._bytes(index) if index in self._names else [index])]
 
+    @functools.cached_property
+    def _lengths(self):
+        """[pieces] int32: bytes of text that each piece stands for."""
+        sizes = [
+            1 if self._pieces.is_byte(i) else len(self._pieces.id_to_piece(i).replace("\u2581", " ").encode())
+            for i in range(self._pieces.vocab_size())
+        ]
+        return np.asarray(sizes, np.int32)
+
     def _encode_with_ends(self, text):
         ids, data = self.encode(text), text.encode()
-        pieces = [self._pieces.id_to_piece(i) for i in ids]
-        lengths = [
-            1 if self._pieces.is_byte(i) else len(p.replace("\u2581", " ").encode()) for i, p in zip(ids, pieces)
-        ]
-        prefix = sum(lengths) - len(data)
+        ends = np.cumsum(self._lengths[ids], dtype=np.int64) if ids else np.zeros(0, np.int64)
+        prefix = (int(ends[-1]) if ids else 0) - len(data)
         if prefix not in (0, 1):  # a blank may be put in front; a model that changes the text otherwise tells nothing
             return ids, None
-        starts = list(itertools.accumulate((byte & 0xC0 != 0x80 for byte in data), initial=0))  # characters begun
-        return ids, [starts[max(end - prefix, 0)] for end in itertools.accumulate(lengths)]
+        begun = np.cumsum(np.frombuffer(data, np.uint8) & 0xC0 != 0x80)  # characters, up to and with each byte
+        return ids, np.append(0, begun)[np.maximum(ends - prefix, 0)].tolist()
 
     def _bytes(self, index):
         text = self._pieces.id_to_piece(index).replace("\u2581", " ")
