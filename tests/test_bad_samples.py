@@ -75,33 +75,32 @@ def random_params(models, batch, mesh, sources):
     return jax.tree.map(lambda a: jax.device_put(rng.normal(size=a.shape).astype(a.dtype) / 10, a.sharding), abstract)
 
 
-@pytest.fixture(scope="module")
-def quick_start():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_params", random_params)
-        yield
+@pytest.fixture
+def quick_start(monkeypatch):
+    monkeypatch.setattr(loop, "load_params", random_params)
 
 
-@pytest.fixture(scope="module")
-def trained(corpus, quick_start, tmp_path_factory):
-    """A run over an epoch of the broken corpus: (config, its folder, {sample's name: Broken})."""
+def with_tokenizer(config, folder):
+    """The micro tokenizer instead of one that the run would train on its few texts."""
+    folder.mkdir()
+    micro.tokenizer().save(folder)
+    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(folder)))
+
+
+def test_a_corpus_of_broken_samples_trains_to_the_end(corpus, quick_start, tmp_path):
+    """An epoch, killed and resumed: one test, as it compiles for the time of all others together."""
     path, found = corpus
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "tokenizer").mkdir()
-    micro.tokenizer().save(folder / "tokenizer")
-    config = config_of(path, steps=9, log_every=1, checkpoint_every=3)
-    config = dataclasses.replace(
-        config, tokenizer=dataclasses.replace(config.tokenizer, path=str(folder / "tokenizer"))
-    )
-    result = loop.run(config, folder / "whole", {}, say=quiet)
+    config = with_tokenizer(config_of(path, steps=9, log_every=1, checkpoint_every=3), tmp_path / "tokenizer")
+    result = loop.run(config, tmp_path / "whole", {}, say=quiet)
     assert (result.step, result.finished) == (9, True)
+    each_kind_is_listed_with_its_reason(tmp_path / "whole", found)
     summary.summarize(config, result)
-    return config, folder, found
+    the_report_counts_and_names_them(tmp_path / "whole", found)
+    a_resumed_run_replaces_and_lists_the_same(config, tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_corpus_of_broken_samples_trains_to_the_end_and_lists_each_kind(trained):
-    _, folder, found = trained
-    events = read_bad_samples(folder / "whole")
+def each_kind_is_listed_with_its_reason(folder, found):
+    events = read_bad_samples(folder)
     assert len({kind.name for kind in found.values()}) >= 90
     reasons = {}
     for event in events:
@@ -117,39 +116,36 @@ def test_a_corpus_of_broken_samples_trains_to_the_end_and_lists_each_kind(traine
     assert all(not event.replaced_by for event in events if event.step < 0)
 
 
-def test_the_report_counts_them_by_reason_and_names_them(trained):
-    _, folder, found = trained
-    counts = count_reasons(read_bad_samples(folder / "whole"))
+def the_report_counts_and_names_them(folder, found):
+    counts = count_reasons(read_bad_samples(folder))
     assert sum(counts.values()) == len(found)
-    results = json.loads((folder / "whole" / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     assert {name.removeprefix("bad samples: "): n for name, n in results.items() if "bad" in name} == counts
-    page = (folder / "whole" / "report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert f"{len(found)} samples" in page
     for sample, kind in found.items():
         assert f"rows.jsonl: {sample}<" in page, kind.name
 
 
-def test_a_resumed_run_replaces_and_lists_the_same(trained):
-    config, folder, _ = trained
+def a_resumed_run_replaces_and_lists_the_same(config, whole, cut):
     # As a kill behind step 6 leaves it: a list with steps that happen again, the last one written in part.
-    shutil.copytree(folder / "whole", folder / "cut")
-    shutil.rmtree(folder / "cut" / "checkpoints" / "9")
-    shutil.rmtree(folder / "cut" / "model")
-    with (folder / "cut" / "bad_samples.jsonl").open("a") as file:
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "9")
+    shutil.rmtree(cut / "model")
+    with (cut / "bad_samples.jsonl").open("a") as file:
         file.write('{"step": 8, "sour')
     said = []
-    loop.run(config, folder / "cut", {}, say=said.append)
+    loop.run(config, cut, {}, say=said.append)
     assert "instruct: resuming at step 6" in said
-    read = lambda name: (folder / name / "bad_samples.jsonl").read_text()
-    assert read("cut") == read("whole")
-    lines = read("whole").splitlines()
+    lines = (whole / "bad_samples.jsonl").read_text().splitlines()
+    assert (cut / "bad_samples.jsonl").read_text().splitlines() == lines
     assert len(set(lines)) == len(lines) > 90
-    losses = lambda name: [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").open()]
-    assert losses("cut") == losses("whole")
+    losses = lambda folder: [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+    assert losses(cut) == losses(whole)
 
 
-def test_worker_processes_hosts_and_another_process_cache_replace_the_same(trained, tmp_path, monkeypatch):
-    config, _, _ = trained
+def test_worker_processes_hosts_and_a_new_index_replace_the_same(corpus, tmp_path, monkeypatch):
+    config = config_of(corpus[0])
     expected = [batch for batch, _ in zip(dataset_of(config).iterate(), range(8))]
     in_workers = dataset_of(config).iterate(2, workers=2)
     for (batch, events, drawn), got in zip(expected[2:6], in_workers):
@@ -231,12 +227,8 @@ def test_a_run_stops_at_the_ceiling_while_it_trains(tmp_path, quick_start):
     rows = [json.dumps(kind.row) for kind in kinds] + [json.dumps(broken.good_row(i * 6)) for i in range(6)]
     broken.write_jsonl(tmp_path, good=40)
     (tmp_path / "stated.jsonl").write_text("\n".join(rows))
-    (tmp_path / "tokenizer").mkdir()
-    micro.tokenizer().save(tmp_path / "tokenizer")
     config = config_of(tmp_path / "stated.jsonl", bad_ceiling=0.01, steps=8)
-    config = dataclasses.replace(
-        config, tokenizer=dataclasses.replace(config.tokenizer, path=str(tmp_path / "tokenizer"))
-    )
+    config = with_tokenizer(config, tmp_path / "tokenizer")
     with pytest.raises(UserError, match=r"\d+ of \d+ samples cannot be used.*most are in .*stated.jsonl \(\d+\)"):
         loop.run(config, tmp_path / "run", {}, say=quiet)
     events = read_bad_samples(tmp_path / "run")

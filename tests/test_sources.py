@@ -152,7 +152,7 @@ def meta(folder):
 
 
 def text(folder):
-    (folder / "a.txt").write_text("".join(f"{answer(i)}, and that is all.\n" * 200 for i in range(60)))
+    (folder / "a.txt").write_text("".join(f"{answer(i)}, and that is all.\n" * 60 for i in range(60)))
     return str(folder / "*.txt")
 
 
@@ -471,7 +471,7 @@ def test_what_is_cut_is_never_an_image_and_never_all_that_is_learned():
     pictures = [broken.encoded(i, size=size) for i, size in enumerate([(32, 32), (70, 32), (33, 90), (64, 64), (9, 9)])]
     tokenizer, outcomes = micro.tokenizer(), {"whole": 0, "cut": 0, "refused": 0}
     start, end, image_id = (tokenizer.special(token) for token in ("<img>", "</img>", "<IMG_CONTEXT>"))
-    for _ in range(250):
+    for _ in range(150):
         length, tiles = int(rng.integers(30, 200)), int(rng.integers(1, 12))
         samples = samples_of(sequence_length=length, tiles=tiles)
         record = random_record(rng, pictures)
@@ -502,7 +502,7 @@ def test_what_is_cut_is_never_an_image_and_never_all_that_is_learned():
         assert answers.startswith(learned(made))
         if n < len(whole.tokens):  # as much as there is room for
             assert n == length or whole.tokens[n] == start
-    assert min(outcomes.values()) > 15, outcomes
+    assert min(outcomes.values()) > 10, outcomes
 
 
 def test_parts_of_a_long_text_hold_each_token_once():
