@@ -385,7 +385,7 @@ def test_how_rows_say_where_pictures_and_marks_are():
     assert record(image={"bytes": b"x", "path": "a.png"}, conversations=talk).images == (b"x",)
     assert record(image="s3://b/a.png", conversations=talk).images == ("s3://b/a.png",)
     assert record(image="\ue000.png", conversations=talk).images == ("root/\ue000.png",)  # a name is not changed
-    assert record(conversations=broken.turns("\ue000", "\uf8ff yes")).turns == (("\ufffd", "\ufffd yes"),)
+    assert record(conversations=broken.turns("\ue000", "\uf8ff yes")).turns == (("\ue000", "\uf8ff yes"),)
     columns = {"from": ["human", "gpt"], "value": ["hi", "yes"]}
     assert record(conversations=columns).turns == (("hi", "yes"),)
     assert record(questions=["a", "b"], answers=["c", "d"]).turns == (("a", "c"), ("b", "d"))
@@ -650,6 +650,23 @@ def test_a_step_far_ahead_is_found_without_those_before(made, monkeypatch):
     batch = dataset[1_000_000]
     assert batch["tokens"].shape == (4, 160) and len(reads) < 80
     assert (batch["loss_weights"] > 0).any(1).all()
+
+
+def test_an_index_is_of_one_tokenizer_and_one_template(made):
+    samples = samples_of()
+    other = pipeline.train_tokenizer(
+        micro.run_config("pretrain"), pipeline.load_corpus(config_of(made("text")), "train")
+    )
+    templated = type(other)(samples.tokenizer.model)
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    keys = [samples.text_key()]
+    keys += [
+        dataclasses.replace(samples, **c).text_key()
+        for c in ({"tokenizer": other}, {"system": "x"}, {"stage": "align"})
+    ]
+    assert keys[0] == keys[3] and keys[0] not in keys[1:3]
+    assert dataclasses.replace(samples, tokenizer=templated)._vocabulary != samples._vocabulary
+    assert samples_of(tiles=9, sequence_length=99).text_key() == keys[0]  # neither matters to the index
 
 
 def test_an_index_made_by_processes_is_the_same(made, monkeypatch, tmp_path):

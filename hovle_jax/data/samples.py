@@ -5,6 +5,7 @@ its pictures alone, and `make`, the sample itself.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from hovle_jax.data.batch import Sample
 from hovle_jax.data.chat import IMAGE_MARK
 from hovle_jax.data.images import Tiling, decode_image, recompress, single_tile
 from hovle_jax.data.records import Record, sizes_of
+from hovle_jax.data.storage import key_of
 from hovle_jax.data.text import CAPTION_REQUEST, encode_conversation, encode_random_text
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
@@ -75,7 +77,12 @@ class RecordSamples:
         """What `needs` depends on beside the record: the index of a source is known by it."""
         probe = [(f"{IMAGE_MARK}\nOne, 2: três?", "四 🙂.")]
         encoded = encode_conversation(self._tokenizer_for_images, probe, self.system, (0,))
-        return [self.kind, self.tokenizer.vocab_size, encoded.tokens.tolist(), self.random_tokens, self.upright]
+        return [self.kind, self._vocabulary, encoded.tokens.tolist(), self.random_tokens, self.upright]
+
+    @functools.cached_property
+    def _vocabulary(self):
+        """A name for the tokenizer: small ones that were trained on different texts agree on many a short one."""
+        return key_of(self.tokenizer.pieces(range(self.tokenizer.vocab_size)), self.tokenizer.chat_template)
 
     @property
     def kind(self):
