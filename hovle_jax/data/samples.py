@@ -81,7 +81,7 @@ class RecordSamples:
 
     @functools.cached_property
     def _vocabulary(self):
-        """A name for the tokenizer: small ones that were trained on different texts agree on many a short one."""
+        """A name for the tokenizer: two that differ may agree on one short text."""
         return key_of(self.tokenizer.pieces(range(self.tokenizer.vocab_size)), self.tokenizer.chat_template)
 
     @property
