@@ -11,6 +11,8 @@ from PIL import Image
 from hovle_jax.data import pipeline
 from hovle_jax.data.batch import WEIGHTINGS
 from hovle_jax.data.packing import WINDOW, pack
+from hovle_jax.errors import UserError
+from hovle_jax.training import loop
 from hovle_jax.training.stages import STAGES, Models
 from tests import micro
 from tests.benchmarks.packing import corpus
@@ -158,3 +160,22 @@ def test_distillation_is_packed_too(source):
         for segment in range(1, batch["segment_ids"][row].max() + 1)
     ]
     assert set(per_segment) == {12.0}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_does_not_go_on_with_other_data(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.checkpoint, "save_run_model", lambda *_: None)
+    config = run_config(source, "pretrain", sequence_length=64, tiles=1)
+    rows = [{"text": f"is there a {word} shape? yes."} for word in ("red", "blue", "teal", "gray", "green")]
+    path = tmp_path / "data" / "text.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(path), batch_size=8), steps=2)
+    quiet = lambda _: None
+    loop.run(dataclasses.replace(config, stop_at_step=1), tmp_path / "run", {}, say=quiet)
+    (tmp_path / "elsewhere").mkdir()
+    path = path.rename(tmp_path / "elsewhere" / "text.jsonl").rename(path)  # another time, the same rows
+    path.write_text(path.read_text() + json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(UserError, match="5 samples then, 6 now.*another --workdir"):
+        loop.run(config, tmp_path / "run", {}, say=quiet)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert loop.run(config, tmp_path / "run", {}, say=quiet).step == 2

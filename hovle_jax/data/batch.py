@@ -192,12 +192,14 @@ class Found:
       bad: `bad.BadEvent`s of those that cannot be used.
       summary: a line for people; empty = nothing to say.
       sources: ((name, samples, tokens) of an epoch, ...), where they are known.
+      digest: of the epoch's plan; another one means other data. Empty where there is no plan.
     """
 
     samples: int
     bad: tuple = ()
     summary: str = ""
     sources: tuple = ()
+    digest: str = ""
 
 
 def make_row(samples, shape: BatchShape, kind):

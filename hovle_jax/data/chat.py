@@ -80,8 +80,11 @@ def parts(tokenizer, turns, system=""):
     """
     template, specials = tokenizer.chat_template, tokenizer.specials
     texts = [template, system, *(text for turn in turns for text in turn if text)]
-    free = (chr(c) for c in PRIVATE if not any(chr(c) in text for text in texts))
-    shield, image, begin, end = (next(free) for _ in range(4))
+    used = set().union(*texts)
+    free = [chr(c) for c in PRIVATE if chr(c) not in used][:4]
+    if len(free) < 4:
+        raise UserError("the conversation has every private character of Unicode, of which its template needs four")
+    shield, image, begin, end = free
     longest_first = sorted(specials, key=len, reverse=True)
 
     def message(role, text):

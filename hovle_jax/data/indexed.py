@@ -6,6 +6,7 @@ place; the plan itself never changes.
 """
 
 import dataclasses
+import hashlib
 
 import grain
 import numpy as np
@@ -75,6 +76,13 @@ class Plan:
     def __len__(self):
         return len(self.ends)
 
+    def digest(self):
+        """The same for the same samples in the same rows, wherever their files lie."""
+        content = hashlib.sha256()
+        for name in ("ends", "entry", "record", "part", "tokens", "tiles"):
+            content.update(np.ascontiguousarray(getattr(self, name)))
+        return content.hexdigest()[:24]
+
     def row(self, index):
         """[(entry, record, part, tokens, tiles), ...]"""
         here = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
@@ -133,7 +141,8 @@ class IndexedCorpus:
         numbers = grain.MapDataset.range(len(plan)).seed(config.seed)
         if not held_out:
             numbers = numbers.shuffle()
-        found = Found(sum(entry.used for entry in self.entries), tuple(events), str(summary), summary.sources)
+        total = sum(entry.used for entry in self.entries)
+        found = Found(total, tuple(events), str(summary), summary.sources, plan.digest())
         return numbers.repeat().random_map(maker), found
 
 

@@ -5,6 +5,7 @@ or one host's part of them. So a batch does not depend on hosts, on workers, or 
 """
 
 import dataclasses
+import os
 
 import grain
 
@@ -18,7 +19,7 @@ from hovle_jax.data.text import CAPTION_REQUEST
 from hovle_jax.data.tokenizer import SentencePieceTokenizer
 from hovle_jax.errors import UserError
 
-THREADS = 2  # that make rows where no worker processes do
+THREADS = min(os.cpu_count() or 1, 16)  # that make rows where no worker processes do
 LINE = 1000  # characters; SentencePiece leaves lines of more than 4192 bytes out
 ROWS_AHEAD = 2  # batches of rows that are made before they are asked for
 

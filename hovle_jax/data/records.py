@@ -4,7 +4,6 @@ A row is a dict, as a jsonl line, a tar sample or a Parquet row gives it; what i
 """
 
 import dataclasses
-import re
 
 from hovle_jax.data import images, storage
 from hovle_jax.data.bad import BadSample
@@ -14,7 +13,6 @@ HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "model")
 IMAGE_KEYS = ("image", "images", "jpg", "png", "webp", "img")
 CAPTION_KEYS = ("caption", "captions", "text", "txt", "TEXT", "prompt")
 UNSUPPORTED = ("video", "videos", "audio")
-PRIVATE = re.compile("[\ue000-\uf8ff]")  # these characters mark images and answers inside templates (`chat.py`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +93,7 @@ def _image(value, root):
         return bytes(value)
     if not isinstance(value, str) or not value:
         raise BadSample("wrong_image_field", f"an image is given as {type(value).__name__} {str(value)[:40]!r}")
-    return storage.join(root, _whole(value))
+    return storage.join(root, _sound(value))
 
 
 def _sizes(row, count):
@@ -110,11 +108,7 @@ def _sizes(row, count):
 
 
 def _sound(text):
-    """A text without the private characters that templates use as marks. Raises BadSample for half characters."""
-    return PRIVATE.sub("\ufffd", _whole(text))
-
-
-def _whole(text):
+    """The text. Raises BadSample for half characters, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

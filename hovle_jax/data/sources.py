@@ -22,7 +22,8 @@ from hovle_jax.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff".encode()  # some editors begin a file with it
 TEXT_SPAN = 65_536  # bytes of plain text in a row; spans end with a line
-OPEN_READERS = 32
+OPEN_READERS = 256
+ROW_GROUPS = 8  # of Parquet files, in memory
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 INDEX_VERSION = 2
 
@@ -56,7 +57,8 @@ class _Reader:
 class _Readers:
     """Open readers of files by path, the last used ones, one set for each process."""
 
-    def __init__(self):
+    def __init__(self, most):
+        self.most = most
         self._lock, self._open, self._process = threading.Lock(), collections.OrderedDict(), None
 
     def get(self, path, make):
@@ -65,7 +67,7 @@ class _Readers:
                 self._open, self._process = collections.OrderedDict(), os.getpid()
             reader = self._open.setdefault(path, _Reader())
             self._open.move_to_end(path)
-            if len(self._open) > OPEN_READERS:
+            if len(self._open) > self.most:
                 self._open.popitem(last=False)  # it closes when the last thread has done with it
         with reader.lock:
             if reader.opened is None:
@@ -73,7 +75,7 @@ class _Readers:
             return reader.opened
 
 
-_readers = _Readers()
+_readers, _row_groups = _Readers(OPEN_READERS), _Readers(ROW_GROUPS)
 
 
 class Shard:
@@ -85,10 +87,22 @@ class Shard:
         """What a row is called in reports."""
         return str(index)
 
+    @functools.cached_property
+    def stamp(self):
+        """By what this shard's index and readers are known: a file that was changed and opened again is another one."""
+        return (type(self).__name__, *dataclasses.astuple(self), *storage.fingerprint(self.path))
+
+    def _opened(self, make):
+        """What make() opens, once in each process while it is in use."""
+        return _readers.get(self._key, make)
+
+    @functools.cached_property
+    def _key(self):
+        return storage.key_of(self.stamp)
+
     def _arrays(self, build):
-        """This shard's cached index, loaded once in each process."""
-        kind = type(self).__name__
-        return _readers.get((kind, self.path), lambda: cached_arrays((kind, *storage.fingerprint(self.path)), build))
+        """This shard's cached index."""
+        return self._opened(lambda: cached_arrays(self.stamp, build))
 
 
 def _decode(raw):
@@ -307,7 +321,7 @@ class ParquetShard(Shard):
             counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             return file, np.cumsum([0, *counts]), threading.Lock()
 
-        return _readers.get(("parquet", self.path), open_file)
+        return self._opened(open_file)
 
     def __len__(self):
         return int(self._file()[1][-1])
@@ -315,7 +329,7 @@ class ParquetShard(Shard):
     def row(self, index):
         _, starts, _ = self._file()
         group = int(np.searchsorted(starts, index, side="right")) - 1
-        table = _readers.get(("row group", self.path, group), lambda: self._read_group(group))
+        table = _row_groups.get((self._key, group), lambda: self._read_group(group))
         inner = index - int(starts[group])
         try:
             return {name: column[inner].as_py() for name, column in table.items()}
@@ -354,7 +368,7 @@ class ArrayRecordShard(Shard):
                 raise UserError(f"{self.path} cannot be read as an ArrayRecord file: it is cut off, or another kind")
             return reader, threading.Lock()
 
-        return _readers.get(("array_record", self.path), open_file)
+        return self._opened(open_file)
 
     def __len__(self):
         return self._reader()[0].num_records()
@@ -386,7 +400,7 @@ class TfdsShard(Shard):
     split: str
 
     def _data(self):
-        return _readers.get(("tfds", self.path, self.split), lambda: _tfds_source(self.path, self.split))
+        return self._opened(lambda: _tfds_source(self.path, self.split))
 
     def __len__(self):
         return len(self._data())
@@ -478,7 +492,7 @@ class Source:
         return printable(shard.path), printable(shard.name(inner))
 
     def fingerprint(self):
-        return [[*dataclasses.astuple(shard), *storage.fingerprint(shard.path)] for shard in self.shards]
+        return [shard.stamp for shard in self.shards]
 
 
 def open_source(pattern, name="", root="", split="train"):

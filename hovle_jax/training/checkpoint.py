@@ -107,6 +107,24 @@ def check_same_config(folder, config: RunConfig):
         )
 
 
+def check_same_data(folder, found):
+    """Notes what a run reads; raises UserError where it went on with other data than it began with.
+
+    Args:
+      found: `data.batch.Found`.
+    """
+    path, has_steps = folder / "data.json", any((folder / "checkpoints").glob("[0-9]*"))
+    noted = {"digest": found.digest, "samples": found.samples, "summary": found.summary}
+    if has_steps and path.is_file():
+        before = json.loads(path.read_text())
+        if before["digest"] != found.digest:
+            raise UserError(
+                f"the data of {folder} is not what it was when the run began ({before['samples']:,} samples then, "
+                f"{found.samples:,} now, or others of another size); bring it back, or choose another --workdir"
+            )
+    path.write_text(json.dumps(noted, indent=2) + "\n")
+
+
 class RunCheckpoints:
     """The resumable checkpoints of one run."""
 

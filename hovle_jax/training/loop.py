@@ -211,6 +211,7 @@ def run(config: RunConfig, folder, sources, say=print):
     first = dataset[0]
 
     # 2. The folder is a run from here on.
+    checkpoint.check_same_data(folder, dataset.found)
     checkpoint.save_config(folder, config)
     tokenizer.save(folder)
     batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
