@@ -2,7 +2,7 @@
 
     python -m hovle_jax.train --config configs/align.py
 
-tiny: a question of easy-VQA, rarely a negated one, then the picture's caption; two minutes on two CPU cores.
+tiny: questions of easy-VQA, first one that is rarely negated, then the caption; three minutes on two CPU cores.
 tiny_no_distill: the same without stage 1, to show what distillation is for.
 smol: over SmolLM2-135M-Instruct; a quarter of an hour, a start and not a result (docs/training.md).
 hovle, hovle_hd: 12k steps of 4096 samples, peak learning rate 5e-5.
@@ -25,10 +25,10 @@ def get_config(preset="tiny"):
         config.data.tiles = 13
         return config
     config.data.batch_size = 16
-    config.data.turns = 1
+    config.data.turns = 3
     config.data.balanced = True
     config.data.negated_share = 0.15
-    config.data.sequence_length = 64
+    config.data.sequence_length = 98
     config.data.augment = True
     config.steps = 800
     config.optimizer.learning_rate = 1e-3
@@ -37,6 +37,7 @@ def get_config(preset="tiny"):
     if preset == "smol":
         config.init.llm = "smol-llm"
         config.data.batch_size = 8
+        config.data.turns = 1
         config.data.negated_share = 0.5
         config.data.sequence_length = 72
         config.steps = 150

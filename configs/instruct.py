@@ -26,17 +26,19 @@ def get_config(preset="tiny"):
         config.data.tiles = 13
         return config
     config.data.batch_size = 16
+    config.data.turns = 3
     config.data.balanced = True
     config.data.negated_share = 0.4
     config.data.ask_caption = True
-    config.data.sequence_length = 64
+    config.data.sequence_length = 98
     config.data.augment = True
-    config.steps = 1200
-    config.optimizer.learning_rate = 5e-4
+    config.steps = 1000
+    config.optimizer.learning_rate = 4e-4
     config.optimizer.warmup_steps = 60
     config.optimizer.b2 = 0.98
     if preset == "smol":
         config.data.batch_size = 8
+        config.data.turns = 1
         config.data.negated_share = 0.5
         config.data.sequence_length = 72
         config.steps = 150

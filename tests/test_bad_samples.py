@@ -175,7 +175,7 @@ def test_every_kind_is_listed_whatever_the_format(write, tmp_path):
 
 
 @pytest.mark.parametrize("stage, reasons", [
-    ("pretrain", {"no_text"}), ("contrast", {"no_caption"}), ("distill", {"no_image"}),
+    ("pretrain", {"no_text"}), ("contrast", {"no_caption"}), ("distill", {"not_an_image"}),
 ])  # fmt: skip
 def test_the_other_stages_live_with_the_same_corpus(corpus, stage, reasons):
     path, found = corpus
@@ -187,6 +187,9 @@ def test_the_other_stages_live_with_the_same_corpus(corpus, stage, reasons):
     assert len(batch["tokens"]) == config.data.batch_size
     assert reasons <= {event.reason for event in dataset.found.bad}
     assert len({event.reason for event in dataset.found.bad}) > 8
+    # Text alone is no fault where pictures are learned from: it is left out, and no bad sample.
+    assert ("left out (no_image)" in dataset.found.summary) == (stage in ("contrast", "distill"))
+    assert "no_image" not in {event.reason for event in dataset.found.bad}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

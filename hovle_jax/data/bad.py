@@ -12,6 +12,8 @@ import pathlib
 from hovle_jax.errors import UserError
 
 FILE_NAME = "bad_samples.jsonl"
+# Reasons that are no fault of a sample: text alone, in a stage of pictures. Such are left out, and counted apart.
+NOT_FOR_THE_STAGE = ("no_image",)
 FEWEST_DRAWN = 1000  # a ceiling is a share: of fewer samples than these it says nothing
 SHARDS_NAMED = 5
 

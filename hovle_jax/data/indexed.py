@@ -5,6 +5,7 @@ same rows in another order. A sample that cannot be made is replaced by the next
 place; the plan itself never changes.
 """
 
+import collections
 import dataclasses
 import hashlib
 
@@ -12,7 +13,7 @@ import grain
 import numpy as np
 
 from hovle_jax.config import RunConfig
-from hovle_jax.data.bad import BadEvent, BadSample
+from hovle_jax.data.bad import NOT_FOR_THE_STAGE, BadEvent, BadSample
 from hovle_jax.data.batch import KINDS, BatchShape, Found, Row, caption_row, make_row
 from hovle_jax.data.costs import costs_of
 from hovle_jax.data.mixture import Entry, open_mixture
@@ -35,6 +36,7 @@ class PlanSummary:
       token_fill, tile_fill: the used shares of what the rows hold.
       unpacked_token_fill, unpacked_tile_fill: the same with one sample a row.
       sources: ((name, samples, tokens) of an epoch, ...).
+      left_out: ((reason, number), ...) of samples that are not for this stage.
     """
 
     samples: int
@@ -44,12 +46,14 @@ class PlanSummary:
     unpacked_token_fill: float
     unpacked_tile_fill: float
     sources: tuple
+    left_out: tuple = ()
 
     def __str__(self):
+        left_out = "".join(f"; {number:,} left out ({reason})" for reason, number in self.left_out)
         return (
             f"{self.samples:,} samples an epoch in {self.rows:,} rows: {self.token_fill:.1%} of tokens and "
             f"{self.tile_fill:.1%} of tiles used ({self.unpacked_token_fill:.1%} and {self.unpacked_tile_fill:.1%} "
-            "with one sample a row)"
+            f"with one sample a row){left_out}"
         )
 
 
@@ -122,6 +126,7 @@ class IndexedCorpus:
             units.append(unit)
             events += found
         units = {name: np.concatenate([unit[name] for unit in units]) for name in units[0]}
+        left_out = collections.Counter(event.reason for event in events if event.reason in NOT_FOR_THE_STAGE)
         if not len(units["tokens"]):
             first = f"; the first: {events[0].reason}: {events[0].detail}" if events else ""
             raise UserError(f"none of the samples of {config.data.source} can be used for {config.stage}{first}")
@@ -131,7 +136,8 @@ class IndexedCorpus:
         ]
         key = ("plan", sources, samples.text_key(), dataclasses.astuple(samples.tiling), list(shape), config.seed)
         plan = Plan(key, lambda: _pack_units(units, shape, config.seed))
-        return plan, _summary(plan, shape, self.entries), events, samples
+        summary = dataclasses.replace(_summary(plan, shape, self.entries), left_out=tuple(left_out.most_common()))
+        return plan, summary, [event for event in events if event.reason not in left_out], samples
 
     def rows(self, config: RunConfig, tokenizer, held_out=False):
         """-> (endless rows: grain.MapDataset of Row, Found)."""

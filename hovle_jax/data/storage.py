@@ -6,12 +6,15 @@ import json
 import os
 import pathlib
 import re
+import time
 
 from hovle_jax.data.bad import BadSample
 from hovle_jax.errors import UserError
 
 LARGEST = 2**31  # bytes of a file that is read as a whole; what is named by mistake may be a film
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # shards-{00000..00127}.tar
+
+RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds between the attempts to read a URL
 
 
 def is_url(path):
@@ -92,13 +95,19 @@ def _open_at_once(path, flags):
 
 
 def _read_url(path, start, end):
-    try:
-        fs, inner = _file_system(path)
-        return fs.cat_file(inner, start=start, end=end)
-    except FileNotFoundError:
-        raise BadSample("missing_file", f"{path} does not exist") from None
-    except Exception as error:  # noqa: BLE001 (each file system has errors of its own)
-        raise BadSample("unreadable_file", f"{path}: {error}") from None
+    """Tries again where a network may have failed: a sample is not to be replaced for that."""
+    for wait in (*RETRY_AFTER, None):
+        try:
+            fs, inner = _file_system(path)
+            return fs.cat_file(inner, start=start, end=end)
+        except FileNotFoundError:
+            raise BadSample("missing_file", f"{path} does not exist") from None
+        except UserError as error:
+            raise BadSample("unreadable_file", f"{path}: {error}") from None
+        except Exception as error:  # noqa: BLE001 (each file system has errors of its own)
+            if wait is None:
+                raise BadSample("unreadable_file", f"{path}: {error}") from None
+            time.sleep(wait)
 
 
 def stream(path):

@@ -120,7 +120,7 @@ def check_same_data(folder, found):
         if before["digest"] != found.digest:
             raise UserError(
                 f"the data of {folder} is not what it was when the run began ({before['samples']:,} samples then, "
-                f"{found.samples:,} now, or others of another size); bring it back, or choose another --workdir"
+                f"{found.samples:,} now, or others, or mended ones); bring it back, or choose another --workdir"
             )
     path.write_text(json.dumps(noted, indent=2) + "\n")
 

@@ -23,9 +23,9 @@ from hovle_jax import host
 
 
 def resident():
-    """Bytes of this process, without what of mapped files is in memory."""
-    fields = dict(line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())
-    return (int(fields["RssAnon"].split()[0]) + int(fields["RssShmem"].split()[0])) * 1024
+    """Bytes of this process, what of mapped files is in memory included."""
+    fields = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
 
 
 def pictures(count=500):
