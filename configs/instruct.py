@@ -4,7 +4,7 @@
 
 Runs the whole chain where the earlier stages are missing: pretrain, contrast, distill, align, instruct.
 
-tiny: the training questions of easy-VQA; four minutes on two CPU cores, fifteen for the chain.
+tiny: the training questions of easy-VQA; five minutes on two CPU cores, sixteen for the chain.
 tiny_no_distill: the chain without stage 1, to show what distillation is for.
 smol: over SmolLM2-135M-Instruct, after its own distill and align.
 hovle, hovle_hd: 1.2k steps of 4096 samples, peak learning rate 4e-5.

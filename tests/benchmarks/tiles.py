@@ -21,9 +21,11 @@ import time
 import numpy as np
 
 from hovle_jax import host
+from hovle_jax.data.tokenizer import Tokenizer
 
 SIZE = 448
 MAX_TILES = 12
+PAUSE = 2.0  # seconds
 READY = 160  # tiles that either side may have prepared while it waited
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -124,24 +126,23 @@ def peer_batches(folder, workers, batch):
 # Ours
 
 
-class PlainTokenizer:
+class PlainTokenizer(Tokenizer):
     """Ids of bytes: text costs next to nothing here, on either side."""
 
-    chat_template, bos, vocab_size, first_special, stop_ids = None, 1, 300, 260, ()
+    bos, eos, vocab_size, first_special, stop_ids = 1, 2, 270, 260, ()
 
-    def special(self, token):
-        return 260 + ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"].index(token)
+    def __init__(self):
+        names = ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+        super().__init__({name: 260 + i for i, name in enumerate(names)})
 
-    @property
-    def image_id(self):
-        return self.special("<IMG_CONTEXT>")
+    def encode(self, text):
+        return list(text.encode())
 
-    def with_image_tokens(self):
-        return self
+    def _encode_with_ends(self, text):
+        return self.encode(text), None
 
-    def encode_parts(self, parts):
-        pairs = [(byte, i) for i, part in enumerate(parts) for byte in part.encode()]
-        return [byte for byte, _ in pairs], [i for _, i in pairs]
+    def _piece(self, index):
+        return str(index)
 
 
 def our_batches(folder, workers):
@@ -177,7 +178,11 @@ def check_equal(folder):
 
 
 def timed(take, tiles):
-    """Tiles a second, over at least so many, behind those that lay ready from the time of the other side's turn."""
+    """Tiles a second, over at least so many.
+
+    First the other side's workers fill their buffers and fall silent; then ours are emptied of what lay ready.
+    """
+    time.sleep(PAUSE)
     done = 0
     while done < READY:
         done += take()
