@@ -81,25 +81,31 @@ def _load(arrays):
 
 def _build(source, samples, say, workers):
     spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-    look = functools.partial(look_at, source, samples)
-    found, started, said = [], time.time(), time.time()
-    for chunk in _each(look, spans, workers if len(source) >= MANY else 0):
-        found += chunk
+    chunks, done, started, said = [], 0, time.time(), time.time()
+    for chunk in _each(functools.partial(_chunk, source, samples), spans, workers if len(source) >= MANY else 0):
+        chunks.append(chunk)
+        done += len(chunk["text"])
         if time.time() - said > SAY_EVERY:
             said = time.time()
-            left = (said - started) * (len(source) / len(found) - 1)
-            say(f"indexing {source.name}: {len(found):,} of {len(source):,} samples, {left / 60:.1f} minutes left")
-    needs = [need for need, _ in found]
-    sizes = [size for need in needs for size in need[3]]
-    bad = [(i, *reason) for i, (_, reason) in enumerate(found) if reason]
+            left = (said - started) * (len(source) / done - 1)
+            say(f"indexing {source.name}: {done:,} of {len(source):,} samples, {left / 60:.1f} minutes left")
+    bad = [one for chunk in chunks for one in chunk["bad"]]
+    join = lambda name: np.concatenate([chunk[name] for chunk in chunks])
     return {
-        "text": np.asarray([need[0] for need in needs], np.int32),
-        "first": np.asarray([need[1] for need in needs], np.int32),
-        "images_before": np.asarray([need[2] for need in needs], np.int32),
-        "size_ends": np.cumsum([len(need[3]) for need in needs], dtype=np.int64),
-        "sizes": np.asarray(sizes, np.int32).reshape(-1, 2),
+        **{name: join(name) for name in ("text", "first", "images_before", "sizes")},
+        "size_ends": np.cumsum(join("images"), dtype=np.int64),
         "bad": np.frombuffer(json.dumps(bad).encode(), np.uint8),
     }
+
+
+def _chunk(source, samples, span):
+    """`look_at` as arrays: what is kept of many samples, and sent between processes, is small."""
+    needs, reasons = zip(*look_at(source, samples, span))
+    text, first, images_before, sizes = zip(*needs)
+    numbers = {"text": text, "first": first, "images_before": images_before, "images": list(map(len, sizes))}
+    arrays = {name: np.asarray(values, np.int32) for name, values in numbers.items()}
+    arrays["sizes"] = np.asarray([size for several in sizes for size in several], np.int32).reshape(-1, 2)
+    return arrays | {"bad": [(i, *reason) for i, reason in zip(span, reasons) if reason]}
 
 
 def _each(function, spans, workers):
