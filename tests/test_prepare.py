@@ -65,6 +65,9 @@ def test_a_json_list_is_read_as_rows(rows, tmp_path):
     (rows / "list.json").write_text(f"[{','.join(lines)}]")
     assert convert(rows / "list.json", tmp_path / "corpus") == {"train": 40}
     assert open_source(tmp_path / "corpus")[39]["image"] == [png(39)]
+    (rows / "list.json").write_text("[{")
+    with pytest.raises(UserError, match="list.json cannot be read as JSON"):
+        convert(rows / "list.json", tmp_path / "other")
 
 
 def test_a_tar_of_captioned_pictures_becomes_a_corpus(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import time
 
 from hovle_jax.corpora.writing import CorpusWriter, describe
 from hovle_jax.data import storage
-from hovle_jax.data.bad import BadEvent, BadSample, BadSamples
+from hovle_jax.data.bad import BadEvent, BadSample, BadSamples, read_bad_samples
 from hovle_jax.data.images import decode_image
 from hovle_jax.data.mixture import open_mixture
 from hovle_jax.data.records import parse
@@ -55,13 +55,11 @@ def _convert(entries, source, folder, held_out, ceiling, say):
             for split, row in track(_rows(entries, held_out, bad), total, say):
                 writer.add(split, row)
         if not writer.splits:
-            raise UserError(f"none of the {total} samples of {source} can be used; the first: {_first(partial)}")
+            raise UserError(
+                f"none of the {total} samples of {source} can be used; the first: {read_bad_samples(partial)[0]}"
+            )
         describe(partial, {"name": pathlib.Path(folder).name, "made_of": str(source), "splits": writer.splits})
     return {split: values["rows"] for split, values in writer.splits.items()}
-
-
-def _first(folder):
-    return (folder / "bad_samples.jsonl").read_text("utf-8").splitlines()[0]
 
 
 def _rows(entries, held_out, bad):
@@ -71,7 +69,7 @@ def _rows(entries, held_out, bad):
             try:
                 row = _row(entry.source, i)
             except BadSample as error:
-                event = BadEvent(0, entry.source.name, *entry.source.where(i), error.reason, error.detail)
+                event = BadEvent(-1, entry.source.name, *entry.source.where(i), error.reason, error.detail)
                 bad.add([event], 1)
                 yield None
                 continue
@@ -113,7 +111,10 @@ def rows_of_json_list(path, folder):
     """A JSON file that is a list of rows (LLaVA's way) as a jsonl file in `folder` -> its path, else None."""
     if not str(path).endswith(".json"):
         return None
-    rows = json.loads(storage.stream(storage.expand(path)[0]).read())
+    try:
+        rows = json.loads(storage.stream(storage.expand(path)[0]).read())
+    except ValueError:  # `open_mixture` says what is wrong with it
+        return None
     if not isinstance(rows, list):
         return None
     written = pathlib.Path(folder) / f"{pathlib.Path(path).stem}.jsonl"

@@ -1,7 +1,7 @@
 """What becomes of samples that cannot be used: a reason for each, a list of all, and a ceiling.
 
 A bad sample never moves another one: it is known before the rows are planned, or another sample of the same source
-takes its place in the row (`pipeline.Rows`).
+takes its place in the row (`indexed.RowMaker`).
 """
 
 import collections

@@ -102,13 +102,10 @@ def pack_row(samples, shape: BatchShape):
     # A supervised token is predicted from the one before it, never from another segment's.
     same = row["segment_ids"][1:] == row["segment_ids"][:-1]
     counts = row["supervised"][1:] & same
-    if shape.weighting == "token":
-        row["loss_weights"][:-1] = counts
-    else:
-        per_segment = np.bincount(row["segment_ids"][1:][counts], minlength=len(samples) + 1)
-        weigh = WEIGHTINGS[shape.weighting]
-        weights = np.asarray([weigh(int(x)) if x else 0.0 for x in per_segment], np.float32)
-        row["loss_weights"][:-1] = np.where(counts, weights[row["segment_ids"][1:]], 0)
+    segments = row["segment_ids"][1:]
+    per_segment = np.bincount(segments[counts], minlength=len(samples) + 1).tolist()
+    weights = np.asarray([WEIGHTINGS[shape.weighting](x) if x else 0.0 for x in per_segment], np.float32)
+    row["loss_weights"][:-1] = np.where(counts, weights[segments], 0)
     row["targets"][row["loss_weights"] == 0] = 0
     return row
 

@@ -244,9 +244,6 @@ class TarShard(Shard):
                 row["caption"] = _decode(data)
         if found:
             row["image"] = [data for _, data in sorted(found, key=lambda pair: pair[0])]
-            stated = row.get("width"), row.get("height")
-            if not all(isinstance(value, (int, list)) for value in stated) or len(found) > 1:
-                row.pop("width", None)
         return row
 
     def name(self, index):

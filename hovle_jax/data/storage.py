@@ -13,7 +13,6 @@ from hovle_jax.errors import UserError
 
 LARGEST = 2**31  # bytes of a file that is read as a whole; what is named by mistake may be a film
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # shards-{00000..00127}.tar
-
 RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds between the attempts to read a URL
 
 
@@ -136,5 +135,5 @@ def fingerprint(path):
 
 
 def key_of(*parts):
-    """A short name for anything JSON can write: of cache folders and seeds."""
+    """A short name for anything JSON can write: cache folders and open readers go by it."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
