@@ -65,6 +65,22 @@ def _fail(message, status=2):
     sys.exit(status)
 
 
+def dispatch(actions, arguments, usage):
+    """Calls the action that the first argument names, with the others.
+
+    Args:
+      actions: {name: (function, number of its arguments)}.
+    Raises:
+      UserError: an unknown action, or another number of arguments.
+    """
+    if not arguments or arguments[0] not in actions:
+        raise UserError(f"usage: {usage}")
+    action, count = actions[arguments[0]]
+    if len(arguments) != 1 + count:
+        raise UserError(f"{arguments[0]} takes {count} argument{'s' * (count != 1)}; usage: {usage}")
+    action(*arguments[1:])
+
+
 def required(flag):
     """The value of a flag that must be given."""
     value = flags.FLAGS[flag].value

@@ -100,12 +100,7 @@ ACTIONS = {
 
 
 def main(arguments):
-    if not arguments or arguments[0] not in ACTIONS:
-        raise UserError(f"usage: python -m hovle_jax.prepare {USAGE}")
-    action, count = ACTIONS[arguments[0]]
-    if len(arguments) != 1 + count:
-        raise UserError(f"{arguments[0]} takes {count} argument{'s' * (count != 1)}; usage: {USAGE}")
-    action(*arguments[1:])
+    commands.dispatch(ACTIONS, arguments, f"python -m hovle_jax.prepare {USAGE}")
 
 
 if __name__ == "__main__":

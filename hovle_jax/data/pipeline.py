@@ -31,7 +31,7 @@ class Batches:
     """One host's part of the batches of a run.
 
     Attributes:
-      rows: grain.MapDataset of Row, of this host, endless.
+      rows: grain.MapDataset of Row, of this host, endless; row `step * size` begins the batch of a step.
       size: rows of a batch on this host.
       found: what the corpus knows before the first row.
       hosts: among which each batch is divided.
@@ -41,10 +41,6 @@ class Batches:
     size: int
     found: Found
     hosts: int = 1
-
-    def row(self, index):
-        """A row of this host; row `step * size` begins the batch of a step."""
-        return self.rows[index]
 
     def __getitem__(self, step):
         """The batch of a step: a dict of numpy arrays."""
