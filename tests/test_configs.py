@@ -38,7 +38,7 @@ def test_each_config_resolves(stage, preset):
     assert (config.stage, config.preset) == (stage, preset)
     if preset.startswith("hovle"):
         with pytest.raises(UserError, match="--config.tokenizer.path=FILE"):
-            loop.get_tokenizer(config, CONFIGS, [], [])
+            loop.get_tokenizer(config, [CONFIGS], [], [])
     loop.check(config)
     assert RunConfig.from_dict(config.to_dict()) == config
     if not preset.startswith("hovle"):

@@ -104,9 +104,9 @@ def check_execution(execution: ExecutionConfig):
             raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
 
 
-def get_tokenizer(config: RunConfig, folder, sources, corpus):
-    """The run's own tokenizer, an earlier run's, the configured file, or a new one trained on the corpus."""
-    place = next((place for place in (folder, *sources) if has_tokenizer(place)), config.tokenizer.path)
+def get_tokenizer(config: RunConfig, folders, sources, corpus):
+    """The tokenizer of one of these folders (the run's own, its sources'), the configured one, or one trained here."""
+    place = next((place for place in (*folders, *sources) if has_tokenizer(place)), config.tokenizer.path)
     if place == "required":
         raise UserError(
             f"the preset {config.preset!r} reads text as its public LLM does, and {' and '.join(map(str, sources))} "
@@ -204,7 +204,7 @@ def run(config: RunConfig, folder, sources, say=print):
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
     corpus = pipeline.load_corpus(config, config.data.split, say)
-    tokenizer = get_tokenizer(config, folder, list(sources.values()), corpus)
+    tokenizer = get_tokenizer(config, [folder], list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)
     dataset = pipeline.build_dataset(config, tokenizer, corpus)
     held_out = held_out_batches(config, tokenizer)

@@ -1,5 +1,6 @@
 """What a stage will read before anything is trained: its first batches in pictures and figures, and their speed."""
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -26,13 +27,9 @@ PREVIEW_ROWS = 256  # rows that the figures are about, at least
 def open_dataset(config: RunConfig, tokenizer_place=""):
     """-> (Batches, tokenizer), as `loop.run` would have them."""
     corpus = pipeline.load_corpus(config, config.data.split)
-    sources = [pathlib.Path(tokenizer_place)] if tokenizer_place else []
-    if tokenizer_place and sources[0].is_file():
-        from hovle_jax.data.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(tokenizer_place).with_image_tokens()
-    else:
-        tokenizer = loop.get_tokenizer(config, pathlib.Path("."), sources, corpus)
+    if tokenizer_place:
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=tokenizer_place))
+    tokenizer = loop.get_tokenizer(config, [], [], corpus)
     loop.check_tokenizer(config, tokenizer)
     return pipeline.build_dataset(config, tokenizer, corpus), tokenizer
 
