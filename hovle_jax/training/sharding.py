@@ -116,5 +116,5 @@ def check_batch_shape(batch_size, length, mesh):
 
 
 def put_batch(batch, mesh):
-    """A host's numpy batch on the devices."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """The global batch on the devices, from a host's numpy rows of it (`distributed.host_rows`)."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
