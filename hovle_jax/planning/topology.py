@@ -108,9 +108,7 @@ def find(name):
     found = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)+))", text)
     generation = found and _generation(found.group(1))
     if not generation:
-        raise UserError(
-            f"{name!r} is no TPU slice; name one as 'v5e-256' or 'v5e:16x16', of {', '.join(GENERATIONS)}"
-        )
+        raise UserError(f"{name!r} is no TPU slice; name one as 'v5e-256' or 'v5e:16x16', of {', '.join(GENERATIONS)}")
     if found.group(3):
         return _checked(Topology(generation, tuple(int(size) for size in found.group(3).split("x"))))
     slices, wanted = _slices(generation), int(found.group(2)) / GENERATIONS[generation].cores_per_chip
@@ -154,56 +152,6 @@ def _nearest(generation, chips):
     """Names of the three slices whose size is nearest."""
     sizes = sorted(_slices(generation), key=lambda size: abs(math.log(size / max(chips, 1))))[:3]
     return ", ".join(Topology(generation, _slices(generation)[size]).cloud_name for size in sorted(sizes))
-
-
-def devices(self):
-        """As JAX sees them when it compiles ahead of time."""
-        return self.chips * GENERATIONS[self.generation].devices_per_chip
-
-    @property
-    def hosts(self):
-        """Machines with a process of JAX each; one alone may have eight chips (v5e, v6e)."""
-        single = len(self.shape) == 2 and self.chips <= 8
-        return 1 if single else max(1, self.chips // CHIPS_PER_HOST)
-
-    @property
-    def libtpu_name(self):
-        """'v5e:16x16'."""
-        return f"{self.generation}:{'x'.join(map(str, self.shape))}"
-
-    @property
-    def cloud_name(self):
-        """'v5e-256'; of several shapes with as many chips, all have the same."""
-        return f"{self.generation}-{self.chips * GENERATIONS[self.generation].cores_per_chip}"
-
-    @property
-    def links(self):
-        """Links of a chip that a collective over the whole slice can keep busy: two along a ring, one along a line.
-
-        A line's end has one link alone, through which all must pass that it gets.
-        """
-        ring = GENERATIONS[self.generation].ring
-        # In three dimensions optical switches close the rings of whole cubes of 4x4x4 chips only.
-        closed = len(self.shape) == 2 or all(size % ring == 0 for size in self.shape)
-        return sum((2 if closed and size % ring == 0 else 1) for size in self.shape if size > 1)
-
-
-def find(name):
-    """'v5e-256', 'v5litepod-256' or 'v5e:16x16' -> Topology. Raises UserError for what does not exist."""
-    text = name.strip().lower()
-    found = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)+))", text)
-    generation = found and _generation(found.group(1))
-    if not generation:
-        raise UserError(
-            f"{name!r} is no TPU slice; name one as 'v5e-256' or 'v5e:16x16', of {', '.join(GENERATIONS)}"
-        )
-    if found.group(3):
-        return _checked(Topology(generation, tuple(int(size) for size in found.group(3).split("x"))))
-    slices = _slices(generation)
-    if text := f"{generation}-{found.group(2)}":
-        if text in slices:
-            return Topology(generation, slices[text])
-    raise UserError(f"{name!r} is no slice that {generation} has; the nearest are {_nearest(generation, int(found.group(2)))}")
 
 
 def devices(name, slices=1):
