@@ -5,9 +5,15 @@
 #   launch/local.sh --config configs/distill.py         any arguments of hovle_jax.train
 #   launch/local.sh --dry-run [arguments]               prints the commands and runs nothing
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-dry_run=false
+if [[ "${1:-}" == --help ]]; then
+  usage
+  exit
+fi
+cd "$ROOT"
+
 if [[ "${1:-}" == --dry-run ]]; then
   dry_run=true
   shift
@@ -15,16 +21,6 @@ fi
 if [[ $# -eq 0 ]]; then
   set -- --config configs/instruct.py
 fi
-
-run() {
-  if $dry_run; then
-    local line
-    printf -v line '%q ' "$@"
-    printf '%s\n' "${line% }"
-  else
-    "$@"
-  fi
-}
 
 # The newest Python >= 3.11. Each one is run, not only found: python3.12 may be a pyenv shim that leads nowhere.
 find_python() {
@@ -43,8 +39,7 @@ find_python() {
 if [[ ! -x .venv/bin/pip ]]; then
   python=$(find_python)
   if [[ -z "$python" ]]; then
-    echo "launch/local.sh: no Python >= 3.11 on PATH (tried python3.12, python3.11, python3): install one" >&2
-    exit 1
+    die "no Python >= 3.11 on PATH (tried python3.12, python3.11, python3): install one"
   fi
   run "$python" -m venv .venv
 fi
