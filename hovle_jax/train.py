@@ -4,10 +4,13 @@
     python -m hovle_jax.train --config configs/instruct.py --workdir runs --config.optimizer.learning_rate=1e-4
 
 A stage that is finished in the work folder is used as it is; one that was cut off goes on from its newest checkpoint.
+
+On a TPU pod the same command is started on every host (docs/multihost.md).
 """
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import time
 
@@ -21,7 +24,15 @@ from hovle_jax.errors import UserError
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A stage's config file, with a preset: configs/distill.py:tiny"
 )
-WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder of all runs, one folder a stage")
+WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder of all runs, one folder a stage; shared by all hosts")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", os.environ.get("HOVLE_COORDINATOR", ""), "HOST:PORT of host 0, where jax does not find the hosts"
+)
+HOSTS = flags.DEFINE_integer(
+    "hosts", os.environ.get("HOVLE_HOSTS", 0), "How many hosts there are; 1 = this one alone, whatever jax finds"
+)
+HOST = flags.DEFINE_integer("host", os.environ.get("HOVLE_HOST", -1), "The index of this host, from 0")
+HOST_TIMEOUT = flags.DEFINE_float("host_timeout", 300, "Seconds in which all hosts must have started")
 
 
 def stage_config(folder, stage, preset):
@@ -83,37 +94,51 @@ def main():
     started = time.time()
     config_path = config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
-    workdir = pathlib.Path(WORKDIR.value)
 
+    from hovle_jax.training import distributed
+
+    command = {"config": config.to_dict(), "workdir": WORKDIR.value}
+    distributed.start(COORDINATOR.value, HOSTS.value, HOST.value, HOST_TIMEOUT.value, command)
+    with distributed.ending_together():
+        train(config, config_path.parent, pathlib.Path(WORKDIR.value), started)
+
+
+def train(config, config_folder, workdir, started):
+    """Makes the runs that are missing, on all hosts; the first one speaks, and scores them."""
     from hovle_jax.conversion.named import resolve
     from hovle_jax.evaluation.summary import summarize
     from hovle_jax.report.progress import format_duration
-    from hovle_jax.training import checkpoint, loop
+    from hovle_jax.training import checkpoint, distributed, loop
 
+    say = print if distributed.is_leader() else lambda line: None
     checkpoint.open_run_folder(workdir)
     folder = workdir / config.stage
     if checkpoint.is_finished(folder):
         loop.check(config)
         checkpoint.check_same_config(folder, config)
-        print(f"{config.stage} is finished in {folder}; remove that folder to train it again")
+        say(f"{config.stage} is finished in {folder}; remove that folder to train it again")
         return
-    runs = plan(config, config_path.parent, workdir)
+    runs = plan(config, config_folder, workdir)
     for stage, folder, _ in runs:
         loop.check(stage)
         checkpoint.check_same_config(folder, stage)
+    stages = [stage.stage for stage, *_ in runs]
+    distributed.check_same("the stages to train", stages, f"{workdir} must be a folder that all hosts share")
     runs = [(stage, folder, {c: resolve(str(s)) for c, s in sources.items()}) for stage, folder, sources in runs]
     for done, (stage, folder, sources) in enumerate(runs):
         if stage.stage != config.stage:
-            print(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
-        print(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
-        result = loop.run(stage, folder, sources)
-        if result.finished:
-            for name, value in summarize(stage, result).items():
-                print(f"{stage.stage}: {name} {value}")
-        else:
-            print(f"stopped at step {result.step} of {stage.steps}; the same command without stop_at_step goes on")
+            say(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
+        say(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
+        result = loop.run(stage, folder, sources, say)
+        if not result.finished:
+            without = " without stop_at_step" if stage.stop_at_step else ""
+            say(f"stopped at step {result.step} of {stage.steps}; the same command{without} goes on")
             return
-    print(f"done in {format_duration(time.time() - started)}; see {workdir / config.stage / 'report.html'}")
+        if distributed.is_leader():
+            for name, value in summarize(stage, result).items():
+                say(f"{stage.stage}: {name} {value}")
+        distributed.wait("the report is written")
+    say(f"done in {format_duration(time.time() - started)}; see {workdir / config.stage / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ def test_worker_processes_hosts_and_a_new_index_replace_the_same(corpus, tmp_pat
     # Nothing is known beforehand, and two hosts.
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
     corpus = pipeline.load_corpus(config, "train", quiet)
-    parts = [pipeline.build_dataset(config, micro.tokenizer(), corpus, host=i, hosts=2).iterate(3) for i in range(2)]
+    halves = np.array_split(range(config.data.batch_size), 2)
+    parts = [pipeline.build_dataset(config, micro.tokenizer(), corpus, numbers=rows).iterate(3) for rows in halves]
     for batch, events, drawn in expected[3:5]:
         made = [next(part) for part in parts]
         whole = {name: np.concatenate([part[0][name] for part in made]) for name in batch}

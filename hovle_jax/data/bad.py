@@ -12,6 +12,8 @@ import pathlib
 from hovle_jax.errors import UserError
 
 FILE_NAME = "bad_samples.jsonl"
+FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run of several hosts goes on
+OF_ALL_HOSTS = "bad_samples.host_*.jsonl"
 # Reasons that are no fault of a sample: text alone, in a stage of pictures. Such are left out, and counted apart.
 NOT_FOR_THE_STAGE = ("no_image",)
 FEWEST_DRAWN = 1000  # a ceiling is a share: of fewer samples than these it says nothing
@@ -56,23 +58,26 @@ class BadEvent:
 
 
 class BadSamples:
-    """The list of a run, in its folder.
+    """The list of a run, in its folder. Each host lists, and judges, the samples of its own rows.
 
     Args:
       folder: the run's, or None to count alone.
       ceiling: the share of samples that may be bad.
       stays: whether the folder is there when the ceiling is exceeded.
+      host: index of this one.
     """
 
-    def __init__(self, folder, ceiling, stays=True):
+    def __init__(self, folder, ceiling, stays=True, host=0):
         self.stays = stays
-        self.path = pathlib.Path(folder) / FILE_NAME if folder else None
+        self.path = pathlib.Path(folder) / (FILE_OF_HOST.format(host) if host else FILE_NAME) if folder else None
         self.ceiling = ceiling
         self.drawn = self.found = 0  # since this process began
         self._shards, self._reasons = collections.Counter(), collections.Counter()
 
     def start(self, step, indexed, total):
         """A run begins or goes on: what an earlier one listed for this step and later ones will be found again.
+
+        Called on the first host alone, before the others list anything.
 
         Args:
           indexed: the events of samples that indexing found bad.
@@ -82,8 +87,9 @@ class BadSamples:
         """
         if self.path:
             earlier = [event for event in read_bad_samples(self.path.parent) if -1 < event.step < step]
-            if self.path.exists() or indexed:
-                self._write([*indexed, *earlier], "w")
+            if self.path.exists() or indexed or earlier:
+                _write(self.path, [*indexed, *earlier], "w")
+            _remove_others(self.path.parent)
         if len(indexed) > self.ceiling * max(total, 1):
             self._count(indexed)
             raise UserError(self._message(len(indexed), total))
@@ -96,18 +102,13 @@ class BadSamples:
         self.found += len(events)
         self._count(events)
         if self.path:
-            self._write(events, "a")
+            _write(self.path, events, "a")
         if self.found > self.ceiling * max(self.drawn, FEWEST_DRAWN):
             raise UserError(self._message(self.found, self.drawn))
 
     def _count(self, events):
         self._shards.update(event.shard for event in events)
         self._reasons.update(event.reason for event in events)
-
-    def _write(self, events, mode):
-        with self.path.open(mode, encoding="utf-8") as file:
-            for event in events:
-                file.write(json.dumps(dataclasses.asdict(event), ensure_ascii=False) + "\n")
 
     def _message(self, bad, total):
         named = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(SHARDS_NAMED))
@@ -119,15 +120,39 @@ class BadSamples:
         )
 
 
+def _write(path, events, mode):
+    with path.open(mode, encoding="utf-8") as file:
+        for event in events:
+            file.write(json.dumps(dataclasses.asdict(event), ensure_ascii=False) + "\n")
+
+
 def count_reasons(events):
     """{reason: number of different samples}, the most frequent first."""
     different = {(event.source, event.shard, event.sample, event.reason) for event in events}
     return dict(collections.Counter(sorted(reason for *_, reason in different)).most_common())
 
 
+def merge_bad_samples(folder):
+    """Makes one list of those of all hosts, in the order of steps; none of them may be written to any more."""
+    folder = pathlib.Path(folder)
+    if any(folder.glob(OF_ALL_HOSTS)):
+        _write(folder / FILE_NAME, read_bad_samples(folder), "w")
+        _remove_others(folder)
+
+
+def _remove_others(folder):
+    for path in folder.glob(OF_ALL_HOSTS):
+        path.unlink()
+
+
 def read_bad_samples(folder):
-    """The events of a run's folder; empty where there is no list."""
-    path = pathlib.Path(folder) / FILE_NAME
+    """The events of a run's folder in the order of steps, those of all hosts; empty where there is no list."""
+    folder = pathlib.Path(folder)
+    paths = [folder / FILE_NAME, *sorted(folder.glob(OF_ALL_HOSTS))]
+    return sorted((event for path in paths for event in _read(path)), key=lambda event: event.step)
+
+
+def _read(path):
     if not path.is_file():
         return []
     *lines, cut = path.read_text("utf-8").split("\n")  # behind the last line's end: what a killed run was writing

@@ -34,23 +34,24 @@ class Batches:
       rows: grain.MapDataset of Row, of this host, endless; row `step * size` begins the batch of a step.
       size: rows of a batch on this host.
       found: what the corpus knows before the first row.
-      hosts: among which each batch is divided.
     """
 
     rows: grain.MapDataset
     size: int
     found: Found
-    hosts: int = 1
 
     def __getitem__(self, step):
         """The batch of a step: a dict of numpy arrays."""
         return stack([self.rows[step * self.size + i].arrays for i in range(self.size)])
 
-    def iterate(self, first_step=0, workers=0):
+    def iterate(self, first_step=0, workers=0, is_whole=lambda step: True):
         """Batches from `first_step` on, prepared ahead: (batch, events with their step, samples drawn).
 
         Args:
           workers: processes that make rows; 0 = threads of this one.
+          is_whole: of a step in which nothing is supervised here: whether that is so on all hosts.
+        Raises:
+          UserError: a batch has nothing to learn from on any host.
         """
         ahead = ROWS_AHEAD * self.size
         options = grain.ReadOptions(num_threads=1 if workers else THREADS, prefetch_buffer_size=ahead)
@@ -65,17 +66,15 @@ class Batches:
             made = [next(rows) for _ in range(self.size)]
             events = [dataclasses.replace(event, step=step) for row in made for event in row.events]
             batch = stack([row.arrays for row in made])
-            self._check(batch, step, events)
+            if "loss_weights" in batch and not batch["loss_weights"].any() and is_whole(step):
+                raise UserError(_nothing_supervised(step, events))
             yield batch, events, sum(row.drawn for row in made)
             step += 1
 
-    def _check(self, batch, step, events):
-        """Raises UserError where a whole batch has nothing to learn from."""
-        if self.hosts == 1 and "loss_weights" in batch and not batch["loss_weights"].any():
-            reasons = f" ({', '.join(sorted({event.reason for event in events}))})" if events else ""
-            raise UserError(
-                f"the batch of step {step} has no supervised token{reasons}; see the samples of data.source"
-            )
+
+def _nothing_supervised(step, events):
+    reasons = f" ({', '.join(sorted({event.reason for event in events}))})" if events else ""
+    return f"the batch of step {step} has no supervised token{reasons}; see the samples of data.source"
 
 
 def _allow_workers():
@@ -87,39 +86,39 @@ def _allow_workers():
 
 
 class _HostRows(grain.MapDataset):
-    """The rows of one host: of each global batch a block of its own, in order."""
+    """The rows of one host: of each global batch those with the given numbers, in order."""
 
-    def __init__(self, parent, size, host, hosts):
+    def __init__(self, parent, numbers, batch_size):
         super().__init__(parent)
-        self._size, self._host, self._hosts = size, host, hosts
+        self._numbers, self._batch_size = numbers, batch_size
 
     def __len__(self):
-        return len(self._parent) // self._hosts
+        return len(self._parent) // self._batch_size * len(self._numbers)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        step, place = divmod(index, self._size)
-        return self._parent[(step * self._hosts + self._host) * self._size + place]
+        step, place = divmod(index, len(self._numbers))
+        return self._parent[step * self._batch_size + self._numbers[place]]
 
     def __str__(self):
-        return f"_HostRows[{self._host} of {self._hosts}]"
+        return f"_HostRows[{len(self._numbers)} of {self._batch_size}]"
 
 
-def build_dataset(config: RunConfig, tokenizer, corpus, held_out=False, host=0, hosts=1):
+def build_dataset(config: RunConfig, tokenizer, corpus, held_out=False, numbers=None):
     """The batches of a run, randomly accessible: dataset[step].
 
     Args:
       corpus: what `load_corpus` gave for the training split, or for another one with held_out=True (no augmentation).
-      host, hosts: whose part of each batch; data.batch_size is that of all of them.
+      numbers: which rows of each global batch, 0 to data.batch_size - 1, this host makes; None = all.
     Raises:
-      UserError: the batch cannot be divided by the hosts, or a sample cannot fit into a row.
+      UserError: a sample cannot fit into a row.
     """
-    size, rest = divmod(config.data.batch_size, hosts)
-    if rest:
-        raise UserError(f"data.batch_size={config.data.batch_size} cannot be divided by {hosts} hosts")
+    size = config.data.batch_size
     rows, found = corpus.rows(config, tokenizer, held_out)
-    return Batches(rows if hosts == 1 else _HostRows(rows, size, host, hosts), size, found, hosts)
+    if numbers is None or len(numbers) == size:
+        return Batches(rows, size, found)
+    return Batches(_HostRows(rows, tuple(numbers), size), len(numbers), found)
 
 
 def load_corpus(config: RunConfig, split, say=print):

@@ -69,6 +69,19 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics:
+    """In the place of a MetricsWriter on hosts that write nothing."""
+
+    def write(self, step, values):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        pass
+
+
 def read_metrics(folder):
     """The lines of `folder/metrics.jsonl` as dicts, in order; [] without the file.
 

@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from hovle_jax.config import RUN_ONLY_KEYS, ModelConfig, RunConfig, differences, from_dict
 from hovle_jax.errors import UserError
+from hovle_jax.training.distributed import is_leader, wait
 from hovle_jax.training.stages import STAGES
 
 # What a stage hands on; the rest (teacher, head) is dropped with the stage.
@@ -69,9 +71,7 @@ def open_run_folder(folder):
     folder = pathlib.Path(folder).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --workdir") from None
     return folder
@@ -135,8 +135,9 @@ class RunCheckpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        if kind is None or jax.process_count() == 1:  # a host that fails does not wait for the others' part of a save
+            self._manager.close()
 
     @property
     def latest(self):
@@ -171,7 +172,7 @@ def save_run_model(folder, params, config: RunConfig):
 
 
 def save_model(folder, config: ModelConfig, components):
-    """Writes FOLDER/model whole: into a folder beside it first, then renamed.
+    """Writes FOLDER/model whole: into a folder beside it first, then renamed. Called on all hosts.
 
     Args:
       components: {name: function that gives its parameters, arrays or `Deferred` ones}; each is written before the
@@ -179,7 +180,9 @@ def save_model(folder, config: ModelConfig, components):
     """
     folder = pathlib.Path(folder).absolute()
     partial = folder / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    if is_leader():
+        shutil.rmtree(partial, ignore_errors=True)
+    wait("an earlier model.partial is gone")
     for component, make in components.items():
         params = make()
         # Bytes in flight are limited: on a CPU they are a second copy of parameters that lie in the same memory.
@@ -190,9 +193,12 @@ def save_model(folder, config: ModelConfig, components):
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / component, args=ocp.args.PyTreeSave(params))
         del params
-    (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    partial.rename(folder / "model")
+    wait("the components are written")
+    if is_leader():
+        (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        partial.rename(folder / "model")
+    wait("the model is there")
 
 
 def load_model_config(folder):
@@ -208,6 +214,8 @@ def load_model_config(folder):
 def load_component(folder, component, abstract):
     """One component of a finished run, or the part of it that `abstract` has, onto its shardings (without: numpy).
 
+    Called on the hosts whose devices are in these shardings.
+
     Raises:
       UserError: the run is missing, unfinished, without this component, or of other sizes.
     """
@@ -216,12 +224,24 @@ def load_component(folder, component, abstract):
         raise UserError(
             f"{folder} holds no finished {component!r} weights; train that stage first, or name another run"
         )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    options = _options_of(abstract)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         _check_shapes(folder, component, stored, abstract)
         restore_args = jax.tree.map(_restore_args, abstract)  # which cut off the padding of a vocabulary or add it
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         return checkpointer.restore(path, args=args)
+
+
+def _options_of(abstract):
+    """Orbax waits for every process of the run, unless told which take part."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(abstract) if leaf.sharding is not None]
+    taking_part = {device.process_index for sharding in shardings for device in sharding.device_set}
+    if jax.process_count() == 1 or len(taking_part) == jax.process_count():
+        return ocp.options.MultiprocessingOptions()
+    first = min(taking_part)
+    return ocp.options.MultiprocessingOptions(first, taking_part, barrier_sync_key_prefix=f"from_host_{first}")
 
 
 def _restore_args(leaf):

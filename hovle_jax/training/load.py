@@ -49,7 +49,7 @@ def load_run(folder, components=None):
             f"{folder} holds no {' and '.join(missing)}: give the folder of a finished run that does, as runs/instruct "
             "for answers or runs/contrast for zero-shot"
         )
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
     models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform))
     params = {
         c: load_component(folder, c, abstract_component(models, c, example_batch(config, c), mesh)) for c in components

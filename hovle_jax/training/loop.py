@@ -1,6 +1,8 @@
 """The loop: start or resume, step, log, save, stop. Reads from top to bottom as a run goes."""
 
 import dataclasses
+import hashlib
+import itertools
 import logging
 import math
 import pathlib
@@ -10,16 +12,16 @@ import numpy as np
 
 from hovle_jax.config import ExecutionConfig, HoVLEConfig, RunConfig
 from hovle_jax.data import pipeline
-from hovle_jax.data.bad import BadSamples
+from hovle_jax.data.bad import BadSamples, merge_bad_samples
 from hovle_jax.data.batch import WEIGHTINGS
 from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.model.attention import IMPLEMENTATIONS
 from hovle_jax.model.transformer import REMAT_POLICIES
-from hovle_jax.report.metrics import MetricsWriter
+from hovle_jax.report.metrics import MetricsWriter, NoMetrics
 from hovle_jax.report.pictures import batch_picture
 from hovle_jax.report.progress import Progress
-from hovle_jax.training import checkpoint
+from hovle_jax.training import checkpoint, distributed
 from hovle_jax.training.optimizer import learning_rate, make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models
@@ -187,7 +189,7 @@ def add_nothing(stack):
 
 
 def run(config: RunConfig, folder, sources, say=print):
-    """Trains one stage, from the beginning or from its newest checkpoint.
+    """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
     Args:
       folder: the run's own.
@@ -197,33 +199,41 @@ def run(config: RunConfig, folder, sources, say=print):
     Raises:
       UserError: see `check`; also a loss that is not finite.
     """
-    # 1. Checks that need no device, then data.
+    # 1. Checks that need no device, then data: each host's own rows, planned alike on all of them.
     check(config)
     folder = checkpoint.open_run_folder(folder)
     checkpoint.check_same_config(folder, config)
+    say = say if distributed.is_leader() else lambda line: None
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
     corpus = pipeline.load_corpus(config, config.data.split, say)
     tokenizer = get_tokenizer(config, [folder], list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)
-    dataset = pipeline.build_dataset(config, tokenizer, corpus)
-    held_out = held_out_batches(config, tokenizer)
+    numbers, lists_bad = distributed.host_rows(mesh, config.data.batch_size)
+    dataset = pipeline.build_dataset(config, tokenizer, corpus, numbers=numbers)
+    held_out = held_out_batches(config, tokenizer, numbers, say)
     first = dataset[0]
+    distributed.check_shared(folder)
+    check_same_data_everywhere(dataset.found, tokenizer)
 
     # 2. The folder is a run from here on.
-    checkpoint.check_same_data(folder, dataset.found)
-    checkpoint.save_config(folder, config)
-    tokenizer.save(folder)
-    batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
-    bad = BadSamples(folder, config.bad_ceiling)
+    if distributed.is_leader():
+        checkpoint.check_same_data(folder, dataset.found)
+        checkpoint.save_config(folder, config)
+        tokenizer.save(folder)
+        batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
+    bad = BadSamples(folder if lists_bad else None, config.bad_ceiling, host=jax.process_index())
 
     # 3. State.
     models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform))
     optimizer = make_optimizer(config.optimizer, config.steps)
     with on_mesh(mesh), checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints) as saved:
-        bad.start(saved.latest or 0, dataset.found.bad, dataset.found.samples)
-        state = make_state(models, load_params(models, first, mesh, sources), optimizer)
-        say(describe(config, state, first))
+        if distributed.is_leader():
+            bad.start(saved.latest or 0, dataset.found.bad, dataset.found.samples)
+        distributed.wait("the folder is a run")
+        shapes = shapes_of_whole(first, config.data.batch_size)
+        state = make_state(models, load_params(models, shapes, mesh, sources), optimizer)
+        say(describe(config, state, shapes))
         if dataset.found.summary:
             say(f"{config.stage}: {dataset.found.summary}")
         if saved.latest is not None:
@@ -244,38 +254,56 @@ def _train(config, folder, state, models, optimizer, dataset, held_out, bad, mes
             results[step] = average(metrics)
             writer.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
 
-    with MetricsWriter(folder, resume_step=first_step) as writer:
-        batches = dataset.iterate(first_step, config.workers)
-        progress = Progress(config.stage, config.steps, first_step, tokens_per_step(dataset[0]), print=say)
+    with MetricsWriter(folder, resume_step=first_step) if distributed.is_leader() else NoMetrics() as writer:
+        batches = dataset.iterate(first_step, config.workers, is_whole=distributed.everyone_says)
+        batches = on_devices(itertools.islice(batches, last_step - first_step), mesh)
+        tokens = tokens_per_step(dataset[0]) * config.data.batch_size // dataset.size
+        progress = Progress(config.stage, config.steps, first_step, tokens, print=say)
         waiting = []
         if first_step == 0:
             evaluate(0)
-        for step in range(first_step, last_step):
-            batch, events, drawn = next(batches)
+        for step, (batch, events, drawn) in enumerate(batches, first_step):
             bad.add(events, drawn)
-            batch = put_batch(batch, mesh)
             state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
             waiting.append(metrics)
             if step == first_step:
                 jax.block_until_ready(metrics)
                 progress.started()
             done = step + 1
-            if done % config.log_every == 0 or done == last_step:
+            stops = done == last_step or distributed.stops_here(done)
+            if done % config.log_every == 0 or stops:
                 # Reads values that are done or nearly so; between these points the host runs ahead of the device.
                 values = mean_metrics(waiting, done, folder) | {"learning_rate": float(schedule(step))}
                 waiting = []
                 writer.write(done, values)
                 say(progress.line(done, values))
-            if config.eval_every and done % config.eval_every == 0 and done != last_step:
+            if config.eval_every and done % config.eval_every == 0 and not stops:
                 evaluate(done)
-            if done % config.checkpoint_every == 0 or done == last_step:
-                saved.save(done, state, force=done == last_step)
+            if done % config.checkpoint_every == 0 or stops:
+                saved.save(done, state, force=stops)
+            if stops:
+                break
         finished = int(state.step) >= config.steps
         if finished and config.steps not in results:
             evaluate(config.steps)
     if finished:
         checkpoint.save_run_model(folder, state.params, config)
+    distributed.wait("the last bad sample is listed")
+    if distributed.is_leader():
+        merge_bad_samples(folder)
     return Result(folder, int(state.step), finished, results)
+
+
+def on_devices(batches, mesh):
+    """(batch, *rest) -> (batch on the devices, *rest): each is put there while the step before it runs."""
+    waiting = None
+    for batch, *rest in batches:
+        placed = put_batch(batch, mesh), *rest
+        if waiting:
+            yield waiting
+        waiting = placed
+    if waiting:
+        yield waiting
 
 
 def mean_metrics(waiting, step, folder):
@@ -291,23 +319,34 @@ def mean_metrics(waiting, step, folder):
     return {name: float(np.mean([m[name] for m in values])) for name in names}
 
 
-def held_out_batches(config, tokenizer):
-    """Batches of the stage's own loss on pictures that are never trained on; the later stages have benchmarks."""
-    corpus = held_out_corpus(config)
+def held_out_batches(config, tokenizer, numbers=None, say=print):
+    """Batches of the stage's own loss on pictures that are never trained on; the later stages have benchmarks.
+
+    Args:
+      numbers: of the rows of each that this host makes; None = all.
+    """
+    corpus = held_out_corpus(config, say)
     if corpus is None:
         return []
-    dataset = pipeline.build_dataset(config, tokenizer, corpus, held_out=True)
+    dataset = pipeline.build_dataset(config, tokenizer, corpus, held_out=True, numbers=numbers)
     return [dataset[i] for i in range(HELD_OUT_BATCHES)]
 
 
-def held_out_corpus(config):
+def held_out_corpus(config, say=print):
     """Samples that are never trained on: those that data.held_out names, or a known corpus' own."""
     if config.data.held_out:
         data = dataclasses.replace(config.data, source=config.data.held_out)
-        return pipeline.load_corpus(dataclasses.replace(config, data=data), "test")
+        return pipeline.load_corpus(dataclasses.replace(config, data=data), "test", say)
     if config.data.source in pipeline.IN_MEMORY and config.stage in ("pretrain", "distill"):
-        return pipeline.load_corpus(config, "test")
+        return pipeline.load_corpus(config, "test", say)
     return None
+
+
+def check_same_data_everywhere(found, tokenizer):
+    """Raises UserError where a host has planned other rows, or reads text otherwise."""
+    pieces = hashlib.sha256(repr(tokenizer.pieces(range(tokenizer.vocab_size))).encode()).hexdigest()[:12]
+    seen = f"data {found.digest or 'in memory'} of {found.samples:,} samples, tokenizer {pieces}"
+    distributed.check_same("what they read", seen, "give all hosts the same files")
 
 
 def tokens_per_step(batch):
@@ -317,6 +356,11 @@ def tokens_per_step(batch):
 
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def shapes_of_whole(rows, batch_size):
+    """The shapes of a global batch, from some of its rows."""
+    return {name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for name, array in rows.items()}
 
 
 def describe(config, state, batch):

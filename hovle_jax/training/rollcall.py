@@ -1,0 +1,175 @@
+"""The roll-call: before jax.distributed starts, every host says who it is to host 0, which waits for all.
+
+jax's own start would end with a stack trace that counts the hosts which came and says nothing about the others. This
+one takes place at the coordinator's address and port, so it needs no other way through a firewall, and leaves the port
+to jax. One line of JSON goes each way: a host's announcement, and the verdict, the same for all.
+"""
+
+import contextlib
+import json
+import socket
+import time
+
+from hovle_jax.config import differences
+from hovle_jax.errors import UserError
+
+RETRY_SECONDS = 0.3
+LINE_SECONDS = 10  # in which a host that has connected must have sent its line
+GRACE_SECONDS = 15  # a host waits so much longer than host 0, whose clock began later or earlier
+MOST_BYTES = 2**20
+
+
+def roll_call(announcement, address, hosts, host, timeout):
+    """Returns when all hosts have announced themselves, and the same of what must be the same.
+
+    Args:
+      announcement: dict of JSON values: 'name' of this host, and anything else, which must be equal on all of them.
+      address: (name, port) of host 0.
+      hosts, host: how many there are, and the index of this one.
+      timeout: seconds.
+    Raises:
+      UserError: some did not come in time, or say something else than host 0; every host raises the same.
+    """
+    call = json.loads(json.dumps({"host": host, "hosts": hosts, **announcement}))
+    error = _lead(call, address, timeout) if host == 0 else _join(call, address, timeout)
+    if error:
+        raise UserError(error)
+
+
+def numbers(indices):
+    """{0, 1, 2, 5} -> '0-2, 5'."""
+    runs = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+
+
+def verdict(calls, hosts, timeout):
+    """A user's message about the announcements {host: dict}, '' where all is well."""
+    missing = set(range(hosts)) - calls.keys()
+    if missing:
+        names = ", ".join(f"{host} ({calls[host]['name']})" for host in sorted(calls)[:4])
+        came = numbers(calls) if len(calls) > 4 else names
+        return (
+            f"host{'s' * (len(missing) > 1)} {numbers(missing)} of {hosts} did not start within {timeout:g} s; came: "
+            f"{came}; see the logs of the missing, or wait longer with --host_timeout"
+        )
+    different = {host: found for host in calls if (found := differences(_shared(calls[0]), _shared(calls[host])))}
+    if different:
+        first = min(different)
+        key, ours, theirs = different[first][0]
+        others = f" (and hosts {numbers(different.keys() - {first})})" if len(different) > 1 else ""
+        return (
+            f"host {first} ({calls[first]['name']}){others} differs from host 0: {key} is {theirs!r} there and "
+            f"{ours!r} here; start the same command with the same software on all hosts"
+        )
+    return ""
+
+
+def _shared(call):
+    return {key: value for key, value in call.items() if key not in ("host", "name")}
+
+
+def _lead(own, address, timeout):
+    """Host 0: collects the calls and answers all that came -> the verdict."""
+    deadline = time.monotonic() + timeout
+    calls, lines = {0: own}, {}
+    with _listen(address) as server:
+        try:
+            while len(calls) < own["hosts"] and time.monotonic() < deadline:
+                _receive(server, deadline, calls, lines)
+                for host in [host for host, line in lines.items() if _is_closed(line)]:
+                    lines.pop(host).close()
+                    del calls[host]
+            error = verdict(calls, own["hosts"], timeout)
+            for line in lines.values():
+                with contextlib.suppress(OSError):
+                    line.sendall(json.dumps({"error": error}).encode() + b"\n")
+                    line.shutdown(socket.SHUT_WR)
+            for line in lines.values():  # the other end closes first: the port is then free for jax at once
+                with contextlib.suppress(OSError):
+                    line.settimeout(1)
+                    line.recv(1)
+        finally:
+            for line in lines.values():
+                line.close()
+    return error
+
+
+def _listen(address):
+    try:
+        if socket.has_dualstack_ipv6():
+            with contextlib.suppress(OSError):  # a kernel without IPv6
+                return socket.create_server(("", address[1]), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+        return socket.create_server(("", address[1]), backlog=4096)
+    except OSError as error:
+        raise UserError(
+            f"host 0 cannot listen on port {address[1]} ({error.strerror}); give a free one with --coordinator"
+        ) from None
+
+
+def _receive(server, deadline, calls, lines):
+    """Takes one host's call. Who says nothing that can be understood is not one of ours."""
+    server.settimeout(max(0.01, min(1, deadline - time.monotonic())))
+    try:
+        line, _ = server.accept()
+    except TimeoutError:
+        return
+    try:
+        line.settimeout(LINE_SECONDS)
+        call = json.loads(_read_line(line))
+        host = call["host"]
+        if not 0 < host < calls[0]["hosts"] or "name" not in call:
+            raise ValueError(host)
+        if host in calls:
+            error = f"two hosts call themselves {host}: {calls[host]['name']} and {call['name']}; see --host"
+            line.sendall(json.dumps({"error": error}).encode() + b"\n")
+            raise ValueError(host)
+    except (OSError, ValueError, TypeError, KeyError):
+        line.close()
+        return
+    calls[host], lines[host] = call, line
+
+
+def _join(own, address, timeout):
+    """Another host: calls until host 0 answers -> the verdict."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())) as line:
+                line.sendall(json.dumps(own).encode() + b"\n")
+                line.settimeout(timeout + GRACE_SECONDS)
+                return json.loads(_read_line(line))["error"]
+        except (OSError, ValueError, KeyError):  # it does not listen yet, or was started anew
+            time.sleep(RETRY_SECONDS)
+    name, port = address
+    return (
+        f"host 0 ({name}:{port}) did not answer host {own['host']} ({own['name']}) within {timeout:g} s; see its log, "
+        "and whether its port can be reached"
+    )
+
+
+def _read_line(line):
+    content = b""
+    while not content.endswith(b"\n"):
+        more = line.recv(2**16)
+        if not more or len(content) > MOST_BYTES:
+            raise ValueError("no whole line")
+        content += more
+    return content
+
+
+def _is_closed(line):
+    """Whether the other end has gone: it sends nothing behind its call."""
+    line.settimeout(0)
+    try:
+        return not line.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        line.settimeout(LINE_SECONDS)
