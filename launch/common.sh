@@ -68,6 +68,7 @@ parse() {
         if is_one_of "${1#--}" "$FLAGS"; then
           set_option "$1" true
         else
+          check_option "${1#--}"
           (($# > 1)) || die "$1 needs a value"
           set_option "$1" "$2"
           shift
@@ -82,9 +83,11 @@ parse() {
   done
 }
 
+check_option() { is_one_of "$1" "$OPTIONS $FLAGS $LISTS" || die "unknown option --$1; see launch/$SCRIPT --help"; }
+
 set_option() {
   local option=${1#--}
-  is_one_of "$option" "$OPTIONS $FLAGS $LISTS" || die "unknown option $1; see launch/$SCRIPT --help"
+  check_option "$option"
   [[ -n "$2" ]] || die "$1 is empty"
   if is_one_of "$option" "$LISTS"; then
     eval "${option//-/_}+=(\"\$2\")"

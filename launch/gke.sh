@@ -63,13 +63,13 @@ image() {
   run docker push "$image"
 }
 
-# Hosts that lose a preempted one end with 1, so that is a reason to start again; a user's mistake ends with 2.
+# Where one host is lost the others end with 1, or with 2 while they wait for it at the start: reasons to start again.
 run_workload() {
   local variable flags=()
   for variable in ${env[@]+"${env[@]}"}; do flags+=(--env="$variable"); done
   on_cluster workload create --workload="$name" --tpu-type="$accelerator" --num-slices="$slices" --docker-image="$image" \
-    --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1 ${flags[@]+"${flags[@]}"} \
-    --command="$(quote python -m hovle_jax.train "${arguments[@]}")"
+    --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1,2 --termination-grace-period-seconds=120 \
+    ${flags[@]+"${flags[@]}"} --command="$(quote exec launch/pod.sh "${arguments[@]}")"
 }
 
 json_string() {

