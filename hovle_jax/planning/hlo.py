@@ -9,6 +9,7 @@ What the text does not show at a glance, as seen in programs for TPUs:
   runs beside and in one that ends it, all under one channel and chain: it is one;
 - a windowed product turns an all-gather or a reduce-scatter into a loop of collective-permutes: they are reported as
   such, and their bytes add up to the same;
+- a reduce-scatter along one axis of the torus is an all-reduce in a computation `all-reduce-scatter` that keeps a part;
 - between slices there are no collectives but `send`s to the runtime, marked with what they are a part of.
 All branches of a conditional are counted, which is an upper bound.
 """
@@ -191,6 +192,8 @@ def _collective(program, x, computation, times, devices_per_slice):
     kind = x.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
     if kind == "collective-permute":
         pairs = source_target_pairs(x.attributes)
         moves = pairs[pairs[:, 0] != pairs[:, 1]]

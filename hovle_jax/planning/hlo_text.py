@@ -135,21 +135,30 @@ def _instruction(name, text):
 
 def parse(text):
     """The text of a compiled program -> Program."""
-    computations, entry, instructions, name, root = {}, None, None, None, None
+    computations, entry, name, lines = {}, None, None, None
     for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
-            name, instructions, root = header.group(2), {}, None
-            entry = name if header.group(1) else entry
-        elif line.startswith("}") and instructions is not None:
-            computations[name] = Computation(name, instructions, root)
-            instructions = None
-        elif instructions is not None and (found := _INSTRUCTION.match(line)):
-            made = _instruction(found.group(2), found.group(3))
-            instructions[made.name] = made
-            root = made if found.group(1) else root
+        if lines is None:
+            if header := _HEADER.match(line):
+                name, lines = header.group(2), []
+                entry = name if header.group(1) else entry
+        elif line.rstrip() == "}":
+            computations[name] = _computation(name, lines)
+            lines = None
+        elif _INSTRUCTION.match(line):
+            lines.append(line)
+        elif lines:  # kernels carry metadata with line breaks
+            lines[-1] += line
     if entry is None:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
     sizes = [re.search(rf"\b{key}=(\d+)", text[: text.index("\n")]) for key in ("num_partitions", "replica_count")]
     counts = [int(found.group(1)) for found in sizes if found]
     return Program(computations, entry, max(counts, default=1))
+
+
+def _computation(name, lines):
+    instructions, root = {}, None
+    for line in lines:
+        is_root, of, rest = _INSTRUCTION.match(line).groups()
+        instructions[of] = _instruction(of, rest)
+        root = instructions[of] if is_root else root
+    return Computation(name, instructions, root)
