@@ -5,7 +5,7 @@
 # shellcheck disable=SC2034
 MOUNT=/mnt/hovle
 SCRIPT=${0##*/}
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(cd "$(dirname "$0")/.." >/dev/null && pwd)
 dry_run=false
 
 die() {

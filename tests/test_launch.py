@@ -1,13 +1,14 @@
 """launch/local.sh: what it would run, nothing is installed and nothing trained. And what holds for all scripts."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.launch_tools import LAUNCH, run_script
+from tests.launch_tools import LAUNCH, run_script, tools  # noqa: F401 (a fixture)
 
 SCRIPT = LAUNCH / "local.sh"
 BINARIES = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
@@ -100,3 +101,26 @@ def test_what_is_run_can_be_run(path):
     sourced = path.name in ("common.sh", "accelerators.sh")
     assert os.access(path, os.X_OK) != sourced
     assert path.read_text().startswith("#!/usr/bin/env bash\n") != sourced
+
+
+def test_the_commands_of_the_documentation_run_as_they_stand(tools):  # noqa: F811
+    """All of docs/launch.md in one shell, with stand-ins for the tools."""
+    page = (LAUNCH.parent / "docs" / "launch.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    tools.answer(["GONE", "SUSPENDED", "GONE", "ACTIVE"], ["a: not running"])
+    (tools.path / "sleep").write_text('#!/bin/sh\necho "a: finished" >"$(dirname "$0")/workers"\n')
+    for name in ("ssh-add", "pip"):
+        (tools.path / name).write_text("#!/bin/sh\n")
+    for name in ("sleep", "ssh-add", "pip"):
+        (tools.path / name).chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HOVLE_")}
+    env |= {"PATH": f"{tools.path}{os.pathsep}{env['PATH']}", "TMPDIR": str(tools.path)}
+    line = ["bash", "-euc", "\n".join(blocks)]
+    result = subprocess.run(line, cwd=LAUNCH.parent, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(blocks) >= 6
+    for tool in ("gcloud", "xpk", "docker", "kubectl"):
+        assert any(call[0] == tool for call in tools.calls), tool
+    named = {word for call in tools.calls for word in call}
+    assert {"--spot", "--node-id=hovle", "--node=all", "--num-slices=2", "delete", "--filename=-"} <= named
+    assert any("worker.sh start --config configs/distill.py:hovle" in word for word in named)
