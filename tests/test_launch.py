@@ -107,7 +107,7 @@ def test_the_commands_of_the_documentation_run_as_they_stand(tools):  # noqa: F8
     """All of docs/launch.md in one shell, with stand-ins for the tools."""
     page = (LAUNCH.parent / "docs" / "launch.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
-    tools.answer(["GONE", "SUSPENDED", "GONE", "ACTIVE"], ["a: not running"])
+    tools.answer(["GONE", "GONE", "GONE", "SUSPENDED", "GONE", "ACTIVE"], ["a: not running"])
     (tools.path / "sleep").write_text('#!/bin/sh\necho "a: finished" >"$(dirname "$0")/workers"\n')
     for name in ("ssh-add", "pip"):
         (tools.path / name).write_text("#!/bin/sh\n")
