@@ -1,0 +1,122 @@
+"""Analytic FLOPs of the modules: what their matrix products need, as functions of their sizes.
+
+Counted are two FLOPs for each multiply-add of a matrix product; norms, activations, softmax, rotations, biases and
+lookups are left out, as is usual (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B). Causal attention counts the
+pairs of tokens that see each other, L (L + 1) / 2 in a row of L: one segment a row, an upper bound where rows are
+packed.
+
+Letters: L tokens, D width, H heads, K kv heads, C head dim, F ffn width, P patches, S side of a patch in pixels.
+"""
+
+import dataclasses
+
+from hovle_jax.config import (
+    CLIPConfig,
+    EmbeddingConfig,
+    LLMConfig,
+    StackConfig,
+    TeacherConfig,
+    TextTowerConfig,
+    ViTConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Forward FLOPs by what their gradient and their recomputation cost.
+
+    Attributes:
+      dense: products with weights.
+      first: such products whose input needs no gradient: they read pixels.
+      last: of `dense`, those that end a layer: a recomputation of the layer does not need their result.
+      attention: products between activations, over the pairs that see each other.
+      square: the same over all pairs.
+    """
+
+    dense: float = 0
+    first: float = 0
+    last: float = 0
+    attention: float = 0
+    square: float = 0
+
+    def __add__(self, other):
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    def __mul__(self, times):
+        return Work(*(a * times for a in dataclasses.astuple(self)))
+
+    @property
+    def forward(self):
+        """Model FLOPs of a forward pass."""
+        return self.dense + self.first + self.attention
+
+
+def product(rows, inputs, outputs):
+    """[rows, inputs] @ [inputs, outputs]."""
+    return 2 * rows * inputs * outputs
+
+
+def decoder_stack(c: StackConfig, length):
+    """The layers over one row of `length` tokens: GQA attention and SwiGLU."""
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    projections = product(length, c.width, 2 * heads + 2 * kv_heads)
+    down = product(length, c.mlp_width, c.width)
+    layer = Work(
+        dense=projections + 3 * down,
+        last=down,
+        attention=2 * product(length * (length + 1) / 2, 1, heads),
+        square=2 * product(length**2, 1, heads),
+    )
+    return layer * c.num_layers
+
+
+def encoder_stack(c: ViTConfig | TextTowerConfig, num_layers, tokens, causal=False):
+    """The layers of a tower over one sequence."""
+    down = product(tokens, c.mlp_width, c.width)
+    square = 2 * product(tokens**2, 1, c.width)
+    visible = (tokens + 1) / (2 * tokens) if causal else 1
+    dense = 4 * product(tokens, c.width, c.width) + 2 * down
+    return Work(dense=dense, last=down, attention=square * visible, square=square) * num_layers
+
+
+def patch_embedding(patches, patch_size, width):
+    """P patches of S x S pixels in three colours."""
+    return Work(first=product(patches, 3 * patch_size**2, width))
+
+
+def projector(tokens, inputs, width):
+    """Linear(inputs, width), activation, Linear(width, width)."""
+    return Work(dense=product(tokens, inputs, width) + product(tokens, width, width))
+
+
+def embedding_ends(c: EmbeddingConfig, tiles):
+    """What the holistic embedding does to a row's tiles besides its layers: patches and pixel-shuffle projector."""
+    work = patch_embedding(tiles * c.grid**2, c.patch_size, c.stack.width)
+    if c.pixel_shuffle == "none":
+        return work
+    return work + projector(tiles * c.tokens_per_tile, 4 * c.stack.width, c.stack.width)
+
+
+def llm_head(c: LLMConfig, tokens):
+    """Logits over the vocabulary, without its padding."""
+    return Work(dense=product(tokens, c.stack.width, c.vocab_size))
+
+
+def teacher(c: TeacherConfig, tokens_per_tile):
+    """One tile through the tower and, where it has one, InternVL2's projector."""
+    v = c.vision
+    work = patch_embedding(v.grid**2, v.patch_size, v.width) + encoder_stack(v, c.num_layers, v.grid**2 + 1)
+    if c.projector != "mlp1":
+        return work
+    return work + projector(tokens_per_tile, 4 * v.width, c.projector_width)
+
+
+def clip_vision_ends(c: CLIPConfig):
+    """Of one image, besides the layers: patches and the projection of the class token."""
+    v = c.vision
+    return patch_embedding(v.grid**2, v.patch_size, v.width) + Work(dense=product(1, v.width, c.projection_width))
+
+
+def clip_text_ends(c: CLIPConfig):
+    """Of one text, besides the layers: its projection."""
+    return Work(dense=product(1, c.text.width, c.projection_width))

@@ -1,0 +1,197 @@
+"""Analytic FLOPs against those that XLA counts in compiled programs: unrolled layers, dense attention."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import micro
+import pytest
+from flax.traverse_util import flatten_dict
+
+from hovle_jax import presets
+from hovle_jax.config import ExecutionConfig, StackConfig
+from hovle_jax.data.batch import BatchShape
+from hovle_jax.model import flops
+from hovle_jax.model.hovle import LanguageModel
+from hovle_jax.model.transformer import Stack
+from hovle_jax.model.vit import VisionTransformer
+from hovle_jax.planning.step_flops import step_flops
+from hovle_jax.training.stages import STAGES, Models, components_of
+from hovle_jax.training.state import merge, select, unboxed
+
+ROWS = 2
+# Wide enough that norms, rotations and softmax, which are not counted, do not matter.
+STACK = StackConfig(num_layers=2, width=256, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=1024)
+TOWER = dict(image_size=64, width=384, num_heads=6, mlp_width=1536)
+
+
+def wide(stage, variant="pre", execution=ExecutionConfig(unroll_layers=True), **changes):
+    """A micro run with wider models; HD has 2 tiles of 64 patches and 16 tokens in the short stream."""
+    config = micro.run_config(stage, variant, **changes)
+    embedding = dataclasses.replace(config.model.embedding, stack=STACK, image_size=64, vocab_size=1024)
+    llm = dataclasses.replace(config.model.llm, stack=STACK, vocab_size=1024)
+    clip = dataclasses.replace(
+        config.clip,
+        vision=dataclasses.replace(config.clip.vision, **TOWER),
+        text=dataclasses.replace(config.clip.text, width=384, num_heads=6, mlp_width=1536, context=64),
+        projection_width=128,
+    )
+    vision = dataclasses.replace(config.teacher.vision, **TOWER)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, embedding=embedding, llm=llm),
+        clip=clip,
+        teacher=dataclasses.replace(config.teacher, vision=vision, projector_width=256),
+        data=dataclasses.replace(config.data, batch_size=ROWS, sequence_length=128, tiles=2),
+        execution=execution,
+    )
+
+
+def batch_of(config):
+    """The shapes of a batch."""
+    shape = BatchShape.of(config.data, config.model.embedding, 0)
+    text = config.clip.text.context if config.stage == "contrast" else shape.length
+    whole = lambda *sizes: jax.ShapeDtypeStruct((ROWS, *sizes), jnp.int32)
+    visual = shape.tiles * shape.tokens_per_tile
+    batch = {name: whole(text) for name in ("tokens", "positions", "segment_ids")}
+    if config.stage != "pretrain":
+        side = shape.tile_size
+        batch["tiles"] = jax.ShapeDtypeStruct((ROWS, shape.tiles, side, side, 3), jnp.uint8)
+        batch["image_positions"] = whole(visual)
+    if shape.expansion > 1:
+        batch |= {f"long_{name}": whole(shape.long_length) for name in ("tokens", "positions", "segment_ids")}
+        batch |= {"long_image_positions": whole(visual * shape.expansion), "long_text_positions": whole(text)}
+    return batch
+
+
+def outputs(models, params, batch):
+    """What a stage computes before its loss, whose own FLOPs are few: the products of the models."""
+    config = models.config
+    if config.stage == "pretrain":
+        llm = models.hovle.llm
+        return [llm.apply({"params": params["llm"]}, *(batch[k] for k in ("tokens", "positions", "segment_ids")))]
+    if config.stage == "contrast":
+        images, texts, _ = models.clip.apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
+        return [images @ texts.T]
+    if config.stage in ("align", "instruct"):
+        return [models.hovle.logits(params, batch)]
+    embedding = models.hovle.embedding.bind({"params": params["embedding"]})
+    raw, _ = embedding.encode(batch)
+    tiles = batch["tiles"].reshape(-1, *batch["tiles"].shape[2:])
+    target = models.teacher.apply({"params": params["teacher"]}, tiles, config.model.embedding.tokens_per_tile)
+    student = embedding.image_outputs(raw, batch)
+    if config.teacher.projector == "linear":
+        student = models.head.apply({"params": params["head"]}, student)
+    return [student * jax.lax.stop_gradient(target).reshape(student.shape), embedding.shorten(raw, batch)]
+
+
+def counted(config):
+    """FLOPs of the gradient of a stage's outputs, as XLA counts them in the compiled program."""
+    models = Models(config, config.execution)
+    batch = batch_of(config)
+    made = {
+        c: unboxed(jax.eval_shape(lambda b, c=c: models.init(c, jax.random.key(0), b), batch))
+        for c in components_of(config)
+    }
+    stage = STAGES[config.stage]
+    params = select(made, stage.holds)
+    trains = lambda path: stage.trains(path, config.model)
+    trained, frozen = select(params, trains), select(params, lambda path: not trains(path))
+
+    def loss(trained, frozen, batch):
+        return sum(jnp.sum(jnp.square(x)) for x in outputs(models, merge(trained, frozen), batch))
+
+    return jax.jit(jax.grad(loss)).lower(trained, frozen, batch).compile().cost_analysis()["flops"]
+
+
+CASES = [
+    ("pretrain", {}),
+    ("contrast", {}),
+    ("distill", {}),
+    ("distill", dict(teacher="internvit", projector="mlp1")),
+    ("align", {}),
+    ("align", dict(variant="post")),
+    ("instruct", {}),
+    ("instruct", dict(variant="none")),
+    ("instruct", dict(variant="post", tied=True)),
+]
+
+
+@pytest.mark.parametrize("stage, changes", CASES)
+def test_a_step_has_the_flops_that_xla_counts(stage, changes):
+    config = wide(stage, **changes)
+    analytic = step_flops(config)
+    # XLA's attention computes the whole square, which is what `hardware` says.
+    assert counted(config) == pytest.approx(analytic.hardware, rel=0.03)
+    assert analytic.model <= analytic.hardware
+    assert sum(analytic.parts.values()) == analytic.model
+
+
+def forward(module, *shapes):
+    """FLOPs of a module's forward pass as XLA counts them."""
+    inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    params = unboxed(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+    return jax.jit(module.apply).lower(params, *inputs).compile().cost_analysis()["flops"]
+
+
+def test_forward_passes_of_the_modules():
+    execution, ids = ExecutionConfig(unroll_layers=True), ((1, 128), jnp.int32)
+    work = flops.decoder_stack(STACK, 128)
+    found = forward(Stack(STACK, execution), ((1, 128, 256), jnp.float32), ids, ids)
+    assert found == pytest.approx(work.dense + work.square, rel=0.02)
+    assert work.attention == work.square * 129 / 256
+    llm = wide("pretrain").model.llm
+    head = flops.llm_head(llm, 128)
+    assert forward(LanguageModel(llm, execution), ids, ids, ids) == pytest.approx(
+        work.dense + work.square + head.dense, rel=0.02
+    )
+    tower = wide("contrast").clip.vision
+    work = flops.encoder_stack(tower, tower.num_layers, 65) + flops.patch_embedding(64, 8, 384)
+    found = forward(VisionTransformer(tower, execution), ((1, 64, 64, 3), jnp.uint8))
+    assert found == pytest.approx(work.forward, rel=0.04)  # the exact GELU is a long polynomial
+
+
+@pytest.mark.parametrize("remat, tolerance", [("full", 0.05), ("dots", 0.15)])
+def test_recomputation(remat, tolerance):
+    """XLA counts the body of a loop once: the difference that rematerialisation makes is that of one layer.
+
+    Beside attention alone ("dots") the norms and activations that are made again count more.
+    """
+    kept, again = (wide("pretrain", execution=ExecutionConfig(remat=r)) for r in ("none", remat))
+    difference = counted(again) - counted(kept)
+    analytic = step_flops(again).hardware - step_flops(kept).hardware
+    assert difference == pytest.approx(analytic / STACK.num_layers, rel=tolerance)
+    assert step_flops(again).model == step_flops(kept).model
+
+
+def test_the_paper_s_model():
+    """Two FLOPs a parameter and token, six with its gradients; what stands in tables costs nothing."""
+    model = presets.hovle_model()
+    llm = LanguageModel(model.llm, ExecutionConfig())
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = unboxed(jax.eval_shape(llm.init, jax.random.key(0), ids, ids, ids))["params"]
+    kernels = sum(x.size for path, x in flatten_dict(params).items() if path[-1] == "kernel")
+    work = flops.decoder_stack(model.llm.stack, 4096) + flops.llm_head(model.llm, 4096)
+    assert work.dense == 2 * 4096 * kernels
+    # Scores and their product with the values: 2 x 2 FLOPs x 2048 channels x 24 layers for each visible pair.
+    assert work.attention == 4 * 2048 * 24 * 4096 * 4097 / 2
+
+
+def test_what_implementations_add():
+    config = wide("instruct", execution=ExecutionConfig(remat="full"))
+    plain, splash = step_flops(config), step_flops(config, attention="splash")
+    assert plain.model == splash.model
+    stacks = 2 * flops.decoder_stack(STACK, 128).attention * ROWS
+    square = 2 * flops.decoder_stack(STACK, 128).square * ROWS
+    # Forward twice and seven products instead of four in the backward pass, each over visible pairs alone.
+    assert splash.hardware - plain.hardware == pytest.approx((2 + 7 / 2) * stacks - (2 + 4 / 2) * square)
+    head = flops.llm_head(config.model.llm, 128).dense * ROWS
+    assert step_flops(config, logits_kept=False).hardware - plain.hardware == pytest.approx(head)
+
+
+def test_a_step_grows_with_its_rows_and_with_the_long_stream_of_hd():
+    config = wide("align", "post")
+    assert step_flops(config, rows=6).model == pytest.approx(3 * step_flops(config, rows=2).model)
+    # 2 tiles of 16 tokens in the short stream and 64 in the long one.
+    layers = flops.decoder_stack(STACK, 128 + 2 * 48)
+    assert step_flops(config).parts["embedding layers"] == 3 * layers.forward * ROWS
