@@ -1,0 +1,113 @@
+"""How fast a step can be at best on a chip: the times of its products, its memory traffic and its network.
+
+The largest of them bounds the step from below, as if the others hid behind it entirely; the MFU ceiling follows. All of
+them are lower bounds: peaks are the published ones, collectives keep every link of the slice busy, memory is read and
+written as little as `hbm_bytes` says.
+"""
+
+import dataclasses
+
+from hovle_jax.config import RunConfig, StackConfig
+from hovle_jax.data.batch import BatchShape
+from hovle_jax.planning.chips import Chip
+from hovle_jax.planning.step_flops import StepFlops
+from hovle_jax.planning.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step by what bounds it, and what follows.
+
+    Attributes:
+      compute: hardware FLOPs, recomputation included, at the bf16 peak.
+      memory: HBM traffic at its bandwidth.
+      ici: bytes between the chips of a slice.
+      dcn: bytes between slices.
+      mfu: the ceiling: model FLOPs / (peak x chips x seconds).
+    """
+
+    compute: float
+    memory: float
+    ici: float
+    dcn: float
+    mfu: float
+
+    @property
+    def seconds(self):
+        return max(self.times.values())
+
+    @property
+    def bottleneck(self):
+        """'compute', 'memory', 'ici' or 'dcn'."""
+        return max(self.times, key=self.times.get)
+
+    @property
+    def times(self):
+        return {name: getattr(self, name) for name in ("compute", "memory", "ici", "dcn")}
+
+
+def roofline(flops: StepFlops, chip: Chip, chips, hbm=0.0, ici=0.0, dcn=0.0, topology: Topology | None = None):
+    """The bounds of one step.
+
+    Args:
+      flops: of the whole step, all chips together.
+      chips: how many there are, over all slices.
+      hbm, ici, dcn: bytes that each chip reads and writes, sends within its slice, and to others.
+      topology: of a slice, where its short axes are no rings; None = all links serve.
+    """
+    compute = flops.hardware / (chips * chip.bf16_flops)
+    times = dict(
+        compute=compute,
+        memory=hbm / chip.hbm_bandwidth,
+        ici=ici / chip.slice_bandwidth(topology),
+        dcn=dcn / chip.dcn_bandwidth,
+    )
+    return Roofline(**times, mfu=flops.model / (chips * chip.bf16_flops * max(times.values())))
+
+
+def network_bytes(found, devices_per_chip=1):
+    """Collectives of a program -> (bytes that a chip sends within its slice, to other slices), one execution of it.
+
+    Where a chip is two devices, what these say to each other is counted too.
+    """
+    dcn = sum(c.bytes for c in found if c.crosses_slices)
+    ici = sum(c.bytes for c in found if not c.crosses_slices)
+    return ici * devices_per_chip, dcn * devices_per_chip
+
+
+def hbm_bytes(config: RunConfig, chips, parameters, trained, rows=None, microbatches=1):
+    """A lower bound of the bytes that a chip reads and writes in a step whose parameters are sharded over all chips.
+
+    - weights in bf16, gathered for the forward and for the backward pass of each microbatch: written, then read;
+    - float32 parameters, both moments and the gradient of a chip's share: read and written once;
+    - in the decoder layers, bf16 operands and results of the products (`layer_elements`), in the forward pass, both
+      gradients, and again where layers are rematerialised. Towers, logits and all else count nothing.
+
+    Args:
+      parameters: how many the step reads.
+      trained: how many of them have an optimizer state.
+    """
+    rows = config.data.batch_size if rows is None else rows
+    weights = 2 * 2 * 2 * parameters * microbatches / max(1, config.mesh.tensor)
+    state = 2 * 4 * 4 * trained / chips
+    passes = 3 if config.execution.remat == "none" else 4
+    return weights + state + passes * 2 * _elements(config) * rows / chips
+
+
+def layer_elements(c: StackConfig):
+    """Elements a token that a decoder layer's products read and write besides weights, each once."""
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    attention = 2 * c.width + 4 * heads + 4 * kv_heads  # normalised input, q, k, v, what attention gives, output
+    return attention + 2 * c.width + 4 * c.mlp_width  # input, gate, their product with up, output
+
+
+def _elements(config):
+    """Of a row, in the stacks of the stage."""
+    stage, m = config.stage, config.model
+    total = 0
+    if stage in ("pretrain", "align", "instruct"):
+        total += layer_elements(m.llm.stack) * m.llm.stack.num_layers * config.data.sequence_length
+    if stage in ("distill", "align", "instruct"):
+        length = BatchShape.of(config.data, m.embedding, image_id=0).long_length
+        total += layer_elements(m.embedding.stack) * m.embedding.stack.num_layers * length
+    return total
