@@ -25,7 +25,7 @@ KINDS = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast",
     "ragged-all-to-all",
 )  # fmt: skip
-_PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu_v2", "mosaic_gpu")
+_PALLAS = "tpu_custom_call"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +139,11 @@ def summary(found):
 
 
 def kernels(text):
-    """The Pallas kernels that a program calls: [Kernel]."""
+    """The Pallas kernels that a program for TPUs calls: [Kernel]."""
     return [
         Kernel(re.sub(r"\.\d+$", "", x.name), x.quoted("op_name"), times)
         for x, _, times in executions(parse(text))
-        if x.opcode == "custom-call" and x.quoted("custom_call_target") in _PALLAS
+        if x.opcode == "custom-call" and x.quoted("custom_call_target") == _PALLAS
     ]
 
 

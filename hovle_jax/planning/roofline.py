@@ -1,8 +1,9 @@
 """How fast a step can be at best on a chip: the times of its products, its memory traffic and its network.
 
 The largest of them bounds the step from below, as if the others hid behind it entirely; the MFU ceiling follows. All of
-them are lower bounds: peaks are the published ones, collectives keep every link of the slice busy, memory is read and
-written as little as `hbm_bytes` says.
+them are lower bounds: peaks are the published ones, collectives keep every link of the slice busy (one along a single
+axis of the torus alone keeps that axis' links busy, and takes longer), memory is read and written as little as
+`hbm_bytes` says.
 """
 
 import dataclasses
