@@ -10,7 +10,6 @@ import sys
 
 import jax
 
-from hovle_jax import commands
 from hovle_jax.config import MeshConfig
 from hovle_jax.data import pipeline
 from hovle_jax.training import distributed, loop

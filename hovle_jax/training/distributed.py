@@ -202,13 +202,16 @@ def host_rows(mesh, batch_size):
     return rows, jax.process_index() == min(host for host, theirs in blocks.items() if theirs == own)
 
 
-def stops_here(step):
-    """Whether all hosts are to save and stop behind this step, because one of them was told to end (SIGTERM)."""
+def told_to_end():
+    """Whether all hosts are to save and stop here, because one of them was told to end (SIGTERM).
+
+    To be called on all hosts equally often, at steps: jax agrees on a step that none of them has passed.
+    """
     if not several():
         return False
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(next(_counts.setdefault("steps", itertools.count())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def _train(config, folder, state, models, optimizer, dataset, held_out, bad, mes
                 jax.block_until_ready(metrics)
                 progress.started()
             done = step + 1
-            stops = done == last_step or distributed.stops_here(done)
+            stops = done == last_step or distributed.told_to_end()
             if done % config.log_every == 0 or stops:
                 # Reads values that are done or nearly so; between these points the host runs ahead of the device.
                 values = mean_metrics(waiting, done, folder) | {"learning_rate": float(schedule(step))}
