@@ -314,15 +314,20 @@ class ExecutionConfig:
 
     Attributes:
       dtype: compute type, 'float32' or 'bfloat16' ('auto' in a run's config: float32 on the CPU, else bfloat16).
-      attention: the implementation of `attend`.
+      attention: the implementation of `attend` ('auto': splash on TPUs, cuDNN's on GPUs, else XLA).
       unroll_layers: write the layers out instead of looping over them (faster on the CPU, slower to compile).
-      remat: 'none', 'dots' or 'full' recomputation in the backward pass.
+      remat: what the backward pass recomputes: 'none', 'dots' (all but products), 'full' (all but each layer's input),
+        'offload' (the same, inputs waiting in the host's memory).
+      accumulate: parts that a step reads its batch in, one after another: less memory, the same update.
+      vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.
     """
 
     dtype: str = "float32"
     attention: str = "xla"
     unroll_layers: bool = False
     remat: str = "none"
+    accumulate: int = 1
+    vocab_chunk: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,7 +446,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     init: InitConfig
     mesh: MeshConfig = MeshConfig()
-    execution: ExecutionConfig = ExecutionConfig(dtype="auto")
+    execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
     seed: int = 0
     steps: int = 1000
     stop_at_step: int = 0  # end early (0: never); the schedule keeps its length
@@ -475,7 +480,7 @@ class ModelConfig:
     clip: CLIPConfig | None = None
     teacher: TeacherConfig | None = None
     system_message: str = ""
-    execution: ExecutionConfig = ExecutionConfig(dtype="auto")
+    execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
 
     @classmethod
     def of(cls, run: RunConfig, components):
@@ -484,7 +489,7 @@ class ModelConfig:
         return cls(
             **{name: sizes[name] for name in components},
             system_message=run.data.system_message,
-            execution=dataclasses.replace(run.execution, remat="none"),
+            execution=dataclasses.replace(run.execution, remat="none", accumulate=1),
         )
 
     @property

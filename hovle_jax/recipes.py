@@ -66,11 +66,11 @@ def base(stage, preset):
         init=InitConfig(),
         mesh=MeshConfig(),
         # Written-out layers are faster on the CPU; a loop compiles in the same time at any depth.
-        execution=ExecutionConfig(dtype="auto", unroll_layers=preset.startswith("tiny")),
+        execution=ExecutionConfig(dtype="auto", attention="auto", unroll_layers=preset.startswith("tiny")),
     )
     if is_paper(preset):
         data = dataclasses.replace(config.data, batch_size=4096)
-        execution = dataclasses.replace(config.execution, remat="full")
+        execution = dataclasses.replace(config.execution, remat="full", vocab_chunk=8192)
         mesh = MeshConfig(data=1, fsdp=-1)
         tokenizer = dataclasses.replace(config.tokenizer, path="required")
         config = dataclasses.replace(

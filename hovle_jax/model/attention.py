@@ -1,13 +1,22 @@
-"""Attention over grouped heads.
+"""Attention over grouped heads, by the implementation that fits the device.
 
 Dimension letters: B batch, L queries, S keys, H heads, K kv heads, G = H / K, C head dim.
 """
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-IMPLEMENTATIONS = ("xla",)
+from hovle_jax.model.parallel import as_axes, current_spec, on_devices, padded
+
+# 'auto' is resolved by the command from the mesh's devices, before a model is made.
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+
+LANES = 128  # of a TPU's vector registers
+SPLASH_BLOCK = 1024  # most queries and keys of a block of splash attention
 
 
 @flax.struct.dataclass
@@ -23,6 +32,7 @@ class AttentionMask:
       query_index: [B, L] or [1, L] int32, the place in the row (not the rotary position).
       key_index: [B, S] or [1, S] int32.
       causal: static.
+      whole: static; queries and keys are the same whole rows, so that an index is a place in the arrays.
     """
 
     query_segments: jax.Array
@@ -30,12 +40,13 @@ class AttentionMask:
     query_index: jax.Array
     key_index: jax.Array
     causal: bool = flax.struct.field(pytree_node=False, default=True)
+    whole: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def for_rows(cls, segment_ids, causal=True):
         """The mask of whole rows (training, prefill without a cache): segment_ids is [B, L]."""
         index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-        return cls(segment_ids, segment_ids, index, index, causal)
+        return cls(segment_ids, segment_ids, index, index, causal, whole=True)
 
     def dense(self):
         """-> [B, L, S] bool, True where attention is allowed."""
@@ -45,19 +56,48 @@ class AttentionMask:
         return allowed
 
 
-def attend(query, key, value, allowed=None, implementation="xla"):
+def choose(implementation, head_dim, masked=True, whole=True):
+    """What will really run, and why not what was asked for.
+
+    Args:
+      implementation: one of `IMPLEMENTATIONS`, resolved.
+      masked: whether there is a mask; whole: whether it is one of whole rows (see `AttentionMask`).
+    Returns:
+      (implementation, reason or '').
+    """
+    if implementation == "splash":
+        if head_dim % LANES:
+            return "xla", f"splash attention needs heads of a multiple of {LANES} and these have {head_dim}"
+        if not (masked and whole):
+            return "xla", "splash attention reads whole rows with segments"
+    if implementation == "cudnn" and head_dim % 8:
+        return "xla", f"cuDNN's attention needs heads of a multiple of 8 and these have {head_dim}"
+    return implementation, ""
+
+
+def prepare(mask: AttentionMask, implementation, head_dim):
+    """What `attend` needs of a mask, made once for all layers of a stack."""
+    chosen, _ = choose(implementation, head_dim, whole=mask.whole)
+    return mask if chosen == "splash" else mask.dense()
+
+
+def attend(query, key, value, mask=None, implementation="xla"):
     """Softmax attention in float32 with grouped key and value heads.
 
     Args:
       query: [B, L, H, C].
       key, value: [B, S, K, C]; H is a multiple of K, and query head h reads kv head h // (H / K).
-      allowed: [B, L, S] bool, or None for full attention.
-      implementation: static; resolved by the command from the mesh's devices.
+      mask: what `prepare` made, or None for full attention.
+      implementation: static; one of `IMPLEMENTATIONS`, resolved.
     Returns:
       [B, L, H, C] in the type of `query`.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
+    whole = isinstance(mask, AttentionMask)
+    chosen, _ = choose(implementation, query.shape[-1], masked=mask is not None, whole=whole)
+    return _ATTEND[chosen](query, key, value, mask)
+
+
+def _xla(query, key, value, allowed):
     B, L, H, C = query.shape
     K = key.shape[2]
     # Heads in front: on the CPU each (batch, kv head) is then one contiguous matrix product, with the
@@ -72,3 +112,76 @@ def attend(query, key, value, allowed=None, implementation="xla"):
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bkgls,bksc->bkglc", probabilities, value)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, C)
+
+
+def _cudnn(query, key, value, allowed):
+    """cuDNN's flash attention, in a 16-bit type, as it has no other."""
+    half = query.dtype if query.dtype == jnp.float16 else jnp.bfloat16
+    mask = None if allowed is None else allowed[:, None]
+    out = jax.nn.dot_product_attention(
+        query.astype(half), key.astype(half), value.astype(half), mask=mask, implementation="cudnn"
+    )
+    return out.astype(query.dtype)
+
+
+def _splash(query, key, value, mask: AttentionMask):
+    """The Pallas kernel that skips what lies above the diagonal and never holds [L, S].
+
+    Each device runs it on its own rows and heads. Where the mesh cuts rows along `sequence`, queries stay cut and
+    keys and values are gathered: with few kv heads they are small.
+    """
+    query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # heads in front
+    mesh, length = jax.sharding.get_abstract_mesh(), query.shape[2]
+    queries = current_spec(("batch", "heads", "length", None), query.shape)
+    keys = current_spec(("batch", "kv_heads", None, None), key.shape)
+    row_axis, head_axis, length_axis, _ = padded(queries, 4)
+    parts = lambda axes: math.prod(mesh.shape[axis] for axis in as_axes(axes))
+    padding = -length % (LANES * parts(length_axis))
+    rows = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    segments = jnp.pad(mask.query_segments, ((0, 0), (0, padding)))
+    kernel = _splash_kernel(query.shape[1], length + padding, mask.causal, parts(head_axis), parts(length_axis))
+
+    def local(kernel, query, key, value, query_segments, key_segments):
+        ids = _splash_module().SegmentIds
+        run = lambda q, k, v, s, t: kernel(q, k, v, segment_ids=ids(s, t))
+        return jax.vmap(run)(query, key, value, query_segments, key_segments)
+
+    tables = None
+    if not mesh.empty:
+        tables = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(head_axis, length_axis)))
+    specs = (tables, queries, keys, keys, PartitionSpec(row_axis, length_axis), PartitionSpec(row_axis))
+    out = on_devices(local, specs, queries)(kernel, rows(query), rows(key), rows(value), segments, segments)
+    return out[:, :, :length].transpose(0, 2, 1, 3)
+
+
+def _splash_module():
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel  # slow to import
+
+    return splash_attention_kernel
+
+
+def _splash_kernel(heads, length, causal, head_shards, length_shards):
+    """The kernel for whole rows: as few blocks as fit, each dividing a device's part of the row."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    kernels = _splash_module()
+    query_block, key_block = splash_block(length // length_shards), splash_block(length)
+    sizes = kernels.BlockSizes(
+        block_q=query_block,
+        block_kv=key_block,
+        block_q_dkv=query_block,
+        block_kv_dkv=key_block,
+        use_fused_bwd_kernel=True,
+    )
+    mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+    mask = masks.MultiHeadMask([mask] * heads)
+    return kernels.make_splash_mha(mask, head_shards=head_shards, q_seq_shards=length_shards, block_sizes=sizes)
+
+
+def splash_block(length):
+    """The largest multiple of 128 that divides the length and is at most SPLASH_BLOCK."""
+    return max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
+
+
+_ATTEND = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}

@@ -32,11 +32,10 @@ class PixelShuffleProjection(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[M, P, D] -> [M, P / 4, D]."""
-        x = pixel_shuffle(x)
-        M, P, _ = x.shape
-        y = dense(self.width, ("patch", "embed"), "in", self.dtype, use_bias=True)(x.reshape(M * P, -1))
-        y = dense(self.width, ("embed", "embed_out"), "out", self.dtype, use_bias=True)(nn.gelu(y, approximate=False))
-        return y.reshape(M, P, self.width)
+        y = dense(self.width, ("patch", "embed"), "in", self.dtype, use_bias=True)(pixel_shuffle(x))
+        return dense(self.width, ("embed", "embed_out"), "out", self.dtype, use_bias=True)(
+            nn.gelu(y, approximate=False)
+        )
 
 
 class HolisticEmbedding(nn.Module):
@@ -76,8 +75,7 @@ class HolisticEmbedding(nn.Module):
         """
         B, M, S = tiles.shape[:3]
         patches = patchify(normalize_tiles(tiles).reshape(B * M, S, S, 3), self.config.patch_size)
-        count, P, length = patches.shape
-        x = self.patch_embedding(patches.reshape(count * P, length)).reshape(count, P, -1)
+        x = self.patch_embedding(patches)
         positions = resize_positions(self.position_embedding, S // self.config.patch_size)
         x = x + positions.astype(x.dtype)
         if self.config.pixel_shuffle == "pre":

@@ -39,11 +39,15 @@ class LanguageModel(nn.Module):
         """From input vectors [B, L, D] to hidden states before the final norm, and the cache."""
         return self.stack(x, positions, segment_ids, cache)
 
+    def normalize(self, hidden):
+        """The final norm: what the head reads."""
+        return self.norm(hidden)
+
     def logits(self, hidden):
         """[..., D] -> float32 [..., V], V with its padding (which is never likely)."""
         c = self.config
         head = self.token_embedding.attend if c.tied else self.head
-        logits = head(self.norm(hidden)).astype(jnp.float32)
+        logits = head(self.normalize(hidden)).astype(jnp.float32)
         if c.table_rows == c.vocab_size:
             return logits
         return jnp.where(jnp.arange(c.table_rows) < c.vocab_size, logits, PADDING_LOGIT)
@@ -88,6 +92,11 @@ class HoVLE:
             x = embedding.for_llm(x)
         hidden, llm_cache = llm.run(x, batch["positions"], batch["segment_ids"], caches[1])
         return hidden, None if cache is None else HoVLECache(embedding_cache, llm_cache)
+
+    def head_kernel(self, params):
+        """The head's weights [D, V], for a loss that multiplies by them itself."""
+        llm = params["llm"]
+        return llm["token_embedding"]["embedding"].T if self.config.llm.tied else llm["head"]["kernel"]
 
     def hidden_to_logits(self, params, hidden):
         return self.llm.apply({"params": params["llm"]}, hidden, method="logits")

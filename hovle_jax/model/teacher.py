@@ -20,11 +20,11 @@ class MLP1(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        M, P, D = x.shape
-        y = LayerNorm(1e-5, name="norm")(x.reshape(M * P, D))
+        y = LayerNorm(1e-5, name="norm")(x)
         y = dense(self.width, ("patch", "embed"), "in", self.dtype, use_bias=True)(y)
-        y = dense(self.width, ("embed", "embed_out"), "out", self.dtype, use_bias=True)(nn.gelu(y, approximate=False))
-        return y.reshape(M, P, self.width)
+        return dense(self.width, ("embed", "embed_out"), "out", self.dtype, use_bias=True)(
+            nn.gelu(y, approximate=False)
+        )
 
 
 class VisionTeacher(nn.Module):

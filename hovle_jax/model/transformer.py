@@ -9,9 +9,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.config import ExecutionConfig, StackConfig
-from hovle_jax.model.attention import AttentionMask, attend
+from hovle_jax.model.attention import AttentionMask, attend, prepare
+from hovle_jax.model.parallel import dot_general, matmul
 from hovle_jax.model.rotary import rotary_angles, rotate
 
 Dtype = Any
@@ -33,6 +35,7 @@ def dense(features, axes, name, dtype, use_bias=False, branches=1):
         use_bias=use_bias,
         dtype=dtype,
         name=name,
+        dot_general=dot_general(axes),
         kernel_init=partitioned(nn.initializers.variance_scaling(1.0 / branches, "fan_in", "normal"), *axes),
         bias_init=partitioned(nn.initializers.zeros, axes[1]),
     )
@@ -94,20 +97,20 @@ def write_rows(cache, new, start):
 
 
 class DecoderLayer(nn.Module):
-    """x += attention(norm(x)); x += ffn(norm(x)). Everything runs on [B * L, D]: see `Stack`."""
+    """x += attention(norm(x)); x += ffn(norm(x))."""
 
     config: StackConfig
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, x, cache, angles, allowed, start):
-        """x: [B * L, D]; cache: (key, value) [B, S, K, C] or None; start: [B] or None. -> (x, cache)."""
-        x, cache = self.attention(x, cache, angles, allowed, start)
+    def __call__(self, x, cache, angles, mask, start):
+        """x: [B, L, D]; cache: (key, value) [B, S, K, C] or None; start: [B] or None. -> (x, cache)."""
+        x, cache = self.attention(checkpoint_name(x, LAYER_INPUT), cache, angles, mask, start)
         return self.feed_forward(x), cache
 
-    def attention(self, x, cache, angles, allowed, start):
+    def attention(self, x, cache, angles, mask, start):
         c, dtype = self.config, self.execution.dtype
-        B, L = angles[0].shape[:2]
+        B, L = x.shape[:2]
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
 
         def heads(name, count, axis):
@@ -123,9 +126,9 @@ class DecoderLayer(nn.Module):
         if cache is not None:
             cache = (write_rows(cache[0], key, start), write_rows(cache[1], value, start))
             key, value = cache[0].astype(dtype), cache[1].astype(dtype)
-        out = attend(query, key, value, allowed, self.execution.attention)
+        out = attend(query, key, value, mask, self.execution.attention)
         output = dense(c.width, ("heads", "embed"), "output", dtype, c.output_bias, branches=2 * c.num_layers)
-        return x + output(out.reshape(B * L, c.num_heads * c.head_dim)), cache
+        return x + output(out.reshape(B, L, c.num_heads * c.head_dim)), cache
 
     def feed_forward(self, x):
         """SwiGLU: down(silu(gate x) * up x)."""
@@ -136,10 +139,19 @@ class DecoderLayer(nn.Module):
         return x + dense(c.width, ("mlp", "embed"), "down", dtype, c.mlp_bias, branches=2 * c.num_layers)(gate * up)
 
 
+LAYER_INPUT = "layer_input"  # what 'offload' keeps in the host's memory
+
+# What the backward pass of a layer finds kept: everything, products, its input, or its input in the host's memory.
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -164,11 +176,7 @@ def scanned(layer, execution: ExecutionConfig, num_layers, broadcast):
 
 
 class Stack(nn.Module):
-    """A scanned stack of decoder layers, without a final norm.
-
-    The residual stream is kept as [B * L, D]: the gradient of a kernel then contracts one dimension instead
-    of two, which the CPU backend does markedly faster and other backends do as fast.
-    """
+    """A scanned stack of decoder layers, without a final norm."""
 
     config: StackConfig
     execution: ExecutionConfig
@@ -185,7 +193,6 @@ class Stack(nn.Module):
         Returns:
           ([B, L, D], the new cache or None).
         """
-        B, L, D = x.shape
         if self.config.num_layers == 0:
             return x, cache
         mask = AttentionMask.for_rows(segment_ids) if cache is None else cache.mask(segment_ids)
@@ -194,10 +201,9 @@ class Stack(nn.Module):
         start = None if cache is None else cache.length
         x = nn.with_logical_constraint(x.astype(self.execution.dtype), ("batch", "length", "embed_act"))
         block = scanned(DecoderLayer, self.execution, self.config.num_layers, broadcast=3)
-        x, layers = block(self.config, self.execution, name="layers")(
-            x.reshape(B * L, D), layers, angles, mask.dense(), start
-        )
-        x = nn.with_logical_constraint(x.reshape(B, L, D), ("batch", "length", "embed_act"))
+        mask = prepare(mask, self.execution.attention, self.config.head_dim)
+        x, layers = block(self.config, self.execution, name="layers")(x, layers, angles, mask, start)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
         return x, None if cache is None else cache.advanced(layers, segment_ids)
 
 
@@ -213,8 +219,8 @@ class TokenTable(nn.Module):
         self.embedding = self.param("embedding", init, (self.size, self.width))
 
     def __call__(self, tokens):
-        return jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0, mode="clip")
 
     def attend(self, x):
         """The table as a tied head: [..., D] -> [..., V]."""
-        return x @ self.embedding.astype(self.dtype).T
+        return matmul(x, self.embedding.astype(self.dtype).T, ("embed", "vocab"))

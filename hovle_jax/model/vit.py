@@ -43,7 +43,7 @@ NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 
 
 class EncoderLayer(nn.Module):
-    """x += ls1 * attention(norm1 x); x += ls2 * mlp(norm2 x), on [M * T, D]."""
+    """x += ls1 * attention(norm1 x); x += ls2 * mlp(norm2 x)."""
 
     width: int
     num_heads: int
@@ -58,16 +58,16 @@ class EncoderLayer(nn.Module):
     qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x, _, allowed, tokens):
-        """x: [M * T, D]; allowed: [M, T, T] bool or None; tokens: zeros [T], which carries the static T."""
-        T, dtype = tokens.shape[0], self.execution.dtype
+    def __call__(self, x, _, allowed):
+        """x: [M, T, D]; allowed: [M, T, T] bool or None."""
+        dtype = self.execution.dtype
         norm = functools.partial(NORMS[self.norm], self.norm_eps)
 
         def projection(name, y):
             y = dense(self.width, ("embed", "heads"), name, dtype, use_bias=self.qkv_bias)(y)
             if self.qk_norm and name != "value":
                 y = RMSNorm(self.norm_eps, name=f"{name}_norm")(y)
-            return y.reshape(-1, T, self.num_heads, self.width // self.num_heads)
+            return y.reshape(*x.shape[:2], self.num_heads, self.width // self.num_heads)
 
         y = norm(name="norm1")(x)
         y = attend(*(projection(name, y) for name in ("query", "key", "value")), allowed, self.execution.attention)
@@ -90,8 +90,7 @@ class EncoderLayer(nn.Module):
 
 def run_encoder(config, num_layers, execution, x, allowed=None, **options):
     """Runs `num_layers` scanned encoder layers named 'layers' over x [M, T, D]; call inside a compact method."""
-    M, T, D = x.shape
-    layer = scanned(EncoderLayer, execution, num_layers, broadcast=2)(
+    layer = scanned(EncoderLayer, execution, num_layers, broadcast=1)(
         width=config.width,
         num_heads=config.num_heads,
         mlp_width=config.mlp_width,
@@ -102,8 +101,8 @@ def run_encoder(config, num_layers, execution, x, allowed=None, **options):
         name="layers",
         **options,
     )
-    x, _ = layer(x.reshape(M * T, D), None, allowed, jnp.zeros((T,), jnp.int8))
-    return x.reshape(M, T, D)
+    x, _ = layer(x, None, allowed)
+    return x
 
 
 class VisionTransformer(nn.Module):
@@ -128,10 +127,7 @@ class VisionTransformer(nn.Module):
         c, dtype = self.config, self.execution.dtype
         M, S = tiles.shape[:2]
         patches = patchify(normalize_tiles(tiles, c.image_mean, c.image_std), c.patch_size)
-        P, length = patches.shape[1:]
-        x = dense(c.width, ("patch", "embed"), "patch_embedding", dtype, use_bias=c.patch_bias)(
-            patches.reshape(M * P, length)
-        ).reshape(M, P, c.width)
+        x = dense(c.width, ("patch", "embed"), "patch_embedding", dtype, use_bias=c.patch_bias)(patches)
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
         class_embedding = self.param("class_embedding", init, (1, c.width))
         class_position = self.param("class_position", init, (1, c.width))

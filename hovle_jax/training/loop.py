@@ -44,10 +44,12 @@ class Result:
 
 
 def resolve_execution(execution: ExecutionConfig, platform):
-    """'auto' becomes float32 on the CPU, where bfloat16 training is slow, and bfloat16 elsewhere."""
-    if execution.dtype != "auto":
-        return execution
-    return dataclasses.replace(execution, dtype="float32" if platform == "cpu" else "bfloat16")
+    """What 'auto' means on a platform: float32 on the CPU, where bfloat16 training is slow; its own attention."""
+    meant = {
+        "dtype": "float32" if platform == "cpu" else "bfloat16",
+        "attention": {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla"),
+    }
+    return dataclasses.replace(execution, **{k: v for k, v in meant.items() if getattr(execution, k) == "auto"})
 
 
 def check(config: RunConfig):
@@ -104,6 +106,26 @@ def check_execution(execution: ExecutionConfig):
     for name, allowed in choices.items():
         if getattr(execution, name) not in allowed:
             raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
+    if execution.vocab_chunk < 0:
+        raise UserError(f"execution.vocab_chunk={execution.vocab_chunk} is a number of columns; 0 takes all at once")
+
+
+def check_accumulation(config: RunConfig, mesh):
+    """Raises UserError where a batch cannot be read in `execution.accumulate` parts."""
+    parts = config.execution.accumulate
+    if parts < 1:
+        raise UserError(f"execution.accumulate={parts} is a number of parts; 1 reads the batch at once")
+    if parts > 1 and not STAGES[config.stage].weights:
+        raise UserError(
+            f"execution.accumulate={parts}: the {config.stage} loss compares all rows of the batch with each other; "
+            "set it to 1, with a smaller data.batch_size or more devices"
+        )
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch_size % (parts * rows):
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} must divide into execution.accumulate={parts} parts for {rows} "
+            f"devices (data x fsdp): use {-(-config.data.batch_size // (parts * rows)) * parts * rows}"
+        )
 
 
 def get_tokenizer(config: RunConfig, folders, sources, corpus):
@@ -206,6 +228,7 @@ def run(config: RunConfig, folder, sources, say=print):
     say = say if distributed.is_leader() else lambda line: None
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
+    check_accumulation(config, mesh)
     corpus = pipeline.load_corpus(config, config.data.split, say)
     tokenizer = get_tokenizer(config, [folder], list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)

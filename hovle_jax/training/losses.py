@@ -1,8 +1,18 @@
-"""Losses as (sum, weight) pairs in float32: weights depend on the batch alone, and are divided by once, globally."""
+"""Losses as (sum, weight) pairs in float32: weights depend on the batch alone, and are divided by once, globally.
+
+Dimension letters: B batch, L tokens, T = B L, D width, V vocabulary, N pairs, E their width.
+"""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
+
+from hovle_jax.model.hovle import PADDING_LOGIT
+from hovle_jax.model.parallel import Plan, axis_index, gather, on_devices, reduce_gradient
 
 
 def cosine(prediction, target, weights, epsilon=1e-8):
@@ -33,6 +43,129 @@ def cross_entropy(logits, targets, weights):
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def chunked_cross_entropy(x, kernel, targets, weights, vocab_size, chunk):
+    """`cross_entropy` of the logits x @ kernel, which never exist but for `chunk` of the vocabulary at a time.
+
+    The backward pass makes each chunk again from the rows' log-sum-exp: one product more than with kept logits. The
+    loop goes over the vocabulary and not over tokens, so that a chunk of the kernel is gathered, and its gradient
+    summed over the mesh, once.
+
+    Args:
+      x: [B, L, D], normalised.
+      kernel: [D, V] with logical axes ('embed', 'vocab'), in the type of the product.
+      targets, weights: as above.
+      vocab_size: real tokens; the columns behind them are padding.
+      chunk: columns.
+    Returns:
+      (weighted sum in nats, sum of weights).
+    """
+    plan = Plan.of(x.shape, kernel.shape, ("embed", "vocab"))
+    return _chunked(_Chunks(plan, vocab_size, chunk), x, kernel, targets, weights), jnp.sum(weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """What is static: where things lie, and how the vocabulary is cut."""
+
+    plan: Plan
+    vocab_size: int
+    chunk: int
+
+    def loop(self, kernel, body, carry):
+        """carry = body(carry, start, columns [D, chunk], ids [chunk] or -1) for all of this device's columns.
+
+        The last chunk begins early, so that all are of one size; what it repeats has the id -1, as padding has.
+        """
+        total = kernel.shape[1]
+        size = min(self.chunk, total)
+        first = total * axis_index(self.plan.features)
+
+        def step(i, carry):
+            start = jnp.minimum(i * size, total - size)
+            columns = gather(jax.lax.dynamic_slice_in_dim(kernel, start, size, 1), self.plan.sharded)
+            here = start + jnp.arange(size, dtype=jnp.int32)
+            counts = (here >= i * size) & (first + here < self.vocab_size)
+            return body(carry, start, columns, jnp.where(counts, first + here, -1))
+
+        return jax.lax.fori_loop(0, -(-total // size), step, carry)
+
+    def on_devices(self, local, outputs, *arrays):
+        """Runs local(x, kernel, ...rows) on each device's part; `outputs` are specs, and the rest of arrays rows."""
+        rows = PartitionSpec(*self.plan.x[:-1])
+        specs = (self.plan.x, self.plan.kernel) + (rows,) * (len(arrays) - 2)
+        return on_devices(local, specs, outputs)(*arrays)
+
+
+def _logits(x, columns, ids):
+    """[T, chunk] float32, those that do not count out of the way."""
+    return jnp.where(ids >= 0, jnp.dot(x, columns, preferred_element_type=jnp.float32), PADDING_LOGIT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(chunks, x, kernel, targets, weights):
+    return _chunked_forward(chunks, x, kernel, targets, weights)[0]
+
+
+def _chunked_forward(chunks: _Chunks, x, kernel, targets, weights):
+    plan = chunks.plan
+
+    def local(x, kernel, targets, weights):
+        rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
+
+        def body(carry, _, columns, ids):
+            highest, total, found = carry
+            logits = _logits(rows, columns, ids)
+            higher = jnp.maximum(highest, jnp.max(logits, axis=-1))
+            total = total * jnp.exp(highest - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), axis=-1)
+            return higher, total, found + jnp.sum(jnp.where(ids == wanted, logits, 0.0), axis=-1)
+
+        zeros = jnp.zeros(len(rows), jnp.float32)
+        highest, total, found = chunks.loop(kernel, body, (zeros + PADDING_LOGIT, zeros, zeros))
+        if plan.features:  # each device saw its part of the vocabulary
+            part, highest = highest, jax.lax.pmax(highest, plan.features)
+            total = jax.lax.psum(total * jnp.exp(part - highest), plan.features)
+            found = jax.lax.psum(found, plan.features)
+        log_sum = highest + jnp.log(total)
+        loss = jnp.sum((log_sum - found) * weights.reshape(-1))
+        return jax.lax.psum(loss, plan.rows) if plan.rows else loss, log_sum.reshape(targets.shape)
+
+    outputs = (PartitionSpec(), PartitionSpec(*plan.x[:-1]))
+    loss, log_sum = chunks.on_devices(local, outputs, x, kernel, targets, weights)
+    return loss, (x, kernel, targets, weights, log_sum)
+
+
+def _chunked_backward(chunks: _Chunks, saved, g):
+    plan = chunks.plan
+    x, kernel, targets, weights, log_sum = saved
+
+    def local(x, kernel, targets, scale, log_sum):
+        rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
+        log_sum, scale = log_sum.reshape(-1, 1), scale.reshape(-1, 1)
+
+        def body(carry, start, columns, ids):
+            dx, dkernel = carry
+            probabilities = jnp.exp(_logits(rows, columns, ids) - log_sum)
+            dlogits = ((probabilities - (ids == wanted)) * scale).astype(x.dtype)
+            dx += jnp.dot(dlogits, columns.T, preferred_element_type=jnp.float32)
+            dcolumns = reduce_gradient(rows.T @ dlogits, plan.rows, plan.scattered, plan.phases)
+            # Columns that are repeated have no id here, and keep what the chunk before gave them.
+            before = jax.lax.dynamic_slice_in_dim(dkernel, start, columns.shape[1], 1)
+            return dx, jax.lax.dynamic_update_slice_in_dim(dkernel, before + dcolumns, start, 1)
+
+        carry = jnp.zeros(rows.shape, jnp.float32), jnp.zeros(plan.gradient_shard(kernel.shape), kernel.dtype)
+        dx, dkernel = chunks.loop(kernel, body, carry)
+        if plan.features:
+            dx = jax.lax.psum(dx, plan.features)
+        return dx.astype(x.dtype).reshape(x.shape), dkernel
+
+    outputs = (plan.x, plan.gradient)
+    dx, dkernel = chunks.on_devices(local, outputs, x, kernel, targets, weights * g, log_sum)
+    return dx, dkernel, None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def contrastive(images, texts, log_scale):

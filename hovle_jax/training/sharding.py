@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.parallel import GRADIENTS, partition_spec, reduce_scatter_phases
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -36,6 +37,8 @@ RULES = (
     ("positions", None),
     ("layers", None),
 )
+# Gradients lie as their parameters do.
+RULES += tuple((name + GRADIENTS, axes) for name, axes in RULES if name not in ("batch", "length", "embed_act"))
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +58,31 @@ def make_mesh(config: MeshConfig, devices=None):
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def torus(mesh):
+    """Sizes of the physical dimensions that the `fsdp` axis runs over, outermost first; (size,) where none are known.
+
+    Devices of a TPU slice have coordinates. Along `fsdp` they must count up like the digits of a number.
+    """
+    line = mesh.devices[0, :, 0, 0]
+    coordinates = np.asarray([getattr(device, "coords", (i,)) for i, device in enumerate(line)])
+    sizes = [len(np.unique(column)) for column in coordinates.T]
+    order = sorted((d for d, size in enumerate(sizes) if size > 1), key=lambda d: _period(coordinates[:, d]))[::-1]
+    phases = tuple(sizes[d] for d in order)
+    if not phases or math.prod(phases) != len(line):
+        return (len(line),)
+    ranks = [np.unique(coordinates[:, d], return_inverse=True)[1] for d in order]
+    return phases if np.array_equal(np.indices(phases).reshape(len(phases), -1), ranks) else (len(line),)
+
+
+def _period(column):
+    """After how many devices a coordinate changes first."""
+    return int(np.argmax(column != column[0]))
+
+
 @contextlib.contextmanager
 def on_mesh(mesh):
     """Within it, logical constraints act (`with mesh:` alone would silently ignore them)."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), reduce_scatter_phases(torus(mesh)):
         yield
 
 
@@ -67,32 +91,19 @@ def shardings_of(boxed, mesh):
 
     An axis whose size a mesh axis does not divide stays whole, and is reported.
     """
-    rules = dict(RULES)
 
     def one(path, leaf):
-        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
-        shape = leaf.value.shape if isinstance(leaf, nn.LogicallyPartitioned) else leaf.shape
-        spec = []
-        for name, size in zip(names, shape):
-            axis = rules[name] if name is not None else None
-            parts = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
-            if size % parts:
-                where = jax.tree_util.keystr(path, simple=True, separator="/")
-                remedy = f"; vocab_multiple={parts} in model.llm and model.embedding pads it" * (name == "vocab")
-                log.warning(
-                    "%s: axis %s of %d is not divisible by %s=%d and stays whole%s",
-                    where,
-                    name,
-                    size,
-                    axis,
-                    parts,
-                    remedy,
-                )
-                axis = None
-            spec.append(axis if parts > 1 else None)
-        while spec and spec[-1] is None:  # the compiler's own spelling: a step's outputs then fit the next one's inputs
-            spec.pop()
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        is_boxed = isinstance(leaf, nn.LogicallyPartitioned)
+        names, shape = (leaf.names, leaf.value.shape) if is_boxed else ((None,) * leaf.ndim, leaf.shape)
+        spec, refused = partition_spec(names, shape, dict(mesh.shape), dict(RULES))
+        for name, size, axes, parts in refused:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            remedy = f"; vocab_multiple={parts} in model.llm and model.embedding pads it" * (name == "vocab")
+            over = " x ".join(axes)
+            log.warning(
+                "%s: axis %s of %d is not divisible by %s=%d and stays whole%s", where, name, size, over, parts, remedy
+            )
+        return NamedSharding(mesh, spec)
 
     is_boxed = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_boxed)

@@ -16,7 +16,7 @@ from hovle_jax.model.clip import CLIP, MAX_LOG_SCALE
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.teacher import VisionTeacher
 from hovle_jax.model.transformer import dense
-from hovle_jax.training.losses import contrastive, cosine, cross_entropy
+from hovle_jax.training.losses import chunked_cross_entropy, contrastive, cosine, cross_entropy
 
 # Stored because the public checkpoints have them, used by nothing: never trained, decayed or changed.
 UNUSED = (("embedding", "class_embedding"), ("embedding", "class_position"))
@@ -31,10 +31,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        B, K, D = x.shape
-        return dense(self.width, ("embed", "embed_out"), "projection", self.dtype)(x.reshape(B * K, D)).reshape(
-            B, K, -1
-        )
+        return dense(self.width, ("embed", "embed_out"), "projection", self.dtype)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +72,21 @@ class Models:
         return self.head.init(key, jnp.zeros((1, 1, width)))["params"]
 
 
+def token_losses(models, params, hidden, batch):
+    """Cross-entropy of the tokens that follow, from hidden states before the final norm."""
+    chunk = models.execution.vocab_chunk
+    if not chunk:
+        logits = models.hovle.hidden_to_logits(params, hidden)
+        return {"loss": cross_entropy(logits, batch["targets"], batch["loss_weights"])}
+    x = models.hovle.llm.apply({"params": params["llm"]}, hidden, method="normalize")
+    kernel, vocab_size = models.hovle.head_kernel(params).astype(x.dtype), models.config.model.llm.vocab_size
+    return {"loss": chunked_cross_entropy(x, kernel, batch["targets"], batch["loss_weights"], vocab_size, chunk)}
+
+
 def pretrain_losses(models, params, batch):
-    logits = models.hovle.llm.apply(
-        {"params": params["llm"]}, batch["tokens"], batch["positions"], batch["segment_ids"]
-    )
-    return {"loss": cross_entropy(logits, batch["targets"], batch["loss_weights"])}
+    llm = models.hovle.llm.bind({"params": params["llm"]})
+    hidden, _ = llm.run(llm.token_embedding(batch["tokens"]), batch["positions"], batch["segment_ids"])
+    return token_losses(models, params, hidden, batch)
 
 
 def contrast_losses(models, params, batch):
@@ -111,7 +118,7 @@ def distill_losses(models, params, batch):
 
 
 def answer_losses(models, params, batch):
-    return {"loss": cross_entropy(models.hovle.logits(params, batch), batch["targets"], batch["loss_weights"])}
+    return token_losses(models, params, models.hovle.hidden(params, batch)[0], batch)
 
 
 def clamp_scale(trained):
@@ -128,6 +135,8 @@ class Stage:
       components: those that the stage holds.
       trained: path prefixes that are differentiated and have optimizer state, less those that nothing uses.
       losses: (models, params, batch) -> {name: (sum, weight)}; their quotients are added up.
+      weights: {name of a loss: field of the batch whose sum is its weight}; without them a batch cannot be read in
+        parts, as a contrastive one.
       exists: path prefixes that exist at all, for components held in part.
       after_update: applied to the trained parameters behind each step.
     """
@@ -135,6 +144,7 @@ class Stage:
     components: tuple[str, ...]
     trained: tuple[tuple[str, ...], ...]
     losses: Callable
+    weights: dict = dataclasses.field(default_factory=dict)
     exists: tuple[tuple[str, ...], ...] = ()
     after_update: Callable = lambda trained: trained
 
@@ -152,14 +162,20 @@ def _under(path, prefixes):
     return any(tuple(path[: len(prefix)]) == prefix for prefix in prefixes)
 
 
+TOKENS = {"loss": "loss_weights"}
+
 STAGES = {
-    "pretrain": Stage(("llm",), (("llm",),), pretrain_losses),
+    "pretrain": Stage(("llm",), (("llm",),), pretrain_losses, TOKENS),
     "contrast": Stage(("clip",), (("clip",),), contrast_losses, after_update=clamp_scale),
     "distill": Stage(
-        ("embedding", "head", "teacher", "llm"), (("embedding",), ("head",)), distill_losses, exists=(LLM_TABLE,)
+        ("embedding", "head", "teacher", "llm"),
+        (("embedding",), ("head",)),
+        distill_losses,
+        {"image": "image_weights", "text": "text_weights"},
+        exists=(LLM_TABLE,),
     ),
-    "align": Stage(("embedding", "llm"), (("embedding",),), answer_losses),
-    "instruct": Stage(("embedding", "llm"), (("embedding",), ("llm",)), answer_losses),
+    "align": Stage(("embedding", "llm"), (("embedding",),), answer_losses, TOKENS),
+    "instruct": Stage(("embedding", "llm"), (("embedding",), ("llm",)), answer_losses, TOKENS),
 }
 
 

@@ -11,11 +11,37 @@ from hovle_jax.training.stages import STAGES
 from hovle_jax.training.state import merge
 
 
-def total_loss(trained, frozen, batch, stage, models):
-    """-> (scalar loss, {name: mean}); the pairs are divided here, once, by weights of the whole global batch."""
+def total_loss(trained, frozen, batch, stage, models, totals=None):
+    """-> (scalar loss, {name: mean}); the pairs are divided here, once, by weights of the whole global batch.
+
+    Args:
+      totals: {name: weight} of the whole batch, where this one is a part of it.
+    """
     pairs = STAGES[stage].losses(models, merge(trained, frozen), batch)
-    means = {name: divide(pair) for name, pair in pairs.items()}
+    means = {name: divide((total, totals[name] if totals else weight)) for name, (total, weight) in pairs.items()}
     return sum(means.values()), means
+
+
+def gradients(trained, frozen, batch, stage, models):
+    """-> ((loss, {name: mean}), gradients in float32), the batch read in `execution.accumulate` parts."""
+    of = jax.value_and_grad(total_loss, has_aux=True)
+    parts = models.execution.accumulate
+    if parts == 1:
+        return of(trained, frozen, batch, stage, models)
+    totals = {name: jnp.sum(batch[field]) for name, field in STAGES[stage].weights.items()}
+
+    def add(carry, part):
+        return jax.tree.map(jnp.add, carry, of(trained, frozen, part, stage, models, totals)), None
+
+    # Zeros that are made of the parameters lie as they do.
+    zeros = jax.tree.map(lambda leaf: leaf * 0, trained)
+    start = (jnp.float32(0), {name: jnp.float32(0) for name in totals}), zeros
+    return jax.lax.scan(add, start, jax.tree.map(lambda leaf: split_rows(leaf, parts), batch))[0]
+
+
+def split_rows(leaf, parts):
+    """[B, ...] -> [parts, B / parts, ...]; each part takes rows of every device, so that none moves."""
+    return leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
 
 
 def named_metrics(loss, means):
@@ -36,8 +62,7 @@ def train_step(state, batch, *, stage, models, optimizer):
     Returns:
       (new state, metrics: scalars on the device).
     """
-    gradient = jax.value_and_grad(total_loss, has_aux=True)
-    (loss, means), grads = gradient(state.trained, state.frozen, batch, stage, models)
+    (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, models)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
     trained = STAGES[stage].after_update(optax.apply_updates(state.trained, updates))
     metrics = named_metrics(loss, means) | {"gradient_norm": optax.global_norm(grads)}
