@@ -14,11 +14,12 @@ from hovle_jax.config import ExecutionConfig, MeshConfig
 from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
 from hovle_jax.data.text import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
+from hovle_jax.training.loop import check_accumulation
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models
 from hovle_jax.training.state import abstract_params, make_state, select
-from hovle_jax.training.step import total_loss, train_step
+from hovle_jax.training.step import gradients, split_rows, total_loss, train_step
 from tests import micro
 from tests.trees import assert_close
 
@@ -119,11 +120,13 @@ def test_execution_changes_neither_parameters_nor_numbers(execution):
 
 MESHES = {
     "data=8": MeshConfig(data=8),
+    "fsdp=8": MeshConfig(data=1, fsdp=8),
     "data=2,fsdp=4": MeshConfig(data=2, fsdp=4),
     "data=2,fsdp=2,tensor=2": MeshConfig(data=2, fsdp=2, tensor=2),
     "data=4,sequence=2": MeshConfig(data=4, sequence=2),
+    "fsdp=4,sequence=2": MeshConfig(data=1, fsdp=4, sequence=2),
 }
-SHARDED = [*itertools.product(["instruct", "distill"], MESHES), ("contrast", "data=8")]
+SHARDED = [*itertools.product(["instruct", "distill"], MESHES), ("align", "fsdp=8"), ("contrast", "data=8")]
 
 
 @pytest.mark.parametrize("stage, mesh_name", SHARDED)
@@ -137,6 +140,52 @@ def test_a_mesh_changes_no_number(stage, mesh_name):
         loss, grads = gradients_of(models, stage)(params, put_batch(batch, mesh))
     np.testing.assert_allclose(loss, reference(config)[0], rtol=1e-5)
     assert_close(reference(config)[1], grads)
+
+
+@pytest.mark.parametrize("mesh_name", ["fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,sequence=2"])
+def test_a_mesh_changes_nothing_of_the_chunked_loss(mesh_name):
+    config, mesh = micro.run_config("instruct"), make_mesh(MESHES[mesh_name])
+    models, batch = Models(config, ExecutionConfig(vocab_chunk=48)), micro.dataset(config)[0]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
+    with on_mesh(mesh):
+        loss, grads = gradients_of(models, "instruct")(
+            jax.device_put(micro.params(config), shardings), put_batch(batch, mesh)
+        )
+    np.testing.assert_allclose(loss, reference(config)[0], rtol=1e-5)
+    assert_close(reference(config)[1], grads)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill", "instruct"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_read_in_parts_gives_the_same_gradient(stage, parts):
+    config = micro.run_config(stage)
+    mesh, batch, params = micro.one_device(), micro.dataset(config)[0], micro.params(config)
+    trains = functools.partial(STAGES[stage].trains, model=config.model)
+    trained, frozen = select(params, trains), select(params, lambda path: not trains(path))
+
+    def run(accumulate):
+        models = Models(config, ExecutionConfig(accumulate=accumulate))
+        of = jax.jit(lambda t, f, b: gradients(t, f, b, stage, models))
+        return of(trained, frozen, put_batch(batch, mesh))
+
+    ((loss, means), grads), ((parts_loss, parts_means), parts_grads) = run(1), run(parts)
+    np.testing.assert_allclose(parts_loss, loss, rtol=1e-6)
+    assert means.keys() == parts_means.keys()
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale), parts_grads, grads)
+
+
+def test_parts_take_rows_of_every_device():
+    assert split_rows(jnp.arange(8), 2).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_batches_that_cannot_be_read_in_parts_are_refused():
+    change = lambda stage, parts: micro.run_config(stage, execution=ExecutionConfig(accumulate=parts))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    with pytest.raises(UserError, match="batch_size=8 must divide into execution.accumulate=2 parts .*: use 16"):
+        check_accumulation(change("instruct", 2), mesh)
+    with pytest.raises(UserError, match="contrast loss compares all rows"):
+        check_accumulation(change("contrast", 2), mesh)
 
 
 def test_parameters_moments_and_rows_are_really_cut():

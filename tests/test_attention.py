@@ -1,0 +1,94 @@
+"""Splash attention, run by the Pallas interpreter, against the plain path."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from hovle_jax.config import MeshConfig
+from hovle_jax.model.attention import AttentionMask, attend, choose, prepare, splash_block
+from hovle_jax.training.sharding import make_mesh, on_mesh, torus
+
+B, H, K, C = 2, 4, 2, 128
+
+
+def inputs(length):
+    rng = np.random.default_rng(length)
+    make = lambda heads: jnp.asarray(rng.normal(size=(B, length, heads, C)), jnp.float32)
+    segments = np.sort(rng.integers(1, 4, (B, length)), axis=1).astype(np.int32)
+    segments[1, -length // 4 :] = 0  # padding
+    return make(H), make(K), make(K), jnp.asarray(segments)
+
+
+def run(implementation, query, key, value, segments):
+    """(output where it is read, gradients)."""
+
+    def loss(query, key, value):
+        mask = prepare(AttentionMask.for_rows(segments), implementation, C)
+        out = attend(query, key, value, mask, implementation) * (segments > 0)[:, :, None, None]
+        return jnp.sum(out * jnp.cos(jnp.arange(C))), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    return out, grads
+
+
+@pytest.mark.parametrize("length, mesh", [(256, None), (200, None), (256, MeshConfig(data=2, tensor=2, sequence=2))])
+def test_splash_is_the_plain_attention(length, mesh, monkeypatch):
+    wanted = run("xla", *inputs(length))
+    make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
+    with on_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
+        found = run("splash", *inputs(length))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
+
+
+def test_what_splash_cannot_do_falls_back_with_the_reason():
+    assert choose("splash", 128) == ("splash", "")
+    assert choose("splash", 64)[0] == "xla" and "64" in choose("splash", 64)[1]
+    assert choose("splash", 128, whole=False)[0] == "xla"  # with a cache
+
+
+def test_blocks_divide_the_row():
+    assert splash_block(4096) == 1024 and splash_block(14_080) == 640 and splash_block(128) == 128
+
+
+class Chip:
+    def __init__(self, *coords):
+        self.coords = coords
+
+
+@pytest.mark.parametrize(
+    "coords, phases",
+    [
+        ([(x, y, 0) for y in range(2) for x in range(4)], (2, 4)),
+        ([(x, y, 0) for x in range(4) for y in range(2)], (4, 2)),
+        ([(x, 0, 0) for x in range(8)], (8,)),
+        ([(0, 0), (1, 1), (0, 1), (1, 0)], (4,)),  # in no order
+    ],
+)
+def test_reduce_scatters_follow_the_torus(coords, phases):
+    class Mesh:
+        devices = np.array([Chip(*c) for c in coords], object).reshape(1, -1, 1, 1)
+
+    assert torus(Mesh) == phases
+
+
+def test_phases_leave_the_shards_where_one_reduce_scatter_would():
+    from jax.sharding import PartitionSpec
+
+    from hovle_jax.model.parallel import reduce_gradient
+
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    x = jnp.arange(8 * 16 * 3, dtype=jnp.float32).reshape(8 * 16, 3)
+
+    def scatter(phases):
+        local = functools.partial(reduce_gradient, rows=("fsdp",), dimension=0, phases=phases)
+        spec = PartitionSpec("fsdp")
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(x)
+
+    for phases in ((2, 4), (4, 2), (2, 2, 2)):
+        np.testing.assert_array_equal(scatter(phases), scatter((8,)))
