@@ -1,9 +1,10 @@
-"""One host of a run of several, in a process of its own: python -m tests.host JOB.json INDEX.
+"""One host of several, in a process of its own: python -m tests.host JOB.json INDEX.
 
-The job: {"hosts", "coordinator", "timeout", "stage", "changes", "data", "mesh", "folder", "corpus", "announcement"}.
-`corpus` is the path of one, or absent for the micro one; `announcement` is {index: dict} of the hosts that differ.
+The job is {"hosts", "coordinator", "heartbeat", "runs": [run, ...]}, a run {"folder", "stage", "mesh", "changes",
+"data", "corpora": {index: path}, "fails": {index: step}}; the last two are optional.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -11,22 +12,61 @@ import sys
 import jax
 
 from hovle_jax.config import MeshConfig
-from hovle_jax.data import pipeline
+from hovle_jax.data import bad, pipeline
+from hovle_jax.errors import UserError
 from hovle_jax.training import distributed, loop
 from tests import micro
+
+load_corpus = pipeline.load_corpus
+
+
+def config_of(run, host=0):
+    """The config of a run: on the micro corpus, or on a host's own path."""
+    data = run["data"] | ({"source": run["corpora"][str(host)]} if "corpora" in run else {})
+    config = micro.run_config(run["stage"], data=data, mesh=MeshConfig(**run["mesh"]), **run["changes"])
+    # AdamW's usual epsilon makes the rounding errors of small gradients as large as any step.
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eps=1e-3))
+
+
+def prepare(run, host):
+    """The micro corpus where no other is asked for; a host that fails at a step."""
+    in_micro = lambda config, split, say=print: micro.corpus()
+    pipeline.load_corpus = load_corpus if "corpora" in run else in_micro
+    if str(host) in run.get("fails", {}):
+        steps = iter(range(run["fails"][str(host)]))
+        bad.BadSamples.add = lambda *_: next(steps, None) is None and fail()
+
+
+def fail():
+    raise UserError("the disk of this host is full")
+
+
+def compiled_in_turn(step):
+    """The first host compiles a step for all, by way of the cache: gloo gives up on one that comes 30 s later."""
+    done = set()
+
+    def call(*arguments, **options):
+        key = options["stage"]
+        if key not in done and distributed.several():
+            done.add(key)
+            for mine in (distributed.is_leader(), not distributed.is_leader()):
+                if mine:
+                    step.lower(*arguments, **options).compile()
+                distributed.wait("compiled")
+        return step(*arguments, **options)
+
+    return call
 
 
 def main(job, host):
     jax.config.update("jax_disable_most_optimizations", True)
-    if "corpus" not in job:
-        pipeline.load_corpus = lambda config, split, say=print: micro.corpus()
-    config = micro.run_config(
-        job["stage"], mesh=MeshConfig(**job.get("mesh", {})), data=job.get("data"), **job.get("changes", {})
-    )
-    announcement = job.get("announcement", {}).get(str(host), {})
-    distributed.start(job.get("coordinator", ""), job["hosts"], host, job.get("timeout", 30), announcement)
+    loop.train_step, loop.eval_step = map(compiled_in_turn, (loop.train_step, loop.eval_step))
+    distributed.HEARTBEAT_SECONDS = job["heartbeat"]
+    distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
     with distributed.ending_together():
-        loop.run(config, pathlib.Path(job["folder"]), {})
+        for run in job["runs"]:
+            prepare(run, host)
+            loop.run(config_of(run, host), pathlib.Path(run["folder"]), {})
 
 
 if __name__ == "__main__":

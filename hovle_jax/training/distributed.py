@@ -32,6 +32,10 @@ ENDING = "hovle_jax/ending"  # a key of the store: why the run ends; null where 
 _counts = {}  # of each kind of meeting: keys and barriers are used once
 
 
+class SharedError(UserError):
+    """A user's mistake that all hosts have found together, so that none needs to tell the others."""
+
+
 def start(coordinator="", hosts=0, host=-1, timeout=300, announcement=None):
     """Makes this process one of a run's hosts, where there are several.
 
@@ -143,18 +147,18 @@ def gather(name, value):
 
 
 def check_same(what, value, remedy):
-    """Raises UserError on all hosts where one has another JSON value than host 0."""
+    """Raises SharedError where one has another JSON value than host 0."""
     values = gather(what, value)
     others = {host for host, theirs in enumerate(values) if theirs != values[0]}
     if others:
-        raise UserError(
+        raise SharedError(
             f"host{'s' * (len(others) > 1)} {numbers(others)} of {len(values)} and host 0 differ in {what}: "
             f"{values[min(others)]} there, {values[0]} on host 0; {remedy}"
         )
 
 
 def check_shared(folder):
-    """Raises UserError on all hosts where one does not see what host 0 writes into the run's folder."""
+    """Raises SharedError where one does not see what host 0 writes into the run's folder."""
     if not several():
         return
     probe = folder / gather("probe", f".seen_by_all_{secrets.token_hex(4)}")[0]
@@ -165,7 +169,7 @@ def check_shared(folder):
     if is_leader():
         probe.unlink()
     if blind:
-        raise UserError(
+        raise SharedError(
             f"host{'s' * (len(blind) > 1)} {numbers(blind)} of {jax.process_count()} cannot see what host 0 writes "
             f"into {folder}; give a folder of a file system that all hosts share with --workdir"
         )
@@ -230,7 +234,8 @@ def ending_together():
         yield
         wait("end")
     except UserError as error:
-        _tell(error)
+        if not isinstance(error, SharedError):
+            _tell(error)
         _leave(f"error: {error}", status=2)
     except BaseException as error:
         _tell(error)

@@ -1,0 +1,341 @@
+"""Several hosts, as processes on loopback: the same run as on one, its missing and failing members by name."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from hovle_jax.config import MeshConfig
+from hovle_jax.data import easy_vqa, pipeline
+from hovle_jax.data.bad import FILE_NAME, read_bad_samples
+from hovle_jax.errors import UserError
+from hovle_jax.report.metrics import read_metrics
+from hovle_jax.training import checkpoint, distributed, loop
+from hovle_jax.training.load import abstract_model
+from hovle_jax.training.rollcall import numbers, roll_call
+from hovle_jax.training.sharding import make_mesh
+from tests import broken, host, micro
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+WITHIN = 120  # seconds in which a job ends, on busy cores
+
+# The hosts compile as tests/host.py says; a run in this process must do the same.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The roll-call, in threads
+
+
+def call_in_threads(calls, hosts, timeout, port=None, delays=()):
+    """{host: its announcement} -> {host: what it was told, '' = all are there}."""
+    told, port = {}, port or free_port()
+
+    def call(index, announcement):
+        time.sleep(dict(delays).get(index, 0))
+        try:
+            roll_call(announcement, ("127.0.0.1", port), hosts, index, timeout)
+            told[index] = ""
+        except UserError as error:
+            told[index] = str(error)
+
+    threads = [threading.Thread(target=call, args=item) for item in calls.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout + 20)
+    return told
+
+
+def announcements(hosts, **more):
+    return {index: {"name": f"vm-{index}", **more} for index in hosts}
+
+
+def test_all_hosts_start_when_the_last_one_has_come():
+    told = call_in_threads(announcements(range(6), config={"steps": (1, 2)}), 6, 20, delays={0: 0.5, 4: 1}.items())
+    assert told == dict.fromkeys(range(6), "")
+
+
+def test_missing_hosts_are_named_to_those_that_came():
+    told = call_in_threads(announcements([0, 1, 2, 4, 5, 6]), 9, 1.5)
+    assert len(set(told.values())) == 1 and len(told) == 6
+    assert told[0].startswith("hosts 3, 7-8 of 9 did not start within 1.5 s; came: 0-2, 4-6; see the logs")
+    told = call_in_threads(announcements([0, 1]), 3, 1)
+    assert told[1].startswith("host 2 of 3 did not start within 1 s; came: 0 (vm-0), 1 (vm-1);")
+
+
+def test_without_host_0_the_others_say_so():
+    told = call_in_threads(announcements([1]), 2, 1)
+    assert "host 0 (127.0.0.1:" in told[1] and "did not answer host 1 (vm-1) within 1 s" in told[1]
+
+
+def test_a_host_that_is_not_like_host_0_is_named_with_the_difference():
+    calls = announcements(range(4), software={"jax": "0.12.0"}, config={"data": {"batch_size": 8}})
+    calls[2]["config"] = {"data": {"batch_size": 16}}
+    calls[3]["software"] = {"jax": "0.10.2"}
+    told = call_in_threads(calls, 4, 20)
+    assert len(set(told.values())) == 1
+    expected = "host 2 (vm-2) (and hosts 3) differs from host 0: config.data.batch_size is 16 there and 8 here"
+    assert told[1].startswith(expected)
+    other_number = call_in_threads({0: {"name": "a"}}, 2, 3)
+    assert "host 1 of 2 did not start" in other_number[0]
+
+
+def test_two_hosts_of_one_index_and_strangers_at_the_port():
+    port, told = free_port(), {}
+
+    def double():
+        try:
+            roll_call({"name": "twin"}, ("127.0.0.1", port), 3, 1, 3)
+        except UserError as error:
+            told["twin"] = str(error)
+
+    def stranger():
+        time.sleep(0.2)
+        for line in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"host": 77, "name": "x"}\n', b"\xff\n", b""):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                connection.sendall(line)
+
+    others = [threading.Thread(target=stranger), threading.Timer(1.0, double)]
+    for thread in others:
+        thread.start()
+    told |= call_in_threads(announcements(range(3)), 3, 30, port, delays={2: 3}.items())
+    for thread in others:
+        thread.join()
+    assert told.pop("twin") == "two hosts call themselves 1: vm-1 and twin; see --host"
+    assert told == {0: "", 1: "", 2: ""}
+
+
+def test_a_port_that_is_taken_is_said():
+    with socket.create_server(("", 0)) as server:
+        told = call_in_threads(announcements([0]), 2, 1, server.getsockname()[1])
+    assert "host 0 cannot listen on port" in told[0] and "--coordinator" in told[0]
+
+
+def test_numbers_are_short():
+    assert numbers({5, 0, 1, 2}) == "0-2, 5" and numbers([7]) == "7" and numbers([]) == ""
+
+
+@pytest.mark.parametrize("said, message", [
+    (dict(hosts=4), "--coordinator and --host must be given too"),
+    (dict(coordinator="a:1", hosts=2), "--host must be given too"),
+    (dict(coordinator="a:1", hosts=2, host=2), "--host=2 is not one of --hosts=2, which count from 0"),
+    (dict(coordinator="a", hosts=2, host=0), "--coordinator='a' is not HOST:PORT"),
+])  # fmt: skip
+def test_half_of_what_start_must_know_is_an_error(said, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(**said)
+
+
+def test_one_process_needs_nothing():
+    distributed.start()
+    distributed.start(hosts=1)
+    assert not distributed.several() and distributed.is_leader() and not distributed.told_to_end()
+    with distributed.ending_together():
+        assert distributed.gather("value", 7) == [7]
+    assert distributed.host_rows(make_mesh(MeshConfig()), 16) == (tuple(range(16)), True)
+
+
+def test_a_pod_is_found_and_a_cluster_that_cannot_be_read_is_said(monkeypatch):
+    from jax._src.clusters import ClusterEnv
+
+    found = lambda *_: ("10.0.0.1:8482", 4, 2, None)
+    monkeypatch.setattr(ClusterEnv, "auto_detect_unset_distributed_params", found)
+    assert distributed._detected(300) == ("10.0.0.1:8482", 4, 2, None)
+    monkeypatch.setattr(ClusterEnv, "auto_detect_unset_distributed_params", lambda *_: (None, None, None, None))
+    assert distributed._detected(300) == ("", 1, 0, None)
+
+    def unreadable(*_):
+        raise RuntimeError("Kubernetes API Error: 403")
+
+    monkeypatch.setattr(ClusterEnv, "auto_detect_unset_distributed_params", unreadable)
+    with pytest.raises(UserError, match="cannot read who is in it .*403.*--hosts 1 for this machine alone"):
+        distributed._detected(300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs, in processes
+
+
+@pytest.fixture
+def start_hosts(tmp_path):
+    """Function of (name, hosts, devices of each, runs) -> Job; what still runs behind the test is killed."""
+    jobs = []
+
+    def start(name, hosts, devices, runs, heartbeat=60):
+        folder = tmp_path / name
+        folder.mkdir()
+        job = dict(hosts=hosts, coordinator=f"127.0.0.1:{free_port()}", heartbeat=heartbeat, runs=runs)
+        (folder / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, "-u", "-m", "tests.host", str(folder / "job.json")]
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        jobs.append(Job(folder, [start_process([*command, str(i)], flags, folder / str(i)) for i in range(hosts)]))
+        return jobs[-1]
+
+    yield start
+    for process in (process for job in jobs for process in job.processes):
+        process.kill()
+
+
+def start_process(command, environment, log):
+    with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
+        return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | environment, stdout=out, stderr=err)
+
+
+@dataclasses.dataclass
+class Job:
+    """Hosts that were started; `out` and `err` are what one has written."""
+
+    folder: pathlib.Path
+    processes: list
+
+    def out(self, host):
+        return (self.folder / f"{host}.out").read_text()
+
+    def err(self, host):
+        return (self.folder / f"{host}.err").read_text()
+
+    def statuses(self, within):
+        """How the hosts have ended; fails after `within` seconds."""
+        deadline = time.monotonic() + within
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+
+    def until(self, text, within=WITHIN):
+        deadline = time.monotonic() + within
+        while text not in self.out(0):
+            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.err(0)
+            time.sleep(0.1)
+
+
+def run_of(folder, stage="contrast", mesh=None, data=None, corpora=None, **changes):
+    """A run as tests/host.py reads it."""
+    changes = {"log_every": 1, "steps": 5000} | changes
+    run = dict(stage=stage, mesh=mesh or {}, data=data or {}, changes=changes, folder=str(folder))
+    return run | ({"corpora": corpora} if corpora else {})
+
+
+def run_alone(run, folder, monkeypatch):
+    """The same run in this process, on its eight devices."""
+    if "corpora" not in run:
+        monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())
+    return loop.run(host.config_of(run), folder, {}, say=lambda line: None)
+
+
+def parameters(folder):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    config = checkpoint.load_model_config(folder)
+    components = [path.name for path in (folder / "model").iterdir() if path.is_dir()]
+    return {c: checkpoint.load_component(folder, c, abstract_model(config, c, mesh)) for c in components}
+
+
+def assert_same_run(folder, expected):
+    rows, expected_rows = read_metrics(folder), read_metrics(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
+    for row, other in zip(rows, expected_rows):
+        assert row.keys() == other.keys()
+        np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *map(parameters, (folder, expected)))
+
+
+def test_two_hosts_train_what_one_does_and_either_goes_on_where_the_other_stopped(tmp_path, start_hosts, monkeypatch):
+    two, one = tmp_path / "two", tmp_path / "one"
+    run = run_of(two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3)
+    cut = run_of(two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3, stop_at_step=2)
+    job = start_hosts("job", 2, 4, [cut, run])
+    run_alone(run, one, monkeypatch)
+    assert job.statuses(WITHIN) == [0, 0], job.err(0)
+    assert_same_run(two, one)
+    # Only host 0 speaks, and writes.
+    assert "pretrain: resuming at step 2" in job.out(0) and "pretrain" not in job.out(1)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    # One process, from the checkpoint that two have written.
+    shutil.rmtree(two / "model")
+    shutil.rmtree(two / "checkpoints" / "4")
+    assert run_alone(run, two, monkeypatch).finished
+    assert_same_run(two, one)
+
+
+@pytest.fixture
+def half_broken(tmp_path):
+    """A jsonl of captioned pictures that all state their sizes, and of which each third is not there."""
+    rows = []
+    for i, caption in enumerate(easy_vqa.CAPTIONS):
+        rows.append({"image": f"{i}.png", "width": 32, "height": 32, "caption": caption})
+        if i % 3:
+            (tmp_path / f"{i}.png").write_bytes(broken.encoded(i))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_hosts_that_share_rows_list_each_bad_sample_once(tmp_path, half_broken, start_hosts, monkeypatch):
+    """Four hosts of two devices: each half of the batch lies on two hosts, as the tensor axis is between them."""
+    four, one = tmp_path / "four", tmp_path / "one"
+    corpora = dict.fromkeys("0123", str(half_broken))
+    run = run_of(four, mesh={"data": 2, "tensor": 4}, corpora=corpora, steps=3, bad_ceiling=1.0)
+    job = start_hosts("job", 4, 2, [run])
+    run_alone(run, one, monkeypatch)
+    assert job.statuses(WITHIN) == [0, 0, 0, 0], job.err(0)
+    assert_same_run(four, one)
+    assert len(read_bad_samples(one)) > 3
+    assert (four / FILE_NAME).read_text() == (one / FILE_NAME).read_text()
+    assert not list(four.glob("bad_samples.host*"))
+
+
+def test_other_data_and_a_failing_host_end_the_run_everywhere(tmp_path, half_broken, start_hosts):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(half_broken.read_text().splitlines(keepends=True)[:-2]))
+    differing = run_of(tmp_path / "data", corpora={"0": str(half_broken), "1": str(other)})
+    differing = start_hosts("differing", 2, 4, [differing])
+    failing = start_hosts("failing", 2, 4, [run_of(tmp_path / "run") | {"fails": {"1": 2}}])
+    assert differing.statuses(WITHIN) == [2, 2]
+    for index in range(2):
+        (line,) = differing.err(index).splitlines()
+        assert line.startswith("error: host 1 of 2 and host 0 differ in what they read: data ")
+        assert "of 22 samples" in line and "of 24 samples" in line
+    assert failing.statuses(WITHIN) == [1, 2]
+    assert failing.err(1).splitlines()[-1] == "error: the disk of this host is full"
+    assert "stopped: UserError: the disk of this host is full" in failing.err(0)
+
+
+def test_one_host_that_is_told_to_end_lets_all_of_them_save(tmp_path, start_hosts):
+    job = start_hosts("job", 2, 4, [run_of(tmp_path / "run")])
+    job.until(" 2/5000")
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.statuses(WITHIN) == [0, 0]
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert last < 5000 and (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
+
+
+def test_a_host_that_dies_ends_the_others(tmp_path, start_hosts):
+    job = start_hosts("job", 2, 4, [run_of(tmp_path / "run")], heartbeat=6)
+    job.until(" 2/5000")
+    job.processes[1].kill()
+    status, _ = job.statuses(60)
+    assert status != 0 and "stopped sending heartbeats" in job.err(0)
+
+
+def test_the_command_names_the_host_that_did_not_start():
+    command = [sys.executable, "-m", "hovle_jax.train", "--config", "configs/contrast.py", "--host_timeout=2"]
+    command += ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", "3", "--host", "0"]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=WITHIN)
+    assert ended.returncode == 2 and not ended.stdout
+    assert ended.stderr.startswith("error: hosts 1-2 of 3 did not start within 2 s; came: 0 (")
+    assert len(ended.stderr.splitlines()) == 1
