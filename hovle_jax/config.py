@@ -314,7 +314,7 @@ class ExecutionConfig:
 
     Attributes:
       dtype: compute type, 'float32' or 'bfloat16' ('auto' in a run's config: float32 on the CPU, else bfloat16).
-      attention: the implementation of `attend` ('auto': splash on TPUs, cuDNN's on GPUs, else XLA).
+      attention: the implementation of `attend` ('auto': splash on TPUs, cuDNN's on GPUs, blocks on CPUs).
       unroll_layers: write the layers out instead of looping over them (faster on the CPU, slower to compile).
       remat: what the backward pass recomputes: 'none', 'dots' (all but products), 'full' (all but each layer's input),
         'offload' (the same, inputs waiting in the host's memory).

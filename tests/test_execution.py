@@ -104,7 +104,13 @@ def reference(config):
 
 
 @pytest.mark.parametrize(
-    "execution", [ExecutionConfig(unroll_layers=True), ExecutionConfig(remat="full"), ExecutionConfig(remat="dots")]
+    "execution",
+    [
+        ExecutionConfig(unroll_layers=True),
+        ExecutionConfig(remat="full"),
+        ExecutionConfig(remat="dots"),
+        ExecutionConfig(attention="blocks"),
+    ],
 )
 def test_execution_changes_neither_parameters_nor_numbers(execution):
     config = micro.run_config("instruct")

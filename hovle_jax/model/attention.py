@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hovle_jax.model.attention_blocks import SHORTEST, attend_causal
 from hovle_jax.model.parallel import as_axes, current_spec, on_devices, padded
 
 # 'auto' is resolved by the command from the mesh's devices, before a model is made.
-IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "blocks", "splash", "cudnn")
 
 LANES = 128  # of a TPU's vector registers
 SPLASH_BLOCK = 1024  # most queries and keys of a block of splash attention
@@ -56,15 +57,24 @@ class AttentionMask:
         return allowed
 
 
-def choose(implementation, head_dim, masked=True, whole=True):
+@flax.struct.dataclass
+class CausalRows:
+    """A dense mask that is known to be False behind the diagonal, for 'blocks'; allowed: [B, L, L] bool."""
+
+    allowed: jax.Array
+
+
+def choose(implementation, head_dim, masked=True, whole=True, causal=True):
     """What will really run, and why not what was asked for.
 
     Args:
       implementation: one of `IMPLEMENTATIONS`, resolved.
-      masked: whether there is a mask; whole: whether it is one of whole rows (see `AttentionMask`).
+      masked: whether there is a mask; whole, causal: of what kind (see `AttentionMask`).
     Returns:
       (implementation, reason or '').
     """
+    if implementation == "blocks" and not (masked and whole and causal):
+        return "xla", "attention in blocks reads whole causal rows"
     if implementation == "splash":
         if head_dim % LANES:
             return "xla", f"splash attention needs heads of a multiple of {LANES} and these have {head_dim}"
@@ -77,8 +87,10 @@ def choose(implementation, head_dim, masked=True, whole=True):
 
 def prepare(mask: AttentionMask, implementation, head_dim):
     """What `attend` needs of a mask, made once for all layers of a stack."""
-    chosen, _ = choose(implementation, head_dim, whole=mask.whole)
-    return mask if chosen == "splash" else mask.dense()
+    chosen, _ = choose(implementation, head_dim, whole=mask.whole, causal=mask.causal)
+    if chosen == "splash":
+        return mask
+    return CausalRows(mask.dense()) if chosen == "blocks" else mask.dense()
 
 
 def attend(query, key, value, mask=None, implementation="xla"):
@@ -92,9 +104,14 @@ def attend(query, key, value, mask=None, implementation="xla"):
     Returns:
       [B, L, H, C] in the type of `query`.
     """
-    whole = isinstance(mask, AttentionMask)
+    whole = isinstance(mask, (AttentionMask, CausalRows))
     chosen, _ = choose(implementation, query.shape[-1], masked=mask is not None, whole=whole)
     return _ATTEND[chosen](query, key, value, mask)
+
+
+def _blocks(query, key, value, mask: CausalRows):
+    run = attend_causal if query.shape[1] >= SHORTEST else _xla
+    return run(query, key, value, mask.allowed)
 
 
 def _xla(query, key, value, allowed):
@@ -184,4 +201,4 @@ def splash_block(length):
     return max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
 
 
-_ATTEND = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
+_ATTEND = {"xla": _xla, "blocks": _blocks, "splash": _splash, "cudnn": _cudnn}

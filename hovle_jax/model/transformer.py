@@ -196,7 +196,8 @@ class Stack(nn.Module):
         if self.config.num_layers == 0:
             return x, cache
         mask = AttentionMask.for_rows(segment_ids) if cache is None else cache.mask(segment_ids)
-        angles = rotary_angles(positions, self.config)
+        # Without the barrier the CPU backend computes sines and cosines anew for every head of every layer.
+        angles = jax.lax.optimization_barrier(rotary_angles(positions, self.config))
         layers = None if cache is None else (cache.key, cache.value)
         start = None if cache is None else cache.length
         x = nn.with_logical_constraint(x.astype(self.execution.dtype), ("batch", "length", "embed_act"))

@@ -47,7 +47,7 @@ def resolve_execution(execution: ExecutionConfig, platform):
     """What 'auto' means on a platform: float32 on the CPU, where bfloat16 training is slow; its own attention."""
     meant = {
         "dtype": "float32" if platform == "cpu" else "bfloat16",
-        "attention": {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla"),
+        "attention": {"tpu": "splash", "gpu": "cudnn", "cpu": "blocks"}.get(platform, "xla"),
     }
     return dataclasses.replace(execution, **{k: v for k, v in meant.items() if getattr(execution, k) == "auto"})
 

@@ -7,7 +7,6 @@ Prints one JSON object: median seconds a step, page faults a step, and the ratio
 """
 
 import argparse
-import dataclasses
 import json
 import resource
 import statistics
@@ -35,7 +34,7 @@ def measure(stage, keep):
     config = train.stage_config("configs", stage, "tiny")
     corpus = pipeline.load_corpus(config, "train")
     batch = pipeline.build_dataset(config, pipeline.train_tokenizer(config, corpus), corpus)[0]
-    models = Models(config, dataclasses.replace(config.execution, dtype="float32"))
+    models = Models(config, loop.resolve_execution(config.execution, "cpu"))
     optimizer = loop.make_optimizer(config.optimizer, config.steps)
     mesh, seconds = make_mesh(config.mesh), []
     with on_mesh(mesh):
