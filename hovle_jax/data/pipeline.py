@@ -44,12 +44,12 @@ class Batches:
         """The batch of a step: a dict of numpy arrays."""
         return stack([self.rows[step * self.size + i].arrays for i in range(self.size)])
 
-    def iterate(self, first_step=0, workers=0, is_whole=lambda step: True):
+    def iterate(self, first_step=0, workers=0, nobody_has=lambda step: True):
         """Batches from `first_step` on, prepared ahead: (batch, events with their step, samples drawn).
 
         Args:
           workers: processes that make rows; 0 = threads of this one.
-          is_whole: of a step in which nothing is supervised here: whether that is so on all hosts.
+          nobody_has: asked for a step in which nothing is supervised here: whether no host has anything supervised.
         Raises:
           UserError: a batch has nothing to learn from on any host.
         """
@@ -66,7 +66,7 @@ class Batches:
             made = [next(rows) for _ in range(self.size)]
             events = [dataclasses.replace(event, step=step) for row in made for event in row.events]
             batch = stack([row.arrays for row in made])
-            if "loss_weights" in batch and not batch["loss_weights"].any() and is_whole(step):
+            if "loss_weights" in batch and not batch["loss_weights"].any() and nobody_has(step):
                 raise UserError(_nothing_supervised(step, events))
             yield batch, events, sum(row.drawn for row in made)
             step += 1

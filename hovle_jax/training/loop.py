@@ -278,7 +278,7 @@ def _train(config, folder, state, models, optimizer, dataset, held_out, bad, mes
             writer.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
 
     with MetricsWriter(folder, resume_step=first_step) if distributed.is_leader() else NoMetrics() as writer:
-        batches = dataset.iterate(first_step, config.workers, is_whole=distributed.everyone_says)
+        batches = dataset.iterate(first_step, config.workers, nobody_has=distributed.everyone_says)
         batches = on_devices(itertools.islice(batches, last_step - first_step), mesh)
         tokens = tokens_per_step(dataset[0]) * config.data.batch_size // dataset.size
         progress = Progress(config.stage, config.steps, first_step, tokens, print=say)

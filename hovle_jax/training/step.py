@@ -23,7 +23,7 @@ def total_loss(trained, frozen, batch, stage, models, totals=None):
 
 
 def gradients(trained, frozen, batch, stage, models):
-    """-> ((loss, {name: mean}), gradients in float32), the batch read in `execution.accumulate` parts."""
+    """-> ((loss, {name: mean}), gradients in the parameters' type), the batch read in `execution.accumulate` parts."""
     of = jax.value_and_grad(total_loss, has_aux=True)
     parts = models.execution.accumulate
     if parts == 1:
