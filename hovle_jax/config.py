@@ -318,8 +318,10 @@ class ExecutionConfig:
       unroll_layers: write the layers out instead of looping over them (faster on the CPU, slower to compile).
       remat: what the backward pass recomputes: 'none', 'dots' (all but products), 'full' (all but each layer's input),
         'offload' (the same, inputs waiting in the host's memory).
-      accumulate: parts that a step reads its batch in, one after another: less memory, the same update.
+      accumulate: parts that a step reads its batch in, one after another: less memory, the same update; -1 = as many
+        as leave each device one row.
       vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.
+      zero: what the mesh axis `fsdp` cuts: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
     """
 
     dtype: str = "float32"
@@ -328,6 +330,7 @@ class ExecutionConfig:
     remat: str = "none"
     accumulate: int = 1
     vocab_chunk: int = 0
+    zero: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,7 +409,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what is left."""
+    """Devices of a slice along each mesh axis; -1 takes what is left. Several slices multiply `data`."""
 
     data: int = -1
     fsdp: int = 1

@@ -167,4 +167,4 @@ def start(config):
     def step(state, batch):
         return train_step(state, put_batch(batch, mesh), stage=config.stage, models=models, optimizer=optimizer)
 
-    return make_state(models, params(config), optimizer), dataset(config), step
+    return make_state(models, params(config), dataset(config)[0], optimizer), dataset(config), step

@@ -553,9 +553,8 @@ def test_a_padded_vocabulary_changes_nothing(tied, tmp_path):
     assert float(padded_loss) == pytest.approx(float(loss), rel=1e-6)
     expected = host(gradients)
     for path, gradient in host(padded_gradients).items():
-        np.testing.assert_allclose(
-            gradient[tuple(map(slice, expected[path].shape))], expected[path], atol=1e-5, err_msg=path
-        )
+        gradient, scale = gradient[tuple(map(slice, expected[path].shape))], np.abs(expected[path]).max()
+        np.testing.assert_allclose(gradient, expected[path], atol=1e-5 * max(1, scale), err_msg=path)
         assert np.abs(gradient).sum() == pytest.approx(np.abs(expected[path]).sum(), rel=1e-3, abs=1e-6), path
 
     # Exported without the padding; what is stored with it also loads without it.

@@ -14,7 +14,7 @@ from hovle_jax.config import ExecutionConfig, MeshConfig
 from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
 from hovle_jax.data.text import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
-from hovle_jax.training.loop import check_accumulation
+from hovle_jax.training.loop import accumulation
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models
@@ -189,9 +189,9 @@ def test_batches_that_cannot_be_read_in_parts_are_refused():
     change = lambda stage, parts: micro.run_config(stage, execution=ExecutionConfig(accumulate=parts))
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     with pytest.raises(UserError, match="batch_size=8 must divide into execution.accumulate=2 parts .*: use 16"):
-        check_accumulation(change("instruct", 2), mesh)
+        accumulation(change("instruct", 2), mesh)
     with pytest.raises(UserError, match="contrast loss compares all rows"):
-        check_accumulation(change("contrast", 2), mesh)
+        accumulation(change("contrast", 2), mesh)
 
 
 def test_parameters_moments_and_rows_are_really_cut():
@@ -200,7 +200,7 @@ def test_parameters_moments_and_rows_are_really_cut():
     optimizer, params = make_optimizer(config.optimizer, config.steps), micro.params(config)
     with on_mesh(mesh):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
-        state = make_state(models, jax.device_put(params, shardings), optimizer)
+        state = make_state(models, jax.device_put(params, shardings), batch, optimizer)
         kernels = lambda tree: tree["llm"]["stack"]["layers"]["gate"]["kernel"]
 
         def check(state):

@@ -143,7 +143,7 @@ def test_an_embedding_over_a_text_only_llm():
     text = batch["text_weights"] > 0
     np.testing.assert_array_equal(output[text], tables[1][batch["tokens"][text]])
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = make_state(models, params, optimizer)
+    state = make_state(models, params, batch, optimizer)
     state, metrics = train_step(state, batch, stage="distill", models=models, optimizer=optimizer)
     assert metrics["text_cosine"] == pytest.approx(1)
     moved = host(state.trained["embedding"])["stack/layers/output/kernel"]

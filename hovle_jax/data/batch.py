@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from hovle_jax.config import DataConfig, EmbeddingConfig
+from hovle_jax.config import DataConfig, EmbeddingConfig, RunConfig
 from hovle_jax.errors import UserError
 
 # stage -> the kind of its batches
@@ -218,3 +218,12 @@ def stack(rows):
     if len(rows) == 1:  # tiles are large: no copy
         return {name: array[None] for name, array in rows[0].items()}
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def empty_row(config: RunConfig):
+    """A row of a run's batches in which nothing stands: its fields, shapes and types."""
+    if KINDS[config.stage] == "captions":
+        size = config.clip.vision.image_size
+        nothing = Sample(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros((1, size, size, 3), np.uint8))
+        return caption_row(nothing, config.clip.text.context, config.clip.text.end_id)
+    return make_row([], BatchShape.of(config.data, config.model.embedding, image_id=-1), KINDS[config.stage])

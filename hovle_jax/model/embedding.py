@@ -55,7 +55,7 @@ class HolisticEmbedding(nn.Module):
         self.class_position = self.param("class_position", table_init, (1, width))
         self.text_embedding = TokenTable(c.table_rows, width, dtype)
         if c.num_special_tokens:
-            self.special_embedding = TokenTable(c.num_special_tokens, width, dtype)
+            self.special_embedding = TokenTable(c.num_special_tokens, width, dtype, axis="special_tokens")
         if c.pixel_shuffle != "none":
             self.pixel_shuffle_projection = PixelShuffleProjection(width, dtype)
         self.stack = Stack(c.stack, self.execution)

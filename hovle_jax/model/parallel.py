@@ -16,17 +16,21 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 FSDP = "fsdp"
-GRADIENTS = ":gradients"  # the rows of the rules table for gradients are named as the parameters' with this behind
+# The rows of the rules table for these are named as the parameters' with this behind.
+GRADIENTS, MOMENTS = ":gradients", ":moments"
 
-_phases = contextvars.ContextVar("reduce_scatter_phases", default=())
+LARGE_SHARD = 128 * 1024  # bytes from which a gather goes over all dimensions of the torus at once
+
+_phases = contextvars.ContextVar("torus_phases", default=())
 
 
 @contextlib.contextmanager
-def reduce_scatter_phases(sizes):
-    """Within it, reduce-scatters over `fsdp` go along one dimension of the torus after another.
+def torus_phases(sizes):
+    """Within it, reduce-scatters and small gathers over `fsdp` go along one dimension of the torus after another.
 
     Args:
       sizes: of the dimensions that the axis is laid over, outermost first; a function of the mesh.
@@ -81,7 +85,7 @@ class Plan:
       x, kernel, gradient, out: PartitionSpecs.
       rows, contraction, features: mesh axes that cut x's leading dimensions, D of x, and F of the result.
       sharded: the dimension of the kernel that fsdp cuts, or None; scattered: the same of its gradient.
-      phases: see `reduce_scatter_phases`.
+      phases: see `torus_phases`.
     """
 
     x: PartitionSpec
@@ -178,7 +182,7 @@ def _sharded_matmul(plan, x, kernel):
 
 def _forward(plan: Plan, x, kernel):
     def local(x, kernel):
-        out = _local_matmul(x, gather(kernel, plan.sharded))
+        out = _local_matmul(x, gather(kernel, plan.sharded, plan.phases))
         return jax.lax.psum(out, plan.contraction) if plan.contraction else out
 
     return on_devices(local, (plan.x, plan.kernel), plan.out)(x, kernel), (x, kernel)
@@ -187,7 +191,7 @@ def _forward(plan: Plan, x, kernel):
 def _backward(plan: Plan, saved, dy):
     def local(x, kernel, dy):
         rows, dy_rows = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
-        dx = (dy_rows @ gather(kernel, plan.sharded).T).reshape(x.shape)
+        dx = (dy_rows @ gather(kernel, plan.sharded, plan.phases).T).reshape(x.shape)
         if plan.features:
             dx = jax.lax.psum(dx, plan.features)
         return dx, reduce_gradient(rows.T @ dy_rows, plan.rows, plan.scattered, plan.phases)
@@ -199,9 +203,20 @@ def _backward(plan: Plan, saved, dy):
 _sharded_matmul.defvjp(_forward, _backward)
 
 
-def gather(kernel, dimension):
-    """A kernel whole, from its shards along `dimension` (None: it is not cut); inside a `shard_map`."""
-    return kernel if dimension is None else jax.lax.all_gather(kernel, FSDP, axis=dimension, tiled=True)
+def gather(kernel, dimension, phases):
+    """A kernel whole, from its shards along `dimension` (None: it is not cut); inside a `shard_map`.
+
+    Args:
+      phases: sizes of the torus' dimensions under fsdp.
+    """
+    if dimension is None:
+        return kernel
+    # At once it uses the links of all dimensions. But below this size the TPU compiler makes it an all-reduce of the
+    # whole, twice the bytes; dimension by dimension it does not.
+    small = kernel.size * kernel.dtype.itemsize < LARGE_SHARD
+    for groups in reversed(_groups(jax.lax.axis_size(FSDP), phases)) if small else [None]:
+        kernel = jax.lax.all_gather(kernel, FSDP, axis=dimension, axis_index_groups=groups, tiled=True)
+    return kernel
 
 
 def reduce_gradient(gradient, rows, dimension, phases):
@@ -216,10 +231,11 @@ def reduce_gradient(gradient, rows, dimension, phases):
         size = jax.lax.axis_size(FSDP)
         if FSDP not in rows:  # every device of fsdp has the same rows, and so the same gradient
             gradient = gradient / size
+        # Along the outermost dimension: of one along the innermost the TPU compiler makes an all-reduce.
+        gradient = jnp.moveaxis(gradient, dimension, 0)
         for groups in _groups(size, phases):
-            gradient = jax.lax.psum_scatter(
-                gradient, FSDP, scatter_dimension=dimension, axis_index_groups=groups, tiled=True
-            )
+            gradient = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=0, axis_index_groups=groups, tiled=True)
+        gradient = jnp.moveaxis(gradient, 0, dimension)
         rows = tuple(a for a in rows if a != FSDP)
     return jax.lax.psum(gradient, rows) if rows else gradient
 

@@ -209,14 +209,19 @@ class Stack(nn.Module):
 
 
 class TokenTable(nn.Module):
-    """A table of token vectors [V, D]; rows are taken by id and cast to the compute type."""
+    """A table of token vectors [V, D]; rows are taken by id and cast to the compute type.
+
+    Attributes:
+      axis: the logical axis of its rows.
+    """
 
     size: int
     width: int
     dtype: Dtype
+    axis: str = "vocab"
 
     def setup(self):
-        init = partitioned(nn.initializers.normal(self.width**-0.5), "vocab", "embed")
+        init = partitioned(nn.initializers.normal(self.width**-0.5), self.axis, "embed")
         self.embedding = self.param("embedding", init, (self.size, self.width))
 
     def __call__(self, tokens):

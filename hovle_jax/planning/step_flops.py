@@ -49,8 +49,8 @@ class Attention:
 
 ATTENTION = {
     "xla": Attention(False, 4),
-    # Its kernel for the queries' gradient makes scores and their gradient anew (3), that for keys and values too (4).
-    "splash": Attention(True, 7),
+    # One fused kernel: scores and the gradient of the probabilities anew, then what queries, keys and values get.
+    "splash": Attention(True, 5),
     "cudnn": Attention(True, 5),
 }
 

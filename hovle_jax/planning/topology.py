@@ -117,6 +117,13 @@ def find(name):
     raise UserError(f"{name!r} is no slice that {generation} has; the nearest are {_nearest(generation, wanted)}")
 
 
+def larger(topology: Topology):
+    """The next larger slice of the same generation, or None."""
+    slices = _slices(topology.generation)
+    more = [chips for chips in sorted(slices) if chips > topology.chips]
+    return Topology(topology.generation, slices[more[0]]) if more else None
+
+
 def _generation(text):
     """A generation's name from any of its spellings, or None."""
     spellings = {alias: name for name, g in GENERATIONS.items() for alias in (name, *g.aliases)}

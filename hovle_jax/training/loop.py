@@ -43,13 +43,14 @@ class Result:
     held_out: dict  # step -> metrics
 
 
-def resolve_execution(execution: ExecutionConfig, platform):
+def resolve_execution(execution: ExecutionConfig, platform, accumulate=1):
     """What 'auto' means on a platform: float32 on the CPU, where bfloat16 training is slow; its own attention."""
     meant = {
         "dtype": "float32" if platform == "cpu" else "bfloat16",
         "attention": {"tpu": "splash", "gpu": "cudnn", "cpu": "blocks"}.get(platform, "xla"),
     }
-    return dataclasses.replace(execution, **{k: v for k, v in meant.items() if getattr(execution, k) == "auto"})
+    meant = {name: value for name, value in meant.items() if getattr(execution, name) == "auto"}
+    return dataclasses.replace(execution, accumulate=accumulate, **meant)
 
 
 def check(config: RunConfig):
@@ -106,26 +107,31 @@ def check_execution(execution: ExecutionConfig):
     for name, allowed in choices.items():
         if getattr(execution, name) not in allowed:
             raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
+    if not 0 <= execution.zero <= 3:
+        raise UserError(f"execution.zero={execution.zero} is a level of ZeRO: set it from 0 to 3")
     if execution.vocab_chunk < 0:
         raise UserError(f"execution.vocab_chunk={execution.vocab_chunk} is a number of columns; 0 takes all at once")
 
 
-def check_accumulation(config: RunConfig, mesh):
-    """Raises UserError where a batch cannot be read in `execution.accumulate` parts."""
-    parts = config.execution.accumulate
+def accumulation(config: RunConfig, mesh):
+    """In how many parts a step reads its batch. Raises UserError where it cannot be read in so many."""
+    parts, rows = config.execution.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    in_parts = bool(STAGES[config.stage].weights)
+    if parts == -1:
+        parts = max(1, config.data.batch_size // rows) if in_parts else 1
     if parts < 1:
         raise UserError(f"execution.accumulate={parts} is a number of parts; 1 reads the batch at once")
-    if parts > 1 and not STAGES[config.stage].weights:
+    if parts > 1 and not in_parts:
         raise UserError(
             f"execution.accumulate={parts}: the {config.stage} loss compares all rows of the batch with each other; "
             "set it to 1, with a smaller data.batch_size or more devices"
         )
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % (parts * rows):
         raise UserError(
             f"data.batch_size={config.data.batch_size} must divide into execution.accumulate={parts} parts for {rows} "
             f"devices (data x fsdp): use {-(-config.data.batch_size // (parts * rows)) * parts * rows}"
         )
+    return parts
 
 
 def get_tokenizer(config: RunConfig, folders, sources, corpus):
@@ -228,7 +234,7 @@ def run(config: RunConfig, folder, sources, say=print):
     say = say if distributed.is_leader() else lambda line: None
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
-    check_accumulation(config, mesh)
+    parts = accumulation(config, mesh)
     corpus = pipeline.load_corpus(config, config.data.split, say)
     tokenizer = get_tokenizer(config, [folder], list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)
@@ -248,14 +254,17 @@ def run(config: RunConfig, folder, sources, say=print):
     bad = BadSamples(folder if lists_bad else None, config.bad_ceiling, host=jax.process_index())
 
     # 3. State.
-    models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform))
+    models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform, parts))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    with on_mesh(mesh), checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints) as saved:
+    with (
+        on_mesh(mesh, config.execution.zero),
+        checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints) as saved,
+    ):
         if distributed.is_leader():
             bad.start(saved.latest or 0, dataset.found.bad, dataset.found.samples)
         distributed.wait("the folder is a run")
         shapes = shapes_of_whole(first, config.data.batch_size)
-        state = make_state(models, load_params(models, shapes, mesh, sources), optimizer)
+        state = make_state(models, load_params(models, shapes, mesh, sources), shapes, optimizer)
         say(describe(config, state, shapes))
         if dataset.found.summary:
             say(f"{config.stage}: {dataset.found.summary}")

@@ -84,7 +84,8 @@ class _Chunks:
 
         def step(i, carry):
             start = jnp.minimum(i * size, total - size)
-            columns = gather(jax.lax.dynamic_slice_in_dim(kernel, start, size, 1), self.plan.sharded)
+            shard = jax.lax.dynamic_slice_in_dim(kernel, start, size, 1)
+            columns = gather(shard, self.plan.sharded, self.plan.phases)
             here = start + jnp.arange(size, dtype=jnp.int32)
             counts = (here >= i * size) & (first + here < self.vocab_size)
             return body(carry, start, columns, jnp.where(counts, first + here, -1))

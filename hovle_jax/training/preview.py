@@ -133,8 +133,8 @@ def _time_training(config, dataset, steps):
     mesh = make_mesh(config.mesh)
     models = Models(config, loop.resolve_execution(config.execution, mesh.devices.flat[0].platform))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    with on_mesh(mesh):
-        state = make_state(models, loop.load_params(models, dataset[0], mesh, {}), optimizer)
+    with on_mesh(mesh, models.execution.zero):
+        state = make_state(models, loop.load_params(models, dataset[0], mesh, {}), dataset[0], optimizer)
         batches, waited, started = dataset.iterate(0, config.workers), 0.0, 0.0
         for step in range(steps + 1):
             asked = time.perf_counter()

@@ -137,6 +137,7 @@ class Stage:
       losses: (models, params, batch) -> {name: (sum, weight)}; their quotients are added up.
       weights: {name of a loss: field of the batch whose sum is its weight}; without them a batch cannot be read in
         parts, as a contrastive one.
+      passed: components that are not trained and that gradients pass through on their way to others.
       exists: path prefixes that exist at all, for components held in part.
       after_update: applied to the trained parameters behind each step.
     """
@@ -145,6 +146,7 @@ class Stage:
     trained: tuple[tuple[str, ...], ...]
     losses: Callable
     weights: dict = dataclasses.field(default_factory=dict)
+    passed: tuple[str, ...] = ()
     exists: tuple[tuple[str, ...], ...] = ()
     after_update: Callable = lambda trained: trained
 
@@ -154,8 +156,12 @@ class Stage:
         return path[0] in self.components and (not partial or _under(path, partial))
 
     def trains(self, path, model: HoVLEConfig):
-        has_unused_table = "embedding" in self.components and not model.llm.tied
-        return _under(path, self.trained) and not _under(path, UNUSED + (LLM_TABLE,) * has_unused_table)
+        return _under(path, self.trained) and not self.is_unused(path, model)
+
+    def is_unused(self, path, model: HoVLEConfig):
+        """Whether the stage holds a parameter that its losses do not read."""
+        has_unused_table = "embedding" in self.components and not self.exists and not model.llm.tied
+        return _under(path, UNUSED + (LLM_TABLE,) * has_unused_table)
 
 
 def _under(path, prefixes):
@@ -174,7 +180,7 @@ STAGES = {
         {"image": "image_weights", "text": "text_weights"},
         exists=(LLM_TABLE,),
     ),
-    "align": Stage(("embedding", "llm"), (("embedding",),), answer_losses, TOKENS),
+    "align": Stage(("embedding", "llm"), (("embedding",),), answer_losses, TOKENS, passed=("llm",)),
     "instruct": Stage(("embedding", "llm"), (("embedding",), ("llm",)), answer_losses, TOKENS),
 }
 

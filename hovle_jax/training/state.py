@@ -7,11 +7,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hovle_jax.training.sharding import shardings_of
+from hovle_jax.model.parallel import MOMENTS
+from hovle_jax.training.sharding import is_boxed, specs_of
 from hovle_jax.training.stages import STAGES, Models, components_of
 
 
@@ -42,24 +42,36 @@ def merge(first, second):
 
 def unboxed(tree):
     """The plain tree of a boxed abstract one (Linen's own unboxing would constrain what is not there yet)."""
-    is_boxed = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     return jax.tree.map(lambda leaf: leaf.value if is_boxed(leaf) else leaf, tree, is_leaf=is_boxed)
+
+
+def boxed_params(models: Models, batch):
+    """Shapes with logical axes of every parameter that the stage holds; `batch` may be shapes too."""
+    tree = {component: boxed_component(models, component, batch) for component in components_of(models.config)}
+    return select(tree, STAGES[models.config.stage].holds)
+
+
+def boxed_component(models: Models, component, batch):
+    """`boxed_params` of one component."""
+    return jax.eval_shape(lambda b: models.init(component, jax.random.key(0), b), batch)
 
 
 def abstract_component(models: Models, component, batch, mesh):
     """Shapes with shardings of one component's parameters; `batch` may be shapes too."""
-    boxed = jax.eval_shape(lambda b: models.init(component, jax.random.key(0), b), batch)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        unboxed(boxed),
-        shardings_of(boxed, mesh),
-    )
+    return _abstract(boxed_component(models, component, batch), models, mesh)
 
 
 def abstract_params(models: Models, batch, mesh):
     """Shapes with shardings of every parameter that the stage holds."""
-    tree = {c: abstract_component(models, c, batch, mesh) for c in components_of(models.config)}
-    return select(tree, STAGES[models.config.stage].holds)
+    return _abstract(boxed_params(models, batch), models, mesh)
+
+
+def _abstract(boxed, models, mesh):
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        unboxed(boxed),
+        specs_of(boxed, mesh, models.execution.zero),
+    )
 
 
 def init_component(models: Models, component, batch, abstract):
@@ -82,20 +94,67 @@ def _zeros(batch):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
 
 
-def make_state(models: Models, params, optimizer):
-    """The state at step 0 around given parameters."""
+def abstract_state(models: Models, params, batch, optimizer):
+    """`make_state`, but for step and moments, of which there are shapes with shardings; `params` may be such too.
+
+    Moments are cut by their own rows of the table; what belongs to no parameter lies whole everywhere. Unsaid, all of
+    it would start on one device, and the second step would be compiled anew for where the first one left it.
+    """
     trains = functools.partial(STAGES[models.config.stage].trains, model=models.config.model)
     trained = select(params, trains)
     frozen = select(params, lambda path: not trains(path))
-    # Moments lie where their parameters lie, the rest everywhere. Unsaid, all of it would start on one device, and
-    # the second step would be compiled anew for where the first one left it.
-    whole = NamedSharding(jax.tree.leaves(trained)[0].sharding.mesh, PartitionSpec())
-    shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+    specs = moment_specs(models, batch, mesh, jax.eval_shape(optimizer.init, trained))
+    opt_state = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
         jax.eval_shape(optimizer.init, trained),
-        jax.tree.map(lambda leaf: leaf.sharding, trained),
-        transform_non_params=lambda _: whole,
+        specs,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), trained, frozen, opt_state)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(step, trained, _narrowed(frozen, trained, models.execution.dtype), opt_state)
+
+
+def moment_specs(models: Models, batch, mesh, opt_state):
+    """PartitionSpecs of an optimizer state: of a leaf whose path ends as a parameter's, those of that moment."""
+    boxed = traverse_util.flatten_dict(boxed_params(models, batch))
+    specs = specs_of(boxed, mesh, models.execution.zero, MOMENTS)
+
+    def one(path, leaf):
+        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return specs.get(keys, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def wholly_frozen(trained, frozen):
+    """Names of the components of which a stage trains nothing."""
+    return sorted(frozen.keys() - trained.keys())
+
+
+def _narrowed(frozen, trained, dtype):
+    """Kernels of wholly frozen components in the compute type, to which every product would cast them: the same
+    numbers in half of the memory. The rest of such a component stays as it is."""
+
+    def one(path, leaf):
+        if path[0].key not in wholly_frozen(trained, frozen) or path[-1].key != "kernel":
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+        return leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, frozen)
+
+
+def make_state(models: Models, params, batch, optimizer):
+    """The state at step 0 around given parameters.
+
+    Args:
+      batch: of the run, or its shapes.
+    """
+    state = abstract_state(models, params, batch, optimizer)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
+    return state.replace(
+        step=jax.device_put(jnp.zeros((), jnp.int32), state.step.sharding),
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings)(state.trained),
+    )

@@ -5,10 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
+from jax.sharding import NamedSharding
 
+from hovle_jax.model.parallel import GRADIENTS
 from hovle_jax.training.losses import divide
+from hovle_jax.training.sharding import specs_of
 from hovle_jax.training.stages import STAGES
-from hovle_jax.training.state import merge
+from hovle_jax.training.state import boxed_params, merge, moment_specs, select
 
 
 def total_loss(trained, frozen, batch, stage, models, totals=None):
@@ -50,6 +54,15 @@ def named_metrics(loss, means):
     return {"loss": loss} | cosines
 
 
+def constrain(tree, specs, mesh):
+    """Holds arrays to PartitionSpecs; without a mesh they are where they are."""
+    if mesh.empty:
+        return tree
+    return jax.tree.map(
+        lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec)), tree, specs
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("stage", "models", "optimizer"), donate_argnames="state")
 def train_step(state, batch, *, stage, models, optimizer):
     """One update.
@@ -62,9 +75,15 @@ def train_step(state, batch, *, stage, models, optimizer):
     Returns:
       (new state, metrics: scalars on the device).
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    boxed = select(boxed_params(models, batch), traverse_util.flatten_dict(state.trained).__contains__)
+    cut = lambda tree, suffix: constrain(tree, specs_of(boxed, mesh, models.execution.zero, suffix), mesh)
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, models)
+    grads = cut(grads, GRADIENTS)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-    trained = STAGES[stage].after_update(optax.apply_updates(state.trained, updates))
+    # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
+    opt_state = constrain(opt_state, moment_specs(models, batch, mesh, opt_state), mesh)
+    trained = cut(STAGES[stage].after_update(optax.apply_updates(state.trained, updates)), "")
     metrics = named_metrics(loss, means) | {"gradient_norm": optax.global_norm(grads)}
     return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
 

@@ -194,7 +194,7 @@ def our_steps(config: LLMConfig, rows, length):
         values = weights(config)
         params = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in params.items()}
         params = {"llm": traverse_util.unflatten_dict(params, sep="/")}
-        state, batch = loop.make_state(models, params, optimizer), put_batch(batch, mesh)
+        state, batch = loop.make_state(models, params, batch, optimizer), put_batch(batch, mesh)
         while True:
             state, metrics = train_step(state, batch, stage=run.stage, models=models, optimizer=optimizer)
             jax.block_until_ready(state)

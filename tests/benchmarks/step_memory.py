@@ -38,7 +38,7 @@ def measure(stage, keep):
     optimizer = loop.make_optimizer(config.optimizer, config.steps)
     mesh, seconds = make_mesh(config.mesh), []
     with on_mesh(mesh):
-        state = loop.make_state(models, loop.load_params(models, batch, mesh, {}), optimizer)
+        state = loop.make_state(models, loop.load_params(models, batch, mesh, {}), batch, optimizer)
         batch = put_batch(batch, mesh)
         for step in range(STEPS + 2):
             if step == 2:

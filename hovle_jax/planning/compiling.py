@@ -1,0 +1,74 @@
+"""A run's program, compiled for a topology."""
+
+import dataclasses
+import re
+import time
+
+from hovle_jax.config import RunConfig
+from hovle_jax.errors import UserError
+from hovle_jax.planning import programs, topology
+from hovle_jax.planning.report import Report, report
+from hovle_jax.training.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is compiled for: slices of a topology and their devices, one slice after the other."""
+
+    topology: topology.Topology
+    slices: int
+    devices: tuple
+
+    @classmethod
+    def of(cls, name, slices=1):
+        """By its cloud name. Raises UserError for a name that does not exist, or without libtpu."""
+        return cls(topology.find(name), slices, tuple(topology.devices(name, slices)))
+
+    @property
+    def name(self):
+        """'v5e-256', '2 x v5e-256'."""
+        return f"{self.slices} x {self.topology.cloud_name}" if self.slices > 1 else self.topology.cloud_name
+
+
+class TooLarge(UserError):
+    """A program needs more memory than a device has: `needed` and `available` bytes, where the compiler tells them."""
+
+    def __init__(self, message, needed=None, available=None):
+        super().__init__(message)
+        self.needed, self.available = needed, available
+
+
+def compile_for(config: RunConfig, target: Target, program="train", new_tokens=512) -> Report:
+    """Compiles and reads the program.
+
+    Raises:
+      TooLarge: it does not fit; the message has the size and the cheapest remedies.
+      UserError: see `programs.lower`.
+    """
+    from hovle_jax.planning.remedies import remedies
+
+    mesh = make_mesh(config.mesh, target.devices)
+    started = time.perf_counter()
+    lowered, models = programs.lower(config, mesh, program, new_tokens)
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed, available = _sizes(str(error))
+        size = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB" if needed else "more memory than there is"
+        what = f"{config.stage}:{config.preset} {program} on {target.name}"
+        ways = "; ".join(remedies(config, models, target, program))
+        raise TooLarge(f"{what} needs {size} a device. Cheapest remedies: {ways}", needed, available) from None
+    seconds = time.perf_counter() - started
+    batch = programs.batch_shapes(config, mesh)
+    return report(config, models, mesh, batch, compiled, target.topology, target.slices, program, seconds)
+
+
+def _sizes(text):
+    """Bytes needed and available, from the compiler's message "Used 20.52G of 15.75G hbm"; (None, None) without."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
+    if not found:
+        return None, None
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return tuple(float(found.group(i)) * unit[found.group(i + 1)] for i in (1, 3))
