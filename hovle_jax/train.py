@@ -108,19 +108,19 @@ def train(config, config_folder, workdir, started):
     from hovle_jax.conversion.named import resolve
     from hovle_jax.evaluation.summary import summarize
     from hovle_jax.report.progress import format_duration
-    from hovle_jax.training import checkpoint, distributed, loop
+    from hovle_jax.training import checkpoint, checks, distributed, loop
 
     say = print if distributed.is_leader() else lambda line: None
     checkpoint.open_run_folder(workdir)
     folder = workdir / config.stage
     if checkpoint.is_finished(folder):
-        loop.check(config)
+        checks.check(config)
         checkpoint.check_same_config(folder, config)
         say(f"{config.stage} is finished in {folder}; remove that folder to train it again")
         return
     runs = plan(config, config_folder, workdir)
     for stage, folder, _ in runs:
-        loop.check(stage)
+        checks.check(stage)
         checkpoint.check_same_config(folder, stage)
     stages = [stage.stage for stage, *_ in runs]
     distributed.check_same("the stages to train", stages, f"{workdir} must be a folder that all hosts share")

@@ -65,7 +65,7 @@ def train_step(state, batch, *, stage, models, optimizer):
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, models)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
     trained = STAGES[stage].after_update(optax.apply_updates(state.trained, updates))
-    metrics = named_metrics(loss, means) | {"gradient_norm": optax.global_norm(grads)}
+    metrics = named_metrics(loss, means) | {"gradient_norm": optax.tree.norm(grads)}
     return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
 
 
