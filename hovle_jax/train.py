@@ -32,6 +32,7 @@ HOSTS = flags.DEFINE_integer(
     "hosts", os.environ.get("HOVLE_HOSTS", 0), "How many hosts there are; 1 = this one alone, whatever jax finds"
 )
 HOST = flags.DEFINE_integer("host", os.environ.get("HOVLE_HOST", -1), "The index of this host, from 0")
+PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST: traces these steps of the named stage into its folder")
 HOST_TIMEOUT = flags.DEFINE_float("host_timeout", 300, "Seconds in which all hosts must have started")
 
 
@@ -95,15 +96,17 @@ def main():
     config_path = config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
 
-    from hovle_jax.training import distributed
+    from hovle_jax.training import distributed, profiling
 
+    profile = profiling.parse_steps(PROFILE.value)
+    profiling.check_steps(profile, 0, config.last_step)
     command = {"config": config.to_dict(), "workdir": WORKDIR.value}
     distributed.start(COORDINATOR.value, HOSTS.value, HOST.value, HOST_TIMEOUT.value, command)
     with distributed.ending_together():
-        train(config, config_path.parent, pathlib.Path(WORKDIR.value), started)
+        train(config, config_path.parent, pathlib.Path(WORKDIR.value), started, profile)
 
 
-def train(config, config_folder, workdir, started):
+def train(config, config_folder, workdir, started, profile=None):
     """Makes the runs that are missing, on all hosts; the first one speaks, and scores them."""
     from hovle_jax.conversion.named import resolve
     from hovle_jax.evaluation.summary import summarize
@@ -129,7 +132,7 @@ def train(config, config_folder, workdir, started):
         if stage.stage != config.stage:
             say(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
         say(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
-        result = loop.run(stage, folder, sources, say)
+        result = loop.run(stage, folder, sources, say, profile if stage.stage == config.stage else None)
         if not result.finished:
             without = " without stop_at_step" if stage.stop_at_step else ""
             say(f"stopped at step {result.step} of {stage.steps}; the same command{without} goes on")

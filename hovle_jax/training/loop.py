@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import logging
-import math
 import pathlib
 
 import jax
@@ -14,11 +13,10 @@ from hovle_jax.data import pipeline
 from hovle_jax.data.bad import BadSamples, merge_bad_samples
 from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.report.metrics import MetricsWriter, NoMetrics
 from hovle_jax.report.pictures import batch_picture
-from hovle_jax.report.progress import Progress
-from hovle_jax.training import checkpoint, distributed
+from hovle_jax.training import checkpoint, distributed, profiling
 from hovle_jax.training.checks import check, check_accumulation, check_same_data_everywhere, check_tokenizer
+from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate, make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models
@@ -118,12 +116,13 @@ def add_nothing(stack):
         )
 
 
-def run(config: RunConfig, folder, sources, say=print):
+def run(config: RunConfig, folder, sources, say=print, profile=None):
     """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
     Args:
       folder: the run's own.
       sources: {component: folder of the run that it comes from}.
+      profile: a range of steps to trace, or None.
     Returns:
       Result.
     Raises:
@@ -134,6 +133,7 @@ def run(config: RunConfig, folder, sources, say=print):
     folder = checkpoint.open_run_folder(folder)
     checkpoint.check_same_config(folder, config)
     say = say if distributed.is_leader() else lambda line: None
+    monitor = Monitor(config, folder, profile, say)
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
     check_accumulation(config, mesh)
@@ -159,6 +159,7 @@ def run(config: RunConfig, folder, sources, say=print):
     models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform))
     optimizer = make_optimizer(config.optimizer, config.steps)
     with on_mesh(mesh), checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints) as saved:
+        profiling.check_steps(profile, saved.latest or 0, config.last_step)
         if distributed.is_leader():
             bad.start(saved.latest or 0, dataset.found.bad, dataset.found.samples)
         distributed.wait("the folder is a run")
@@ -170,59 +171,56 @@ def run(config: RunConfig, folder, sources, say=print):
         if saved.latest is not None:
             state = saved.restore(state)
             say(f"{config.stage}: resuming at step {saved.latest}")
-        return _train(config, folder, state, models, optimizer, dataset, held_out, bad, mesh, saved, say)
+        return _train(config, folder, state, models, optimizer, dataset, held_out, bad, mesh, saved, monitor)
 
 
-def _train(config, folder, state, models, optimizer, dataset, held_out, bad, mesh, saved, say):
+def _train(config, folder, state, models, optimizer, dataset, held_out, bad, mesh, saved, monitor):
     first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
-    last_step = min(config.stop_at_step or config.steps, config.steps)
     held_out = [put_batch(batch, mesh) for batch in held_out]
+    tokens = tokens_per_step(dataset[0]) * config.data.batch_size // dataset.size
     results = {}
 
     def evaluate(step):
         if held_out:
-            metrics = [eval_step(state.params, batch, stage=config.stage, models=models) for batch in held_out]
-            results[step] = average(metrics)
-            writer.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
+            with monitor.besides("evaluation"):
+                metrics = [eval_step(state.params, batch, stage=config.stage, models=models) for batch in held_out]
+                results[step] = average(metrics)
+            monitor.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
 
-    with MetricsWriter(folder, resume_step=first_step) if distributed.is_leader() else NoMetrics() as writer:
+    with monitor.following(first_step, tokens, mesh.devices.flat):
         batches = dataset.iterate(first_step, config.workers, nobody_has=distributed.everyone_says)
-        batches = on_devices(itertools.islice(batches, last_step - first_step), mesh)
-        tokens = tokens_per_step(dataset[0]) * config.data.batch_size // dataset.size
-        progress = Progress(config.stage, config.steps, first_step, tokens, print=say)
-        waiting = []
+        batches = on_devices(itertools.islice(batches, config.last_step - first_step), mesh)
         if first_step == 0:
             evaluate(0)
-        for step, (batch, events, drawn) in enumerate(batches, first_step):
+        for step, (batch, events, drawn) in enumerate(monitor.waits(batches), first_step):
             bad.add(events, drawn)
-            state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
-            waiting.append(metrics)
-            if step == first_step:
-                jax.block_until_ready(metrics)
-                progress.started()
+            with monitor.step(step) as note:
+                state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
+                note(metrics)
             done = step + 1
-            stops = done == last_step or distributed.told_to_end()
+            stops = done == config.last_step or distributed.told_to_end()
             if done % config.log_every == 0 or stops:
-                # Reads values that are done or nearly so; between these points the host runs ahead of the device.
-                values = mean_metrics(waiting, done, folder) | {"learning_rate": float(schedule(step))}
-                waiting = []
-                writer.write(done, values)
-                say(progress.line(done, values))
+                monitor.line(done, learning_rate=float(schedule(step)))
             if config.eval_every and done % config.eval_every == 0 and not stops:
                 evaluate(done)
             if done % config.checkpoint_every == 0 or stops:
-                saved.save(done, state, force=stops)
+                with monitor.besides("checkpoints"):
+                    saved.save(done, state, force=stops)
             if stops:
                 break
-        finished = int(state.step) >= config.steps
+        done = int(state.step)
+        finished = done >= config.steps
         if finished and config.steps not in results:
             evaluate(config.steps)
-    if finished:
-        checkpoint.save_run_model(folder, state.params, config)
+        with monitor.besides("checkpoints"):
+            saved.wait()
+            if finished:
+                checkpoint.save_run_model(folder, state.params, config)
+        monitor.ended(done)
     distributed.wait("the last bad sample is listed")
     if distributed.is_leader():
         merge_bad_samples(folder)
-    return Result(folder, int(state.step), finished, results)
+    return Result(folder, done, finished, results)
 
 
 def on_devices(batches, mesh):
@@ -235,19 +233,6 @@ def on_devices(batches, mesh):
         waiting = placed
     if waiting:
         yield waiting
-
-
-def mean_metrics(waiting, step, folder):
-    """Averages since the last line. Raises UserError when a loss is not finite: nothing after it is worth keeping."""
-    values = jax.device_get(waiting)
-    for back, metrics in enumerate(reversed(values)):
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(
-                f"the loss is {metrics['loss']} at step {step - back} (the newest checkpoint in {folder} is older); "
-                "lower optimizer.learning_rate or optimizer.clip_norm and start in another --workdir"
-            )
-    names = sorted(values[0], key=lambda name: name != "loss")
-    return {name: float(np.mean([m[name] for m in values])) for name in names}
 
 
 def held_out_batches(config, tokenizer, numbers=None, say=print):
