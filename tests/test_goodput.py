@@ -218,13 +218,13 @@ def test_a_run_that_ends_within_the_traced_steps_ends_its_trace(tmp_path, micro_
     with pytest.raises(KeyError), profiling.Profile(range(1, 4), tmp_path, sheet.spent, print) as profile:
         for step in range(3):
             profile.before(step)
-            profile.after(step, ())
+            profile.after(step)
         assert calls == ["start"]
         raise KeyError
     assert calls == ["start", "stop"]
     with profiling.Profile(None, tmp_path, sheet.spent, print) as profile:
         profile.before(0)
-        profile.after(0, ())
+        profile.after(0)
     assert calls == ["start", "stop"]
 
 

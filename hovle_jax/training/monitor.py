@@ -52,7 +52,7 @@ class Monitor:
         with contextlib.ExitStack() as stack:
             self._writer = stack.enter_context(MetricsWriter(self.folder, first_step) if leads else NoMetrics())
             self._watch = stack.enter_context(goodput.StepWatch(self._sheet.clock))
-            profile = Profile(self._steps_to_trace, self.folder, self._sheet.spent, self._say_of_stage)
+            profile = Profile(self._steps_to_trace, self.folder, self.besides, self._say_of_stage)
             self._profile = stack.enter_context(profile)
             yield
 
@@ -79,7 +79,7 @@ class Monitor:
             yield self._waiting.append
         metrics = self._waiting[-1]
         self._watch.dispatched(metrics["loss"])
-        self._profile.after(step, metrics)
+        self._profile.after(step)
         if first:
             jax.block_until_ready(metrics)
             self._sheet.enter("training")

@@ -33,13 +33,14 @@ class Profile:
     Attributes:
       steps: a range, or None = no trace.
       folder: the run's own.
-      spent: (activity) -> context manager, which the time of starting and writing is put down to.
+      besides: `Monitor.besides`: waits for the steps on their way, and puts the time down to an activity. So the trace
+        has the named steps, whole, and none before them.
       say: takes the line that says where the trace is.
     """
 
-    def __init__(self, steps, folder, spent, say):
+    def __init__(self, steps, folder, besides, say):
         self._steps = steps if distributed.is_leader() else None
-        self._folder, self._spent, self._say = folder / FOLDER, spent, say
+        self._folder, self._besides, self._say = folder / FOLDER, besides, say
         self._running = False
 
     def __enter__(self):
@@ -51,15 +52,14 @@ class Profile:
 
     def before(self, step):
         if self._steps and step == self._steps.start:
-            with self._spent("profile"):
+            with self._besides("profile"):
                 jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def after(self, step, result):
-        """A step was dispatched, of which this is a result: the trace ends when the last one has."""
+    def after(self, step):
+        """A step was dispatched: the trace ends when the last one has."""
         if self._running and step + 1 == self._steps.stop:
-            jax.block_until_ready(result)
-            with self._spent("profile"):
+            with self._besides("profile"):
                 self._stop()
             self._say(
                 f"a trace of steps {self._steps.start} to {self._steps.stop - 1} is in {self._folder}: look at it with "
