@@ -469,6 +469,11 @@ class RunConfig:
     def to_dict(self):
         return dataclasses.asdict(self)
 
+    @property
+    def last_step(self):
+        """The step at which a process stops at the latest."""
+        return min(self.stop_at_step or self.steps, self.steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -58,12 +58,12 @@ def convert(source, folder):
 
 def run_config():
     """--config as RunConfig, checked as `train` does. Raises UserError when it is missing."""
-    from hovle_jax.training import loop
+    from hovle_jax.training.checks import check
 
     if not flags.FLAGS["config"].present:
         raise UserError("--config is missing; for example --config configs/instruct.py")
     config = RunConfig.from_dict(CONFIG.value.to_dict())
-    loop.check(config)
+    check(config)
     return config
 
 

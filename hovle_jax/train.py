@@ -6,12 +6,17 @@
 A stage that is finished in the work folder is used as it is; one that was cut off goes on from its newest checkpoint.
 
 On a TPU pod the same command is started on every host (docs/multihost.md).
+
+Ends with status 0 where all is done that was asked for, 2 at a user's mistake, and 143 (128 + SIGTERM, as a process
+that the signal kills) where the run was told to end: the same command goes on.
 """
 
 import dataclasses
 import importlib.util
 import os
 import pathlib
+import signal
+import sys
 import time
 
 from absl import flags
@@ -32,7 +37,11 @@ HOSTS = flags.DEFINE_integer(
     "hosts", os.environ.get("HOVLE_HOSTS", 0), "How many hosts there are; 1 = this one alone, whatever jax finds"
 )
 HOST = flags.DEFINE_integer("host", os.environ.get("HOVLE_HOST", -1), "The index of this host, from 0")
+PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST: traces these steps of the named stage into its folder")
 HOST_TIMEOUT = flags.DEFINE_float("host_timeout", 300, "Seconds in which all hosts must have started")
+
+
+TOLD_TO_END = 128 + signal.SIGTERM
 
 
 def stage_config(folder, stage, preset):
@@ -95,32 +104,35 @@ def main():
     config_path = config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
 
-    from hovle_jax.training import distributed
+    from hovle_jax.training import distributed, profiling
 
+    profile = profiling.parse_steps(PROFILE.value)
+    profiling.check_steps(profile, 0, config.last_step)
     command = {"config": config.to_dict(), "workdir": WORKDIR.value}
     distributed.start(COORDINATOR.value, HOSTS.value, HOST.value, HOST_TIMEOUT.value, command)
     with distributed.ending_together():
-        train(config, config_path.parent, pathlib.Path(WORKDIR.value), started)
+        status = train(config, config_path.parent, pathlib.Path(WORKDIR.value), started, profile)
+    sys.exit(status)
 
 
-def train(config, config_folder, workdir, started):
-    """Makes the runs that are missing, on all hosts; the first one speaks, and scores them."""
+def train(config, config_folder, workdir, started, profile=None):
+    """Makes the runs that are missing, on all hosts; the first one speaks, and scores them. -> the exit status."""
     from hovle_jax.conversion.named import resolve
     from hovle_jax.evaluation.summary import summarize
     from hovle_jax.report.progress import format_duration
-    from hovle_jax.training import checkpoint, distributed, loop
+    from hovle_jax.training import checkpoint, checks, distributed, loop
 
     say = print if distributed.is_leader() else lambda line: None
     checkpoint.open_run_folder(workdir)
     folder = workdir / config.stage
     if checkpoint.is_finished(folder):
-        loop.check(config)
+        checks.check(config)
         checkpoint.check_same_config(folder, config)
         say(f"{config.stage} is finished in {folder}; remove that folder to train it again")
-        return
+        return 0
     runs = plan(config, config_folder, workdir)
     for stage, folder, _ in runs:
-        loop.check(stage)
+        checks.check(stage)
         checkpoint.check_same_config(folder, stage)
     stages = [stage.stage for stage, *_ in runs]
     distributed.check_same("the stages to train", stages, f"{workdir} must be a folder that all hosts share")
@@ -129,16 +141,22 @@ def train(config, config_folder, workdir, started):
         if stage.stage != config.stage:
             say(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
         say(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
-        result = loop.run(stage, folder, sources, say)
+        result = loop.run(stage, folder, sources, say, profile if stage.stage == config.stage else None)
         if not result.finished:
             without = " without stop_at_step" if stage.stop_at_step else ""
             say(f"stopped at step {result.step} of {stage.steps}; the same command{without} goes on")
-            return
+            return exit_status(stage, result)
         if distributed.is_leader():
             for name, value in summarize(stage, result).items():
                 say(f"{stage.stage}: {name} {value}")
         distributed.wait("the report is written")
     say(f"done in {format_duration(time.time() - started)}; see {workdir / config.stage / 'report.html'}")
+    return 0
+
+
+def exit_status(config, result):
+    """Of a run that has ended without an error: one that stops before it was to was told to end."""
+    return 0 if result.step >= config.last_step else TOLD_TO_END
 
 
 if __name__ == "__main__":

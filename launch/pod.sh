@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# The process of a pod on GKE: python -m hovle_jax.train ARGUMENTS.
+# The process of a pod on GKE: python -m hovle_jax.train ARGUMENTS, with its status.
 #
-# A run that is told to end (SIGTERM: its machine is taken back) saves, stops, and ends with 0. To Kubernetes that would
-# mean that the work is done; 143 means that it is to be started again.
+# The first process of a container gets no signal that it does not handle, and Python alone does not handle SIGTERM, by
+# which a pod is told that its machine is taken back: this one hands it on.
 set -uo pipefail
 
-told=false
-trap 'told=true; kill -TERM "$child"' TERM
+trap 'kill -TERM "$child"' TERM
 python -m hovle_jax.train "$@" &
 child=$!
 wait "$child"
 code=$?
-if $told; then
-  while kill -0 "$child" 2>/dev/null; do wait "$child"; done
-  exit 143
-fi
+while kill -0 "$child" 2>/dev/null; do # the signal has ended the wait, and not the training
+  wait "$child"
+  code=$?
+done
 exit "$code"

@@ -171,7 +171,7 @@ ensure_run() {
   printf '%s\n' "$states"
   case $states in
     *"not set up"*) setup ;;
-    *"not running"* | *failed*) ;;
+    *"not running"* | *stopped* | *failed*) ;;
     *) return ;;
   esac
   stop

@@ -3,7 +3,7 @@
 #
 #   worker.sh install [BUCKET]     makes .venv with the extras tpu and data; mounts gs://BUCKET at /mnt/hovle
 #   worker.sh start ARGUMENTS      python -m hovle_jax.train ARGUMENTS in the background; survives the end of ssh
-#   worker.sh status               one line: running, finished, failed with code N, not running
+#   worker.sh status               one line: running, finished, stopped, failed with code N, not running
 #   worker.sh logs [LABEL]         follows the log; LABEL: every line begins with the host's name
 #   worker.sh stop                 ends the run
 set -euo pipefail
@@ -70,8 +70,12 @@ status() {
   if alive; then
     state="running"
   elif [[ -f "$STATE/code" ]]; then
-    state="failed with code $(cat "$STATE/code")"
-    if [[ "$(cat "$STATE/code")" == 0 ]]; then state="finished"; fi
+    state=$(cat "$STATE/code")
+    case $state in
+      0) state="finished" ;;
+      143) state="stopped" ;; # told to end before its last step
+      *) state="failed with code $state" ;;
+    esac
   fi
   echo "$(hostname): $state"
 }

@@ -14,6 +14,7 @@ import jax
 from hovle_jax.config import MeshConfig
 from hovle_jax.data import bad, pipeline
 from hovle_jax.errors import UserError
+from hovle_jax.train import exit_status
 from hovle_jax.training import distributed, loop
 from tests import micro
 
@@ -66,7 +67,9 @@ def main(job, host):
     with distributed.ending_together():
         for run in job["runs"]:
             prepare(run, host)
-            loop.run(config_of(run, host), pathlib.Path(run["folder"]), {})
+            config = config_of(run, host)
+            status = exit_status(config, loop.run(config, pathlib.Path(run["folder"]), {}))
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ MISTAKES = {
     "no config": ("train --workdir TMP/w", ["--config is missing"]),
     "absent config": ("train --config configs/absent.py", ["configs/absent.py"]),
     "value of another type": ("train --config configs/pretrain.py --config.steps=many", ["steps"]),
+    "steps to trace that are none": (
+        "train --config configs/pretrain.py --workdir TMP/w --profile=15:10", ["--profile='15:10'", "FIRST:LAST"]
+    ),
+    "steps to trace behind the last": (
+        "train --config configs/pretrain.py --workdir TMP/w --config.steps=9 --profile=5:10", ["--profile=5:10", "0:9"]
+    ),
     "another seed": (
         "train --config configs/pretrain.py --workdir TMP/other --config.seed=5",
         ["TMP/other/pretrain", "seed=0, not 5", "--workdir"],
@@ -99,12 +105,13 @@ def test_the_chain_of_stages(tmp_path):
     cut += ["--config.execution.unroll_layers=False"]  # a loop compiles sooner
     for stage in STAGES:
         arguments = ["--config", f"configs/{stage}.py", "--workdir", workdir, *cut]
-        result = command("train", *arguments, timeout=400)
+        result = command("train", *arguments, "--profile=1:2", timeout=400)
         assert result.returncode == 0, result.stderr
         assert f"== {stage} (1 of 1)" in result.stdout  # the stages before it are found, not trained again
         folder = workdir / stage
         for name in ("report.html", "metrics.jsonl", "first_batch.png", "metrics.png", "config.json", "results.json"):
             assert (folder / name).stat().st_size > 0, f"{stage}: {name}"
+        assert list((folder / "profile").rglob("*.xplane.pb")) and "a trace of steps 1 to 1" in result.stdout
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == 2 and all(np.isfinite(row.get("loss", 0)) for row in rows)
         assert json.loads((folder / "config.json").read_text())["steps"] == 2

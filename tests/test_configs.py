@@ -11,7 +11,7 @@ from hovle_jax import train
 from hovle_jax.config import ExecutionConfig, ModelConfig, RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.recipes import PRESETS, no_stage
-from hovle_jax.training import loop
+from hovle_jax.training import checks, loop
 from hovle_jax.training.load import example_batch
 from hovle_jax.training.sharding import check_batch_shape, make_mesh
 from hovle_jax.training.stages import STAGES, Models, components_of
@@ -39,7 +39,7 @@ def test_each_config_resolves(stage, preset):
     if preset.startswith("hovle"):
         with pytest.raises(UserError, match="--config.tokenizer.path=FILE"):
             loop.get_tokenizer(config, [CONFIGS], [], [])
-    loop.check(config)
+    checks.check(config)
     assert RunConfig.from_dict(config.to_dict()) == config
     if not preset.startswith("hovle"):
         make_mesh(config.mesh)

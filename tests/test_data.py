@@ -13,7 +13,7 @@ from hovle_jax.data.pictures import MORE_WORDS, RECIPES, PictureCorpus, SampleMa
 from hovle_jax.data.text import encode_conversation, encode_random_text, render_text
 from hovle_jax.data.tokenizer import ADDED_TOKENS
 from hovle_jax.errors import UserError
-from hovle_jax.training import loop
+from hovle_jax.training import checks, loop
 from tests import micro
 from tests.shared import golden
 
@@ -439,5 +439,5 @@ def test_a_told_picture_has_its_words_in_the_image_s_place():
 )
 def test_conversations_that_cannot_be_are_refused(stage, data, message):
     with pytest.raises(UserError, match=message):
-        loop.check(micro.run_config(stage, data=data))
-    loop.check(micro.run_config("align", data={"turns": 0, "ask_caption": True}))
+        checks.check(micro.run_config(stage, data=data))
+    checks.check(micro.run_config("align", data={"turns": 0, "ask_caption": True}))

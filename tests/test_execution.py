@@ -14,7 +14,7 @@ from hovle_jax.config import ExecutionConfig, MeshConfig
 from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
 from hovle_jax.data.text import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
-from hovle_jax.training.loop import accumulation
+from hovle_jax.training.checks import accumulation
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models

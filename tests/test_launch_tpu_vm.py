@@ -192,6 +192,7 @@ RESUME = {
     "alive": (["ACTIVE"], ["a: running", "b: running"], ["status"]),
     "finished": (["ACTIVE"], ["a: finished", "b: finished"], ["status"]),
     "one worker came back": (["ACTIVE"], ["a: running", "b: not running"], AGAIN),
+    "told to end": (["ACTIVE"], ["a: stopped", "b: stopped"], AGAIN),
     "failed run": (["ACTIVE"], ["a: failed with code 1", "b: failed with code 1"], AGAIN),
     "one worker is new": (["ACTIVE"], ["a: running", "not set up"], NEW),
 }

@@ -10,6 +10,7 @@ import pytest
 from hovle_jax.config import ExecutionConfig
 from hovle_jax.data import pipeline
 from hovle_jax.errors import UserError
+from hovle_jax.report.goodput import read_time
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.training import loop
 from tests import micro
@@ -66,6 +67,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpu
             assert leaf.tobytes() == got[path].tobytes(), f"{folder.name}: {path}"
         assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4]
         assert [row["loss"] for row in read_metrics(folder)] == [row["loss"] for row in read_metrics(whole)]
+    # The time of the killed process' last step was for nothing.
+    assert read_time(cut)[1]["lost"] == 0 < read_time(killed)[1]["lost"]
     for name in ("config.json", "tokenizer.model", "first_batch.png"):
         assert (whole / name).stat().st_size > 0
     # Another seed in the same folder would mix two runs.

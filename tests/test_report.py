@@ -279,6 +279,9 @@ def test_batch_picture_of_each_kind_of_batch(tmp_path):
 # The page
 
 
+TIMES = {"training": "0:12:30 (93.1%)"}
+
+
 def write_page(folder, outside):
     samples = [
         page.Sample(np.full((8, 8, 3), 7, np.uint8), "<script>alert(1)</script>", "Red.", "red"),
@@ -290,7 +293,7 @@ def write_page(folder, outside):
         Image.new("RGB", (4, 4)).save(path)
     results = {"accuracy": 0.9123, "by kind": {"<i>": 0.5}}
     config = {"note": "</pre><script>"}
-    return page.write_page(folder, "a <run>", config, {"jax": "1"}, results, samples, [inside, outside])
+    return page.write_page(folder, "a <run>", config, {"jax": "1"}, results, samples, [inside, outside], times=TIMES)
 
 
 def test_page_escapes_all_text_and_refers_only_to_its_own_files(tmp_path):
@@ -310,6 +313,7 @@ def test_page_marks_right_and_wrong(tmp_path):
     text = write_page(tmp_path, tmp_path / "other.png").read_text()
     assert "1 of 2 right" in text
     assert text.count('class="right"') == text.count('class="wrong"') == 1
+    assert "Where the time went" in text and "<td>0:12:30 (93.1%)</td>" in text
     assert "0.912" in text and "by kind.&lt;i&gt;" in text
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from hovle_jax.errors import UserError
-from hovle_jax.training import loop
+from hovle_jax.training import checks, loop
 from hovle_jax.training.checkpoint import load_component
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.stages import STAGES, Models
@@ -133,8 +133,8 @@ def test_an_embedding_over_a_text_only_llm():
         model=dataclasses.replace(model, embedding=embedding, llm=llm),
         init=dataclasses.replace(config.init, pass_through=True),
     )
-    loop.check(config)
-    loop.check_tokenizer(config, micro.tokenizer())
+    checks.check(config)
+    checks.check_tokenizer(config, micro.tokenizer())
     batch, models = micro.dataset(config)[0], Models(config, config.execution)
     params = loop.load_params(models, batch, micro.one_device(), {})
     tables = params["embedding"]["text_embedding"]["embedding"], params["llm"]["token_embedding"]["embedding"]
@@ -151,7 +151,7 @@ def test_an_embedding_over_a_text_only_llm():
     few = dataclasses.replace(embedding, num_special_tokens=3)
     few = dataclasses.replace(config, model=dataclasses.replace(config.model, embedding=few))
     with pytest.raises(UserError, match="320 ids and the model knows 314; set model.embedding.num_special_tokens=9"):
-        loop.check_tokenizer(few, micro.tokenizer())
+        checks.check_tokenizer(few, micro.tokenizer())
     less = dataclasses.replace(few.model, embedding=dataclasses.replace(few.model.embedding, vocab_size=300))
     with pytest.raises(UserError, match=r"knows 303 tokens .* raise model.embedding.num_special_tokens to 11"):
         less.check()

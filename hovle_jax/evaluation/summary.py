@@ -9,7 +9,8 @@ from hovle_jax.data.bad import count_reasons, read_bad_samples
 from hovle_jax.data.text import CAPTION_REQUEST, IMAGE_MARK
 from hovle_jax.evaluation.benchmarks import evaluate
 from hovle_jax.inference.generate import answer
-from hovle_jax.report.metrics import read_metrics
+from hovle_jax.report.goodput import read_time, shares
+from hovle_jax.report.metrics import TIMES, read_metrics
 from hovle_jax.report.page import Sample, versions, write_page
 from hovle_jax.report.plots import plot_answers, plot_metrics
 from hovle_jax.training.load import load_run
@@ -32,12 +33,14 @@ def summarize(config, result):
     (folder / "results.json").write_text(json.dumps(scores, indent=2) + "\n")
     installed = versions()
     (folder / "versions.json").write_text(json.dumps(installed, indent=2) + "\n")
-    plot = plot_metrics(read_metrics(folder), folder / "metrics.png", f"{config.stage} ({config.preset})")
+    rows = [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_metrics(folder)]
+    plot = plot_metrics(rows, folder / "metrics.png", f"{config.stage} ({config.preset})")
     title = f"hovle_jax: {config.stage} ({config.preset})"
     pictures = [plot, folder / "first_batch.png"]
     if samples:
         plot_answers(samples, folder / "answers.png")
-    write_page(folder, title, config.to_dict(), installed, scores, samples, pictures, bad)
+    times = shares(read_time(folder)[1])
+    write_page(folder, title, config.to_dict(), installed, scores, samples, pictures, bad, times)
     return scores
 
 

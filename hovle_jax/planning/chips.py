@@ -104,8 +104,22 @@ def chip_of(name) -> Chip:
     Raises:
       UserError: none of these.
     """
-    text = name.strip().lower()
-    key = next((key for pattern, key in _KINDS if re.search(pattern, text)), text)
-    if key not in CHIPS:
+    chip = _find(name)
+    if chip is None:
         raise UserError(f"no published peaks are known of {name!r}; known are {', '.join(CHIPS)}")
-    return CHIPS[key]
+    return chip
+
+
+def total_bf16_flops(names):
+    """The bf16 peaks of several devices together, FLOPs a second; None where that of one is not published, as a CPU's.
+
+    Args:
+      names: of each device, as for `chip_of`.
+    """
+    chips = [_find(name) for name in names]
+    return None if None in chips else sum(chip.bf16_flops for chip in chips)
+
+
+def _find(name):
+    text = name.strip().lower()
+    return CHIPS.get(next((key for pattern, key in _KINDS if re.search(pattern, text)), text))

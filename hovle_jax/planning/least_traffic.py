@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +10,7 @@ from hovle_jax.model.parallel import FSDP, as_axes
 from hovle_jax.training.layout import without_box
 from hovle_jax.training.sharding import is_boxed, spec_of
 from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import boxed_params
+from hovle_jax.training.state import boxed_params, unboxed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ def least_traffic(models: Models, batch, mesh):
     for keys, leaf in _read(models, batch):
         spec, _ = spec_of(leaf, mesh, models.execution.zero)
         sharding = jax.sharding.NamedSharding(mesh, spec)
-        part = math.prod(sharding.shard_shape(nn.meta.unbox(leaf).shape)) * width
+        part = math.prod(sharding.shard_shape(unboxed(leaf).shape)) * width
         trained = stage.trains(keys, models.config.model)
         if any(FSDP in as_axes(axes) for axes in spec):
             n = mesh.shape[FSDP]
@@ -56,7 +55,7 @@ def least_traffic(models: Models, batch, mesh):
 def parameter_counts(models: Models, batch):
     """-> (how many parameters a step reads, how many it trains)."""
     trains = STAGES[models.config.stage].trains
-    sizes = [(math.prod(nn.meta.unbox(leaf).shape), keys) for keys, leaf in _read(models, batch)]
+    sizes = [(math.prod(unboxed(leaf).shape), keys) for keys, leaf in _read(models, batch)]
     return sum(size for size, _ in sizes), sum(size for size, keys in sizes if trains(keys, models.config.model))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from hovle_jax.config import RunConfig
 from hovle_jax.data.batch import empty_row
 from hovle_jax.errors import UserError
-from hovle_jax.training import loop
+from hovle_jax.training.checks import accumulation, check
+from hovle_jax.training.loop import resolve_execution
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import batch_sharding, cache_shardings, check_batch_shape, on_mesh
 from hovle_jax.training.stages import Models
@@ -27,9 +28,9 @@ def lower(config: RunConfig, mesh, program="train", new_tokens=512):
     Returns:
       (jax.stages.Lowered, Models).
     Raises:
-      UserError: see `loop.check`; also where the mesh and the batch do not fit.
+      UserError: see `checks.check`; also where the mesh and the batch do not fit.
     """
-    loop.check(config)
+    check(config)
     models, batch = models_for(config, mesh, program), batch_shapes(config, mesh)
     with on_mesh(mesh, models.execution.zero):
         params = abstract_params(models, batch, mesh)
@@ -43,8 +44,8 @@ def lower(config: RunConfig, mesh, program="train", new_tokens=512):
 def models_for(config: RunConfig, mesh, program="train"):
     """The models as the program runs them. Raises UserError where mesh and batch do not fit together."""
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
-    parts = loop.accumulation(config, mesh) if program == "train" else 1
-    return Models(config, loop.resolve_execution(config.execution, mesh.devices.flat[0].platform, parts))
+    parts = accumulation(config, mesh) if program == "train" else 1
+    return Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform, parts))
 
 
 def batch_shapes(config: RunConfig, mesh):

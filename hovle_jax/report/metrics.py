@@ -9,6 +9,7 @@ from hovle_jax.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TIMES = "seconds/"  # where the time went until the end of a process (`report.goodput`), one number for each activity
 
 
 class MetricsWriter:

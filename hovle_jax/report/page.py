@@ -90,7 +90,7 @@ def versions():
     }
 
 
-def write_page(folder, title, config, versions, results, samples, pictures, bad=()):
+def write_page(folder, title, config, versions, results, samples, pictures, bad=(), times=None):
     """Writes `folder/report.html`.
 
     Args:
@@ -102,6 +102,7 @@ def write_page(folder, title, config, versions, results, samples, pictures, bad=
       samples: [Sample], in the order to show.
       pictures: PNG paths, in the order to show; one inside `folder` is referred to, another is put into the page.
       bad: `data.bad.BadEvent`s of samples that could not be used.
+      times: {activity: text}, where the time went.
 
     Returns:
       the page's path.
@@ -116,6 +117,7 @@ def write_page(folder, title, config, versions, results, samples, pictures, bad=
         _section("Pictures", "".join(_figure(path, folder) for path in pictures)) if pictures else "",
         _section(_samples_heading(samples), _samples(samples)) if samples else "",
         _section("Samples that could not be used", _bad_samples(bad)) if bad else "",
+        _section("Where the time went", _table(times, "times")) if times else "",
         _section("Config", _config(config)),
         _section("Versions and machine", _table(versions, "versions")),
     ]

@@ -11,6 +11,8 @@ UNITS = {
     "step_seconds": "s",
     "seconds_per_step": "s",
     "mfu": "fraction of peak",
+    "model_flops_per_second": "FLOP/s",
+    "goodput": "fraction of time",
     "accuracy": "fraction right",
 }
 SMOOTH_FROM = 20  # points; fewer are drawn as they are, with markers

@@ -38,12 +38,13 @@ class Progress:
         """Prints `line(step, values)`."""
         self._print(self.line(step, values))
 
-    def line(self, step, values):
+    def line(self, step, values, rates=None):
         """One aligned line.
 
         Args:
           step: steps done, counted from the start of the run.
           values: {name: number}, shown in this order.
+          rates: {name: number or None}, as `format_rates` reads them.
         """
         width = len(str(self.total_steps))
         percent = 100 * step // max(1, self.total_steps)
@@ -53,6 +54,7 @@ class Progress:
         if self.tokens_per_step:
             speed = format_count(self.tokens_per_step / seconds) if seconds else "-"
             columns.append(f"{self._pad('tok/s', speed)} tok/s")
+        columns += [self._pad(name, text) for name, text in format_rates(rates or {}).items()]
         left = format_duration(seconds * max(0, self.total_steps - step)) if seconds else "-:--"
         columns.append(f"{self._pad('left', left)} left")
         return "  ".join(columns)
@@ -80,12 +82,28 @@ def format_number(value):
     return f"{value:.1f}" if 1e3 <= size < 1e5 else f"{value:.1e}"
 
 
-def format_count(value):
+def format_count(value, space=""):
     """11800 -> 11.8k."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:.1f}{suffix}"
-    return f"{value:.0f}"
+            return f"{value / size:.1f}{space}{suffix}"
+    return f"{value:.0f}{space}"
+
+
+def format_rates(rates):
+    """{'mfu', 'model_flops_per_second', 'goodput': number} -> {name: '41.2% MFU', '38.2 GFLOP/s', '93.1% goodput'}.
+
+    Any may be missing, or None for not known yet. FLOPs a second are shown only where there is no MFU.
+    """
+    percent = lambda value: f"{100 * value:.1f}% "
+    formats = {"mfu": (percent, "MFU"), "goodput": (percent, "goodput")}
+    if "mfu" not in rates:
+        formats = {"model_flops_per_second": (lambda value: format_count(value, " "), "FLOP/s")} | formats
+    return {
+        name: ("- " if rates[name] is None else as_text(rates[name])) + unit
+        for name, (as_text, unit) in formats.items()
+        if name in rates
+    }
 
 
 def format_duration(seconds):

@@ -149,6 +149,10 @@ class RunCheckpoints:
         if step != self.latest:
             self._manager.save(step, args=ocp.args.StandardSave(_changing(state)), force=force)
 
+    def wait(self):
+        """Until all that was saved is written."""
+        self._manager.wait_until_finished()
+
     def restore(self, state):
         """The newest checkpoint, with the frozen parameters of `state`; arrays take the shardings of `state`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _changing(state))

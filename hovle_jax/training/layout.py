@@ -1,13 +1,12 @@
 """What lies where on the mesh, as a table for people: every parameter, gradient, moment and field of the batch."""
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from hovle_jax.model.parallel import GRADIENTS, MOMENTS
 from hovle_jax.training.sharding import batch_sharding, is_boxed, rules, spec_of
 from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import boxed_params
+from hovle_jax.training.state import boxed_params, unboxed
 
 FILE_NAME = "layout.txt"
 
@@ -25,7 +24,7 @@ def describe(models: Models, batch, mesh):
     ]
     warnings, rows = [], [("array", "shape", "parameter", "gradient", "moments", "a device's part")]
     for path, leaf in jax.tree_util.tree_leaves_with_path(boxed_params(models, batch), is_leaf=is_boxed):
-        name, shape = jax.tree_util.keystr(without_box(path), simple=True, separator="/"), nn.meta.unbox(leaf).shape
+        name, shape = jax.tree_util.keystr(without_box(path), simple=True, separator="/"), unboxed(leaf).shape
         trained = stage.trains(tuple(key.key for key in without_box(path)), models.config.model)
         (spec, refused), *others = (spec_of(leaf, mesh, zero, suffix) for suffix in ("", GRADIENTS, MOMENTS))
         others = [_spec(other) if trained else "frozen" for other, _ in others]

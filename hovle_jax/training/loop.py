@@ -1,10 +1,8 @@
 """The loop: start or resume, step, log, save, stop. Reads from top to bottom as a run goes."""
 
 import dataclasses
-import hashlib
 import itertools
 import logging
-import math
 import pathlib
 
 import jax
@@ -13,19 +11,16 @@ import numpy as np
 from hovle_jax.config import ExecutionConfig, HoVLEConfig, RunConfig
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad import BadSamples, merge_bad_samples
-from hovle_jax.data.batch import WEIGHTINGS
 from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.model.attention import IMPLEMENTATIONS
-from hovle_jax.model.transformer import REMAT_POLICIES
-from hovle_jax.report.metrics import MetricsWriter, NoMetrics
 from hovle_jax.report.pictures import batch_picture
-from hovle_jax.report.progress import Progress
-from hovle_jax.training import checkpoint, distributed
+from hovle_jax.training import checkpoint, distributed, layout, profiling
+from hovle_jax.training.checks import accumulation, check, check_same_data_everywhere, check_tokenizer
+from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate, make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import abstract_params, init_component, make_state
+from hovle_jax.training.state import abstract_params, init_component, make_state, wholly_frozen
 from hovle_jax.training.step import average, eval_step, train_step
 
 HELD_OUT_BATCHES = 4
@@ -53,87 +48,6 @@ def resolve_execution(execution: ExecutionConfig, platform, accumulate=1):
     return dataclasses.replace(execution, accumulate=accumulate, **meant)
 
 
-def check(config: RunConfig):
-    """Everything that can be known to be wrong before a device is touched."""
-    if config.stage not in STAGES:
-        raise UserError(f"stage={config.stage!r} is not one of {', '.join(STAGES)}")
-    config.model.check()
-    if config.data.split != "train":
-        raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
-    check_conversations(config)
-    check_data(config)
-    if config.stage == "distill":
-        config.teacher.check(config.model.llm.stack.width)
-    if config.stage != "contrast" and config.data.sequence_length > config.model.llm.max_length:
-        raise UserError(
-            f"data.sequence_length={config.data.sequence_length} exceeds the LLM's "
-            f"{config.model.llm.max_length} positions (model.llm.max_length)"
-        )
-    check_execution(config.execution)
-    for name in ("steps", "log_every", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
-
-
-def check_conversations(config: RunConfig):
-    """Raises UserError where the questions and captions asked for leave nothing to be learned, or cannot be drawn."""
-    data = config.data
-    if not 0 <= data.negated_share <= 1:
-        raise UserError(f"data.negated_share={data.negated_share} is a share of questions; set it between 0 and 1")
-    if data.turns < (0 if config.stage == "align" and data.ask_caption else 1):
-        raise UserError(
-            f"data.turns={data.turns} leaves nothing to be learned in {config.stage}; "
-            "set it to at least 1 (align can do without questions where data.ask_caption is set)"
-        )
-
-
-def check_data(config: RunConfig):
-    """Raises UserError for values of the data config that mean nothing."""
-    data = config.data
-    if data.loss_weights not in WEIGHTINGS:
-        raise UserError(f"data.loss_weights={data.loss_weights!r} is not one of {', '.join(WEIGHTINGS)}")
-    if not 1 <= data.min_tiles <= data.max_tiles:
-        raise UserError(
-            f"data.min_tiles={data.min_tiles} and data.max_tiles={data.max_tiles}: a grid has from 1 to max_tiles tiles"
-        )
-    if config.workers < 0:
-        raise UserError(f"workers={config.workers} is a number of processes; 0 uses threads")
-    if not 0 <= config.bad_ceiling <= 1:
-        raise UserError(f"bad_ceiling={config.bad_ceiling} is a share of samples; set it between 0 and 1")
-
-
-def check_execution(execution: ExecutionConfig):
-    choices = {"dtype": ("auto", "float32", "bfloat16"), "attention": IMPLEMENTATIONS, "remat": tuple(REMAT_POLICIES)}
-    for name, allowed in choices.items():
-        if getattr(execution, name) not in allowed:
-            raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
-    if not 0 <= execution.zero <= 3:
-        raise UserError(f"execution.zero={execution.zero} is a level of ZeRO: set it from 0 to 3")
-    if execution.vocab_chunk < 0:
-        raise UserError(f"execution.vocab_chunk={execution.vocab_chunk} is a number of columns; 0 takes all at once")
-
-
-def accumulation(config: RunConfig, mesh):
-    """In how many parts a step reads its batch. Raises UserError where it cannot be read in so many."""
-    parts, rows = config.execution.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
-    in_parts = bool(STAGES[config.stage].weights)
-    if parts == -1:
-        parts = max(1, config.data.batch_size // rows) if in_parts else 1
-    if parts < 1:
-        raise UserError(f"execution.accumulate={parts} is a number of parts; 1 reads the batch at once")
-    if parts > 1 and not in_parts:
-        raise UserError(
-            f"execution.accumulate={parts}: the {config.stage} loss compares all rows of the batch with each other; "
-            "set it to 1, with a smaller data.batch_size or more devices"
-        )
-    if config.data.batch_size % (parts * rows):
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} must divide into execution.accumulate={parts} parts for {rows} "
-            f"devices (data x fsdp): use {-(-config.data.batch_size // (parts * rows)) * parts * rows}"
-        )
-    return parts
-
-
 def get_tokenizer(config: RunConfig, folders, sources, corpus):
     """The tokenizer of one of these folders (the run's own, its sources'), the configured one, or one trained here."""
     place = next((place for place in (*folders, *sources) if has_tokenizer(place)), config.tokenizer.path)
@@ -147,23 +61,16 @@ def get_tokenizer(config: RunConfig, folders, sources, corpus):
     return tokenizer.with_image_tokens() if "embedding" in STAGES[config.stage].components else tokenizer
 
 
-def check_tokenizer(config: RunConfig, tokenizer):
-    """Raises UserError where it has ids that the model does not know."""
-    components = STAGES[config.stage].components
-    known = config.clip.text.vocab_size if "clip" in components else config.model.llm.vocab_size
-    remedy = "take the tokenizer of the same model"
-    if "embedding" in components:
-        known = config.model.num_tokens
-        more = tokenizer.vocab_size - config.model.embedding.vocab_size
-        remedy = f"set model.embedding.num_special_tokens={more}, or take the tokenizer of the same model"
-    if tokenizer.vocab_size > known:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids and the model knows {known}; {remedy}")
+def load_params(models: Models, batch, mesh, sources, only=None):
+    """Every parameter of the stage: from the runs in `sources` {component: folder}, else fresh.
 
-
-def load_params(models: Models, batch, mesh, sources):
-    """Every parameter of the stage: from the runs in `sources` {component: folder}, else fresh."""
+    Args:
+      only: names of components; None = all.
+    """
     params = {}
     for component, abstract in abstract_params(models, batch, mesh).items():
+        if only is not None and component not in only:
+            continue
         if component not in sources:
             params[component] = init_component(models, component, batch, abstract)
         elif component == "teacher" and models.config.teacher.kind == "clip":
@@ -216,12 +123,13 @@ def add_nothing(stack):
         )
 
 
-def run(config: RunConfig, folder, sources, say=print):
+def run(config: RunConfig, folder, sources, say=print, profile=None):
     """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
     Args:
       folder: the run's own.
       sources: {component: folder of the run that it comes from}.
+      profile: a range of steps to trace, or None.
     Returns:
       Result.
     Raises:
@@ -232,6 +140,7 @@ def run(config: RunConfig, folder, sources, say=print):
     folder = checkpoint.open_run_folder(folder)
     checkpoint.check_same_config(folder, config)
     say = say if distributed.is_leader() else lambda line: None
+    monitor = Monitor(config, folder, profile, say)
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
     parts = accumulation(config, mesh)
@@ -256,74 +165,79 @@ def run(config: RunConfig, folder, sources, say=print):
     # 3. State.
     models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform, parts))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    with (
-        on_mesh(mesh, config.execution.zero),
-        checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints) as saved,
-    ):
+    saving = checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints)
+    with on_mesh(mesh, models.execution.zero), saving as saved:
+        profiling.check_steps(profile, saved.latest or 0, config.last_step)
         if distributed.is_leader():
             bad.start(saved.latest or 0, dataset.found.bad, dataset.found.samples)
         distributed.wait("the folder is a run")
         shapes = shapes_of_whole(first, config.data.batch_size)
         state = make_state(models, load_params(models, shapes, mesh, sources), shapes, optimizer)
         say(describe(config, state, shapes))
+        note_layout(folder, models, shapes, mesh)
         if dataset.found.summary:
             say(f"{config.stage}: {dataset.found.summary}")
         if saved.latest is not None:
             state = saved.restore(state)
             say(f"{config.stage}: resuming at step {saved.latest}")
-        return _train(config, folder, state, models, optimizer, dataset, held_out, bad, mesh, saved, say)
+
+        def save_model(state):
+            # What was frozen whole may be narrowed: it is handed on as it came.
+            frozen = load_params(models, shapes, mesh, sources, only=wholly_frozen(state.trained, state.frozen))
+            checkpoint.save_run_model(folder, state.params | frozen, config)
+
+        results = _train(config, state, models, optimizer, dataset, held_out, bad, mesh, saved, monitor, save_model)
+    distributed.wait("the last bad sample is listed")
+    if distributed.is_leader():
+        merge_bad_samples(folder)
+    return Result(folder, *results)
 
 
-def _train(config, folder, state, models, optimizer, dataset, held_out, bad, mesh, saved, say):
+def _train(config, state, models, optimizer, dataset, held_out, bad, mesh, saved, monitor, save_model):
+    """-> (step, whether the run is finished, held-out metrics)."""
     first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
-    last_step = min(config.stop_at_step or config.steps, config.steps)
     held_out = [put_batch(batch, mesh) for batch in held_out]
+    tokens = tokens_per_step(dataset[0]) * config.data.batch_size // dataset.size
     results = {}
 
     def evaluate(step):
         if held_out:
-            metrics = [eval_step(state.params, batch, stage=config.stage, models=models) for batch in held_out]
-            results[step] = average(metrics)
-            writer.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
+            with monitor.besides("evaluation"):
+                metrics = [eval_step(state.params, batch, stage=config.stage, models=models) for batch in held_out]
+                results[step] = average(metrics)
+            monitor.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
 
-    with MetricsWriter(folder, resume_step=first_step) if distributed.is_leader() else NoMetrics() as writer:
+    with monitor.following(first_step, tokens, mesh.devices.flat):
         batches = dataset.iterate(first_step, config.workers, nobody_has=distributed.everyone_says)
-        batches = on_devices(itertools.islice(batches, last_step - first_step), mesh)
-        tokens = tokens_per_step(dataset[0]) * config.data.batch_size // dataset.size
-        progress = Progress(config.stage, config.steps, first_step, tokens, print=say)
-        waiting = []
+        batches = on_devices(itertools.islice(batches, config.last_step - first_step), mesh)
         if first_step == 0:
             evaluate(0)
-        for step, (batch, events, drawn) in enumerate(batches, first_step):
+        for step, (batch, events, drawn) in enumerate(monitor.waits(batches), first_step):
             bad.add(events, drawn)
-            state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
-            waiting.append(metrics)
-            if step == first_step:
-                jax.block_until_ready(metrics)
-                progress.started()
+            with monitor.step(step) as note:
+                state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
+                note(metrics)
             done = step + 1
-            stops = done == last_step or distributed.told_to_end()
+            stops = done == config.last_step or distributed.told_to_end()
             if done % config.log_every == 0 or stops:
-                # Reads values that are done or nearly so; between these points the host runs ahead of the device.
-                values = mean_metrics(waiting, done, folder) | {"learning_rate": float(schedule(step))}
-                waiting = []
-                writer.write(done, values)
-                say(progress.line(done, values))
+                monitor.line(done, learning_rate=float(schedule(step)))
             if config.eval_every and done % config.eval_every == 0 and not stops:
                 evaluate(done)
             if done % config.checkpoint_every == 0 or stops:
-                saved.save(done, state, force=stops)
+                with monitor.besides("checkpoints"):
+                    saved.save(done, state, force=stops)
             if stops:
                 break
-        finished = int(state.step) >= config.steps
+        done = int(state.step)
+        finished = done >= config.steps
         if finished and config.steps not in results:
             evaluate(config.steps)
-    if finished:
-        checkpoint.save_run_model(folder, state.params, config)
-    distributed.wait("the last bad sample is listed")
-    if distributed.is_leader():
-        merge_bad_samples(folder)
-    return Result(folder, int(state.step), finished, results)
+        with monitor.besides("checkpoints"):
+            saved.wait()
+            if finished:
+                save_model(state)
+        monitor.ended(done)
+    return done, finished, results
 
 
 def on_devices(batches, mesh):
@@ -336,19 +250,6 @@ def on_devices(batches, mesh):
         waiting = placed
     if waiting:
         yield waiting
-
-
-def mean_metrics(waiting, step, folder):
-    """Averages since the last line. Raises UserError when a loss is not finite: nothing after it is worth keeping."""
-    values = jax.device_get(waiting)
-    for back, metrics in enumerate(reversed(values)):
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(
-                f"the loss is {metrics['loss']} at step {step - back} (the newest checkpoint in {folder} is older); "
-                "lower optimizer.learning_rate or optimizer.clip_norm and start in another --workdir"
-            )
-    names = sorted(values[0], key=lambda name: name != "loss")
-    return {name: float(np.mean([m[name] for m in values])) for name in names}
 
 
 def held_out_batches(config, tokenizer, numbers=None, say=print):
@@ -374,13 +275,6 @@ def held_out_corpus(config, say=print):
     return None
 
 
-def check_same_data_everywhere(found, tokenizer):
-    """Raises UserError where a host has planned other rows, or reads text otherwise."""
-    pieces = hashlib.sha256(repr(tokenizer.pieces(range(tokenizer.vocab_size))).encode()).hexdigest()[:12]
-    seen = f"data {found.digest or 'in memory'} of {found.samples:,} samples, tokenizer {pieces}"
-    distributed.check_same("what they read", seen, "give all hosts the same files")
-
-
 def tokens_per_step(batch):
     """Real tokens of a batch; for a contrastive one, its pairs' caption tokens."""
     return int(np.sum(batch["segment_ids"] > 0)) if "segment_ids" in batch else batch["tokens"].size
@@ -393,6 +287,16 @@ def count(tree):
 def shapes_of_whole(rows, batch_size):
     """The shapes of a global batch, from some of its rows."""
     return {name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for name, array in rows.items()}
+
+
+def note_layout(folder, models, batch, mesh):
+    """Writes what lies where on the mesh into the run's folder, and says which rules of the table cannot apply."""
+    if not distributed.is_leader():
+        return
+    lines, warnings = layout.describe(models, batch, mesh)
+    (folder / layout.FILE_NAME).write_text("\n".join(lines) + "\n")
+    for warning in warnings:
+        log.warning(warning)
 
 
 def describe(config, state, batch):

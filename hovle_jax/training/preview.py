@@ -15,6 +15,7 @@ from hovle_jax.report.page import versions, write_page
 from hovle_jax.report.pictures import batch_picture
 from hovle_jax.report.plots import plot_bars, plot_histograms
 from hovle_jax.training import loop
+from hovle_jax.training.checks import check_tokenizer
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import Models
@@ -30,7 +31,7 @@ def open_dataset(config: RunConfig, tokenizer_place=""):
     if tokenizer_place:
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=tokenizer_place))
     tokenizer = loop.get_tokenizer(config, [], [], corpus)
-    loop.check_tokenizer(config, tokenizer)
+    check_tokenizer(config, tokenizer)
     return pipeline.build_dataset(config, tokenizer, corpus), tokenizer
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from jax.sharding import NamedSharding
 
 from hovle_jax.model.parallel import GRADIENTS
 from hovle_jax.training.losses import divide
@@ -58,9 +57,7 @@ def constrain(tree, specs, mesh):
     """Holds arrays to PartitionSpecs; without a mesh they are where they are."""
     if mesh.empty:
         return tree
-    return jax.tree.map(
-        lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec)), tree, specs
-    )
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "models", "optimizer"), donate_argnames="state")
@@ -84,7 +81,7 @@ def train_step(state, batch, *, stage, models, optimizer):
     # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
     opt_state = constrain(opt_state, moment_specs(models, batch, mesh, opt_state), mesh)
     trained = cut(STAGES[stage].after_update(optax.apply_updates(state.trained, updates)), "")
-    metrics = named_metrics(loss, means) | {"gradient_norm": optax.global_norm(grads)}
+    metrics = named_metrics(loss, means) | {"gradient_norm": optax.tree.norm(grads)}
     return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
 
 

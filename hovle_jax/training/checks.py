@@ -1,0 +1,112 @@
+"""What is wrong with a run, said before it costs time: its config, its mesh, its tokenizer, its hosts' data."""
+
+import hashlib
+
+from hovle_jax.config import ExecutionConfig, RunConfig
+from hovle_jax.data.batch import WEIGHTINGS
+from hovle_jax.errors import UserError
+from hovle_jax.model.attention import IMPLEMENTATIONS
+from hovle_jax.model.transformer import REMAT_POLICIES
+from hovle_jax.training import distributed
+from hovle_jax.training.stages import STAGES
+
+
+def check(config: RunConfig):
+    """Everything that can be known to be wrong before a device is touched."""
+    if config.stage not in STAGES:
+        raise UserError(f"stage={config.stage!r} is not one of {', '.join(STAGES)}")
+    config.model.check()
+    if config.data.split != "train":
+        raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
+    check_conversations(config)
+    check_data(config)
+    if config.stage == "distill":
+        config.teacher.check(config.model.llm.stack.width)
+    if config.stage != "contrast" and config.data.sequence_length > config.model.llm.max_length:
+        raise UserError(
+            f"data.sequence_length={config.data.sequence_length} exceeds the LLM's "
+            f"{config.model.llm.max_length} positions (model.llm.max_length)"
+        )
+    check_execution(config.execution)
+    for name in ("steps", "log_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+
+
+def check_conversations(config: RunConfig):
+    """Raises UserError where the questions and captions asked for leave nothing to be learned, or cannot be drawn."""
+    data = config.data
+    if not 0 <= data.negated_share <= 1:
+        raise UserError(f"data.negated_share={data.negated_share} is a share of questions; set it between 0 and 1")
+    if data.turns < (0 if config.stage == "align" and data.ask_caption else 1):
+        raise UserError(
+            f"data.turns={data.turns} leaves nothing to be learned in {config.stage}; "
+            "set it to at least 1 (align can do without questions where data.ask_caption is set)"
+        )
+
+
+def check_data(config: RunConfig):
+    """Raises UserError for values of the data config that mean nothing."""
+    data = config.data
+    if data.loss_weights not in WEIGHTINGS:
+        raise UserError(f"data.loss_weights={data.loss_weights!r} is not one of {', '.join(WEIGHTINGS)}")
+    if not 1 <= data.min_tiles <= data.max_tiles:
+        raise UserError(
+            f"data.min_tiles={data.min_tiles} and data.max_tiles={data.max_tiles}: a grid has from 1 to max_tiles tiles"
+        )
+    if config.workers < 0:
+        raise UserError(f"workers={config.workers} is a number of processes; 0 uses threads")
+    if not 0 <= config.bad_ceiling <= 1:
+        raise UserError(f"bad_ceiling={config.bad_ceiling} is a share of samples; set it between 0 and 1")
+
+
+def check_execution(execution: ExecutionConfig):
+    choices = {"dtype": ("auto", "float32", "bfloat16"), "attention": IMPLEMENTATIONS, "remat": tuple(REMAT_POLICIES)}
+    for name, allowed in choices.items():
+        if getattr(execution, name) not in allowed:
+            raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
+    if not 0 <= execution.zero <= 3:
+        raise UserError(f"execution.zero={execution.zero} is a level of ZeRO: set it from 0 to 3")
+    if execution.vocab_chunk < 0:
+        raise UserError(f"execution.vocab_chunk={execution.vocab_chunk} is a number of columns; 0 takes all at once")
+
+
+def accumulation(config: RunConfig, mesh):
+    """In how many parts a step reads its batch. Raises UserError where it cannot be read in so many."""
+    parts, rows = config.execution.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    in_parts = bool(STAGES[config.stage].weights)
+    if parts == -1:
+        parts = max(1, config.data.batch_size // rows) if in_parts else 1
+    if parts < 1:
+        raise UserError(f"execution.accumulate={parts} is a number of parts; 1 reads the batch at once")
+    if parts > 1 and not in_parts:
+        raise UserError(
+            f"execution.accumulate={parts}: the {config.stage} loss compares all rows of the batch with each other; "
+            "set it to 1, with a smaller data.batch_size or more devices"
+        )
+    if config.data.batch_size % (parts * rows):
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} must divide into execution.accumulate={parts} parts for {rows} "
+            f"devices (data x fsdp): use {-(-config.data.batch_size // (parts * rows)) * parts * rows}"
+        )
+    return parts
+
+
+def check_tokenizer(config: RunConfig, tokenizer):
+    """Raises UserError where it has ids that the model does not know."""
+    components = STAGES[config.stage].components
+    known = config.clip.text.vocab_size if "clip" in components else config.model.llm.vocab_size
+    remedy = "take the tokenizer of the same model"
+    if "embedding" in components:
+        known = config.model.num_tokens
+        more = tokenizer.vocab_size - config.model.embedding.vocab_size
+        remedy = f"set model.embedding.num_special_tokens={more}, or take the tokenizer of the same model"
+    if tokenizer.vocab_size > known:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids and the model knows {known}; {remedy}")
+
+
+def check_same_data_everywhere(found, tokenizer):
+    """Raises UserError where a host has planned other rows, or reads text otherwise."""
+    pieces = hashlib.sha256(repr(tokenizer.pieces(range(tokenizer.vocab_size))).encode()).hexdigest()[:12]
+    seen = f"data {found.digest or 'in memory'} of {found.samples:,} samples, tokenizer {pieces}"
+    distributed.check_same("what they read", seen, "give all hosts the same files")

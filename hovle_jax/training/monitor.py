@@ -1,0 +1,134 @@
+"""What a run tells while it goes: its line and metrics, its model FLOP/s, where its time goes, a trace on request."""
+
+import contextlib
+import math
+
+import jax
+import numpy as np
+
+from hovle_jax.errors import UserError
+from hovle_jax.planning.chips import total_bf16_flops
+from hovle_jax.planning.step_flops import step_flops
+from hovle_jax.report import goodput
+from hovle_jax.report.metrics import TIMES, MetricsWriter, NoMetrics
+from hovle_jax.report.progress import Progress
+from hovle_jax.report.speed import Speed
+from hovle_jax.training import distributed
+from hovle_jax.training.profiling import Profile
+
+
+class Monitor:
+    """Follows one run of a stage in one process; its time begins here.
+
+    All hosts do the same, and the first one speaks and writes.
+
+    Attributes:
+      config: RunConfig.
+      folder: the run's own.
+      profile: the steps to trace, a range, or None.
+      say: takes a line.
+    """
+
+    def __init__(self, config, folder, profile=None, say=print):
+        self.config, self.folder, self.say = config, folder, say
+        self._steps_to_trace = profile
+        self._sheet = goodput.TimeSheet()
+        self._waiting = []  # metrics of the steps since the last line, on the devices
+
+    @contextlib.contextmanager
+    def following(self, first_step, tokens_per_step, devices):
+        """The steps of this process are made within.
+
+        Args:
+          first_step: steps that were done before.
+          tokens_per_step: of a global batch.
+          devices: all that the steps run on.
+        """
+        config, leads = self.config, distributed.is_leader()
+        self._first_step = first_step
+        self._sheet.add(goodput.earlier_time(self.folder, first_step))
+        self._progress = Progress(config.stage, config.steps, first_step, tokens_per_step, print=self.say)
+        self._speed = Speed(step_flops(config).model, total_bf16_flops(device.device_kind for device in devices))
+        with contextlib.ExitStack() as stack:
+            self._writer = stack.enter_context(MetricsWriter(self.folder, first_step) if leads else NoMetrics())
+            self._watch = stack.enter_context(goodput.StepWatch(self._sheet.clock))
+            profile = Profile(self._steps_to_trace, self.folder, self.besides, self._say_of_stage)
+            self._profile = stack.enter_context(profile)
+            yield
+
+    def waits(self, batches):
+        """The batches, with the time that the devices wait for them put down to the data."""
+        batches = iter(batches)
+        while True:
+            asked = self._sheet.clock()
+            batch = next(batches, None)
+            waited = goodput.wait_time(asked, self._sheet.clock(), self._watch.idle_since())
+            self._sheet.move(waited, "data")
+            if batch is None:
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def step(self, step):
+        """A step is dispatched within; gives the function that takes its metrics."""
+        self._profile.before(step)
+        first = step == self._first_step
+        if first:
+            self._sheet.enter("compile")
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield self._waiting.append
+        metrics = self._waiting[-1]
+        self._watch.dispatched(metrics["loss"])
+        self._profile.after(step)
+        if first:
+            jax.block_until_ready(metrics)
+            self._sheet.enter("training")
+            self._progress.started()
+            self._speed.measure(step + 1, self._sheet.seconds())
+
+    def line(self, done, learning_rate):
+        """Writes and says how the steps since the last line went. Raises UserError at a loss that is not finite.
+
+        Reads values that are done or nearly so; between these points the host runs ahead of the devices.
+        """
+        values = self._mean_metrics(done) | {"learning_rate": learning_rate}
+        self._waiting = []
+        seconds = self._sheet.seconds()
+        rates = self._speed.measure(done, seconds) | {"goodput": goodput.goodput(seconds)}
+        self.write(done, values | {name: rate for name, rate in rates.items() if rate is not None})
+        if distributed.is_leader():
+            goodput.write_time(self.folder, done, seconds)
+        self.say(self._progress.line(done, values, rates))
+
+    @contextlib.contextmanager
+    def besides(self, activity):
+        """Something else than steps is done within, which waits for those on their way: until then they train."""
+        jax.block_until_ready(self._waiting[-1:])
+        with self._sheet.spent(activity):
+            yield
+
+    def write(self, step, values):
+        """Adds to the metrics of a step."""
+        self._writer.write(step, values)
+
+    def ended(self, done):
+        """Says and writes where the time went until here."""
+        seconds = self._sheet.seconds()
+        self.write(done, {f"{TIMES}{activity}": value for activity, value in seconds.items()})
+        if distributed.is_leader():
+            goodput.write_time(self.folder, done, seconds)
+        self._say_of_stage(goodput.describe(seconds))
+
+    def _say_of_stage(self, text):
+        self.say(f"{self.config.stage}: {text}")
+
+    def _mean_metrics(self, done):
+        values = jax.device_get(self._waiting)
+        for back, metrics in enumerate(reversed(values)):
+            if not math.isfinite(metrics["loss"]):
+                raise UserError(
+                    f"the loss is {metrics['loss']} at step {done - back} (the newest checkpoint in {self.folder} is "
+                    "older); lower optimizer.learning_rate or optimizer.clip_norm and start in another --workdir"
+                )
+        names = sorted(values[0], key=lambda name: name != "loss")
+        return {name: float(np.mean([m[name] for m in values])) for name in names}
