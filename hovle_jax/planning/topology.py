@@ -161,6 +161,11 @@ def _nearest(generation, chips):
     return ", ".join(Topology(generation, _slices(generation)[size]).cloud_name for size in sorted(sizes))
 
 
+def has_libtpu():
+    """Whether the compiler for TPUs is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
 def devices(name, slices=1):
     """The abstract devices of `slices` slices, one after the other, to compile for.
 
@@ -168,7 +173,7 @@ def devices(name, slices=1):
       UserError: an unknown name, or libtpu is not installed.
     """
     topology = find(name)
-    if importlib.util.find_spec("libtpu") is None:
+    if not has_libtpu():
         raise UserError(
             f"compiling for {topology.cloud_name} needs libtpu, which compiles on any machine; "
             "install it by jax's own choice of version: pip install 'hovle_jax[tpu]'"

@@ -1,0 +1,188 @@
+"""Programs for TPUs that are not there: small models in this process, the paper's by the command."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hovle_jax import train
+from hovle_jax.config import MeshConfig, StackConfig
+from hovle_jax.errors import UserError
+from hovle_jax.planning import compiling, plan, topology
+from hovle_jax.planning.report import text_of
+from hovle_jax.training.sharding import make_mesh, torus
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
+STACK = StackConfig(num_layers=2, width=256, num_heads=2, num_kv_heads=1, head_dim=128, mlp_width=512)
+
+
+def small(stage, preset="hovle", rows=32, length=512, execution=None, **mesh):
+    """The paper's config with two narrow layers a stack and tiles of 112 pixels."""
+    config = train.stage_config(ROOT / "configs", stage, preset)
+    replace = dataclasses.replace
+    embedding = replace(config.model.embedding, stack=STACK, image_size=112, vocab_size=1024)
+    model = replace(config.model, embedding=embedding, llm=replace(config.model.llm, stack=STACK, vocab_size=1024))
+    vision = replace(config.teacher.vision, image_size=112, width=128, num_layers=2, num_heads=2, mlp_width=256)
+    return replace(
+        config,
+        model=model,
+        teacher=replace(config.teacher, vision=vision, projector_width=STACK.width),
+        data=replace(config.data, batch_size=rows, sequence_length=length, tiles=2),
+        mesh=replace(config.mesh, **mesh),
+        execution=replace(config.execution, vocab_chunk=256, **(execution or {})),
+    )
+
+
+@libtpu
+@pytest.mark.parametrize("stage, preset", [("distill", "hovle_hd"), ("align", "hovle"), ("instruct", "hovle")])
+def test_a_step_on_a_slice(stage, preset):
+    config = small(stage, preset)
+    report = compiling.compile_for(config, compiling.Target.of("v5e-16"))
+    assert (report.devices, report.parts, report.mesh["fsdp"]) == (16, 2, 16)
+    memory = report.memory
+    assert memory.fits and 0 < memory.arguments < memory.peak < memory.available == 16 * 2**30
+    assert report.attention["embedding"].implementation == "splash" and report.attention["embedding"].kernels == 3
+    if stage == "distill":
+        assert "64" in report.attention["teacher"].reason and set(report.attention) == {"embedding", "teacher"}
+    else:
+        assert report.attention["llm"].kernels == (3 if stage == "instruct" else 3)
+    assert report.bounds.bottleneck in ("compute", "memory", "ici") and 0 < report.bounds.mfu < 1
+    assert {"all-gather", "reduce-scatter"} <= set(report.collectives)
+    assert all(total.unknown == 0 for total in report.collectives.values())
+    text = text_of(report)
+    assert f"{stage}:{preset} train on v5e-16: 16 devices, mesh fsdp=16" in text and "MFU" in text
+    json.dumps(report.to_dict())
+
+
+@libtpu
+def test_gradients_cross_slices_alone():
+    target = compiling.Target.of("v5e-16", slices=2)
+    report = compiling.compile_for(small("instruct", rows=64), target)
+    assert report.mesh == {"data": 2, "fsdp": 16, "tensor": 1, "sequence": 1}
+    beyond = {kind for kind, total in report.collectives.items() if total.dcn_bytes}
+    assert beyond == {"all-reduce"} and report.bounds.dcn > 0
+    # What goes between slices are the parts of the gradients that each device has, not whole ones.
+    assert sum(t.dcn_bytes for t in report.collectives.values()) < 1.5 * report.least.data + 1e6
+
+
+@libtpu
+@pytest.mark.parametrize("mesh", [dict(tensor=2), dict(sequence=2), dict(tensor=2, sequence=2)])
+def test_other_axes_keep_splash_attention(mesh):
+    report = compiling.compile_for(small("instruct", length=1024, **mesh), compiling.Target.of("v5e-16"))
+    assert report.attention["llm"].kernels == 3
+
+
+@libtpu
+@pytest.mark.parametrize("remat", ["none", "dots", "offload"])
+def test_what_is_kept_for_the_backward_pass(remat):
+    run = lambda remat: compiling.compile_for(
+        small("instruct", rows=128, execution={"remat": remat, "accumulate": 1}), compiling.Target.of("v5e-16")
+    )
+    changed, full = run(remat).memory, run("full").memory
+    if remat == "offload":
+        assert changed.host > 0 == full.host
+    else:
+        assert changed.temporaries > full.temporaries
+
+
+@libtpu
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_levels_of_zero_differ_in_memory_and_collectives(zero):
+    run = lambda zero: compiling.compile_for(
+        small("instruct", execution={"zero": zero, "accumulate": 1}), compiling.Target.of("v5e-16")
+    )
+    less, more = run(zero), run(zero + 1)
+    assert less.memory.arguments > more.memory.arguments or zero == 1  # gradients are no arguments
+
+
+@libtpu
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_inference(program):
+    report = compiling.compile_for(small("instruct"), compiling.Target.of("v5e-4"), program, new_tokens=64)
+    assert report.program == program and report.bounds is None and report.memory.fits
+    assert f"instruct:hovle {program} on v5e-4" in text_of(report)
+    with pytest.raises(UserError, match="distill gives no model that answers"):
+        compiling.compile_for(small("distill"), compiling.Target.of("v5e-4"), program)
+
+
+@libtpu
+def test_a_step_that_does_not_fit_names_its_size_and_remedies():
+    config = small("instruct", rows=16 * 1024, length=2048, execution={"remat": "none", "accumulate": 1})
+    with pytest.raises(
+        compiling.TooLarge, match=r"needs [\d.]+ GB of 16\.\d GB a device. Cheapest remedies: "
+    ) as error:
+        compiling.compile_for(config, compiling.Target.of("v5e-16"))
+    remedies = str(error.value).split("Cheapest remedies: ")[1].split("; ")
+    assert len(remedies) == 3 and error.value.needed > error.value.available
+    assert any("--config.execution.accumulate=-1" in remedy for remedy in remedies)
+
+
+@libtpu
+def test_a_plan_recommends_the_fastest_that_fits():
+    said = []
+    made = plan.make(small("instruct"), compiling.Target.of("v5e-16"), said.append)
+    seconds = [choice.estimate.bounds.seconds for choice in made.choices]
+    assert seconds == sorted(seconds) and made.best.outcome == "fits" and len(said) >= 1
+    assert made.best is next(choice for choice in made.choices if choice.report)
+    assert f"recommended: {made.best.flags}" in plan.text_of(made)
+    json.dumps(made.to_dict())
+
+
+@libtpu
+def test_neighbours_on_the_torus_are_neighbours_on_the_mesh():
+    devices = topology.devices("v5e-256")
+    shuffled = [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+    assert torus(make_mesh(MeshConfig(data=1, fsdp=-1), shuffled)) == (16, 16)
+    assert torus(make_mesh(MeshConfig(data=1, fsdp=-1, tensor=4), shuffled)) == (16, 4)
+    two = make_mesh(MeshConfig(data=1, fsdp=-1), topology.devices("v5e-16", 2))
+    assert two.shape["data"] == 2 and [{d.slice_index for d in part.flat} for part in two.devices] == [{0}, {1}]
+    assert torus(two) == (4, 4)
+    with pytest.raises(UserError, match="fsdp=5, .* does not cover 16 devices of each of 2 slices"):
+        make_mesh(MeshConfig(data=1, fsdp=5), topology.devices("v5e-16", 2))
+
+
+def command(*arguments, **environment):
+    """Runs the command -> (status, stdout, stderr)."""
+    call = [sys.executable, "-m", "hovle_jax.aot", *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--config is missing"),
+        (["--config=configs/instruct.py:hovle"], "--topology is missing"),
+        (["--config=configs/instruct.py:hovle", "--topology=v5e-17"], "no slice that v5e has; the nearest are"),
+        (["--config=configs/instruct.py:hovle", "--topology=v5e-16", "--slices=0"], "--slices=0 must be at least 1"),
+        (["--config=configs/nothing.py", "--topology=v5e-16"], "no config file at"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    status, _, err = command(*arguments)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+@libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, place, least_mfu",
+    [
+        ("instruct.py:hovle", ["--topology=v5e-256"], 0.6),
+        ("distill.py:hovle_hd", ["--topology=v5p-128"], 0.4),
+    ],
+)
+def test_the_papers_steps_fit_and_are_fast(config, place, least_mfu):
+    status, out, err = command(f"--config=configs/{config}", *place, "--json", "--config.data.sequence_length=4096")
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["memory"]["fits"] and report["rows"] == 4096
+    assert all(used["kernels"] for stack, used in report["attention"].items() if stack != "teacher")
+    assert report["excess"] <= 1.15
+    assert report["bounds"]["mfu"] >= least_mfu and report["bounds"]["bottleneck"] == "compute"
