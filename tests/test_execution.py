@@ -136,7 +136,8 @@ MESHES = {
 }
 SHARDED = [
     *itertools.product(STAGES, ["pre"], ["one device", "data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,sequence=2"]),
-    *itertools.product(["instruct", "distill"], ["pre"], ["data=2,fsdp=2,tensor=2", "data=4,sequence=2"]),
+    *itertools.product(["instruct", "distill"], ["pre"], ["data=2,fsdp=2,tensor=2"]),
+    ("instruct", "pre", "data=4,sequence=2"),
     *itertools.product(["instruct"], ["post"], ["data=2,fsdp=4", "fsdp=4,sequence=2"]),
     ("distill", "post", "fsdp=4,sequence=2"),
 ]
