@@ -46,6 +46,7 @@ class Point:
       sequence: tokens of a row, of which 16 for each tile are visual.
       devices: fake ones of the CPU.
       rows: of the batch, per device.
+      compilations: how often it is compiled; the least time counts.
     """
 
     layers: int = 2
@@ -55,9 +56,10 @@ class Point:
     devices: int = 1
     width: int = 128
     rows: int = 2
+    compilations: int = 2
 
 
-BASE, QUICK_BASE = Point(), Point(sequence=64, vocabulary=320, width=32, rows=1)
+BASE, QUICK_BASE = Point(), Point(sequence=64, vocabulary=320, width=32, rows=1, compilations=1)
 AXES = {
     "layers": (2, 4, 8, 16, 32),
     "sequence": (128, 256, 512, 1024, 2048),
@@ -74,7 +76,6 @@ MEASURES = {
 }
 TILE, PATCH = 64, 8
 SEEN_STEPS, LEAST_STEPS, LEAST_SECONDS = 2, 5, 2.0
-COMPILATIONS = 2
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One point, in a process of its own
@@ -141,7 +142,7 @@ def measure(point):
     with on_mesh(mesh):
         state, batch = make_state(models, params, optimizer), put_batch(batch, mesh)
         options = dict(stage=config.stage, models=models, optimizer=optimizer)
-        step, compilation = time_compilation(lambda: train_step.lower(state, batch, **options))
+        step, compilation = time_compilation(lambda: train_step.lower(state, batch, **options), point.compilations)
         seconds = time_steps(step, state, batch)
     memory = step.memory_analysis()
     return dataclasses.asdict(point) | {
@@ -152,15 +153,15 @@ def measure(point):
     }
 
 
-def time_compilation(lower):
-    """-> (the compiled step, {measure: seconds to trace and compile it}), the least of a few times.
+def time_compilation(lower, times):
+    """-> (the compiled step, {measure: seconds to trace and compile it}), the least of so many times.
 
     The work of all threads is measured beside the time on the clock, as other processes disturb it less.
     """
     import jax
 
     seconds, work = [], []
-    for _ in range(COMPILATIONS):
+    for _ in range(times):
         jax.clear_caches()
         started, worked = time.perf_counter(), time.process_time()
         compiled = lower().compile()
