@@ -54,3 +54,22 @@ def test_memory_at_the_papers_vocabulary_is_an_eighth():
     chunked = memory(lambda x, k, t, w: chunked_cross_entropy(x, k, t, w, VOCABULARY, 4096)[0])
     whole = memory(lambda x, k, t, w: plain(x, k, t, w, VOCABULARY))
     assert chunked <= whole / 8, (chunked, whole)
+
+
+@pytest.mark.slow
+def test_numbers_at_the_papers_vocabulary_are_those_of_whole_logits():
+    """As many tokens and columns as the paper has; whole logits are made for a quarter of the tokens at a time, as
+    their gradient would need 9 GB."""
+    x, kernel, targets, weights = inputs(4, TOKENS // 4, WIDTH, VOCABULARY)
+    whole = jax.jit(jax.value_and_grad(lambda *args: plain(*args, VOCABULARY), argnums=(0, 1)))
+    quarters = [jax.device_get(whole(x[i : i + 1], kernel, targets[i : i + 1], weights[i : i + 1])) for i in range(4)]
+    losses, parts = zip(*quarters)
+    wanted = np.concatenate([dx for dx, _ in parts]), sum(dkernel for _, dkernel in parts)
+
+    def chunked(x, kernel):
+        return chunked_cross_entropy(x, kernel, targets, weights, VOCABULARY, 4096)[0]
+
+    loss, found = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(x, kernel)
+    np.testing.assert_allclose(loss, sum(losses), rtol=1e-5)
+    for gradient, of_whole in zip(found, wanted):
+        np.testing.assert_allclose(gradient, of_whole, rtol=0, atol=1e-5 * np.abs(of_whole).max())

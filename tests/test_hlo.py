@@ -129,6 +129,35 @@ frontend_attributes={{chain_id="{1}"}}
     assert [c.name for c in collectives(text)] == ["g.0", "g.2"]
 
 
+SCATTER = """\
+  {root}%s{i} = f32[{left},4]{{1,0}} reduce-scatter({operand}), channel_id=1, replica_groups={groups}, \
+dimensions={{0}}, to_apply=%add, metadata={{op_name="shard_map/reduce_scatter"}}"""
+FUSED = """
+%fused.{i} (p: f32[{rows},4]) -> f32[{left},4] {{
+  %p = f32[{rows},4]{{1,0}} parameter(0)
+{scatter}
+}}
+"""
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_reduce_scatters_on_one_channel_are_not_clones(fused):
+    """`psum_scatter` of two kernels, each along both dimensions of a torus: all four have channel 1 and one op_name."""
+    phases = [(16, 4, "{{0,1,2,3},{4,5,6,7}}"), (4, 2, "{{0,4},{1,5},{2,6},{3,7}}")]
+    lines, before = ["  %x = f32[16,4]{1,0} parameter(0)"], ""
+    for i, (rows, left, groups) in enumerate(phases * 2):
+        operand = f"%s{i - 1}" if i % 2 else "%x"
+        fields = dict(i=i, rows=rows, left=left, groups=groups)
+        before += FUSED.format(scatter=SCATTER.format(operand="%p", root="ROOT ", **fields), **fields)
+        call = f"  %s{i} = f32[{left},4]{{1,0}} fusion({operand}), kind=kCustom, calls=%fused.{i}"
+        lines.append(call if fused else SCATTER.format(operand=operand, root="", **fields))
+    found = collectives(entry(*lines, before=before * fused))
+    assert [(c.kind, c.operand_bytes, c.group_size) for c in found] == [
+        ("reduce-scatter", 256, 4),
+        ("reduce-scatter", 64, 2),
+    ] * 2
+
+
 def test_an_all_reduce_scatter_fusion_is_a_reduce_scatter():
     before = """
 %all-reduce-scatter.1 (p: f32[16,4]) -> f32[4,4] {

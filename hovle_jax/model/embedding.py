@@ -4,6 +4,7 @@ Dimension letters: B batch, L tokens (short stream), M tiles, P visual tokens of
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import EmbeddingConfig, ExecutionConfig
@@ -13,14 +14,13 @@ from hovle_jax.model.vision import normalize_tiles, patchify, pixel_shuffle, res
 
 def scatter_rows(sequence, values, positions):
     """Puts values [B, K, D] at positions [B, K] of sequence [B, L, D]; a position of L or more means nowhere."""
-    rows = jnp.arange(sequence.shape[0], dtype=jnp.int32)[:, None]
-    return sequence.at[rows, positions].set(values.astype(sequence.dtype), mode="drop")
+    set_row = lambda row, value, at: row.at[at].set(value.astype(row.dtype), mode="drop")
+    return jax.vmap(set_row)(sequence, values, positions)
 
 
 def gather_rows(sequence, positions):
     """Takes [B, K, D] from sequence [B, L, D] at positions [B, K]; nowhere (L or more) gives zeros."""
-    rows = jnp.arange(sequence.shape[0], dtype=jnp.int32)[:, None]
-    return sequence.at[rows, positions].get(mode="fill", fill_value=0)
+    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(sequence, positions)
 
 
 class PixelShuffleProjection(nn.Module):

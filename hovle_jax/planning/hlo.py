@@ -175,12 +175,13 @@ def _executions(scope, times):
 
 
 def _is_new(x, chains):
-    """Whether an instruction within a fusion is no clone of one in another fusion of the same computation."""
-    channel = x.attribute("channel_id")
-    if channel is None:
-        return True
-    key = (x.opcode, channel, x.quoted("chain_id"))
-    new = key not in chains
+    """Whether an instruction within a fusion is no clone of one in another fusion of the same computation.
+
+    Clones have a chain. A channel alone says nothing: all collectives of a `shard_map` are on channel 1.
+    """
+    chain = x.quoted("chain_id")
+    key = (x.opcode, x.attribute("channel_id"), chain)
+    new = not chain or key not in chains
     chains.add(key)
     return new
 
