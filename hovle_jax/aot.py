@@ -32,8 +32,7 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of text")
 
 
 def main():
-    if CONFIG.value is None:
-        raise UserError("--config is missing; for example --config configs/instruct.py:hovle")
+    commands.config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
     if SLICES.value < 1:
         raise UserError(f"--slices={SLICES.value} must be at least 1")

@@ -1,6 +1,7 @@
 """What the commands share: flags parsed and errors printed in one way."""
 
 import logging
+import pathlib
 import re
 import sys
 
@@ -79,6 +80,16 @@ def dispatch(actions, arguments, usage):
     if len(arguments) != 1 + count:
         raise UserError(f"{arguments[0]} takes {count} argument{'s' * (count != 1)}; usage: {usage}")
     action(*arguments[1:])
+
+
+def config_file():
+    """The path given with --config, without the preset. Raises UserError when it is missing."""
+    if not flags.FLAGS["config"].present:
+        raise UserError("--config is missing; for example --config configs/instruct.py")
+    path = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0])
+    if not path.is_file():
+        raise UserError(f"no config file at {path}; the project's own are in configs/")
+    return path
 
 
 def required(flag):

@@ -89,19 +89,9 @@ def plan(config: RunConfig, config_folder, workdir):
     return runs
 
 
-def config_file():
-    """The path given with --config, without the preset. Raises UserError when it is missing."""
-    if not flags.FLAGS["config"].present:
-        raise UserError("--config is missing; for example --config configs/instruct.py")
-    path = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0])
-    if not path.is_file():
-        raise UserError(f"no config file at {path}; the project's own are in configs/")
-    return path
-
-
 def main():
     started = time.time()
-    config_path = config_file()
+    config_path = commands.config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
 
     from hovle_jax.training import distributed, profiling

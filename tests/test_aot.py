@@ -1,6 +1,7 @@
 """Programs for TPUs that are not there: small models in this process, the paper's by the command."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -39,11 +40,17 @@ def small(stage, preset="hovle", rows=32, length=512, execution=None, **mesh):
     )
 
 
+@functools.cache
+def compiled(stage="instruct", preset="hovle", place=("v5e-16", 1), execution=(), mesh=(), **sizes):
+    """The report of a small step; `execution` and `mesh` are pairs of names and values."""
+    config = small(stage, preset, execution=dict(execution), **sizes, **dict(mesh))
+    return compiling.compile_for(config, compiling.Target.of(*place))
+
+
 @libtpu
 @pytest.mark.parametrize("stage, preset", [("distill", "hovle_hd"), ("align", "hovle"), ("instruct", "hovle")])
 def test_a_step_on_a_slice(stage, preset):
-    config = small(stage, preset)
-    report = compiling.compile_for(config, compiling.Target.of("v5e-16"))
+    report = compiled(stage, preset)
     assert (report.devices, report.parts, report.mesh["fsdp"]) == (16, 2, 16)
     memory = report.memory
     assert memory.fits and 0 < memory.arguments < memory.peak < memory.available == 16 * 2**30
@@ -51,7 +58,7 @@ def test_a_step_on_a_slice(stage, preset):
     if stage == "distill":
         assert "64" in report.attention["teacher"].reason and set(report.attention) == {"embedding", "teacher"}
     else:
-        assert report.attention["llm"].kernels == (3 if stage == "instruct" else 3)
+        assert report.attention["llm"].kernels == 3
     assert report.bounds.bottleneck in ("compute", "memory", "ici") and 0 < report.bounds.mfu < 1
     assert {"all-gather", "reduce-scatter"} <= set(report.collectives)
     assert all(total.unknown == 0 for total in report.collectives.values())
@@ -62,8 +69,7 @@ def test_a_step_on_a_slice(stage, preset):
 
 @libtpu
 def test_gradients_cross_slices_alone():
-    target = compiling.Target.of("v5e-16", slices=2)
-    report = compiling.compile_for(small("instruct", rows=64), target)
+    report = compiled(rows=64, place=("v5e-16", 2))
     assert report.mesh == {"data": 2, "fsdp": 16, "tensor": 1, "sequence": 1}
     beyond = {kind for kind, total in report.collectives.items() if total.dcn_bytes}
     assert beyond == {"all-reduce"} and report.bounds.dcn > 0
@@ -72,19 +78,15 @@ def test_gradients_cross_slices_alone():
 
 
 @libtpu
-@pytest.mark.parametrize("mesh", [dict(tensor=2), dict(sequence=2), dict(tensor=2, sequence=2)])
-def test_other_axes_keep_splash_attention(mesh):
-    report = compiling.compile_for(small("instruct", length=1024, **mesh), compiling.Target.of("v5e-16"))
-    assert report.attention["llm"].kernels == 3
+def test_other_axes_keep_splash_attention():
+    assert compiled(mesh=(("tensor", 2), ("sequence", 2))).attention["llm"].kernels == 3
 
 
 @libtpu
-@pytest.mark.parametrize("remat", ["none", "dots", "offload"])
+@pytest.mark.parametrize("remat", ["dots", "offload"])
 def test_what_is_kept_for_the_backward_pass(remat):
-    run = lambda remat: compiling.compile_for(
-        small("instruct", rows=128, execution={"remat": remat, "accumulate": 1}), compiling.Target.of("v5e-16")
-    )
-    changed, full = run(remat).memory, run("full").memory
+    memory = lambda remat: compiled(execution=(("remat", remat), ("accumulate", 1), ("zero", 3))).memory
+    changed, full = memory(remat), memory("full")
     if remat == "offload":
         assert changed.host > 0 == full.host
     else:
@@ -92,13 +94,13 @@ def test_what_is_kept_for_the_backward_pass(remat):
 
 
 @libtpu
-@pytest.mark.parametrize("zero", [0, 1, 2])
-def test_levels_of_zero_differ_in_memory_and_collectives(zero):
-    run = lambda zero: compiling.compile_for(
-        small("instruct", execution={"zero": zero, "accumulate": 1}), compiling.Target.of("v5e-16")
-    )
-    less, more = run(zero), run(zero + 1)
-    assert less.memory.arguments > more.memory.arguments or zero == 1  # gradients are no arguments
+def test_levels_of_zero_differ_in_memory_and_collectives():
+    reports = [compiled(execution=(("remat", "full"), ("accumulate", 1), ("zero", zero))) for zero in range(4)]
+    arguments = [report.memory.arguments for report in reports]
+    # 0 cuts nothing, 1 the moments, 2 the gradients too, which are no arguments, and 3 the parameters.
+    assert arguments[0] > arguments[1] == arguments[2] > arguments[3]
+    scattered = ["reduce-scatter" in report.collectives for report in reports]
+    assert scattered == [False, scattered[1], True, True]
 
 
 @libtpu

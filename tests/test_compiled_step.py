@@ -50,7 +50,7 @@ class Step:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, self.batch, self.mesh))
         params = jax.device_put(micro.params(micro.run_config("instruct", variant)), shardings)
         with on_mesh(self.mesh):
-            self.state = make_state(models, params, optimizer)
+            self.state = make_state(models, params, self.batch, optimizer)
         with context(self.mesh):
             options = dict(stage="instruct", models=models, optimizer=optimizer)
             self.compiled = train_step.lower(self.state, put_batch(self.batch, self.mesh), **options).compile()

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+import warnings
 
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
@@ -51,7 +52,9 @@ def compile_for(config: RunConfig, target: Target, program="train", new_tokens=5
     started = time.perf_counter()
     lowered, models = programs.lower(config, mesh, program, new_tokens)
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():  # what is compiled for absent devices cannot be read from jax's cache
+            warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+            compiled = lowered.compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -66,9 +69,14 @@ def compile_for(config: RunConfig, target: Target, program="train", new_tokens=5
 
 
 def _sizes(text):
-    """Bytes needed and available, from the compiler's message "Used 20.52G of 15.75G hbm"; (None, None) without."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
+    """Bytes needed and available, from the compiler's message; (None, None) without.
+
+    "Used 20.52G of 15.75G hbm", or "... HLO temporaries (107.55G) exceeds available HBM (15.75G)".
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)", text)
     if not found:
         return None, None
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return tuple(float(found.group(i)) * unit[found.group(i + 1)] for i in (1, 3))
+    needed, needed_unit, available, available_unit = [group for group in found.groups() if group is not None]
+    return float(needed) * unit[needed_unit], float(available) * unit[available_unit]

@@ -140,7 +140,7 @@ def measure(point):
         abstract_params(models, batch, mesh),
     )
     with on_mesh(mesh):
-        state, batch = make_state(models, params, optimizer), put_batch(batch, mesh)
+        state, batch = make_state(models, params, batch, optimizer), put_batch(batch, mesh)
         options = dict(stage=config.stage, models=models, optimizer=optimizer)
         step, compilation = time_compilation(lambda: train_step.lower(state, batch, **options), point.compilations)
         seconds = time_steps(step, state, batch)
