@@ -34,3 +34,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def micro_corpus(monkeypatch):
+    """Runs read the micro corpus, whatever their config says."""
+    from hovle_jax.data import pipeline
+    from tests import micro
+
+    monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())

@@ -100,7 +100,7 @@ def test_levels_of_zero_differ_in_memory_and_collectives():
     # 0 cuts nothing, 1 the moments, 2 the gradients too, which are no arguments, and 3 the parameters.
     assert arguments[0] > arguments[1] == arguments[2] > arguments[3]
     scattered = ["reduce-scatter" in report.collectives for report in reports]
-    assert scattered == [False, scattered[1], True, True]
+    assert not scattered[0] and scattered[2] and scattered[3]
 
 
 @libtpu

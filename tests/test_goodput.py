@@ -11,7 +11,6 @@ import pytest
 
 from hovle_jax import train
 from hovle_jax.config import ExecutionConfig
-from hovle_jax.data import pipeline
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
 from hovle_jax.planning.chips import CHIPS, total_bf16_flops
@@ -168,12 +167,9 @@ RUN = micro.run_config(
 )
 
 
-@pytest.fixture
-def micro_corpus(monkeypatch, quick_compilation):
-    monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())
-
-
-def test_a_run_measures_itself_and_traces_the_steps_that_it_was_asked_for(tmp_path, micro_corpus, monkeypatch):
+def test_a_run_measures_itself_and_traces_the_steps_that_it_was_asked_for(
+    tmp_path, micro_corpus, quick_compilation, monkeypatch
+):
     monkeypatch.setattr(monitor, "total_bf16_flops", lambda names: 1e6 * len(list(names)))
     said = []
     loop.run(RUN, tmp_path, {}, said.append, profile=range(2, 4))
@@ -208,7 +204,7 @@ def traced_steps(folder):
     return {int(event["args"]["step_num"]) for event in events if event.get("name") == "train" and "args" in event}
 
 
-def test_a_run_that_ends_within_the_traced_steps_ends_its_trace(tmp_path, micro_corpus, monkeypatch):
+def test_a_run_that_ends_within_the_traced_steps_ends_its_trace(tmp_path, micro_corpus, quick_compilation, monkeypatch):
     import jax
 
     calls = []

@@ -8,7 +8,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from hovle_jax.config import ExecutionConfig
-from hovle_jax.data import pipeline
 from hovle_jax.errors import UserError
 from hovle_jax.report.goodput import read_time
 from hovle_jax.report.metrics import read_metrics
@@ -16,11 +15,6 @@ from hovle_jax.training import loop
 from tests import micro
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.fixture
-def micro_corpus(monkeypatch):
-    monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())
 
 
 # The stage that compiles fastest.
