@@ -1,43 +1,22 @@
 """Programs for TPUs that are not there: small models in this process, the paper's by the command."""
 
-import dataclasses
 import functools
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from hovle_jax import train
-from hovle_jax.config import MeshConfig, StackConfig
+from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 from hovle_jax.planning import compiling, plan, topology
 from hovle_jax.planning.report import text_of
 from hovle_jax.training.sharding import make_mesh, torus
+from tests.tpu_programs import ROOT, small
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
-STACK = StackConfig(num_layers=2, width=256, num_heads=2, num_kv_heads=1, head_dim=128, mlp_width=512)
-
-
-def small(stage, preset="hovle", rows=32, length=512, execution=None, **mesh):
-    """The paper's config with two narrow layers a stack and tiles of 112 pixels."""
-    config = train.stage_config(ROOT / "configs", stage, preset)
-    replace = dataclasses.replace
-    embedding = replace(config.model.embedding, stack=STACK, image_size=112, vocab_size=1024)
-    model = replace(config.model, embedding=embedding, llm=replace(config.model.llm, stack=STACK, vocab_size=1024))
-    vision = replace(config.teacher.vision, image_size=112, width=128, num_layers=2, num_heads=2, mlp_width=256)
-    return replace(
-        config,
-        model=model,
-        teacher=replace(config.teacher, vision=vision, projector_width=STACK.width),
-        data=replace(config.data, batch_size=rows, sequence_length=length, tiles=2),
-        mesh=replace(config.mesh, **mesh),
-        execution=replace(config.execution, vocab_chunk=256, **(execution or {})),
-    )
 
 
 @functools.cache
