@@ -27,17 +27,18 @@ def total_loss(trained, frozen, batch, stage, models, totals=None):
 
 def gradients(trained, frozen, batch, stage, models):
     """-> ((loss, {name: mean}), gradients in the parameters' type), the batch read in `execution.accumulate` parts."""
-    of = jax.value_and_grad(total_loss, has_aux=True)
-    parts = models.execution.accumulate
+    of, parts = jax.value_and_grad(total_loss, has_aux=True), models.execution.accumulate
+    hold = lambda tree: held(tree, models, batch, GRADIENTS)
     if parts == 1:
-        return of(trained, frozen, batch, stage, models)
+        losses, made = of(trained, frozen, batch, stage, models)
+        return losses, hold(made)
     totals = {name: jnp.sum(batch[field]) for name, field in STAGES[stage].weights.items()}
 
     def add(carry, part):
-        return jax.tree.map(jnp.add, carry, of(trained, frozen, part, stage, models, totals)), None
+        losses, made = of(trained, frozen, part, stage, models, totals)
+        return jax.tree.map(jnp.add, carry, (losses, hold(made))), None
 
-    # Zeros that are made of the parameters lie as they do.
-    zeros = jax.tree.map(lambda leaf: leaf * 0, trained)
+    zeros = hold(jax.tree.map(jnp.zeros_like, trained))
     start = (jnp.float32(0), {name: jnp.float32(0) for name in totals}), zeros
     return jax.lax.scan(add, start, jax.tree.map(lambda leaf: split_rows(leaf, parts), batch))[0]
 
@@ -53,11 +54,18 @@ def named_metrics(loss, means):
     return {"loss": loss} | cosines
 
 
-def constrain(tree, specs, mesh):
-    """Holds arrays to PartitionSpecs; without a mesh they are where they are."""
-    if mesh.empty:
+def held(tree, models, batch, suffix=""):
+    """Trained parameters, or with a suffix of `sharding.ZERO` what belongs to them, held to their rows of the table."""
+    boxed = select(boxed_params(models, batch), traverse_util.flatten_dict(tree).__contains__)
+    return constrain(tree, lambda mesh: specs_of(boxed, mesh, models.execution.zero, suffix))
+
+
+def constrain(tree, specs):
+    """Arrays held to the PartitionSpecs that a function of the mesh gives; on one device they are where they are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         return tree
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs(mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "models", "optimizer"), donate_argnames="state")
@@ -72,15 +80,11 @@ def train_step(state, batch, *, stage, models, optimizer):
     Returns:
       (new state, metrics: scalars on the device).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    boxed = select(boxed_params(models, batch), traverse_util.flatten_dict(state.trained).__contains__)
-    cut = lambda tree, suffix: constrain(tree, specs_of(boxed, mesh, models.execution.zero, suffix), mesh)
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, models)
-    grads = cut(grads, GRADIENTS)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
     # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
-    opt_state = constrain(opt_state, moment_specs(models, batch, mesh, opt_state), mesh)
-    trained = cut(STAGES[stage].after_update(optax.apply_updates(state.trained, updates)), "")
+    opt_state = constrain(opt_state, lambda mesh: moment_specs(models, batch, mesh, opt_state))
+    trained = held(STAGES[stage].after_update(optax.apply_updates(state.trained, updates)), models, batch)
     metrics = named_metrics(loss, means) | {"gradient_norm": optax.tree.norm(grads)}
     return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
 
