@@ -69,9 +69,10 @@ def assert_same_batches(first, second):
 # A run
 
 
-def random_params(models, batch, mesh, sources):
+def random_params(models, batch, mesh, sources, only=None):
     """In place of `loop.load_params`: compiling the real initialisation takes longer than the run."""
     rng, abstract = np.random.default_rng(0), abstract_params(models, batch, mesh)
+    abstract = {component: tree for component, tree in abstract.items() if only is None or component in only}
     return jax.tree.map(lambda a: jax.device_put(rng.normal(size=a.shape).astype(a.dtype) / 10, a.sharding), abstract)
 
 

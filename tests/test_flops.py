@@ -183,8 +183,8 @@ def test_what_implementations_add():
     assert plain.model == splash.model
     stacks = 2 * flops.decoder_stack(STACK, 128).attention * ROWS
     square = 2 * flops.decoder_stack(STACK, 128).square * ROWS
-    # Forward twice and seven products instead of four in the backward pass, each over visible pairs alone.
-    assert splash.hardware - plain.hardware == pytest.approx((2 + 7 / 2) * stacks - (2 + 4 / 2) * square)
+    # Forward twice and five products instead of four in the backward pass, each over visible pairs alone.
+    assert splash.hardware - plain.hardware == pytest.approx((2 + 5 / 2) * stacks - (2 + 4 / 2) * square)
     head = flops.llm_head(config.model.llm, 128).dense * ROWS
     assert step_flops(config, logits_kept=False).hardware - plain.hardware == pytest.approx(head)
 
