@@ -139,18 +139,13 @@ def test_mistakes_are_one_line(arguments, message):
 
 @libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config, place, least_mfu",
-    [
-        ("instruct.py:hovle", ["--topology=v5e-256"], 0.6),
-        ("distill.py:hovle_hd", ["--topology=v5p-128"], 0.4),
-    ],
-)
-def test_the_papers_steps_fit_and_are_fast(config, place, least_mfu):
-    status, out, err = command(f"--config=configs/{config}", *place, "--json", "--config.data.sequence_length=4096")
+def test_the_papers_step_on_a_pod_fits_and_is_bound_by_its_products():
+    status, out, err = command(
+        "--config=configs/instruct.py:hovle", "--topology=v5e-256", "--json", "--config.data.sequence_length=4096"
+    )
     assert status == 0, err
     report = json.loads(out)
-    assert report["memory"]["fits"] and report["rows"] == 4096
-    assert all(used["kernels"] for stack, used in report["attention"].items() if stack != "teacher")
+    assert report["memory"]["fits"] and (report["rows"], report["parts"]) == (4096, 16)
+    assert all(used["kernels"] == 3 for used in report["attention"].values())
     assert report["excess"] <= 1.15
-    assert report["bounds"]["mfu"] >= least_mfu and report["bounds"]["bottleneck"] == "compute"
+    assert report["bounds"]["mfu"] >= 0.6 and report["bounds"]["bottleneck"] == "compute"
