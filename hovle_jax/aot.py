@@ -40,15 +40,15 @@ def main():
         raise UserError("--plan chooses how to train; leave out --program")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine's own devices are not asked
 
-    from hovle_jax.planning import compiling, plan
-    from hovle_jax.planning.report import text_of
+    from hovle_jax.compilation import plan, target
+    from hovle_jax.compilation.report import text_of
 
-    target = compiling.Target.of(commands.required("topology"), SLICES.value)
+    place = target.Target.of(commands.required("topology"), SLICES.value)
     if PLAN.value:
-        made = plan.make(config, target, say=lambda line: None if JSON.value else print(line, flush=True))
+        made = plan.make(config, place, say=lambda line: None if JSON.value else print(line, flush=True))
         print(json.dumps(made.to_dict(), indent=2) if JSON.value else plan.text_of(made))
         return
-    report = compiling.compile_for(config, target, PROGRAM.value, NEW_TOKENS.value)
+    report = target.compile_for(config, place, PROGRAM.value, NEW_TOKENS.value)
     print(json.dumps(report.to_dict(), indent=2) if JSON.value else text_of(report))
 
 

@@ -9,10 +9,12 @@ import sys
 import numpy as np
 import pytest
 
+from hovle_jax.compilation import plan
+from hovle_jax.compilation.report import text_of
+from hovle_jax.compilation.target import Target, TooLarge, compile_for
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
-from hovle_jax.planning import compiling, plan, topology
-from hovle_jax.planning.report import text_of
+from hovle_jax.planning import topology
 from hovle_jax.training.sharding import make_mesh, torus
 from tests.tpu_programs import ROOT, small
 
@@ -23,7 +25,7 @@ libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not ins
 def compiled(stage="instruct", preset="hovle", place=("v5e-16", 1), execution=(), mesh=(), **sizes):
     """The report of a small step; `execution` and `mesh` are pairs of names and values."""
     config = small(stage, preset, execution=dict(execution), **sizes, **dict(mesh))
-    return compiling.compile_for(config, compiling.Target.of(*place))
+    return compile_for(config, Target.of(*place))
 
 
 @libtpu
@@ -72,20 +74,18 @@ def test_inputs_of_layers_can_wait_in_the_hosts_memory():
 @libtpu
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_inference(program):
-    report = compiling.compile_for(small("instruct"), compiling.Target.of("v5e-4"), program, new_tokens=64)
+    report = compile_for(small("instruct"), Target.of("v5e-4"), program, new_tokens=64)
     assert report.program == program and report.bounds is None and report.memory.fits
     assert f"instruct:hovle {program} on v5e-4" in text_of(report)
     with pytest.raises(UserError, match="distill gives no model that answers"):
-        compiling.compile_for(small("distill"), compiling.Target.of("v5e-4"), program)
+        compile_for(small("distill"), Target.of("v5e-4"), program)
 
 
 @libtpu
 def test_a_step_that_does_not_fit_names_its_size_and_remedies():
     config = small("instruct", rows=16 * 1024, length=2048, execution={"remat": "none", "accumulate": 1})
-    with pytest.raises(
-        compiling.TooLarge, match=r"needs [\d.]+ GB of 16\.\d GB a device. Cheapest remedies: "
-    ) as error:
-        compiling.compile_for(config, compiling.Target.of("v5e-16"))
+    with pytest.raises(TooLarge, match=r"needs [\d.]+ GB of 16\.\d GB a device. Cheapest remedies: ") as error:
+        compile_for(config, Target.of("v5e-16"))
     remedies = str(error.value).split("Cheapest remedies: ")[1].split("; ")
     assert len(remedies) == 3 and error.value.needed > error.value.available
     assert any("--config.execution.accumulate=-1" in remedy for remedy in remedies)
@@ -94,7 +94,7 @@ def test_a_step_that_does_not_fit_names_its_size_and_remedies():
 @libtpu
 def test_a_plan_recommends_the_fastest_that_fits():
     said = []
-    made = plan.make(small("instruct"), compiling.Target.of("v5e-16"), said.append)
+    made = plan.make(small("instruct"), Target.of("v5e-16"), said.append)
     seconds = [choice.estimate.bounds.seconds for choice in made.choices]
     assert seconds == sorted(seconds) and made.best.outcome == "fits" and len(said) >= 1
     assert made.best is next(choice for choice in made.choices if choice.report)

@@ -12,7 +12,8 @@ import re
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from hovle_jax.planning import compiling, programs, topology  # noqa: E402
+from hovle_jax.compilation import programs  # noqa: E402
+from hovle_jax.compilation.target import Target  # noqa: E402
 from hovle_jax.training.sharding import make_mesh  # noqa: E402
 from tests.tpu_programs import small  # noqa: E402
 
@@ -38,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--topologies", nargs="+", default=["v5e-256", "v5p-128", "v6e-256"])
     for name in parser.parse_args().topologies:
-        target = compiling.Target.of(name)
+        target = Target.of(name)
         config = small("instruct", rows=len(target.devices), width=2048)
         lowered, _ = programs.lower(config, make_mesh(config.mesh, target.devices))
         plain = instructions(lowered.compile())
@@ -46,7 +47,7 @@ def main():
             text = instructions(lowered.compile(compiler_options=dict.fromkeys(FLAGS, state)))
             count = text.count("async-collective-start")
             same = "the same program" if text == plain else "another program"
-            print(f"{topology.find(name).cloud_name}: flags {state}: {same}, {count} collectives beside products")
+            print(f"{target.name}: flags {state}: {same}, {count} collectives beside products")
 
 
 if __name__ == "__main__":

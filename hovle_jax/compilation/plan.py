@@ -3,12 +3,12 @@
 import dataclasses
 import itertools
 
+from hovle_jax.compilation.estimate import Estimate, estimate
+from hovle_jax.compilation.report import Report
+from hovle_jax.compilation.report import text_of as text_of_report
+from hovle_jax.compilation.target import Target, TooLarge, compile_for
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.planning.compiling import Target, TooLarge, compile_for
-from hovle_jax.planning.estimate import Estimate, estimate
-from hovle_jax.planning.report import Report
-from hovle_jax.planning.report import text_of as text_of_report
 
 REMATS = ("none", "dots", "full")
 AXES = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4))  # sizes of tensor and sequence

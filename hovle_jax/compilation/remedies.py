@@ -2,9 +2,9 @@
 
 import dataclasses
 
+from hovle_jax.compilation.estimate import estimate
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.planning.estimate import estimate
 from hovle_jax.planning.topology import larger
 
 REMAT_ORDER = ("none", "dots", "full", "offload")  # the more memory first
@@ -14,7 +14,7 @@ def remedies(config: RunConfig, models, target, program, count=3):
     """Sentences with the flags to give and what they cost.
 
     Args:
-      models: as the program was lowered for; target: a `compiling.Target`.
+      models: as the program was lowered for; target: a `target.Target`.
     """
     if program != "train":
         return _for_inference(config, target)[:count]

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 
+from hovle_jax.compilation.least_traffic import Traffic, least_traffic, parameter_counts
 from hovle_jax.config import RunConfig
 from hovle_jax.model.attention import choose
 from hovle_jax.planning import hlo
 from hovle_jax.planning.chips import chip_of
-from hovle_jax.planning.least_traffic import Traffic, least_traffic, parameter_counts
 from hovle_jax.planning.roofline import Roofline, hbm_bytes, network_bytes, roofline
 from hovle_jax.planning.step_flops import StepFlops, step_flops
 from hovle_jax.planning.topology import GENERATIONS, Topology

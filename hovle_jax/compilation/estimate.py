@@ -6,12 +6,12 @@ import math
 
 import jax
 
+from hovle_jax.compilation.least_traffic import least_traffic
+from hovle_jax.compilation.programs import batch_shapes, models_for
+from hovle_jax.compilation.report import bounds_of
 from hovle_jax.config import RunConfig, StackConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.planning.chips import chip_of
-from hovle_jax.planning.least_traffic import least_traffic
-from hovle_jax.planning.programs import batch_shapes, models_for
-from hovle_jax.planning.report import bounds_of
 from hovle_jax.planning.roofline import Roofline, layer_elements
 from hovle_jax.planning.topology import GENERATIONS
 from hovle_jax.training.optimizer import make_optimizer
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def estimate(config: RunConfig, target):
-    """-> Estimate for a `compiling.Target`. Raises UserError where mesh and batch do not fit together."""
+    """-> Estimate for a `target.Target`. Raises UserError where mesh and batch do not fit together."""
     mesh = make_mesh(config.mesh, target.devices)
     models, batch = models_for(config, mesh), batch_shapes(config, mesh)
     least, per_chip = least_traffic(models, batch, mesh), GENERATIONS[target.topology.generation].devices_per_chip

@@ -5,10 +5,12 @@ import re
 import time
 import warnings
 
+from hovle_jax.compilation import programs
+from hovle_jax.compilation.remedies import remedies
+from hovle_jax.compilation.report import Report, report
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.planning import programs, topology
-from hovle_jax.planning.report import Report, report
+from hovle_jax.planning import topology
 from hovle_jax.training.sharding import make_mesh
 
 
@@ -46,8 +48,6 @@ def compile_for(config: RunConfig, target: Target, program="train", new_tokens=5
       TooLarge: it does not fit; the message has the size and the cheapest remedies.
       UserError: see `programs.lower`.
     """
-    from hovle_jax.planning.remedies import remedies
-
     mesh = make_mesh(config.mesh, target.devices)
     started = time.perf_counter()
     lowered, models = programs.lower(config, mesh, program, new_tokens)
