@@ -10,9 +10,8 @@ from hovle_jax.compilation.least_traffic import least_traffic
 from hovle_jax.compilation.programs import batch_shapes, models_for
 from hovle_jax.compilation.report import bounds_of
 from hovle_jax.config import RunConfig, StackConfig
-from hovle_jax.data.batch import BatchShape
 from hovle_jax.planning.chips import chip_of
-from hovle_jax.planning.roofline import Roofline, layer_elements
+from hovle_jax.planning.roofline import Roofline, decoder_stacks, layer_elements
 from hovle_jax.planning.topology import GENERATIONS
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh
@@ -47,17 +46,6 @@ def estimate(config: RunConfig, target):
     )
 
 
-def _stacks(config: RunConfig):
-    """[(stack, tokens of a row in it)] of the decoder stacks that a stage runs."""
-    length = config.data.sequence_length
-    stacks = []
-    if config.stage in ("distill", "align", "instruct"):
-        stacks.append((config.model.embedding.stack, BatchShape.of(config.data, config.model.embedding, 0).long_length))
-    if config.stage in ("pretrain", "align", "instruct"):
-        stacks.append((config.model.llm.stack, length))
-    return stacks
-
-
 def _activation_traffic(config: RunConfig, mesh):
     """Bytes that a device sends over the tensor and the sequence axis in a step.
 
@@ -69,7 +57,7 @@ def _activation_traffic(config: RunConfig, mesh):
     tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
     forward = 1 if config.execution.remat in ("none", "dots") else 2
     sent = 0.0
-    for stack, length in _stacks(config):
+    for stack, length in decoder_stacks(config):
         layers = rows * length / sequence * 2 * stack.num_layers
         sent += layers * stack.width * 2 * (forward + 1) * 2 * (tensor - 1) / tensor
         kv = 2 * stack.num_kv_heads * stack.head_dim / tensor
@@ -102,7 +90,7 @@ def _activation_bytes(config, models, mesh):
     rows = config.data.batch_size / devices / models.execution.accumulate
     share = mesh.shape["tensor"] * mesh.shape["sequence"]
     kept, work = 0.0, 0.0
-    for stack, length in _stacks(config):
+    for stack, length in decoder_stacks(config):
         tokens = rows * length
         kept += 2 * tokens * _KEPT[config.execution.remat](stack) * stack.num_layers / share
         work = max(work, 4 * tokens * layer_elements(stack) / share + 2 * 2 * _weights(stack))

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.parallel import FSDP, as_axes
-from hovle_jax.training.layout import without_box
 from hovle_jax.training.sharding import is_boxed, spec_of
 from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import boxed_params, unboxed
+from hovle_jax.training.state import boxed_params, keys_of, unboxed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,5 +62,4 @@ def _read(models, batch):
     """The parameters that a stage reads: [(keys, boxed leaf)]."""
     stage, model = STAGES[models.config.stage], models.config.model
     leaves = jax.tree_util.tree_leaves_with_path(boxed_params(models, batch), is_leaf=is_boxed)
-    named = [(tuple(key.key for key in without_box(path)), leaf) for path, leaf in leaves]
-    return [(keys, leaf) for keys, leaf in named if not stage.is_unused(keys, model)]
+    return [(keys_of(path), leaf) for path, leaf in leaves if not stage.is_unused(keys_of(path), model)]

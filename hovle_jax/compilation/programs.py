@@ -15,8 +15,6 @@ from hovle_jax.training.stages import Models
 from hovle_jax.training.state import abstract_params, abstract_state
 from hovle_jax.training.step import train_step
 
-PROGRAMS = ("train", "prefill", "decode")
-
 
 def lower(config: RunConfig, mesh, program="train", new_tokens=512):
     """The program as it would run on the mesh's devices, traced and lowered.

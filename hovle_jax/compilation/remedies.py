@@ -5,9 +5,10 @@ import dataclasses
 from hovle_jax.compilation.estimate import estimate
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.transformer import REMAT_POLICIES
 from hovle_jax.planning.topology import larger
 
-REMAT_ORDER = ("none", "dots", "full", "offload")  # the more memory first
+REMATS = tuple(REMAT_POLICIES)  # what keeps most first
 
 
 def remedies(config: RunConfig, models, target, program, count=3):
@@ -40,7 +41,7 @@ def _changes(config: RunConfig, models):
         made.append(("--config.execution.accumulate=-1", execution(accumulate=-1)))
         twice = 2 * models.execution.accumulate
         made.append((f"--config.execution.accumulate={twice}", execution(accumulate=twice)))
-    for remat in REMAT_ORDER[REMAT_ORDER.index(e.remat) + 1 :]:
+    for remat in REMATS[REMATS.index(e.remat) + 1 :]:
         made.append((f"--config.execution.remat={remat}", execution(remat=remat)))
     if not e.vocab_chunk or e.vocab_chunk > 8192:
         made.append(("--config.execution.vocab_chunk=8192", execution(vocab_chunk=8192)))

@@ -14,7 +14,7 @@ from hovle_jax.planning.topology import GENERATIONS, Topology
 from hovle_jax.report.progress import format_count
 from hovle_jax.training.stages import Models, components_of
 
-# Component -> (name in the report, the module whose name stands in the operations of its stack).
+# Component -> the module whose name stands in the operations of its stack.
 STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "VisionTeacher"}
 
 
@@ -61,7 +61,7 @@ class Report:
 
     Attributes:
       name: 'instruct:hovle'.
-      program: of `programs.PROGRAMS`.
+      program: 'train', 'prefill' or 'decode'.
       slices, devices: how many there are, over all slices.
       mesh: {axis: size}.
       rows, length, tiles, parts: of the global batch, and in how many parts a step reads it.

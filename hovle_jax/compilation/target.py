@@ -5,6 +5,8 @@ import re
 import time
 import warnings
 
+import jax
+
 from hovle_jax.compilation import programs
 from hovle_jax.compilation.remedies import remedies
 from hovle_jax.compilation.report import Report, report
@@ -55,7 +57,7 @@ def compile_for(config: RunConfig, target: Target, program="train", new_tokens=5
         with warnings.catch_warnings():  # what is compiled for absent devices cannot be read from jax's cache
             warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
             compiled = lowered.compile()
-    except Exception as error:
+    except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, available = _sizes(str(error))

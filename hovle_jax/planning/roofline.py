@@ -92,7 +92,8 @@ def hbm_bytes(config: RunConfig, chips, parameters, trained, rows=None, microbat
     weights = 2 * 2 * 2 * parameters * microbatches / max(1, config.mesh.tensor)
     state = 2 * 4 * 4 * trained / chips
     passes = 3 if config.execution.remat == "none" else 4
-    return weights + state + passes * 2 * _elements(config) * rows / chips
+    elements = sum(layer_elements(stack) * stack.num_layers * length for stack, length in decoder_stacks(config))
+    return weights + state + passes * 2 * elements * rows / chips
 
 
 def layer_elements(c: StackConfig):
@@ -102,13 +103,11 @@ def layer_elements(c: StackConfig):
     return attention + 2 * c.width + 4 * c.mlp_width  # input, gate, their product with up, output
 
 
-def _elements(config):
-    """Of a row, in the stacks of the stage."""
-    stage, m = config.stage, config.model
-    total = 0
-    if stage in ("pretrain", "align", "instruct"):
-        total += layer_elements(m.llm.stack) * m.llm.stack.num_layers * config.data.sequence_length
+def decoder_stacks(config: RunConfig):
+    """The decoder stacks that a stage runs: [(StackConfig, tokens of a row in it)]."""
+    stage, m, stacks = config.stage, config.model, []
     if stage in ("distill", "align", "instruct"):
-        length = BatchShape.of(config.data, m.embedding, image_id=0).long_length
-        total += layer_elements(m.embedding.stack) * m.embedding.stack.num_layers * length
-    return total
+        stacks.append((m.embedding.stack, BatchShape.of(config.data, m.embedding, image_id=0).long_length))
+    if stage in ("pretrain", "align", "instruct"):
+        stacks.append((m.llm.stack, config.data.sequence_length))
+    return stacks

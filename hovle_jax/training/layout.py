@@ -6,7 +6,7 @@ import numpy as np
 from hovle_jax.model.parallel import GRADIENTS, MOMENTS
 from hovle_jax.training.sharding import batch_sharding, is_boxed, rules, spec_of
 from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import boxed_params, unboxed
+from hovle_jax.training.state import boxed_params, keys_of, unboxed
 
 FILE_NAME = "layout.txt"
 
@@ -24,8 +24,8 @@ def describe(models: Models, batch, mesh):
     ]
     warnings, rows = [], [("array", "shape", "parameter", "gradient", "moments", "a device's part")]
     for path, leaf in jax.tree_util.tree_leaves_with_path(boxed_params(models, batch), is_leaf=is_boxed):
-        name, shape = jax.tree_util.keystr(without_box(path), simple=True, separator="/"), unboxed(leaf).shape
-        trained = stage.trains(tuple(key.key for key in without_box(path)), models.config.model)
+        name, shape = "/".join(keys_of(path)), unboxed(leaf).shape
+        trained = stage.trains(keys_of(path), models.config.model)
         (spec, refused), *others = (spec_of(leaf, mesh, zero, suffix) for suffix in ("", GRADIENTS, MOMENTS))
         others = [_spec(other) if trained else "frozen" for other, _ in others]
         part = jax.sharding.NamedSharding(mesh, spec).shard_shape(shape)
@@ -38,11 +38,6 @@ def describe(models: Models, batch, mesh):
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return lines, warnings
-
-
-def without_box(path):
-    """A path into a boxed tree, without the box's own attribute."""
-    return tuple(key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def _warning(where, name, size, axes, parts):

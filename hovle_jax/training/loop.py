@@ -209,7 +209,7 @@ def _train(config, state, models, optimizer, dataset, held_out, bad, mesh, saved
 
     with monitor.following(first_step, tokens, mesh.devices.flat):
         batches = dataset.iterate(first_step, config.workers, nobody_has=distributed.everyone_says)
-        batches = on_devices(itertools.islice(batches, config.last_step - first_step), mesh)
+        batches = prefetched(itertools.islice(batches, config.last_step - first_step), mesh)
         if first_step == 0:
             evaluate(0)
         for step, (batch, events, drawn) in enumerate(monitor.waits(batches), first_step):
@@ -240,7 +240,7 @@ def _train(config, state, models, optimizer, dataset, held_out, bad, mesh, saved
     return done, finished, results
 
 
-def on_devices(batches, mesh):
+def prefetched(batches, mesh):
     """(batch, *rest) -> (batch on the devices, *rest): each is put there while the step before it runs."""
     waiting = None
     for batch, *rest in batches:

@@ -45,6 +45,11 @@ def unboxed(tree):
     return jax.tree.map(lambda leaf: leaf.value if is_boxed(leaf) else leaf, tree, is_leaf=is_boxed)
 
 
+def keys_of(path):
+    """The names on a jax path of dicts, as of a parameter; steps that are no dict's (a box, a moment) are left out."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
 def boxed_params(models: Models, batch):
     """Shapes with logical axes of every parameter that the stage holds; `batch` may be shapes too."""
     tree = {component: boxed_component(models, component, batch) for component in components_of(models.config)}
@@ -67,10 +72,15 @@ def abstract_params(models: Models, batch, mesh):
 
 
 def _abstract(boxed, models, mesh):
+    return _placed(unboxed(boxed), specs_of(boxed, mesh, models.execution.zero), mesh)
+
+
+def _placed(shapes, specs, mesh):
+    """Shapes with the shardings of PartitionSpecs."""
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
-        unboxed(boxed),
-        specs_of(boxed, mesh, models.execution.zero),
+        shapes,
+        specs,
     )
 
 
@@ -105,12 +115,8 @@ def abstract_state(models: Models, params, batch, optimizer):
     frozen = select(params, lambda path: not trains(path))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     whole = NamedSharding(mesh, PartitionSpec())
-    specs = moment_specs(models, batch, mesh, jax.eval_shape(optimizer.init, trained))
-    opt_state = jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
-        jax.eval_shape(optimizer.init, trained),
-        specs,
-    )
+    shapes = jax.eval_shape(optimizer.init, trained)
+    opt_state = _placed(shapes, moment_specs(models, batch, mesh, shapes), mesh)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(step, trained, _narrowed(frozen, trained, models.execution.dtype), opt_state)
 
@@ -121,8 +127,7 @@ def moment_specs(models: Models, batch, mesh, opt_state):
     specs = specs_of(boxed, mesh, models.execution.zero, MOMENTS)
 
     def one(path, leaf):
-        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return specs.get(keys, PartitionSpec())
+        return specs.get(keys_of(path), PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(one, opt_state)
 
