@@ -270,6 +270,19 @@ def test_kernels_by_name_with_line_breaks_in_their_metadata():
     ]
 
 
+@pytest.mark.parametrize("opcode, called", [("call-start", "to_apply"), ("async-start", "calls")])
+def test_a_collective_on_another_core(opcode, called):
+    before = """
+%offloaded (p: f32[16,4]) -> f32[16,4] {
+  %p = f32[16,4]{1,0} parameter(0)
+  ROOT %ar = f32[16,4]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}, execution_thread="sparsecore"
+"""
+    start = f'((f32[16,4]), f32[16,4], s32[]) {opcode}(%x), async_execution_thread="sparsecore", {called}=%offloaded'
+    found = one(f"  %start = {start}", "  ROOT %done = f32[16,4]{1,0} call-done(%start)", before=before)
+    assert (found.kind, found.operand_bytes, found.group_size, found.times) == ("all-reduce", 256, 8, 1)
+
+
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         parse("HloModule x\n")

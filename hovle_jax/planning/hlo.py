@@ -163,7 +163,7 @@ def _executions(scope, times):
         elif x.opcode == "fusion":
             inside = [item for called in x.called for item in _executions(scope.inside(called, x), times)]
             found += [item for item in inside if _is_new(item[0], chains)]
-        elif x.opcode in ("call", "async-start"):
+        elif x.opcode in ("call", "call-start", "async-start"):
             found += [item for called in x.called for item in _executions(scope.inside(called, x), times)]
         elif x.opcode == "conditional":
             for branch in x.branches:

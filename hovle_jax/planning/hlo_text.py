@@ -1,7 +1,8 @@
 """Reads the text of a compiled program (`compiled.as_text()`) into computations and instructions.
 
 The grammar is that of XLA's HLO printer: computations `%name (parameters) -> shape {`, each holding one instruction a
-line, `[ROOT] %name = shape opcode(operands), attribute=value, ...`.
+line, `[ROOT] %name = shape opcode(operands), attribute=value, ...`, and a line `}`, which names the thread of what
+another core runs (collectives on a SparseCore).
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ ITEM_BITS = {
 }  # fmt: skip
 
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s.*\{$")
+_END = re.compile(r'^\}(, execution_thread="[^"]*")?\s*$')
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\]")
 _NAME = re.compile(r"%?([\w.\-]+)$")
@@ -141,7 +143,7 @@ def parse(text):
             if header := _HEADER.match(line):
                 name, lines = header.group(2), []
                 entry = name if header.group(1) else entry
-        elif line.rstrip() == "}":
+        elif _END.match(line):
             computations[name] = _computation(name, lines)
             lines = None
         elif _INSTRUCTION.match(line):
