@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hovle_jax.config import (
+from hovle_jax.model.config import (
     CLIPConfig,
     EmbeddingConfig,
     HoVLEConfig,

@@ -109,7 +109,7 @@ def train(config, config_folder, workdir, started, profile=None):
     """Makes the runs that are missing, on all hosts; the first one speaks, and scores them. -> the exit status."""
     from hovle_jax.conversion.named import resolve
     from hovle_jax.evaluation.summary import summarize
-    from hovle_jax.report.progress import format_duration
+    from hovle_jax.progress import format_duration
     from hovle_jax.training import checkpoint, checks, distributed, loop
 
     say = print if distributed.is_leader() else lambda line: None

@@ -1,5 +1,6 @@
 """Tests run on the CPU with eight devices, so that meshes can be tested; set before JAX is imported anywhere."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -43,3 +44,19 @@ def micro_corpus(monkeypatch):
     from tests import micro
 
     monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """An empty cache folder for the tests of a file, in which nothing is indexed yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOVLE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory):
+    """Kind of `source_files.ALL` -> its path; written once."""
+    from tests.source_files import ALL
+
+    return functools.cache(lambda kind: ALL[kind](tmp_path_factory.mktemp(kind)))

@@ -8,24 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax import recipes
-from hovle_jax.config import (
+from hovle_jax.config import MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
+from hovle_jax.data import easy_vqa, pipeline
+from hovle_jax.data.pictures import PictureCorpus
+from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.model.config import (
     CLIPConfig,
     EmbeddingConfig,
     ExecutionConfig,
     HoVLEConfig,
     LLMConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RunConfig,
     StackConfig,
     TeacherConfig,
     TextTowerConfig,
-    TokenizerConfig,
     ViTConfig,
 )
-from hovle_jax.data import easy_vqa, pipeline
-from hovle_jax.data.pictures import PictureCorpus
-from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.training.loop import copy_text_table
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh, put_batch

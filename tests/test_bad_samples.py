@@ -25,13 +25,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
 
 
 @pytest.fixture(scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOVLE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
 def corpus(tmp_path_factory, own_cache):
     """(path of a jsonl, {sample's name: Broken}), of which nothing is indexed in another folder."""
     return broken.write_jsonl(tmp_path_factory.mktemp("corpus"))

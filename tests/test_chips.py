@@ -7,8 +7,8 @@ import itertools
 import micro
 import pytest
 
-from hovle_jax.config import StackConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import StackConfig
 from hovle_jax.planning import topology
 from hovle_jax.planning.chips import CHIPS, chip_of
 from hovle_jax.planning.hlo import Collective

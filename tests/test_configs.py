@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from hovle_jax import train
-from hovle_jax.config import ExecutionConfig, ModelConfig, RunConfig
+from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.recipes import PRESETS, no_stage
 from hovle_jax.training import checks, loop
 from hovle_jax.training.load import example_batch

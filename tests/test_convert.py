@@ -14,15 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hovle_jax.config import (
-    LLMConfig,
-    MeshConfig,
-    ModelConfig,
-    RopeScaling,
-    StackConfig,
-    TeacherConfig,
-    ViTConfig,
-)
+from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, scheme
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
@@ -30,6 +22,7 @@ from hovle_jax.files import whole_folder
 from hovle_jax.formats import llms
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
+from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig, TeacherConfig, ViTConfig
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.rotary import frequencies
 from hovle_jax.presets import hovle_model

@@ -326,12 +326,6 @@ def test_an_unknown_corpus_is_named():
         corpora.prepare("x")
 
 
-def test_progress_says_how_long_it_takes_and_not_too_often():
-    lines, times = [], iter(range(0, 1000))
-    assert list(corpora.track(range(100), "x", lines.append, clock=lambda: next(times))) == list(range(100))
-    assert len(lines) == 20 and lines[0] == "x: 5/100 pictures   5%  1:35 left"
-
-
 @pytest.mark.parametrize("name, splits", [("emoji", 4), ("tuxpaint", 2)])
 def test_the_real_corpus(name, splits):
     folder = cache_dir("corpora") / f"{name}-{corpora.CORPORA[name].version}"

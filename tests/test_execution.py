@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig
+from hovle_jax.config import MeshConfig, OptimizerConfig
 from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
 from hovle_jax.data.text import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.training.checks import accumulation
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch

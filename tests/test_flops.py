@@ -9,9 +9,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from hovle_jax import presets
-from hovle_jax.config import ExecutionConfig, StackConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.model import flops
+from hovle_jax.model.config import ExecutionConfig, StackConfig
 from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.transformer import Stack
 from hovle_jax.model.vit import VisionTransformer

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hovle_jax.config import ExecutionConfig
 from hovle_jax.formats import hovle, internvl
 from hovle_jax.formats.mapping import nested, to_public
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.teacher import VisionTeacher
 from hovle_jax.presets import hovle_model, internvit_300m

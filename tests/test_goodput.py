@@ -10,9 +10,9 @@ import time
 import pytest
 
 from hovle_jax import train
-from hovle_jax.config import ExecutionConfig
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.planning.chips import CHIPS, total_bf16_flops
 from hovle_jax.planning.step_flops import step_flops
 from hovle_jax.report import goodput

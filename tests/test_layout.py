@@ -9,8 +9,9 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from hovle_jax.config import ExecutionConfig, MeshConfig
+from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.hovle import HoVLECache
 from hovle_jax.training import checkpoint, layout, loop
 from hovle_jax.training.checks import accumulation, check_execution

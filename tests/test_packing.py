@@ -47,6 +47,14 @@ def test_any_corpus_is_packed_within_its_budgets(seed):
     assert len(pack(tokens, tiles, max_tokens, max_tiles, max_samples=1)) == n
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_hardly_more_than_what_they_hold_needs(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 4000))
+    tokens, tiles = rng.integers(1, 101, n), rng.integers(0, 9, n)
+    assert len(pack(tokens, tiles, 100, 8)) < 1.35 * max(tokens.sum() / 100, tiles.sum() / 8) + 2
+
+
 def test_no_sample_waits_for_long():
     tokens = np.random.default_rng(0).integers(1, 50, 20_000)
     packing = pack(tokens, np.zeros(20_000, int), 100, 0)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax.config import ExecutionConfig
 from hovle_jax.conversion.verify import TOLERANCE, HoVLEInputs, Report, verify
 from hovle_jax.errors import UserError
 from hovle_jax.formats import hovle
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import load, to_public
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.teacher import VisionTeacher
 from tests import shared

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from hovle_jax.errors import UserError
+from hovle_jax.progress import format_duration, track
 from hovle_jax.report import page, pictures, plots
 from hovle_jax.report.metrics import MetricsWriter, read_metrics
-from hovle_jax.report.progress import Progress, format_duration, format_number
+from hovle_jax.report.progress import Progress, format_number
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -129,6 +130,19 @@ def test_progress_lines_stay_aligned_and_are_printed():
 def test_numbers_and_durations():
     assert format_duration(41) == "0:00:41"
     assert format_duration(3 * 3600 + 59.7) == "3:01:00"
+
+
+def test_long_work_says_how_far_it_is_and_not_too_often():
+    lines, times = [], iter(range(1000))
+    assert list(track(range(100), lines.append, "x", "pictures", 100, clock=lambda: next(times))) == list(range(100))
+    assert len(lines) == 20 and lines[0] == "x: 5 of 100 pictures   5%  0:01:35 left"
+
+
+def test_how_far_chunks_of_work_are():
+    lines, times = [], iter(range(0, 1000, 10))
+    chunks = [range(i, i + 1000) for i in range(0, 4000, 1000)]
+    assert list(track(chunks, lines.append, "x", "samples", 4000, size=len, clock=lambda: next(times))) == chunks
+    assert lines[1] == "x: 2,000 of 4,000 samples  50%  0:00:20 left" and lines[-1].endswith("100%  0:00:00 left")
     assert [format_number(x) for x in (0, 0.0, -1.9126, 12345.67, 2.1e-4, np.int32(7))] == [
         "0", "0.000", "-1.913", "12345.7", "2.1e-04", "7",
     ]  # fmt: skip

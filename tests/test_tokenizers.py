@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from hovle_jax.config import ExecutionConfig, HoVLEConfig, InitConfig, LLMConfig, ModelConfig, StackConfig
+from hovle_jax.config import InitConfig, ModelConfig
 from hovle_jax.conversion import named
 from hovle_jax.conversion.exporting import export_model
 from hovle_jax.conversion.importing import import_checkpoint
@@ -21,6 +21,7 @@ from hovle_jax.data.tokenizer import ADDED_TOKENS, HuggingFaceTokenizer, Sentenc
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf as ours
 from hovle_jax.inference.generate import answer
+from hovle_jax.model.config import ExecutionConfig, HoVLEConfig, LLMConfig, StackConfig
 from hovle_jax.training import loop
 from hovle_jax.training.checkpoint import load_model_config, save_model
 from hovle_jax.training.load import load_run

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from hovle_jax import train
-from hovle_jax.config import StackConfig
+from hovle_jax.model.config import StackConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

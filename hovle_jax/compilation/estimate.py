@@ -9,7 +9,8 @@ import jax
 from hovle_jax.compilation.least_traffic import least_traffic
 from hovle_jax.compilation.programs import batch_shapes, models_for
 from hovle_jax.compilation.report import bounds_of
-from hovle_jax.config import RunConfig, StackConfig
+from hovle_jax.config import RunConfig
+from hovle_jax.model.config import StackConfig
 from hovle_jax.planning.chips import chip_of
 from hovle_jax.planning.roofline import Roofline, decoder_stacks, layer_elements
 from hovle_jax.planning.topology import GENERATIONS

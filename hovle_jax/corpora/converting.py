@@ -8,7 +8,6 @@ import hashlib
 import json
 import pathlib
 import tempfile
-import time
 
 from hovle_jax.corpora.writing import CorpusWriter, describe
 from hovle_jax.data import storage
@@ -18,8 +17,7 @@ from hovle_jax.data.mixture import open_mixture
 from hovle_jax.data.records import parse
 from hovle_jax.errors import UserError
 from hovle_jax.files import whole_folder
-
-SAY_EVERY = 5.0  # seconds
+from hovle_jax.progress import track
 
 
 def convert(source, folder, root="", held_out=0.0, ceiling=0.01, say=print):
@@ -52,8 +50,9 @@ def _convert(entries, source, folder, held_out, ceiling, say):
     with whole_folder(folder) as partial:
         bad = BadSamples(partial, ceiling, stays=False)
         with CorpusWriter(partial) as writer:
-            for split, row in track(_rows(entries, held_out, bad), total, say):
-                writer.add(split, row)
+            for written in track(_rows(entries, held_out, bad), say, pathlib.Path(folder).name, "samples", total):
+                if written is not None:
+                    writer.add(*written)
         if not writer.splits:
             raise UserError(
                 f"none of the {total} samples of {source} can be used; the first: {read_bad_samples(partial)[0]}"
@@ -93,18 +92,6 @@ def _row(source, index):
             said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         row["conversations"] = said
     return row | {key: value for key, value in (("caption", record.caption), ("text", record.text)) if value}
-
-
-def track(items, total, say, clock=time.monotonic):
-    """Passes on what is not None, and says now and then how far it is."""
-    started = said = clock()
-    for done, item in enumerate(items, 1):
-        if item is not None:
-            yield item
-        if clock() - said > SAY_EVERY:
-            said = clock()
-            left = int((said - started) * (total / done - 1))
-            say(f"{done:,} of {total:,} samples {done / total:>4.0%}  {left // 60}:{left % 60:02d} left")
 
 
 def rows_of_json_list(path, folder):

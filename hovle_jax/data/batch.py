@@ -7,8 +7,9 @@ import dataclasses
 
 import numpy as np
 
-from hovle_jax.config import DataConfig, EmbeddingConfig, RunConfig
+from hovle_jax.config import DataConfig, RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import EmbeddingConfig
 
 # stage -> the kind of its batches
 KINDS = {"pretrain": "text", "contrast": "captions", "distill": "distill", "align": "images", "instruct": "images"}

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import time
 
 import numpy as np
 
@@ -11,9 +10,10 @@ from hovle_jax.data.bad import BadEvent, BadSample
 from hovle_jax.data.images import Tiling
 from hovle_jax.data.records import parse
 from hovle_jax.data.samples import RecordSamples
-from hovle_jax.data.sources import Source, cached_arrays
+from hovle_jax.data.shard import cached_arrays
+from hovle_jax.data.sources import Source
+from hovle_jax.progress import track
 
-SAY_EVERY = 10.0  # seconds
 CHUNK = 2048  # samples that a worker process looks at in one go
 MANY = 20_000  # samples from which on it is worth starting processes
 
@@ -81,14 +81,9 @@ def _load(arrays):
 
 def _build(source, samples, say, workers):
     spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-    chunks, done, started, said = [], 0, time.time(), time.time()
-    for chunk in _each(functools.partial(_chunk, source, samples), spans, workers if len(source) >= MANY else 0):
-        chunks.append(chunk)
-        done += len(chunk["text"])
-        if time.time() - said > SAY_EVERY:
-            said = time.time()
-            left = (said - started) * (len(source) / done - 1)
-            say(f"indexing {source.name}: {done:,} of {len(source):,} samples, {left / 60:.1f} minutes left")
+    found = _each(functools.partial(_chunk, source, samples), spans, workers if len(source) >= MANY else 0)
+    size = lambda chunk: len(chunk["text"])
+    chunks = list(track(found, say, f"indexing {source.name}", "samples", len(source), size))
     bad = [one for chunk in chunks for one in chunk["bad"]]
     join = lambda name: np.concatenate([chunk[name] for chunk in chunks])
     return {

@@ -20,7 +20,7 @@ from hovle_jax.data.mixture import Entry, open_mixture
 from hovle_jax.data.packing import pack
 from hovle_jax.data.records import parse
 from hovle_jax.data.samples import RecordSamples
-from hovle_jax.data.sources import cached_arrays
+from hovle_jax.data.shard import cached_arrays
 from hovle_jax.errors import UserError
 
 REPLACEMENTS = 64  # samples behind a bad one that are tried in its place

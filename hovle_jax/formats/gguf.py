@@ -10,11 +10,11 @@ import pathlib
 
 import numpy as np
 
-from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.data.tokenizer import HuggingFaceTokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import REQUIRED, field, only
 from hovle_jax.formats.mapping import LINEAR, SAME, Transform, nested, padded, rule
+from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.model.rotary import frequencies
 
 # llama.cpp turns neighbouring pairs in Llama; its other models turn halves, as everyone else does.

@@ -1,11 +1,11 @@
 """HoVLE and HoVLE-HD as published: the holistic embedding beside the LLM."""
 
-from hovle_jax.config import EmbeddingConfig, HoVLEConfig, LLMConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2, llms
 from hovle_jax.formats.fields import count, field, number, only, table
 from hovle_jax.formats.internvl import patch_rules
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
+from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig
 
 
 def config_from_json(config, where="config.json"):

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import count, field, number, only, table
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, packed_wqkv, padded, rule
+from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 
 SILU = ("silu", "swish")  # two names of one function
 

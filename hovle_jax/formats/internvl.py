@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from hovle_jax.config import LLMConfig, TeacherConfig, ViTConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2, llms
 from hovle_jax.formats.fields import count, field, number, only, table
@@ -17,6 +16,7 @@ from hovle_jax.formats.mapping import (
     patch_kernel,
     rule,
 )
+from hovle_jax.model.config import LLMConfig, TeacherConfig, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,11 @@ What differs is which projections have biases, whether queries and keys are norm
 import dataclasses
 import math
 
-from hovle_jax.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2
 from hovle_jax.formats.fields import REQUIRED, count, field, number, only, table
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
+from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 
 
 @dataclasses.dataclass(frozen=True)

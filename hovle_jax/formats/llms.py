@@ -1,8 +1,8 @@
 """The LLM of a checkpoint, of whichever family: one place that knows them all."""
 
-from hovle_jax.config import LLMConfig, StackConfig
 from hovle_jax.formats import internlm2, llama
 from hovle_jax.formats.fields import only
+from hovle_jax.model.config import LLMConfig, StackConfig
 
 TABLES = {"internlm2": "model.tok_embeddings.weight", **dict.fromkeys(llama.FAMILIES, "model.embed_tokens.weight")}
 MODULES = {"internlm2": internlm2, **dict.fromkeys(llama.FAMILIES, llama)}

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.config import CLIPConfig, ExecutionConfig, TextTowerConfig
 from hovle_jax.model.attention import AttentionMask
+from hovle_jax.model.config import CLIPConfig, ExecutionConfig, TextTowerConfig
 from hovle_jax.model.transformer import TokenTable, dense, partitioned
 from hovle_jax.model.vit import LayerNorm, VisionTransformer, run_encoder
 

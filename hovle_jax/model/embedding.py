@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.config import EmbeddingConfig, ExecutionConfig
+from hovle_jax.model.config import EmbeddingConfig, ExecutionConfig
 from hovle_jax.model.transformer import Stack, TokenTable, dense, partitioned
 from hovle_jax.model.vision import normalize_tiles, patchify, pixel_shuffle, resize_positions
 

@@ -10,7 +10,7 @@ Letters: L tokens, D width, H heads, K kv heads, C head dim, F ffn width, P patc
 
 import dataclasses
 
-from hovle_jax.config import (
+from hovle_jax.model.config import (
     CLIPConfig,
     EmbeddingConfig,
     LLMConfig,

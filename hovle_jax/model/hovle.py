@@ -9,7 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from hovle_jax.config import ExecutionConfig, HoVLEConfig, LLMConfig
+from hovle_jax.model.config import ExecutionConfig, HoVLEConfig, LLMConfig
 from hovle_jax.model.embedding import HolisticEmbedding
 from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable, dense
 

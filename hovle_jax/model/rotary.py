@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.config import RopeScaling, StackConfig
+from hovle_jax.model.config import RopeScaling, StackConfig
 
 
 def frequencies(config: StackConfig):

@@ -6,7 +6,7 @@ Dimension letters: M tiles, P patches, D tower width.
 import flax.linen as nn
 import jax
 
-from hovle_jax.config import ExecutionConfig, TeacherConfig
+from hovle_jax.model.config import ExecutionConfig, TeacherConfig
 from hovle_jax.model.transformer import dense
 from hovle_jax.model.vision import normalize_tiles, pixel_shuffle, resize_features
 from hovle_jax.model.vit import LayerNorm, VisionTransformer

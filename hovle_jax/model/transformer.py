@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hovle_jax.config import ExecutionConfig, StackConfig
 from hovle_jax.model.attention import AttentionMask, attend, prepare
+from hovle_jax.model.config import ExecutionConfig, StackConfig
 from hovle_jax.model.parallel import dot_general, matmul
 from hovle_jax.model.rotary import rotary_angles, rotate
 

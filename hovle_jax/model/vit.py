@@ -8,8 +8,8 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
-from hovle_jax.config import ExecutionConfig, ViTConfig
 from hovle_jax.model.attention import attend
+from hovle_jax.model.config import ExecutionConfig, ViTConfig
 from hovle_jax.model.transformer import RMSNorm, dense, partitioned, scanned
 from hovle_jax.model.vision import normalize_tiles, patchify, resize_positions
 

@@ -8,8 +8,9 @@ axis of the torus alone keeps that axis' links busy, and takes longer), memory i
 
 import dataclasses
 
-from hovle_jax.config import RunConfig, StackConfig
+from hovle_jax.config import RunConfig
 from hovle_jax.data.batch import BatchShape
+from hovle_jax.model.config import StackConfig
 from hovle_jax.planning.chips import Chip
 from hovle_jax.planning.step_flops import StepFlops
 from hovle_jax.planning.topology import Topology

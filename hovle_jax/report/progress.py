@@ -4,6 +4,8 @@ import builtins
 import numbers
 import time
 
+from hovle_jax.progress import format_duration
+
 
 class Progress:
     """Formats a run's progress.
@@ -104,10 +106,3 @@ def format_rates(rates):
         for name, (as_text, unit) in formats.items()
         if name in rates
     }
-
-
-def format_duration(seconds):
-    """H:MM:SS, always with the hour, so that 0:41 is never read as hours."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

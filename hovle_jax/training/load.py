@@ -6,10 +6,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.config import ExecutionConfig, MeshConfig, ModelConfig
+from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.inference.generate import Answerer
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.training.checkpoint import load_component, load_model_config
 from hovle_jax.training.loop import resolve_execution
 from hovle_jax.training.sharding import make_mesh

@@ -8,11 +8,12 @@ import pathlib
 import jax
 import numpy as np
 
-from hovle_jax.config import ExecutionConfig, HoVLEConfig, RunConfig
+from hovle_jax.config import RunConfig
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad import BadSamples, merge_bad_samples
 from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import ExecutionConfig, HoVLEConfig
 from hovle_jax.report.pictures import batch_picture
 from hovle_jax.training import checkpoint, distributed, layout, profiling
 from hovle_jax.training.checks import accumulation, check, check_same_data_everywhere, check_tokenizer

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.config import ExecutionConfig, HoVLEConfig, ModelConfig, RunConfig
+from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.model.clip import CLIP, MAX_LOG_SCALE
+from hovle_jax.model.config import ExecutionConfig, HoVLEConfig
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.teacher import VisionTeacher
 from hovle_jax.model.transformer import dense

@@ -23,7 +23,7 @@ import time
 import numpy as np
 
 from hovle_jax import host
-from hovle_jax.config import LLMConfig, StackConfig
+from hovle_jax.model.config import LLMConfig, StackConfig
 
 # name -> (sizes, rows, tokens of a row)
 SIZES = {
@@ -160,7 +160,8 @@ def our_steps(config: LLMConfig, rows, length):
     from flax import traverse_util
 
     from hovle_jax import recipes
-    from hovle_jax.config import HoVLEConfig, OptimizerConfig, RunConfig
+    from hovle_jax.config import OptimizerConfig, RunConfig
+    from hovle_jax.model.config import HoVLEConfig
     from hovle_jax.training import loop
     from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
     from hovle_jax.training.stages import Models

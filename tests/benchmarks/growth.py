@@ -25,16 +25,9 @@ import time
 import numpy as np
 
 from hovle_jax import host, recipes
-from hovle_jax.config import (
-    EmbeddingConfig,
-    ExecutionConfig,
-    HoVLEConfig,
-    LLMConfig,
-    MeshConfig,
-    RunConfig,
-    StackConfig,
-)
+from hovle_jax.config import MeshConfig, RunConfig
 from hovle_jax.data.batch import BatchShape, Sample, make_row, stack
+from hovle_jax.model.config import EmbeddingConfig, ExecutionConfig, HoVLEConfig, LLMConfig, StackConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,10 +38,10 @@ def write(folder, public):
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
-    from hovle_jax.config import ExecutionConfig
     from hovle_jax.conversion.exporting import make_index
     from hovle_jax.formats import llms
     from hovle_jax.formats.mapping import to_public
+    from hovle_jax.model.config import ExecutionConfig
     from hovle_jax.model.hovle import LanguageModel
     from hovle_jax.training.state import unboxed
 

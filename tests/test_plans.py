@@ -1,0 +1,167 @@
+"""Plans of epochs, and batch = f(seed, step) of any kind of file."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+from hovle_jax.data import indexed, pipeline, storage
+from hovle_jax.data.costs import costs_of
+from hovle_jax.data.images import Tiling
+from hovle_jax.data.sources import open_source
+from tests import micro
+from tests.source_files import ALL, COUNT, jsonl, picture, quiet, samples_of, write_meta
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def config_of(source, stage="instruct", **data):
+    data = dict(source=source, batch_size=4, sequence_length=160, tiles=6, max_tiles=4, augment=True) | data
+    return micro.run_config(stage, data=data)
+
+
+def dataset_of(config, **more):
+    return pipeline.build_dataset(config, micro.tokenizer(), pipeline.load_corpus(config, "train", quiet), **more)
+
+
+def row_numbers(config, epochs):
+    """Which of the planned rows come, epoch by epoch."""
+    corpus = pipeline.load_corpus(config, "train", quiet)
+    plan, *_ = corpus.planned(config, micro.tokenizer())
+    rows, _ = corpus.rows(config, micro.tokenizer())
+    seen = {}
+    for r in range(len(plan)):
+        seen[corpus.rows(config, micro.tokenizer(), held_out=True)[0][r].arrays["tokens"].tobytes()] = r
+    return [[seen[rows[e * len(plan) + i].arrays["tokens"].tobytes()] for i in range(len(plan))] for e in range(epochs)]
+
+
+def test_each_epoch_has_every_row_once_in_an_order_of_its_own(path_of):
+    config = config_of(path_of("jsonl"))
+    first, second = row_numbers(config, 2)
+    assert sorted(first) == sorted(second) == list(range(len(first))) and first != second
+    plans = []
+    for seed in (0, 1):
+        corpus = pipeline.load_corpus(config, "train", quiet)
+        plan, made_of, events, _ = corpus.planned(dataclasses.replace(config, seed=seed), micro.tokenizer())
+        assert sorted(plan.record.tolist()) == list(range(COUNT)) and not events
+        assert made_of.samples == COUNT and 0.3 < made_of.token_fill <= 1
+        plans.append(plan.record.tolist())
+    assert plans[0] != plans[1]
+
+
+def test_a_step_far_ahead_is_found_without_those_before(path_of, monkeypatch):
+    dataset = dataset_of(config_of(path_of("jsonl")))
+    reads = []
+    read = storage.read
+    monkeypatch.setattr(storage, "read", lambda *args: reads.append(args) or read(*args))
+    batch = dataset[1_000_000]
+    assert batch["tokens"].shape == (4, 160) and len(reads) < 80
+    assert (batch["loss_weights"] > 0).any(1).all()
+
+
+def test_an_index_is_of_one_tokenizer_and_one_template(path_of):
+    samples = samples_of()
+    other = pipeline.train_tokenizer(
+        micro.run_config("pretrain"), pipeline.load_corpus(config_of(path_of("text")), "train")
+    )
+    templated = type(other)(samples.tokenizer.model)
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    keys = [samples.text_key()]
+    keys += [
+        dataclasses.replace(samples, **c).text_key()
+        for c in ({"tokenizer": other}, {"system": "x"}, {"stage": "align"})
+    ]
+    assert keys[0] == keys[3] and keys[0] not in keys[1:3]
+    assert dataclasses.replace(samples, tokenizer=templated)._vocabulary != samples._vocabulary
+    assert samples_of(tiles=9, sequence_length=99).text_key() == keys[0]  # neither matters to the index
+
+
+def test_an_index_made_by_processes_is_the_same(path_of, monkeypatch, tmp_path):
+    source, samples = open_source(path_of("jsonl")), samples_of()
+    alone = costs_of(source, samples, quiet)
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
+    monkeypatch.setattr("hovle_jax.data.costs.MANY", 0)
+    monkeypatch.setattr("hovle_jax.data.costs.CHUNK", 5)
+    shared = costs_of(source, samples, quiet, workers=1)
+    for field in dataclasses.fields(alone):
+        np.testing.assert_array_equal(getattr(alone, field.name), getattr(shared, field.name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batch = f(seed, step)
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+STAGES_OF = [*((kind, "instruct") for kind in ALL if kind != "text"), ("text", "pretrain"),
+             ("meta", "distill"), ("tar", "contrast"), ("array_record", "align")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, stage", STAGES_OF)
+def test_batches_do_not_depend_on_hosts_or_on_where_a_run_was_resumed(kind, stage, path_of):
+    config = config_of(path_of(kind), stage)
+    dataset = dataset_of(config)
+    assert not dataset.found.bad
+    expected = [batch for (batch, _, _), _ in zip(dataset.iterate(), range(6))]
+    assert any((a != b).any() for a, b in zip(expected[0].values(), expected[1].values()))
+    steps = np.random.default_rng(len(kind)).choice(6, 3, replace=False).tolist()
+    for hosts in (1, 2, 4):
+        parts = [dataset_of(config, numbers=numbers) for numbers in np.array_split(range(4), hosts)]
+        for step in steps:
+            made_by = [next(part.iterate(step))[0] for part in parts]
+            assert_same(expected[step], {name: np.concatenate([p[name] for p in made_by]) for name in made_by[0]})
+    assert_same(expected[steps[0]], dataset[steps[0]])
+
+
+@pytest.mark.parametrize("kind, stage, hosts", [("meta", "instruct", 2), ("text", "pretrain", 1)])
+def test_batches_do_not_depend_on_worker_processes(kind, stage, hosts, path_of):
+    config = config_of(path_of(kind), stage)
+    expected = dataset_of(config)
+    rows = list(range(4))[(hosts - 1) * 4 // hosts :]
+    part = dataset_of(config, numbers=rows).iterate(2, workers=2)
+    for step in (2, 3, 4):
+        assert_same({name: value[rows] for name, value in expected[step].items()}, next(part)[0])
+
+
+def test_augmentation_is_what_the_entry_says_and_the_seed_draws(tmp_path):
+    jsonl(tmp_path)
+    entry = {"annotation": "rows.jsonl"}
+    tiles = lambda **more: dataset_of(config_of(write_meta(tmp_path, a=entry | more), augment=False))[0]["tiles"]
+    plain = tiles()
+    changed = tiles(data_augment=True)
+    assert plain.shape == changed.shape and (plain != changed).any()
+    np.testing.assert_array_equal(tiles(data_augment=True), changed)
+    np.testing.assert_array_equal(tiles(data_augment=False), plain)
+    held_out = dataset_of(config_of(write_meta(tmp_path, a=entry | {"data_augment": True})), held_out=True)[0]
+    assert any(
+        (held_out["tiles"][0, 0] == Tiling(32, 1, 4).cut(image)[0]).all() for image in map(decoded, range(COUNT))
+    )
+
+
+def decoded(i):
+    from hovle_jax.data.images import decode_image
+
+    return decode_image(picture(i))
+
+
+def test_an_entry_s_own_number_of_tiles_is_planned_with(tmp_path):
+    jsonl(tmp_path)
+    entries = {"few": {"annotation": "rows.jsonl", "max_dynamic_patch": 1}, "many": {"annotation": "rows.jsonl"}}
+    config = config_of(write_meta(tmp_path, **entries))
+    plan, *_ = pipeline.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    assert set(plan.tiles[plan.entry == 0].tolist()) == {1} and max(plan.tiles[plan.entry == 1].tolist()) == 5
+    batches = dataset_of(config).iterate()
+    assert not any(events for _, events, _ in (next(batches) for _ in range(4)))
+
+
+def test_a_plan_is_the_same_in_another_process(path_of):
+    config = config_of(path_of("jsonl"))
+    plan, *_ = pipeline.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    copy = pickle.loads(pickle.dumps(plan))
+    assert [copy.row(r) for r in range(len(copy))] == [plan.row(r) for r in range(len(plan))]
+    assert indexed.Plan(plan.key).key == plan.key
