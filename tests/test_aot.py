@@ -6,16 +6,21 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hovle_jax.compilation import plan
 from hovle_jax.compilation.report import text_of
 from hovle_jax.compilation.target import Target, TooLarge, compile_for
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.parallel import matmul
 from hovle_jax.planning import topology
-from hovle_jax.training.sharding import make_mesh, torus
+from hovle_jax.planning.hlo import collectives, summary
+from hovle_jax.training.sharding import make_mesh, on_mesh, torus
 from tests.tpu_programs import ROOT, small
 
 libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
@@ -113,6 +118,26 @@ def test_neighbours_on_the_torus_are_neighbours_on_the_mesh():
     assert torus(two) == (4, 4)
     with pytest.raises(UserError, match="fsdp=5, .* does not cover 16 devices of each of 2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=5), topology.devices("v5e-16", 2))
+
+
+@libtpu
+@pytest.mark.parametrize("kib", [32, 512])
+@pytest.mark.parametrize("name", ["v5e-256", "v5p-128", "v4-32"])
+def test_a_product_gathers_twice_and_scatters_once_on_every_torus(name, kib):
+    """A shard of so many KiB; an all-reduce in place of any of the three would move twice its bytes."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1), topology.devices(name))
+    place = NamedSharding(mesh, PartitionSpec("fsdp"))
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+        for shape in ((mesh.size, 256, 1024), (1024, kib * mesh.size // 2), (mesh.size, 256, kib * mesh.size // 2))
+    ]
+    forward = lambda x, kernel, dy: matmul(x, kernel, ("embed", "mlp"))
+    backward = lambda x, kernel, dy: jax.vjp(lambda x, kernel: forward(x, kernel, dy), x, kernel)[1](dy)
+    with on_mesh(mesh):
+        texts = [jax.jit(function).lower(*arrays).compile().as_text() for function in (forward, backward)]
+    sent = sum(total.bytes for text in texts for total in summary(collectives(text)).values())
+    least = 3 * (mesh.size - 1) * kib * 1024
+    assert least <= sent <= 17 / 16 * least  # where a product goes in windows, one part is sent once more
 
 
 def command(*arguments, **environment):

@@ -142,6 +142,7 @@ def test_speed_is_that_of_steps_and_of_waiting_for_their_data():
 
 def test_peaks_add_up_and_a_cpu_has_none():
     assert total_bf16_flops(["TPU v5 lite"] * 8) == 8 * CHIPS["v5e"].bf16_flops
+    assert total_bf16_flops(["TPU7x"] * 8) == 4 * CHIPS["tpu7x"].bf16_flops  # a chip is two devices
     assert total_bf16_flops(["cpu"]) is None and total_bf16_flops(["TPU v5 lite", "NVIDIA L4"]) is None
 
 

@@ -23,14 +23,14 @@ FSDP = "fsdp"
 # The rows of the rules table for these are named as the parameters' with this behind.
 GRADIENTS, MOMENTS = ":gradients", ":moments"
 
-LARGE_SHARD = 128 * 1024  # bytes from which a gather goes over all dimensions of the torus at once
+LARGE_SHARD = 128 * 1024  # bytes from which a gather goes over two dimensions of the torus at once
 
 _phases = contextvars.ContextVar("torus_phases", default=())
 
 
 @contextlib.contextmanager
 def torus_phases(sizes):
-    """Within it, reduce-scatters and small gathers over `fsdp` go along one dimension of the torus after another.
+    """Within it, collectives over `fsdp` go along one dimension of the torus after another, large gathers along two.
 
     Args:
       sizes: of the dimensions that the axis is laid over, outermost first; a function of the mesh.
@@ -211,10 +211,11 @@ def gather(kernel, dimension, phases):
     """
     if dimension is None:
         return kernel
-    # At once it uses the links of all dimensions. But below this size the TPU compiler makes it an all-reduce of the
-    # whole, twice the bytes; dimension by dimension it does not.
-    small = kernel.size * kernel.dtype.itemsize < LARGE_SHARD
-    for groups in reversed(_groups(jax.lax.axis_size(FSDP), phases)) if small else [None]:
+    # Over two dimensions at once it uses the links of both. But below this size, and over three, the TPU compiler makes
+    # it an all-reduce of the whole, twice the bytes. The last phase, which brings the most, is over two.
+    if kernel.size * kernel.dtype.itemsize >= LARGE_SHARD:
+        phases = (math.prod(phases[:2]), *phases[2:])
+    for groups in reversed(_groups(jax.lax.axis_size(FSDP), phases)):
         kernel = jax.lax.all_gather(kernel, FSDP, axis=dimension, axis_index_groups=groups, tiled=True)
     return kernel
 

@@ -10,7 +10,7 @@ import dataclasses
 import re
 
 from hovle_jax.errors import UserError
-from hovle_jax.planning.topology import Topology
+from hovle_jax.planning.topology import GENERATIONS, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +104,10 @@ def chip_of(name) -> Chip:
     Raises:
       UserError: none of these.
     """
-    chip = _find(name)
-    if chip is None:
+    key = _key(name)
+    if key is None:
         raise UserError(f"no published peaks are known of {name!r}; known are {', '.join(CHIPS)}")
-    return chip
+    return CHIPS[key]
 
 
 def total_bf16_flops(names):
@@ -116,10 +116,17 @@ def total_bf16_flops(names):
     Args:
       names: of each device, as for `chip_of`.
     """
-    chips = [_find(name) for name in names]
-    return None if None in chips else sum(chip.bf16_flops for chip in chips)
+    keys = [_key(name) for name in names]
+    return None if None in keys else sum(CHIPS[key].bf16_flops / _devices(key) for key in keys)
 
 
-def _find(name):
+def _key(name):
+    """Of CHIPS, or None."""
     text = name.strip().lower()
-    return CHIPS.get(next((key for pattern, key in _KINDS if re.search(pattern, text)), text))
+    key = next((key for pattern, key in _KINDS if re.search(pattern, text)), text)
+    return key if key in CHIPS else None
+
+
+def _devices(key):
+    """That a chip is to JAX."""
+    return GENERATIONS[key].devices_per_chip if key in GENERATIONS else 1

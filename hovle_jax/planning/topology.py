@@ -30,11 +30,11 @@ class Generation:
 
     Attributes:
       cores_per_chip: as its names count them.
-      devices_per_chip: as JAX sees them when it compiles ahead of time. A v4 chip is then two devices, although on a
-        machine it is one.
+      devices_per_chip: as JAX sees them.
       max_chips: of the largest slice.
       dimensions: of its torus.
       ring: an axis of a multiple of it is a ring, a shorter one a line.
+      chip_config: libtpu's name for how the cores of a chip work together; 'megacore': as one device.
       aliases: other spellings of its name.
     """
 
@@ -43,15 +43,16 @@ class Generation:
     max_chips: int
     dimensions: int
     ring: int
+    chip_config: str = "default"
     aliases: tuple[str, ...] = ()
 
 
 GENERATIONS = {
-    "v4": Generation(2, 2, 4096, 3, 4),
-    "v5e": Generation(1, 1, 256, 2, 16, ("v5litepod", "v5lite")),
+    "v4": Generation(2, 1, 4096, 3, 4, "megacore"),
+    "v5e": Generation(1, 1, 256, 2, 16, aliases=("v5litepod", "v5lite")),
     "v5p": Generation(2, 1, 6144, 3, 4),
     "v6e": Generation(1, 1, 256, 2, 16),
-    "tpu7x": Generation(2, 2, 9216, 3, 4, ("v7x", "7x")),
+    "tpu7x": Generation(2, 2, 9216, 3, 4, aliases=("v7x", "7x")),
 }
 _FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL_SHAPES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
@@ -71,7 +72,7 @@ class Topology:
 
     @property
     def devices(self):
-        """As JAX sees them when it compiles ahead of time."""
+        """As JAX sees them."""
         return self.chips * GENERATIONS[self.generation].devices_per_chip
 
     @property
@@ -182,5 +183,6 @@ def devices(name, slices=1):
         os.environ.setdefault(key, value)
     from jax.experimental import topologies
 
-    several = {"num_slices": slices} if slices > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name, **several).devices
+    options = {"chip_config_name": GENERATIONS[topology.generation].chip_config}
+    options |= {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name, **options).devices
