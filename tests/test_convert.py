@@ -9,7 +9,6 @@ import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -22,84 +21,19 @@ from hovle_jax.files import whole_folder
 from hovle_jax.formats import llms
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
-from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig, TeacherConfig, ViTConfig
+from hovle_jax.model.config import RopeScaling
 from hovle_jax.model.hovle import HoVLE, LanguageModel
-from hovle_jax.model.rotary import frequencies
 from hovle_jax.presets import hovle_model
 from hovle_jax.training.checkpoint import load_component, load_model_config, save_model
 from hovle_jax.training.load import abstract_model
 from hovle_jax.training.losses import cross_entropy, divide
 from hovle_jax.training.sharding import make_mesh
 from tests import micro
-from tests.gguf_files import write_gguf
+from tests.public_models import MODELS, components_of, llm, made
 from tests.test_commands import ROOT, command
 from tests.trees import host
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-STACK = StackConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, rope_theta=1e4)
-
-
-def llm(family, tied=False, **stack):
-    return LLMConfig(dataclasses.replace(STACK, **stack), vocab_size=40, max_length=64, tied=tied, family=family)
-
-
-FACTORS = RopeScaling("factors", 1.0, 16, attention_factor=1.2, factors=(1.0, 1.5, 2.0, 4.0))
-LLAMA3 = RopeScaling("llama3", 8.0, 16, low_frequency_factor=1.0, high_frequency_factor=4.0)
-YARN = RopeScaling("yarn", 4.0, 16, beta_fast=30.0, beta_slow=2.0, attention_factor=1.2)
-TOWER = ViTConfig(image_size=32, patch_size=8, width=32, num_layers=2, num_heads=2, mlp_width=64)
-PLAIN_TOWER = dataclasses.replace(TOWER, norm="rms_norm", qkv_bias=False, qk_norm=True)
-INTERNVIT = TeacherConfig("internvit", TOWER, projector="mlp1", projector_width=32)
-
-MODELS = {
-    "internlm2": ModelConfig(llm=llm("internlm2")),
-    "internlm2, biases": ModelConfig(llm=llm("internlm2", qkv_bias=True, output_bias=True, num_kv_heads=4)),
-    "internlm2, linear": ModelConfig(llm=llm("internlm2", rope_scaling=RopeScaling("linear", 2.0, 64))),
-    "llama": ModelConfig(llm=llm("llama", head_dim=12)),
-    "llama, biases, tied": ModelConfig(
-        llm=llm("llama", tied=True, qkv_bias=True, output_bias=True, mlp_bias=True, rope_scaling=LLAMA3)
-    ),
-    "llama, yarn": ModelConfig(llm=llm("llama", rope_scaling=YARN, num_kv_heads=1)),
-    "llama, longrope": ModelConfig(llm=llm("llama", rope_scaling=FACTORS)),
-    "internlm2, tied": ModelConfig(llm=llm("internlm2", tied=True)),
-    "qwen2": ModelConfig(llm=llm("qwen2", qkv_bias=True, rope_scaling=RopeScaling("linear", 2.0, 64))),
-    "qwen3": ModelConfig(llm=llm("qwen3", qk_norm=True, head_dim=16, tied=True)),
-    "internvit": ModelConfig(teacher=TeacherConfig("internvit", PLAIN_TOWER, projector="linear")),
-    "internvl2": ModelConfig(teacher=INTERNVIT, llm=llm("internlm2")),
-    "internvl2 over qwen2": ModelConfig(teacher=INTERNVIT, llm=llm("qwen2", qkv_bias=True)),
-    "hovle": ModelConfig(embedding=micro.model_config().embedding, llm=micro.model_config().llm),
-    "hovle hd, special tokens, unit output": ModelConfig(
-        embedding=micro.model_config("post", special=9, normalize_output=True).embedding,
-        llm=micro.model_config("post", special=9).llm,
-    ),
-    "hovle, stride": ModelConfig(embedding=micro.model_config("none").embedding, llm=micro.model_config("none").llm),
-}
-FORCED = dataclasses.replace(micro.model_config().embedding, force_image_size=48)
-MODELS["hovle, larger tiles"] = ModelConfig(embedding=FORCED, llm=micro.model_config().llm)
-QWEN3_STACK = dataclasses.replace(STACK, qk_norm=True, head_dim=12)
-MODELS["hovle over qwen3"] = ModelConfig(
-    embedding=dataclasses.replace(micro.model_config().embedding, stack=QWEN3_STACK, family="qwen3"),
-    llm=LLMConfig(QWEN3_STACK, vocab_size=micro.VOCAB, max_length=64, tied=True, family="qwen3"),
-)
-
-
-def components_of(config):
-    return [name for name in ("embedding", "llm", "teacher") if getattr(config, name) is not None]
-
-
-def random_params(config, component):
-    """Random values for every leaf (fresh biases and norms would be zeros and ones)."""
-    abstract = abstract_model(config, component, micro.one_device())
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), abstract)
-
-
-def made(folder, config):
-    """A model folder of random weights, as an import or a run leaves it -> {component: parameters}."""
-    params = {component: random_params(config, component) for component in components_of(config)}
-    folder.mkdir()
-    save_model(folder, config, {component: lambda c=component: params[c] for component in params})
-    return params
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -439,76 +373,6 @@ def test_usage():
         result: subprocess.CompletedProcess = command("convert", *arguments)
         assert result.returncode == 2
         assert "import SRC DST" in result.stderr
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# GGUF.
-
-
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-def test_gguf(arch, tmp_path):
-    options = {"llama": {}, "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True)}[arch]
-    config = llm(arch, tied=arch == "qwen3", **options)
-    params = random_params(ModelConfig(llm=config), "llm")
-    add = lambda writer: writer.add_vocab_size(config.vocab_size)
-    tensors = write_gguf(tmp_path / "model.gguf", config, params, add, quantized=["blk.1.ffn_up.weight"])
-
-    checkpoint = open_checkpoint(tmp_path / "model.gguf")
-    assert checkpoint.config == config
-    found, expected = host(checkpoint.load()), host(params)
-    for key, leaf in expected.items():
-        tolerance = 0.02 if key == "stack/layers/up/kernel" else 0
-        np.testing.assert_allclose(found[key], leaf, atol=tolerance, rtol=0, err_msg=key)
-    if arch == "llama":  # neighbouring pairs: the file's rows are not ours
-        assert not np.array_equal(tensors["blk.0.attn_q.weight"], expected["stack/layers/query/kernel"][0].T)
-    whole = (tmp_path / "model.gguf").read_bytes()
-    (tmp_path / "model.gguf").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="not a whole GGUF file"):
-        open_checkpoint(tmp_path / "model.gguf").load()
-
-
-GGUF_YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 30.0}
-SCALINGS = {
-    "linear": (RopeScaling("linear", 2.0, 64), {"type": "linear", "factor": 2.0}),
-    "yarn": (RopeScaling("yarn", 4.0, 16, beta_fast=30.0), GGUF_YARN),
-    "llama3": (LLAMA3, {}),
-}
-
-
-@pytest.mark.parametrize("kind", SCALINGS)
-def test_scaled_rotary_positions_in_a_gguf(kind, tmp_path):
-    scaling, keys = SCALINGS[kind]
-    config = llm("llama", head_dim=32, num_heads=1, num_kv_heads=1, rope_scaling=scaling)
-
-    def add(writer):
-        for key, value in keys.items():
-            name = f"llama.rope.scaling.{key}"
-            {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)](name, value)
-        writer.add_vocab_size(config.vocab_size)
-        if kind == "llama3":
-            plain, _ = frequencies(dataclasses.replace(config.stack, rope_scaling=None))
-            writer.add_tensor("rope_freqs.weight", (plain / frequencies(config.stack)[0]).astype(np.float32))
-
-    write_gguf(tmp_path / "model.gguf", config, random_params(ModelConfig(llm=config), "llm"), add)
-    found = open_checkpoint(tmp_path / "model.gguf")
-    assert found.config.stack.rope_scaling == scaling
-    found.load()
-
-
-def test_rotary_factors_that_are_not_llama3s(tmp_path):
-    """They stay what they are, and are LongRoPE's in public."""
-    factors = (1.0, 2.0, 3.5, 8.0)
-    scaling = RopeScaling("factors", 1.0, 64, attention_factor=1.0, factors=factors)
-    config = llm("llama", rope_scaling=scaling)
-
-    def add(writer):
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
-
-    write_gguf(tmp_path / "model.gguf", config, random_params(ModelConfig(llm=config), "llm"), add)
-    assert open_checkpoint(tmp_path / "model.gguf").config.stack.rope_scaling == scaling
-    plain, _ = frequencies(dataclasses.replace(config.stack, rope_scaling=None))
-    np.testing.assert_allclose(frequencies(config.stack)[0] * factors, plain, rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from hovle_jax.training.checkpoint import load_model_config, save_model
 from hovle_jax.training.load import load_run
 from tests import micro
 from tests.gguf_files import write_gguf
-from tests.test_convert import random_params
+from tests.public_models import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
