@@ -67,13 +67,13 @@ def _activation_traffic(config: RunConfig, mesh):
 
 
 def _state_bytes(config, models, batch, mesh):
-    """Parameters, moments, and the gradients that lie beside them."""
+    """Parameters, moments, the gradients that lie beside them, and the batch."""
     params = abstract_params(models, batch, mesh)
     state = abstract_state(models, params, batch, make_optimizer(config.optimizer, config.steps))
     own = lambda tree: sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
-    return own(state) + own(state.trained) * (2 if models.execution.accumulate > 1 else 1)
+    return own(batch) + own(state) + own(state.trained) * (2 if models.execution.accumulate > 1 else 1)
 
 
 # Elements a token that a layer keeps for its backward pass.
