@@ -51,7 +51,7 @@ class Plan:
 
 
 def choices(config: RunConfig, target: Target):
-    """Every way whose sizes divide, by estimated time; of equals the one that takes less memory."""
+    """Every way whose sizes divide, the best first: by `_order`."""
     made = []
     for remat, (tensor, sequence), rows in itertools.product(REMATS, AXES, ROWS):
         mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=tensor, sequence=sequence)
@@ -67,7 +67,13 @@ def choices(config: RunConfig, target: Target):
             made.append(Choice(flags, changed, estimate(changed, target)))
         except UserError:  # a length that the sequence axis does not divide, for one
             continue
-    return sorted(made, key=lambda choice: (choice.estimate.bounds.seconds, choice.estimate.memory))
+    return sorted(made, key=_order)
+
+
+def _order(choice):
+    """By the time of what bounds the step; of equals by the others' too, which never hide entirely; then by memory."""
+    bounds = choice.estimate.bounds
+    return bounds.seconds, sum(bounds.times.values()), choice.estimate.memory
 
 
 def make(config: RunConfig, target: Target, say=print):
