@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,14 @@ from hovle_jax.compilation.report import text_of
 from hovle_jax.compilation.target import Target, TooLarge, compile_for
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.parallel import matmul
 from hovle_jax.planning import topology
 from hovle_jax.planning.hlo import collectives, summary
+from hovle_jax.planning.overlap import compiler_options
 from hovle_jax.training.sharding import make_mesh, on_mesh, torus
+from hovle_jax.training.stages import Models
+from hovle_jax.training.step import step_options, train_step, train_step_for
 from tests.tpu_programs import ROOT, small
 
 libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
@@ -122,7 +127,7 @@ def test_neighbours_on_the_torus_are_neighbours_on_the_mesh():
 
 @libtpu
 @pytest.mark.parametrize("kib", [32, 512])
-@pytest.mark.parametrize("name", ["v5e-256", "v5p-128", "v4-32"])
+@pytest.mark.parametrize("name", ["v5e-256", "v5p-128", "v6e-256", "v4-32"])
 def test_a_product_gathers_twice_and_scatters_once_on_every_torus(name, kib):
     """A shard of so many KiB; an all-reduce in place of any of the three would move twice its bytes."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), topology.devices(name))
@@ -134,10 +139,24 @@ def test_a_product_gathers_twice_and_scatters_once_on_every_torus(name, kib):
     forward = lambda x, kernel, dy: matmul(x, kernel, ("embed", "mlp"))
     backward = lambda x, kernel, dy: jax.vjp(lambda x, kernel: forward(x, kernel, dy), x, kernel)[1](dy)
     with on_mesh(mesh):
-        texts = [jax.jit(function).lower(*arrays).compile().as_text() for function in (forward, backward)]
+        options = compiler_options(mesh.devices.flat[0].device_kind)
+        texts = [jax.jit(f).lower(*arrays).compile(options).as_text() for f in (forward, backward)]
     sent = sum(total.bytes for text in texts for total in summary(collectives(text)).values())
     least = 3 * (mesh.size - 1) * kib * 1024
     assert least <= sent <= 17 / 16 * least  # where a product goes in windows, one part is sent once more
+    if options and kib == 512:  # the options hand all of them to another core
+        calls = sum(text.count('async_execution_thread="sparsecore"') for text in texts)
+        assert calls >= 3
+
+
+def test_what_a_step_is_compiled_with_where_its_collectives_would_stop_the_products():
+    v6e, cpu = (
+        types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=k)])) for k in ("TPU v6 lite", "cpu")
+    )
+    models = Models(small("instruct"), ExecutionConfig())
+    assert len(step_options(models, v6e)) == 3 and not step_options(models, cpu)
+    assert train_step_for(models, cpu) is train_step and train_step_for(models, v6e) is not train_step
+    assert not step_options(Models(models.config, ExecutionConfig(sparse_cores=False)), v6e)
 
 
 def command(*arguments, **environment):

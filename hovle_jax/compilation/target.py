@@ -14,6 +14,7 @@ from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.planning import topology
 from hovle_jax.training.sharding import make_mesh
+from hovle_jax.training.step import step_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,8 @@ def compile_for(config: RunConfig, target: Target, program="train", new_tokens=5
     try:
         with warnings.catch_warnings():  # what is compiled for absent devices cannot be read from jax's cache
             warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
-            compiled = lowered.compile()
+            options = step_options(models, mesh) if program == "train" else {}
+            compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

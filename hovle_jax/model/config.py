@@ -314,6 +314,8 @@ class ExecutionConfig:
       accumulate: parts that a step reads its batch in, one after another: less memory, the same update; -1 = as many
         as leave each device one row.
       vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.
+      sparse_cores: on TPU v5p and v6e: their SparseCores gather and scatter while the step multiplies
+        (planning/overlap.py).
       zero: what the mesh axis `fsdp` cuts: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
     """
 
@@ -324,3 +326,4 @@ class ExecutionConfig:
     accumulate: int = 1
     vocab_chunk: int = 0
     zero: int = 3
+    sparse_cores: bool = True

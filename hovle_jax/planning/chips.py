@@ -104,7 +104,7 @@ def chip_of(name) -> Chip:
     Raises:
       UserError: none of these.
     """
-    key = _key(name)
+    key = key_of(name)
     if key is None:
         raise UserError(f"no published peaks are known of {name!r}; known are {', '.join(CHIPS)}")
     return CHIPS[key]
@@ -116,12 +116,12 @@ def total_bf16_flops(names):
     Args:
       names: of each device, as for `chip_of`.
     """
-    keys = [_key(name) for name in names]
+    keys = [key_of(name) for name in names]
     return None if None in keys else sum(CHIPS[key].bf16_flops / _devices(key) for key in keys)
 
 
-def _key(name):
-    """Of CHIPS, or None."""
+def key_of(name):
+    """The key of CHIPS by any of a chip's names, as for `chip_of`; None where its peaks are not known."""
     text = name.strip().lower()
     key = next((key for pattern, key in _KINDS if re.search(pattern, text)), text)
     return key if key in CHIPS else None

@@ -22,7 +22,7 @@ from hovle_jax.training.optimizer import learning_rate, make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import STAGES, Models
 from hovle_jax.training.state import abstract_params, init_component, make_state, wholly_frozen
-from hovle_jax.training.step import average, eval_step, train_step
+from hovle_jax.training.step import average, eval_step, train_step_for
 
 HELD_OUT_BATCHES = 4
 
@@ -199,7 +199,7 @@ def _train(config, state, models, optimizer, dataset, held_out, bad, mesh, saved
     first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
     held_out = [put_batch(batch, mesh) for batch in held_out]
     tokens = tokens_per_step(dataset[0]) * config.data.batch_size // dataset.size
-    results = {}
+    results, train_step = {}, train_step_for(models, mesh)
 
     def evaluate(step):
         if held_out:

@@ -20,7 +20,7 @@ from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import Models
 from hovle_jax.training.state import make_state
-from hovle_jax.training.step import train_step
+from hovle_jax.training.step import train_step_for
 
 PREVIEW_ROWS = 256  # rows that the figures are about, at least
 
@@ -133,7 +133,7 @@ def _time_training(config, dataset, steps):
     """-> (seconds waited for batches, seconds in all) of `steps` steps behind the first, which compiles."""
     mesh = make_mesh(config.mesh)
     models = Models(config, loop.resolve_execution(config.execution, mesh.devices.flat[0].platform))
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer, train_step = make_optimizer(config.optimizer, config.steps), train_step_for(models, mesh)
     with on_mesh(mesh, models.execution.zero):
         state = make_state(models, loop.load_params(models, dataset[0], mesh, {}), dataset[0], optimizer)
         batches, waited, started = dataset.iterate(0, config.workers), 0.0, 0.0

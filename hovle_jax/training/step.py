@@ -8,6 +8,7 @@ import optax
 from flax import traverse_util
 
 from hovle_jax.model.parallel import GRADIENTS
+from hovle_jax.planning.overlap import compiler_options
 from hovle_jax.training.losses import divide
 from hovle_jax.training.sharding import specs_of
 from hovle_jax.training.stages import STAGES
@@ -69,7 +70,10 @@ def constrain(tree, specs):
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs(mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "models", "optimizer"), donate_argnames="state")
+_JIT = dict(static_argnames=("stage", "models", "optimizer"), donate_argnames="state")
+
+
+@functools.partial(jax.jit, **_JIT)
 def train_step(state, batch, *, stage, models, optimizer):
     """One update.
 
@@ -88,6 +92,17 @@ def train_step(state, batch, *, stage, models, optimizer):
     trained = held(STAGES[stage].after_update(optax.apply_updates(state.trained, updates)), models, batch)
     metrics = named_metrics(loss, means) | {"gradient_norm": optax.tree.norm(grads)}
     return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
+
+
+def train_step_for(models, mesh):
+    """`train_step`, compiled with the options for the mesh's devices."""
+    options = step_options(models, mesh)
+    return jax.jit(train_step.__wrapped__, **_JIT, compiler_options=options) if options else train_step
+
+
+def step_options(models, mesh):
+    """The compiler options of a `train_step` on a mesh: {option: value}."""
+    return compiler_options(mesh.devices.flat[0].device_kind) if models.execution.sparse_cores else {}
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "models"))
