@@ -149,8 +149,8 @@ def test_a_slice_of_lines_doubles_the_time_of_its_network():
 
 def test_bytes_within_and_between_slices():
     made = [
-        Collective("all-gather", "bf16", 100, 4, False, 3, "", ""),
-        Collective("all-reduce", "f32", 100, 2, True, 2, "", ""),
+        Collective("all-gather", "bf16", 100, 4, False, 3, False, "", ""),
+        Collective("all-reduce", "f32", 100, 2, True, 2, True, "", ""),
     ]
     assert network_bytes(made) == (900, 200)
     assert network_bytes(made, devices_per_chip=2) == (1800, 400)

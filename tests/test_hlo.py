@@ -122,7 +122,8 @@ frontend_attributes={{chain_id="{1}"}}
 """
     call = "  %f.{0} = f32[64,4]{{1,0}} fusion(%x), kind=kCustom, calls=%fused.{0}"
     before = "".join(clone.format(i, chain) for i, chain in enumerate((0, 0, 0)))
-    assert one(*(call.format(i) for i in range(3)), before=before).name == "g.0"
+    found = one(*(call.format(i) for i in range(3)), before=before)
+    assert found.name == "g.0" and found.beside
     # Another chain on the same channel, as an unrolled loop has them, is another one.
     before = "".join(clone.format(i, chain) for i, chain in enumerate((0, 0, 1)))
     text = entry("  %x = f32[16,4]{1,0} parameter(0)", *(call.format(i) for i in range(3)), before=before)
@@ -281,6 +282,7 @@ def test_a_collective_on_another_core(opcode, called):
     start = f'((f32[16,4]), f32[16,4], s32[]) {opcode}(%x), async_execution_thread="sparsecore", {called}=%offloaded'
     found = one(f"  %start = {start}", "  ROOT %done = f32[16,4]{1,0} call-done(%start)", before=before)
     assert (found.kind, found.operand_bytes, found.group_size, found.times) == ("all-reduce", 256, 8, 1)
+    assert found.beside and summary([found])["all-reduce"].beside == found.bytes
 
 
 def test_a_text_that_is_no_program():

@@ -101,11 +101,17 @@ class Report:
         least = self.least.fsdp + self.least.data if self.least else 0
         return self.sent / least if least else math.nan
 
+    @property
+    def beside(self):
+        """The share of what is sent while other work can go on; NaN where nothing is sent."""
+        return sum(total.beside for total in self.collectives.values()) / self.sent if self.sent else math.nan
+
     def to_dict(self):
         """For JSON, with what follows from the fields."""
         made = dataclasses.asdict(self)
         made["memory"] |= {"peak": self.memory.peak, "fits": self.memory.fits}
         made["sent"] = self.sent
+        made["beside"] = None if math.isnan(self.beside) else self.beside
         if self.bounds:
             made["bounds"] |= {"seconds": self.bounds.seconds, "bottleneck": self.bounds.bottleneck}
             made["excess"] = None if math.isnan(self.excess) else self.excess
@@ -214,6 +220,7 @@ def text_of(report: Report):
         lines.append(f"  attention    {stack}: {attention.implementation}{calls}{why}")
     for kind, total in sorted(report.collectives.items(), key=lambda item: -item[1].bytes):
         beyond = f", {gb(total.dcn_bytes)} of it between slices" if total.dcn_bytes else ""
+        beyond += f", {total.beside / total.bytes:.0%} beside other work" if total.beside else ""
         unknown = f" ({total.unknown} in loops of unknown length, counted once)" if total.unknown else ""
         lines.append(f"  network      {kind:<18} {total.count:>7,} times, {gb(total.bytes)}{beyond}{unknown}")
     if report.bounds is None:

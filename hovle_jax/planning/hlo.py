@@ -1,7 +1,7 @@
 """The collectives of a compiled program: what, how many bytes, among how many devices, how many times a step.
 
     found = collectives(compiled.as_text(), devices_per_slice=256)
-    summary(found)      # {'all-gather': Total(count=72, bytes=..., dcn_bytes=0, unknown=0), ...}
+    summary(found)      # {'all-gather': Total(count=72, bytes=..., beside=..., dcn_bytes=0, unknown=0), ...}
 
 What the text does not show at a glance, as seen in programs for TPUs:
 - a loop's collectives run as often as its body (`trip_count`), nested loops multiply;
@@ -10,6 +10,7 @@ What the text does not show at a glance, as seen in programs for TPUs:
 - a windowed product turns an all-gather or a reduce-scatter into a loop of collective-permutes: they are reported as
   such, and their bytes add up to the same;
 - a reduce-scatter along one axis of the torus is an all-reduce in a computation `all-reduce-scatter` that keeps a part;
+- what runs on a SparseCore stands in a computation of its own, which a `call-start` names;
 - between slices there are no collectives but `send`s to the runtime, marked with what they are a part of.
 All branches of a conditional are counted, which is an upper bound.
 """
@@ -17,7 +18,7 @@ All branches of a conditional are counted, which is an upper bound.
 import dataclasses
 import re
 
-from hovle_jax.planning.hlo_text import Program, parse, shape_bytes, shape_dtypes
+from hovle_jax.planning.hlo_text import Computation, Instruction, Program, parse, shape_bytes, shape_dtypes
 from hovle_jax.planning.replica_groups import replica_groups, source_target_pairs
 from hovle_jax.planning.trip_count import Scope, body_scope, trip_count
 
@@ -39,6 +40,8 @@ class Collective:
       group_size: devices that take part together.
       crosses_slices: whether a group has devices of several slices, whose traffic goes over the data-centre network.
       times: how often it runs in one execution of the program; None = in a loop whose trip count cannot be told.
+      beside: whether other work can go on meanwhile: it starts and ends in two instructions, is a part of fusions that
+        multiply, or runs on another core.
       name: of the instruction.
       op_name: the JAX operation that it came from.
     """
@@ -49,6 +52,7 @@ class Collective:
     group_size: int
     crosses_slices: bool
     times: int | None
+    beside: bool
     name: str
     op_name: str
 
@@ -77,12 +81,14 @@ class Total:
     Attributes:
       count: executions.
       bytes: that each device sends, those between slices included.
+      beside: of these, while other work can go on.
       dcn_bytes: of these, by collectives that cross slices.
       unknown: how many have an unknown trip count, and were counted once.
     """
 
     count: int
     bytes: float
+    beside: float
     dcn_bytes: float
     unknown: int
 
@@ -118,7 +124,7 @@ def collectives(text, devices_per_slice=None):
         mesh (the slices are its outermost axis).
     """
     program = parse(text)
-    made = [_collective(program, x, c, t, devices_per_slice) for x, c, t in executions(program)]
+    made = [_collective(program, run, devices_per_slice) for run in executions(program)]
     return [collective for collective in made if collective is not None]
 
 
@@ -131,6 +137,7 @@ def summary(found):
         kind: Total(
             count=sum(1 if c.times is None else c.times for c in of_kind),
             bytes=sum(c.bytes for c in of_kind),
+            beside=sum(c.bytes for c in of_kind if c.beside),
             dcn_bytes=sum(c.bytes for c in of_kind if c.crosses_slices),
             unknown=sum(c.times is None for c in of_kind),
         )
@@ -141,36 +148,48 @@ def summary(found):
 def kernels(text):
     """The Pallas kernels that a program for TPUs calls: [Kernel]."""
     return [
-        Kernel(re.sub(r"\.\d+$", "", x.name), x.quoted("op_name"), times)
-        for x, _, times in executions(parse(text))
-        if x.opcode == "custom-call" and x.quoted("custom_call_target") == _PALLAS
+        Kernel(re.sub(r"\.\d+$", "", run.instruction.name), run.instruction.quoted("op_name"), run.times)
+        for run in executions(parse(text))
+        if run.instruction.opcode == "custom-call" and run.instruction.quoted("custom_call_target") == _PALLAS
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """An instruction that runs, in which computation, how often (None: not known), and whether beside other work."""
+
+    instruction: Instruction
+    computation: Computation
+    times: int | None
+    beside: bool
+
+
 def executions(program: Program):
-    """Every instruction that runs -> [(instruction, its computation, times)], clones of one collective once."""
+    """Every instruction that runs -> [Execution], clones of one collective once."""
     entry = Scope(program, program.computations[program.entry], lambda number, element: None)
-    return _executions(entry, 1)
+    return _executions(entry, 1, False)
 
 
-def _executions(scope, times):
+def _executions(scope, times, beside):
     found, chains = [], set()
     for x in scope.computation.instructions.values():
         if x.opcode == "while":
             count = trip_count(scope, x)
             inner = None if count is None or times is None else count * times
-            found += _executions(body_scope(scope, x), inner)
+            found += _executions(body_scope(scope, x), inner, beside)
         elif x.opcode == "fusion":
-            inside = [item for called in x.called for item in _executions(scope.inside(called, x), times)]
-            found += [item for item in inside if _is_new(item[0], chains)]
+            inside = [run for called in x.called for run in _executions(scope.inside(called, x), times, beside)]
+            found += [run for run in inside if _is_new(run.instruction, chains)]
         elif x.opcode in ("call", "call-start", "async-start"):
-            found += [item for called in x.called for item in _executions(scope.inside(called, x), times)]
+            apart = beside or x.opcode != "call"
+            found += [run for called in x.called for run in _executions(scope.inside(called, x), times, apart)]
         elif x.opcode == "conditional":
             for branch in x.branches:
                 unknown = Scope(scope.program, scope.program.computations[branch], lambda number, element: None)
-                found += _executions(unknown, times)
+                found += _executions(unknown, times, beside)
         else:
-            found.append((x, scope.computation, times))
+            apart = beside or x.opcode.endswith("-start") or x.opcode == "send" or bool(x.quoted("chain_id"))
+            found.append(Execution(x, scope.computation, times, apart))
     return found
 
 
@@ -186,14 +205,15 @@ def _is_new(x, chains):
     return new
 
 
-def _collective(program, x, computation, times, devices_per_slice):
-    """An instruction as Collective, or None."""
+def _collective(program, run: Execution, devices_per_slice):
+    """What runs as Collective, or None."""
+    x = run.instruction
     if x.opcode == "send" and x.quoted("_xla_megascale_transfer_type"):
-        return _between_slices(x, computation, times)
+        return _between_slices(run)
     kind = x.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
-    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+    if kind == "all-reduce" and run.computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     if kind == "collective-permute":
         pairs = source_target_pairs(x.attributes)
@@ -203,16 +223,17 @@ def _collective(program, x, computation, times, devices_per_slice):
         groups = replica_groups(x.attributes, program.partitions)
         size = len(groups[0])
     crosses = devices_per_slice is not None and any(len(set(g // devices_per_slice)) > 1 for g in groups)
-    return _made(kind, x, computation, size, crosses, times, x.operands)
+    return _made(kind, run, size, crosses, x.operands)
 
 
-def _between_slices(x, computation, times):
+def _between_slices(run):
     """A `send` to the runtime that connects slices; its target "{1,2}x{0:255}" names the slices, then the devices."""
+    x = run.instruction
     kind = x.quoted("_xla_megascale_transfer_type").lower().replace("_", "-")
     kind = kind.replace("one-to-one", "collective-permute")
     slices = re.match(r"\{([^}]*)\}", x.quoted("_xla_megascale_target"))
     count = sum(_span(part) for part in slices.group(1).split(",")) if slices else 2
-    return _made(kind, x, computation, count, True, times, x.operands[:1])
+    return _made(kind, run, count, True, x.operands[:1])
 
 
 def _span(text):
@@ -221,15 +242,16 @@ def _span(text):
     return int(last) - int(first) + 1 if last else 1
 
 
-def _made(kind, x, computation, group_size, crosses_slices, times, operands):
-    shapes = [computation.instructions[name].shape for name in operands]
+def _made(kind, run, group_size, crosses_slices, operands):
+    shapes = [run.computation.instructions[name].shape for name in operands]
     return Collective(
         kind=kind,
         dtype=next((dtype for shape in shapes for dtype in shape_dtypes(shape)), ""),
         operand_bytes=sum(shape_bytes(shape) for shape in shapes),
         group_size=group_size,
         crosses_slices=bool(crosses_slices),
-        times=times,
-        name=x.name,
-        op_name=x.quoted("op_name"),
+        times=run.times,
+        beside=run.beside,
+        name=run.instruction.name,
+        op_name=run.instruction.quoted("op_name"),
     )
