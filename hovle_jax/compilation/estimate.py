@@ -42,7 +42,7 @@ def estimate(config: RunConfig, target):
     ici += (least.fsdp + _activation_traffic(config, mesh)) * per_chip
     return Estimate(
         bounds=bounds_of(config, models, batch, target.topology, target.slices, ici, dcn),
-        memory=_state_bytes(config, models, batch, mesh) + _activation_bytes(config, models, mesh),
+        memory=_argument_bytes(config, models, batch, mesh) + _activation_bytes(config, models, mesh),
         available=chip_of(target.topology.generation).hbm_bytes / per_chip,
     )
 
@@ -66,8 +66,8 @@ def _activation_traffic(config: RunConfig, mesh):
     return sent
 
 
-def _state_bytes(config, models, batch, mesh):
-    """Parameters, moments, the gradients that lie beside them, and the batch."""
+def _argument_bytes(config, models, batch, mesh):
+    """Of a device: parameters, moments, the gradients that lie beside them, and the batch."""
     params = abstract_params(models, batch, mesh)
     state = abstract_state(models, params, batch, make_optimizer(config.optimizer, config.steps))
     own = lambda tree: sum(

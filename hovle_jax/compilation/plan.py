@@ -10,7 +10,7 @@ from hovle_jax.compilation.target import Target, TooLarge, compile_for
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots", "full")  # offload waits for the host, which no bound counts
 AXES = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4))  # sizes of tensor and sequence
 ROWS = (1, 2, 4, 8)  # that a device reads at a time
 MOST_COMPILED = 6

@@ -133,7 +133,8 @@ def _time_training(config, dataset, steps):
     """-> (seconds waited for batches, seconds in all) of `steps` steps behind the first, which compiles."""
     mesh = make_mesh(config.mesh)
     models = Models(config, loop.resolve_execution(config.execution, mesh.devices.flat[0].platform))
-    optimizer, train_step = make_optimizer(config.optimizer, config.steps), train_step_for(models, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    train_step = train_step_for(models, mesh)
     with on_mesh(mesh, models.execution.zero):
         state = make_state(models, loop.load_params(models, dataset[0], mesh, {}), dataset[0], optimizer)
         batches, waited, started = dataset.iterate(0, config.workers), 0.0, 0.0
