@@ -17,8 +17,8 @@ import json
 
 from absl import flags
 
-from hovle_jax import commands, host
 from hovle_jax.errors import UserError
+from hovle_jax.system import command_line, malloc
 
 USAGE = "import SRC DST | export SRC DST | verify DIR"
 AS = flags.DEFINE_enum("as", None, ["hovle", "llm", "teacher"], "import: the part to take (default: all of it)")
@@ -69,8 +69,8 @@ ACTIONS = {"import": (import_, 2), "export": (export, 2), "verify": (verify, 1)}
 
 
 def main(arguments):
-    commands.dispatch(ACTIONS, arguments, f"python -m hovle_jax.convert {USAGE}")
+    command_line.dispatch(ACTIONS, arguments, f"python -m hovle_jax.convert {USAGE}")
 
 
 if __name__ == "__main__":
-    commands.run(main, USAGE, memory=host.share_freed_memory)
+    command_line.run(main, USAGE, memory=malloc.share_freed_memory)

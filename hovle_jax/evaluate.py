@@ -9,7 +9,7 @@ import time
 
 from absl import flags
 
-from hovle_jax import commands
+from hovle_jax.system import command_line
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run: runs/instruct")
 BENCHMARK = flags.DEFINE_string("benchmark", "easy_vqa", "easy_vqa, or easy_vqa_zero_shot for a contrast run")
@@ -18,7 +18,7 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else"
 
 
 def main():
-    folder = commands.required("checkpoint")
+    folder = command_line.required("checkpoint")
     from hovle_jax.evaluation.benchmarks import evaluate
 
     started = time.time()
@@ -33,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    command_line.run(main)

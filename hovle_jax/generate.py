@@ -8,7 +8,7 @@ Each `<image>` in the prompt takes one --image, in order; without any mark the i
 
 from absl import flags
 
-from hovle_jax import commands
+from hovle_jax.system import command_line
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
@@ -19,21 +19,21 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer"
 
 
 def main():
-    folder, prompt = commands.required("checkpoint"), commands.required("prompt")
+    folder, prompt = command_line.required("checkpoint"), command_line.required("prompt")
     from hovle_jax.data.images import load_image
-    from hovle_jax.data.text import with_image_marks
+    from hovle_jax.data.text.conversation import with_image_marks
 
     # All that can be wrong with the input is known before a model is loaded.
     images = [load_image(path) for path in IMAGE.value]
     with_image_marks([(prompt, None)], len(images))
 
-    from hovle_jax.conversion.named import resolve
+    from hovle_jax.conversion.downloads import resolve
     from hovle_jax.inference.generate import answer
-    from hovle_jax.training.load import load_run
+    from hovle_jax.inference.load import load_run
 
     loaded = load_run(resolve(folder))
     print(answer(loaded.answerer, [(prompt, images)], MAX_NEW_TOKENS.value)[0])
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    command_line.run(main)

@@ -23,9 +23,9 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from hovle_jax import commands
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.system import command_line
 
 USAGE = "emoji | tuxpaint | jsonl SRC DST | webdataset SRC DST | preview --config FILE | bench --config FILE"
 CONFIG = config_flags.DEFINE_config_file("config", None, "preview, bench: a stage's config file, with a preset")
@@ -100,8 +100,8 @@ ACTIONS = {
 
 
 def main(arguments):
-    commands.dispatch(ACTIONS, arguments, f"python -m hovle_jax.prepare {USAGE}")
+    command_line.dispatch(ACTIONS, arguments, f"python -m hovle_jax.prepare {USAGE}")
 
 
 if __name__ == "__main__":
-    commands.run(main, USAGE)
+    command_line.run(main, USAGE)

@@ -22,9 +22,9 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
-from hovle_jax import commands
 from hovle_jax.config import InitConfig, RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.system import command_line
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A stage's config file, with a preset: configs/distill.py:tiny"
@@ -91,10 +91,11 @@ def plan(config: RunConfig, config_folder, workdir):
 
 def main():
     started = time.time()
-    config_path = commands.config_file()
+    config_path = command_line.config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
 
-    from hovle_jax.training import distributed, profiling
+    from hovle_jax.hosts import distributed
+    from hovle_jax.training import profiling
 
     profile = profiling.parse_steps(PROFILE.value)
     profiling.check_steps(profile, 0, config.last_step)
@@ -107,10 +108,11 @@ def main():
 
 def train(config, config_folder, workdir, started, profile=None):
     """Makes the runs that are missing, on all hosts; the first one speaks, and scores them. -> the exit status."""
-    from hovle_jax.conversion.named import resolve
+    from hovle_jax.conversion.downloads import resolve
     from hovle_jax.evaluation.summary import summarize
-    from hovle_jax.progress import format_duration
-    from hovle_jax.training import checkpoint, checks, distributed, loop
+    from hovle_jax.hosts import distributed
+    from hovle_jax.system.progress import format_duration
+    from hovle_jax.training import checkpoint, checks, loop
 
     say = print if distributed.is_leader() else lambda line: None
     checkpoint.open_run_folder(workdir)
@@ -150,4 +152,4 @@ def exit_status(config, result):
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    command_line.run(main)

@@ -40,10 +40,10 @@ def quick_compilation():
 @pytest.fixture
 def micro_corpus(monkeypatch):
     """Runs read the micro corpus, whatever their config says."""
-    from hovle_jax.data import pipeline
+    from hovle_jax.corpora import loading
     from tests import micro
 
-    monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())
+    monkeypatch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,15 @@ import sys
 import jax
 
 from hovle_jax.config import MeshConfig
-from hovle_jax.data import bad, pipeline
+from hovle_jax.corpora import loading
+from hovle_jax.data import bad_samples
 from hovle_jax.errors import UserError
+from hovle_jax.hosts import distributed
 from hovle_jax.train import exit_status
-from hovle_jax.training import distributed, loop
+from hovle_jax.training import loop
 from tests import micro
 
-load_corpus = pipeline.load_corpus
+load_corpus = loading.load_corpus
 
 
 def config_of(run, host=0):
@@ -32,10 +34,10 @@ def config_of(run, host=0):
 def prepare(run, host):
     """The micro corpus where no other is asked for; a host that fails at a step."""
     in_micro = lambda config, split, say=print: micro.corpus()
-    pipeline.load_corpus = load_corpus if "corpora" in run else in_micro
+    loading.load_corpus = load_corpus if "corpora" in run else in_micro
     if str(host) in run.get("fails", {}):
         steps = iter(range(run["fails"][str(host)]))
-        bad.BadSamples.add = lambda *_: next(steps, None) is None and fail()
+        bad_samples.BadSamples.add = lambda *_: next(steps, None) is None and fail()
 
 
 def fail():

@@ -9,9 +9,10 @@ import numpy as np
 
 from hovle_jax import recipes
 from hovle_jax.config import MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
-from hovle_jax.data import easy_vqa, pipeline
-from hovle_jax.data.pictures import PictureCorpus
-from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.corpora import easy_vqa
+from hovle_jax.corpora.in_memory import PictureCorpus
+from hovle_jax.data import pipeline
+from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.model.config import (
     CLIPConfig,
     EmbeddingConfig,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.config import ModelConfig
+from hovle_jax.inference.load import abstract_model
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig, TeacherConfig, ViTConfig
 from hovle_jax.training.checkpoint import save_model
-from hovle_jax.training.load import abstract_model
 from tests import micro
 
 STACK = StackConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, rope_theta=1e4)

@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 
-from hovle_jax.data.records import parse
-from hovle_jax.data.samples import RecordSamples
+from hovle_jax.data.files.records import parse
+from hovle_jax.data.rows.samples import RecordSamples
 from tests import broken, micro
 
 COUNT = 14  # rows of each source below

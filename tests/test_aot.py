@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hovle_jax.compilation import plan
-from hovle_jax.compilation.report import text_of
-from hovle_jax.compilation.target import Target, TooLarge, compile_for
+from hovle_jax.aot import plan
+from hovle_jax.aot.hlo.collectives import collectives, summary
+from hovle_jax.aot.report import text_of
+from hovle_jax.aot.target import Target, TooLarge, compile_for
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
+from hovle_jax.hardware import topology
+from hovle_jax.hardware.compiler_options import compiler_options
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.parallel import matmul
-from hovle_jax.planning import topology
-from hovle_jax.planning.hlo import collectives, summary
-from hovle_jax.planning.overlap import compiler_options
 from hovle_jax.training.sharding import make_mesh, on_mesh, torus
 from hovle_jax.training.stages import Models
 from hovle_jax.training.step import step_options, train_step, train_step_for

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
-from hovle_jax.data.bad import BadEvent, BadSample, BadSamples, count_reasons, read_bad_samples
+from hovle_jax.data.bad_samples import BadEvent, BadSample, BadSamples, count_reasons, read_bad_samples
+from hovle_jax.data.files.records import parse, sizes_of
 from hovle_jax.data.images import decode_image, image_size
-from hovle_jax.data.records import parse, sizes_of
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
 from hovle_jax.training import loop
@@ -36,7 +37,7 @@ def config_of(source, stage="instruct", **changes):
 
 
 def dataset_of(config):
-    return pipeline.build_dataset(config, micro.tokenizer(), pipeline.load_corpus(config, "train", quiet))
+    return pipeline.build_dataset(config, micro.tokenizer(), loading.load_corpus(config, "train", quiet))
 
 
 def quiet(line):
@@ -45,7 +46,7 @@ def quiet(line):
 
 def epoch_events(config):
     """What an epoch finds: {sample's name: BadEvent}."""
-    plan, *_ = pipeline.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    plan, *_ = loading.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
     dataset = dataset_of(config)
     batches = dataset.iterate()
     drawn = [event for _ in range(-(-len(plan) // 8)) for event in next(batches)[1]]
@@ -147,7 +148,7 @@ def test_worker_processes_hosts_and_a_new_index_replace_the_same(corpus, tmp_pat
         assert (events, drawn) == got[1:]
     # Nothing is known beforehand, and two hosts.
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
-    corpus = pipeline.load_corpus(config, "train", quiet)
+    corpus = loading.load_corpus(config, "train", quiet)
     halves = np.array_split(range(config.data.batch_size), 2)
     parts = [pipeline.build_dataset(config, micro.tokenizer(), corpus, numbers=rows).iterate(3) for rows in halves]
     for batch, events, drawn in expected[3:5]:

@@ -7,13 +7,13 @@ import itertools
 import micro
 import pytest
 
+from hovle_jax.aot.hlo.collectives import Collective
+from hovle_jax.aot.roofline import hbm_bytes, layer_elements, network_bytes, roofline
 from hovle_jax.errors import UserError
+from hovle_jax.hardware import topology
+from hovle_jax.hardware.chips import CHIPS, chip_of
 from hovle_jax.model.config import StackConfig
-from hovle_jax.planning import topology
-from hovle_jax.planning.chips import CHIPS, chip_of
-from hovle_jax.planning.hlo import Collective
-from hovle_jax.planning.roofline import hbm_bytes, layer_elements, network_bytes, roofline
-from hovle_jax.planning.step_flops import StepFlops
+from hovle_jax.training.flops import StepFlops
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 

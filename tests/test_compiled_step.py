@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
+from hovle_jax.aot.hlo.collectives import collectives
+from hovle_jax.aot.hlo.text import parse
 from hovle_jax.config import MeshConfig
 from hovle_jax.model import embedding
-from hovle_jax.planning.hlo import collectives
-from hovle_jax.planning.hlo_text import parse
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
 from hovle_jax.training.stages import Models

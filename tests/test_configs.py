@@ -10,10 +10,10 @@ import pytest
 from hovle_jax import train
 from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.inference.load import example_batch
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.recipes import PRESETS, no_stage
 from hovle_jax.training import checks, loop
-from hovle_jax.training.load import example_batch
 from hovle_jax.training.sharding import check_batch_shape, make_mesh
 from hovle_jax.training.stages import STAGES, Models, components_of
 from hovle_jax.training.state import abstract_params, select

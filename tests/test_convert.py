@@ -17,15 +17,15 @@ from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, scheme
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
-from hovle_jax.files import whole_folder
 from hovle_jax.formats import llms
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
+from hovle_jax.inference.load import abstract_model
 from hovle_jax.model.config import RopeScaling
 from hovle_jax.model.hovle import HoVLE, LanguageModel
-from hovle_jax.presets import hovle_model
+from hovle_jax.model.presets import hovle_model
+from hovle_jax.system.files import whole_folder
 from hovle_jax.training.checkpoint import load_component, load_model_config, save_model
-from hovle_jax.training.load import abstract_model
 from hovle_jax.training.losses import cross_entropy, divide
 from hovle_jax.training.sharding import make_mesh
 from tests import micro

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from hovle_jax import corpora
-from hovle_jax.cache import cache_dir
 from hovle_jax.corpora import emoji, packages, questions, tuxpaint, writing
 from hovle_jax.corpora.packages import Package, fetch, members
 from hovle_jax.errors import UserError
+from hovle_jax.system.cache import cache_dir
 
 FILES = {"package/a.txt": b"first", "package/folder/b.bin": bytes(range(256)) * 40}
 

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from hovle_jax.data import easy_vqa, pipeline
+from hovle_jax.corpora import easy_vqa
+from hovle_jax.corpora.in_memory import MORE_WORDS, RECIPES, PictureCorpus, SampleMaker
+from hovle_jax.data import pipeline
 from hovle_jax.data.batch import BatchShape, Sample, lengthen, make_row, pack_row, stack
 from hovle_jax.data.images import augment, load_image, single_tile
-from hovle_jax.data.pictures import MORE_WORDS, RECIPES, PictureCorpus, SampleMaker
-from hovle_jax.data.text import encode_conversation, encode_random_text, render_text
-from hovle_jax.data.tokenizer import ADDED_TOKENS
+from hovle_jax.data.text.conversation import encode_conversation, encode_random_text, render_text
+from hovle_jax.data.text.tokenizer import ADDED_TOKENS
 from hovle_jax.errors import UserError
 from hovle_jax.training import checks, loop
 from tests import micro

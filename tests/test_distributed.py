@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 from hovle_jax.config import MeshConfig
-from hovle_jax.data import easy_vqa, pipeline
-from hovle_jax.data.bad import FILE_NAME, read_bad_samples
+from hovle_jax.corpora import easy_vqa, loading
+from hovle_jax.data.bad_samples import FILE_NAME, read_bad_samples
 from hovle_jax.errors import UserError
+from hovle_jax.hosts import distributed
+from hovle_jax.hosts.rollcall import numbers, roll_call
+from hovle_jax.inference.load import abstract_model
 from hovle_jax.report.metrics import TIMES, read_metrics
-from hovle_jax.training import checkpoint, distributed, loop
-from hovle_jax.training.load import abstract_model
-from hovle_jax.training.rollcall import numbers, roll_call
+from hovle_jax.training import checkpoint, loop
 from hovle_jax.training.sharding import make_mesh
 from tests import broken, host, micro
 
@@ -234,7 +235,7 @@ def run_of(folder, stage="contrast", mesh=None, data=None, corpora=None, **chang
 def run_alone(run, folder, monkeypatch):
     """The same run in this process, on its eight devices."""
     if "corpora" not in run:
-        monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())
+        monkeypatch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
     return loop.run(host.config_of(run), folder, {}, say=lambda line: None)
 
 

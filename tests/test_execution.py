@@ -12,7 +12,7 @@ import pytest
 
 from hovle_jax.config import MeshConfig, OptimizerConfig
 from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
-from hovle_jax.data.text import IMAGE_MARK, encode_conversation, encode_random_text
+from hovle_jax.data.text.conversation import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.training.checks import accumulation

@@ -8,14 +8,13 @@ import micro
 import pytest
 from flax.traverse_util import flatten_dict
 
-from hovle_jax import presets
 from hovle_jax.data.batch import BatchShape
-from hovle_jax.model import flops
+from hovle_jax.model import flops, presets
 from hovle_jax.model.config import ExecutionConfig, StackConfig
 from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.transformer import Stack
 from hovle_jax.model.vit import VisionTransformer
-from hovle_jax.planning.step_flops import step_flops
+from hovle_jax.training.flops import step_flops
 from hovle_jax.training.stages import STAGES, Models, components_of
 from hovle_jax.training.state import merge, select, unboxed
 

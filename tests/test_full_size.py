@@ -9,8 +9,8 @@ from hovle_jax.formats import hovle, internvl
 from hovle_jax.formats.mapping import nested, to_public
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.hovle import HoVLE, LanguageModel
+from hovle_jax.model.presets import hovle_model, internvit_300m
 from hovle_jax.model.teacher import VisionTeacher
-from hovle_jax.presets import hovle_model, internvit_300m
 from tests.shared import checkpoint_keys
 
 HOVLE_PARAMETERS = 2_606_327_808

@@ -12,14 +12,14 @@ import pytest
 from hovle_jax import train
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
+from hovle_jax.hardware.chips import CHIPS, total_bf16_flops
 from hovle_jax.model.config import ExecutionConfig
-from hovle_jax.planning.chips import CHIPS, total_bf16_flops
-from hovle_jax.planning.step_flops import step_flops
 from hovle_jax.report import goodput
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.report.progress import Progress, format_rates
 from hovle_jax.report.speed import Speed
 from hovle_jax.training import loop, monitor, profiling
+from hovle_jax.training.flops import step_flops
 from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hovle_jax.planning import topology
-from hovle_jax.planning.hlo import collectives, kernels, summary, wire_bytes
-from hovle_jax.planning.hlo_text import parse, shape_bytes
-from hovle_jax.planning.replica_groups import replica_groups
+from hovle_jax.aot.hlo.collectives import collectives, kernels, summary, wire_bytes
+from hovle_jax.aot.hlo.replica_groups import replica_groups
+from hovle_jax.aot.hlo.text import parse, shape_bytes
+from hovle_jax.hardware import topology
 
 HEADER = "HloModule jit_step, is_scheduled=true, num_partitions=8\n"
 SUM = """

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from hovle_jax import host
+from hovle_jax.system import malloc
 
 # Page faults of ten calls with temporaries of 64 MB (16,384 pages), after two calls; the heap may grow once more.
 CHILD = """
 import resource, sys
-from hovle_jax import host
-if sys.argv[1] == "keep" and not host.keep_freed_memory():
+from hovle_jax.system import malloc
+if sys.argv[1] == "keep" and not malloc.keep_freed_memory():
     sys.exit(3)
 import jax, jax.numpy as jnp
 f = jax.jit(lambda x: ((x @ x.T) @ x).sum())
@@ -41,9 +41,9 @@ def test_a_step_finds_its_memory_again():
 @pytest.mark.parametrize("platforms,expected", [("cpu", True), ("tpu", False), ("tpu,cpu", False), ("cpu,tpu", True)])
 def test_only_where_the_host_computes(monkeypatch, platforms, expected):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    assert host.computes() == expected
+    assert malloc.computes() == expected
 
 
 def test_an_accelerator_hosts_allocator_is_left_alone(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    assert not host.keep_freed_memory()
+    assert not malloc.keep_freed_memory()

@@ -13,7 +13,7 @@ from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.hovle import HoVLECache
-from hovle_jax.training import checkpoint, layout, loop
+from hovle_jax.training import checkpoint, layout_table, loop
 from hovle_jax.training.checks import accumulation, check_execution
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import cache_shardings, make_mesh, on_mesh, put_batch
@@ -90,13 +90,13 @@ def test_a_frozen_component_is_handed_on_as_it_came(tmp_path, micro_corpus):
     abstract = abstract_params(Models(config, config.execution), micro.dataset(config)[0], micro.one_device())["llm"]
     came, handed = (checkpoint.load_component(tmp_path / name, "llm", abstract) for name in ("pretrain", "align"))
     jax.tree.map(np.testing.assert_array_equal, came, handed)
-    text = (tmp_path / "align" / layout.FILE_NAME).read_text()
+    text = (tmp_path / "align" / layout_table.FILE_NAME).read_text()
     assert "llm/head/kernel" in text and "frozen" in text and "batch/tokens" in text
 
 
 def test_the_table_says_what_lies_where_and_what_cannot():
     config, mesh = micro.run_config("instruct", special=9), make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
-    lines, warnings = layout.describe(Models(config, config.execution), micro.dataset(config)[0], mesh)
+    lines, warnings = layout_table.describe(Models(config, config.execution), micro.dataset(config)[0], mesh)
     row = next(line.split() for line in lines if line.startswith("llm/stack/layers/down/kernel"))
     assert row[1] == "2x64x32" and row[-1] == "2x16x16" and "tensor" in " ".join(row[2:])
     assert warnings == [

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from hovle_jax.data.mixture import open_mixture
-from hovle_jax.data.records import parse
+from hovle_jax.data.files.mixture import open_mixture
+from hovle_jax.data.files.records import parse
 from hovle_jax.errors import UserError
 from tests.source_files import COUNT, rows, write_jsonl, write_meta
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.batch import WEIGHTINGS
-from hovle_jax.data.packing import WINDOW, pack
+from hovle_jax.data.rows.packing import WINDOW, pack
 from hovle_jax.errors import UserError
 from hovle_jax.training import loop
 from hovle_jax.training.stages import STAGES, Models
@@ -82,7 +83,7 @@ def write_corpus(folder):
 
 def epoch(config):
     """All rows of an epoch as one batch."""
-    corpus = pipeline.load_corpus(config, "train")
+    corpus = loading.load_corpus(config, "train")
     plan, *_ = corpus.planned(config, micro.tokenizer())
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=len(plan)))
     return pipeline.build_dataset(config, micro.tokenizer(), corpus)[0]
@@ -156,7 +157,7 @@ def test_weights_of_samples_sum_as_they_should(source):
 
 def test_distillation_is_packed_too(source):
     config = run_config(source, "distill", sequence_length=256, random_tokens=6)
-    corpus = pipeline.load_corpus(config, "train")
+    corpus = loading.load_corpus(config, "train")
     plan, summary, events, _ = corpus.planned(config, micro.tokenizer())
     assert summary.samples == 8 and len(plan) < 8  # those with a picture
     assert not events and "4 left out (no_image)" in str(summary)

@@ -6,10 +6,13 @@ import pickle
 import numpy as np
 import pytest
 
-from hovle_jax.data import indexed, pipeline, storage
-from hovle_jax.data.costs import costs_of
+from hovle_jax.corpora import loading
+from hovle_jax.data import pipeline
+from hovle_jax.data.files import storage
+from hovle_jax.data.files.sources import open_source
 from hovle_jax.data.images import Tiling
-from hovle_jax.data.sources import open_source
+from hovle_jax.data.rows import indexed
+from hovle_jax.data.rows.costs import costs_of
 from tests import micro
 from tests.source_files import ALL, COUNT, jsonl, picture, quiet, samples_of, write_meta
 
@@ -22,12 +25,12 @@ def config_of(source, stage="instruct", **data):
 
 
 def dataset_of(config, **more):
-    return pipeline.build_dataset(config, micro.tokenizer(), pipeline.load_corpus(config, "train", quiet), **more)
+    return pipeline.build_dataset(config, micro.tokenizer(), loading.load_corpus(config, "train", quiet), **more)
 
 
 def row_numbers(config, epochs):
     """Which of the planned rows come, epoch by epoch."""
-    corpus = pipeline.load_corpus(config, "train", quiet)
+    corpus = loading.load_corpus(config, "train", quiet)
     plan, *_ = corpus.planned(config, micro.tokenizer())
     rows, _ = corpus.rows(config, micro.tokenizer())
     seen = {}
@@ -42,7 +45,7 @@ def test_each_epoch_has_every_row_once_in_an_order_of_its_own(path_of):
     assert sorted(first) == sorted(second) == list(range(len(first))) and first != second
     plans = []
     for seed in (0, 1):
-        corpus = pipeline.load_corpus(config, "train", quiet)
+        corpus = loading.load_corpus(config, "train", quiet)
         plan, made_of, events, _ = corpus.planned(dataclasses.replace(config, seed=seed), micro.tokenizer())
         assert sorted(plan.record.tolist()) == list(range(COUNT)) and not events
         assert made_of.samples == COUNT and 0.3 < made_of.token_fill <= 1
@@ -63,7 +66,7 @@ def test_a_step_far_ahead_is_found_without_those_before(path_of, monkeypatch):
 def test_an_index_is_of_one_tokenizer_and_one_template(path_of):
     samples = samples_of()
     other = pipeline.train_tokenizer(
-        micro.run_config("pretrain"), pipeline.load_corpus(config_of(path_of("text")), "train")
+        micro.run_config("pretrain"), loading.load_corpus(config_of(path_of("text")), "train")
     )
     templated = type(other)(samples.tokenizer.model)
     templated.chat_template = "{{ messages[0]['content'] }}"
@@ -81,8 +84,8 @@ def test_an_index_made_by_processes_is_the_same(path_of, monkeypatch, tmp_path):
     source, samples = open_source(path_of("jsonl")), samples_of()
     alone = costs_of(source, samples, quiet)
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
-    monkeypatch.setattr("hovle_jax.data.costs.MANY", 0)
-    monkeypatch.setattr("hovle_jax.data.costs.CHUNK", 5)
+    monkeypatch.setattr("hovle_jax.data.rows.costs.MANY", 0)
+    monkeypatch.setattr("hovle_jax.data.rows.costs.CHUNK", 5)
     shared = costs_of(source, samples, quiet, workers=1)
     for field in dataclasses.fields(alone):
         np.testing.assert_array_equal(getattr(alone, field.name), getattr(shared, field.name))
@@ -153,7 +156,7 @@ def test_an_entry_s_own_number_of_tiles_is_planned_with(tmp_path):
     jsonl(tmp_path)
     entries = {"few": {"annotation": "rows.jsonl", "max_dynamic_patch": 1}, "many": {"annotation": "rows.jsonl"}}
     config = config_of(write_meta(tmp_path, **entries))
-    plan, *_ = pipeline.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    plan, *_ = loading.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
     assert set(plan.tiles[plan.entry == 0].tolist()) == {1} and max(plan.tiles[plan.entry == 1].tolist()) == 5
     batches = dataset_of(config).iterate()
     assert not any(events for _, events, _ in (next(batches) for _ in range(4)))
@@ -161,7 +164,7 @@ def test_an_entry_s_own_number_of_tiles_is_planned_with(tmp_path):
 
 def test_a_plan_is_the_same_in_another_process(path_of):
     config = config_of(path_of("jsonl"))
-    plan, *_ = pipeline.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    plan, *_ = loading.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
     copy = pickle.loads(pickle.dumps(plan))
     assert [copy.row(r) for r in range(len(copy))] == [plan.row(r) for r in range(len(plan))]
     assert indexed.Plan(plan.key).key == plan.key

@@ -10,8 +10,8 @@ from PIL import Image
 
 from hovle_jax.corpora.converting import convert
 from hovle_jax.corpora.writing import CorpusWriter
-from hovle_jax.data.bad import read_bad_samples
-from hovle_jax.data.sources import open_source
+from hovle_jax.data.bad_samples import read_bad_samples
+from hovle_jax.data.files.sources import open_source
 from hovle_jax.errors import UserError
 from tests import micro
 from tests.test_commands import command

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hovle_jax.data.bad import BadSample
-from hovle_jax.data.chat import IMAGE_MARK
+from hovle_jax.data.bad_samples import BadSample
+from hovle_jax.data.files.records import Record, parse
 from hovle_jax.data.images import Tiling
-from hovle_jax.data.records import Record, parse
+from hovle_jax.data.text.chat_template import IMAGE_MARK
 from tests import broken, micro
 from tests.source_files import picture, samples_of
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from hovle_jax.errors import UserError
-from hovle_jax.progress import format_duration, track
-from hovle_jax.report import page, pictures, plots
+from hovle_jax.report import batch_images, page, plots
 from hovle_jax.report.metrics import MetricsWriter, read_metrics
 from hovle_jax.report.progress import Progress, format_number
+from hovle_jax.system.progress import format_duration, track
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -220,7 +220,7 @@ def answer_batch():
 
 
 def kinds(batch, row=0):
-    return [(piece.text, piece.kind) for piece in pictures.row_pieces(batch, row, decode)]
+    return [(piece.text, piece.kind) for piece in batch_images.row_pieces(batch, row, decode)]
 
 
 def test_the_marked_token_is_the_target_and_image_runs_collapse():
@@ -260,33 +260,33 @@ def test_captions_of_contrast_end_at_their_end_token():
     for padding in (0, 5):
         batch = {"tokens": np.array([[1, 4, 5, padding, padding]]), "tiles": np.zeros((1, 1, 8, 8, 3), np.uint8)}
         assert kinds(batch) == [("<s>", "plain"), ("red", "plain"), ("<end>", "plain")]
-        assert len(pictures.row_tiles(batch, 0)) == 1
+        assert len(batch_images.row_tiles(batch, 0)) == 1
 
 
 def test_only_used_tiles_are_shown():
-    tiles = pictures.row_tiles(answer_batch(), 0)
+    tiles = batch_images.row_tiles(answer_batch(), 0)
     assert len(tiles) == 1 and (tiles[0] == 200).all()
 
 
 def test_text_stays_inside_the_picture():
-    pieces = [pictures.Piece("W" * n, "plain", 1 + n // 100) for n in range(1, 160)]
-    lines = pictures.wrap(pieces, 300)
-    assert len(lines) == pictures.MAX_LINES
+    pieces = [batch_images.Piece("W" * n, "plain", 1 + n // 100) for n in range(1, 160)]
+    lines = batch_images.wrap(pieces, 300)
+    assert len(lines) == batch_images.MAX_LINES
     assert all(x + width <= 300 for line in lines for x, width, _ in line)
     assert "more boxes" in lines[-1][0][2].text
-    two = pictures.wrap([pictures.Piece("a", "plain", 1), pictures.Piece("b", "plain", 2)], 300)
+    two = batch_images.wrap([batch_images.Piece("a", "plain", 1), batch_images.Piece("b", "plain", 2)], 300)
     assert [line[0][2].text for line in two] == ["a", "b"]
 
 
 def test_batch_picture_of_each_kind_of_batch(tmp_path):
     batch = answer_batch()
-    image = open_picture(pictures.batch_picture(batch, decode, tmp_path / "a" / "batch.png"))
-    assert image.shape[1] == pictures.WIDTH and 100 < image.shape[0] < 400
+    image = open_picture(batch_images.batch_picture(batch, decode, tmp_path / "a" / "batch.png"))
+    assert image.shape[1] == batch_images.WIDTH and 100 < image.shape[0] < 400
     assert (image == 200).all(axis=-1).sum() == 192 * 192  # the tile, by a whole factor
-    marked = np.array([int(pictures.FILLS["trained"][i : i + 2], 16) for i in (1, 3, 5)])
+    marked = np.array([int(batch_images.FILLS["trained"][i : i + 2], 16) for i in (1, 3, 5)])
     assert (image == marked).all(axis=-1).sum() > 500
     text_only = {name: batch[name] for name in ("tokens", "segment_ids", "targets", "loss_weights")}
-    open_picture(pictures.batch_picture(text_only, decode, tmp_path / "text.png", rows=1))
+    open_picture(batch_images.batch_picture(text_only, decode, tmp_path / "text.png", rows=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from hovle_jax.cache import cache_dir
-from hovle_jax.data.text import encode_conversation
+from hovle_jax.data.text.conversation import encode_conversation
 from hovle_jax.inference.generate import answer
-from hovle_jax.presets import smol_model
+from hovle_jax.inference.load import load_run
+from hovle_jax.model.presets import smol_model
+from hovle_jax.system.cache import cache_dir
 from hovle_jax.training.checkpoint import is_finished
-from hovle_jax.training.load import load_run
 
 CASES = json.loads((pathlib.Path(__file__).parent / "golden" / "smol-llm.json").read_text())
 

@@ -8,11 +8,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from hovle_jax.data import shard, shard_kinds, storage
-from hovle_jax.data.bad import BadSample
-from hovle_jax.data.mixture import open_mixture
-from hovle_jax.data.records import parse
-from hovle_jax.data.sources import open_source
+from hovle_jax.data.bad_samples import BadSample
+from hovle_jax.data.files import shard, shard_kinds, storage
+from hovle_jax.data.files.mixture import open_mixture
+from hovle_jax.data.files.records import parse
+from hovle_jax.data.files.sources import open_source
 from hovle_jax.errors import UserError
 from tests.source_files import COUNT, ROWS, answer, answers, array_record, picture, write_jsonl
 

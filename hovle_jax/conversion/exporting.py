@@ -12,16 +12,16 @@ import numpy as np
 
 from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.conversion.importing import PUBLIC
-from hovle_jax.conversion.text import BUILT_IN, OTHER, write_tokenizer
-from hovle_jax.data.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
+from hovle_jax.conversion.tokenizer_files import BUILT_IN, OTHER, write_tokenizer
+from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.files import whole_folder
 from hovle_jax.formats import hovle, internvl, llms
 from hovle_jax.formats.mapping import nested, public_shapes, public_tensors
 from hovle_jax.formats.source import INDEX
+from hovle_jax.inference.load import abstract_model
 from hovle_jax.model.config import HoVLEConfig
+from hovle_jax.system.files import whole_folder
 from hovle_jax.training.checkpoint import load_component, load_model_config
-from hovle_jax.training.load import abstract_model
 from hovle_jax.training.sharding import make_mesh
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

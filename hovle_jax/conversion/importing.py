@@ -7,13 +7,13 @@ import flax.traverse_util
 import numpy as np
 
 from hovle_jax.config import MeshConfig, ModelConfig
-from hovle_jax.conversion.text import TOKENIZER_FILES, read_tokenizer
+from hovle_jax.conversion.tokenizer_files import TOKENIZER_FILES, read_tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.files import whole_folder
 from hovle_jax.formats import llms
 from hovle_jax.formats.families import local, open_checkpoint
+from hovle_jax.inference.load import abstract_model
+from hovle_jax.system.files import whole_folder
 from hovle_jax.training.checkpoint import Deferred, save_model
-from hovle_jax.training.load import abstract_model
 from hovle_jax.training.sharding import make_mesh
 
 WANTED = {"hovle": ("embedding", "llm"), "llm": ("llm",), "teacher": ("teacher",)}

@@ -3,13 +3,13 @@
 import importlib.metadata
 import tempfile
 
-from hovle_jax.cache import cache_dir, locked
 from hovle_jax.corpora import emoji, tuxpaint
+from hovle_jax.corpora.drawing import check_rasteriser
 from hovle_jax.corpora.packages import fetch
-from hovle_jax.corpora.pictures import check_rasteriser
 from hovle_jax.corpora.writing import is_written, write_corpus
 from hovle_jax.errors import UserError
-from hovle_jax.progress import track
+from hovle_jax.system.cache import cache_dir, locked
+from hovle_jax.system.progress import track
 
 CORPORA = {"emoji": emoji.CORPUS, "tuxpaint": tuxpaint.CORPUS}
 

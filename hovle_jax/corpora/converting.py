@@ -10,14 +10,14 @@ import pathlib
 import tempfile
 
 from hovle_jax.corpora.writing import CorpusWriter, describe
-from hovle_jax.data import storage
-from hovle_jax.data.bad import BadEvent, BadSample, BadSamples, read_bad_samples
+from hovle_jax.data.bad_samples import BadEvent, BadSample, BadSamples, read_bad_samples
+from hovle_jax.data.files import storage
+from hovle_jax.data.files.mixture import open_mixture
+from hovle_jax.data.files.records import parse
 from hovle_jax.data.images import decode_image
-from hovle_jax.data.mixture import open_mixture
-from hovle_jax.data.records import parse
 from hovle_jax.errors import UserError
-from hovle_jax.files import whole_folder
-from hovle_jax.progress import track
+from hovle_jax.system.files import whole_folder
+from hovle_jax.system.progress import track
 
 
 def convert(source, folder, root="", held_out=0.0, ceiling=0.01, say=print):

@@ -11,8 +11,8 @@ import json
 from PIL import Image
 
 from hovle_jax.corpora.corpus import Corpus
+from hovle_jax.corpora.drawing import encode_png, fit_square, flatten, rasterise
 from hovle_jax.corpora.packages import Package, members
-from hovle_jax.corpora.pictures import encode_png, fit_square, flatten, rasterise
 from hovle_jax.corpora.questions import conversation, fraction, is_held_out, pick, pick_translation
 
 SIDE = 128  # pixels

@@ -9,8 +9,8 @@ import pathlib
 from PIL import Image
 
 from hovle_jax.corpora.corpus import Corpus
+from hovle_jax.corpora.drawing import encode_png, flatten, rasterise
 from hovle_jax.corpora.packages import Package, members
-from hovle_jax.corpora.pictures import encode_png, flatten, rasterise
 from hovle_jax.corpora.questions import conversation, is_held_out, pick, pick_translation
 
 SVG_SIDE = 512  # pixels, of the longer side; PNG stamps keep their size

@@ -5,7 +5,7 @@ import json
 
 import msgpack
 
-from hovle_jax.files import whole_folder
+from hovle_jax.system.files import whole_folder
 
 DESCRIPTION = "dataset.json"
 SHARD_BYTES = 512 * 2**20

@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 
-from hovle_jax.data.bad import BadSample
+from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.errors import UserError
 
 MAX_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb: half a gigabyte in RGB

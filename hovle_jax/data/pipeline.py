@@ -9,21 +9,15 @@ import os
 
 import grain
 
-from hovle_jax import corpora
 from hovle_jax.config import RunConfig
-from hovle_jax.corpora import CORPORA
 from hovle_jax.data.batch import Found, stack
-from hovle_jax.data.indexed import IndexedCorpus
-from hovle_jax.data.pictures import PictureCorpus
-from hovle_jax.data.text import CAPTION_REQUEST
-from hovle_jax.data.tokenizer import SentencePieceTokenizer
+from hovle_jax.data.text.conversation import CAPTION_REQUEST
+from hovle_jax.data.text.tokenizer import SentencePieceTokenizer
 from hovle_jax.errors import UserError
 
 THREADS = min(os.cpu_count() or 1, 16)  # that make rows where no worker processes do
 LINE = 1000  # characters; SentencePiece leaves lines of more than 4192 bytes out
 ROWS_AHEAD = 2  # batches of rows that are made before they are asked for
-
-IN_MEMORY = {"easy_vqa": PictureCorpus}  # by name; others are indexed: a corpus by package, or a path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +113,6 @@ def build_dataset(config: RunConfig, tokenizer, corpus, held_out=False, numbers=
     if numbers is None or len(numbers) == size:
         return Batches(rows, size, found)
     return Batches(_HostRows(rows, tuple(numbers), size), len(numbers), found)
-
-
-def load_corpus(config: RunConfig, split, say=print):
-    """Raises UserError for a source or split that does not exist."""
-    source = config.data.source
-    if source in IN_MEMORY:
-        return IN_MEMORY[source].load(split)
-    name, _, named_split = source.partition(":")
-    if name in CORPORA:  # fetched and prepared the first time
-        source = f"{corpora.prepare(name, say)}:{named_split or split}"
-    return IndexedCorpus.load(source, split, say)
 
 
 def train_tokenizer(config: RunConfig, corpus):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import easy_vqa
-from hovle_jax.training.load import load_run
+from hovle_jax.inference.load import load_run
 
 
 @dataclasses.dataclass(frozen=True)

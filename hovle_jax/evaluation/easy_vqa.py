@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.data import easy_vqa
+from hovle_jax.corpora import easy_vqa
 from hovle_jax.data.batch import Sample, caption_row
 from hovle_jax.data.images import single_tile
-from hovle_jax.data.text import IMAGE_MARK
+from hovle_jax.data.text.conversation import IMAGE_MARK
 from hovle_jax.inference.generate import answer
-from hovle_jax.training.load import Loaded
+from hovle_jax.inference.load import Loaded
 
 MAX_NEW_TOKENS = 8
 BATCH_SIZE = 256

@@ -4,16 +4,16 @@ import json
 
 import numpy as np
 
-from hovle_jax.data import easy_vqa
-from hovle_jax.data.bad import count_reasons, read_bad_samples
-from hovle_jax.data.text import CAPTION_REQUEST, IMAGE_MARK
+from hovle_jax.corpora import easy_vqa
+from hovle_jax.data.bad_samples import count_reasons, read_bad_samples
+from hovle_jax.data.text.conversation import CAPTION_REQUEST, IMAGE_MARK
 from hovle_jax.evaluation.benchmarks import evaluate
 from hovle_jax.inference.generate import answer
+from hovle_jax.inference.load import load_run
 from hovle_jax.report.goodput import read_time, shares
 from hovle_jax.report.metrics import TIMES, read_metrics
 from hovle_jax.report.page import Sample, versions, write_page
 from hovle_jax.report.plots import plot_answers, plot_metrics
-from hovle_jax.training.load import load_run
 
 NUM_SAMPLES = 24
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from hovle_jax.cache import cache_dir
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf, hovle, internvl, llms
 from hovle_jax.formats.mapping import check, deferred, load, nested
 from hovle_jax.formats.source import SafetensorsFolder
 from hovle_jax.model.config import LLMConfig, TeacherConfig
+from hovle_jax.system.cache import cache_dir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from hovle_jax.data.tokenizer import HuggingFaceTokenizer
+from hovle_jax.data.text.tokenizer import HuggingFaceTokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import REQUIRED, field, only
 from hovle_jax.formats.mapping import LINEAR, SAME, Transform, nested, padded, rule

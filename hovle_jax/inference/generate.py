@@ -9,8 +9,8 @@ import numpy as np
 
 from hovle_jax.data.batch import BatchShape, Sample, make_row, stack
 from hovle_jax.data.images import single_tile
-from hovle_jax.data.text import encode_conversation
-from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.data.text.conversation import encode_conversation
+from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.model.hovle import HoVLE
 

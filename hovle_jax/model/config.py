@@ -315,7 +315,7 @@ class ExecutionConfig:
         as leave each device one row.
       vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.
       sparse_cores: on TPU v5p and v6e: their SparseCores gather and scatter while the step multiplies
-        (planning/overlap.py).
+        (hardware/compiler_options.py).
       zero: what the mesh axis `fsdp` cuts: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
     """
 

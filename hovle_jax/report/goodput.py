@@ -24,7 +24,7 @@ import queue
 import threading
 import time
 
-from hovle_jax.progress import format_duration
+from hovle_jax.system.progress import format_duration
 
 FILE_NAME = "time.json"
 ACTIVITIES = ("start", "compile", "training", "data", "evaluation", "checkpoints", "profile", "lost")

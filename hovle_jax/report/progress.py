@@ -4,7 +4,7 @@ import builtins
 import numbers
 import time
 
-from hovle_jax.progress import format_duration
+from hovle_jax.system.progress import format_duration
 
 
 class Progress:

@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 
 from hovle_jax.config import RUN_ONLY_KEYS, ModelConfig, RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.hosts.distributed import is_leader, wait
 from hovle_jax.mappings import differences, from_dict
-from hovle_jax.training.distributed import is_leader, wait
 from hovle_jax.training.stages import STAGES
 
 # What a stage hands on; the rest (teacher, head) is dropped with the stage.

@@ -5,10 +5,10 @@ import hashlib
 from hovle_jax.config import RunConfig
 from hovle_jax.data.batch import WEIGHTINGS
 from hovle_jax.errors import UserError
+from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.transformer import REMAT_POLICIES
-from hovle_jax.training import distributed
 from hovle_jax.training.stages import STAGES
 
 

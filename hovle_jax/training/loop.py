@@ -9,13 +9,15 @@ import jax
 import numpy as np
 
 from hovle_jax.config import RunConfig
+from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
-from hovle_jax.data.bad import BadSamples, merge_bad_samples
-from hovle_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from hovle_jax.data.bad_samples import BadSamples, merge_bad_samples
+from hovle_jax.data.text.tokenizer import has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.hosts import distributed
 from hovle_jax.model.config import ExecutionConfig, HoVLEConfig
-from hovle_jax.report.pictures import batch_picture
-from hovle_jax.training import checkpoint, distributed, layout, profiling
+from hovle_jax.report.batch_images import batch_picture
+from hovle_jax.training import checkpoint, layout_table, profiling
 from hovle_jax.training.checks import accumulation, check, check_same_data_everywhere, check_tokenizer
 from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate, make_optimizer
@@ -145,7 +147,7 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
     parts = accumulation(config, mesh)
-    corpus = pipeline.load_corpus(config, config.data.split, say)
+    corpus = loading.load_corpus(config, config.data.split, say)
     tokenizer = get_tokenizer(config, [folder], list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)
     numbers, lists_bad = distributed.host_rows(mesh, config.data.batch_size)
@@ -270,9 +272,9 @@ def held_out_corpus(config, say=print):
     """Samples that are never trained on: those that data.held_out names, or a known corpus' own."""
     if config.data.held_out:
         data = dataclasses.replace(config.data, source=config.data.held_out)
-        return pipeline.load_corpus(dataclasses.replace(config, data=data), "test", say)
-    if config.data.source in pipeline.IN_MEMORY and config.stage in ("pretrain", "distill"):
-        return pipeline.load_corpus(config, "test", say)
+        return loading.load_corpus(dataclasses.replace(config, data=data), "test", say)
+    if config.data.source in loading.IN_MEMORY and config.stage in ("pretrain", "distill"):
+        return loading.load_corpus(config, "test", say)
     return None
 
 
@@ -294,8 +296,8 @@ def note_layout(folder, models, batch, mesh):
     """Writes what lies where on the mesh into the run's folder, and says which rules of the table cannot apply."""
     if not distributed.is_leader():
         return
-    lines, warnings = layout.describe(models, batch, mesh)
-    (folder / layout.FILE_NAME).write_text("\n".join(lines) + "\n")
+    lines, warnings = layout_table.describe(models, batch, mesh)
+    (folder / layout_table.FILE_NAME).write_text("\n".join(lines) + "\n")
     for warning in warnings:
         log.warning(warning)
 

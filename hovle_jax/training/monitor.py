@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from hovle_jax.errors import UserError
-from hovle_jax.planning.chips import total_bf16_flops
-from hovle_jax.planning.step_flops import step_flops
+from hovle_jax.hardware.chips import total_bf16_flops
+from hovle_jax.hosts import distributed
 from hovle_jax.report import goodput
 from hovle_jax.report.metrics import TIMES, MetricsWriter, NoMetrics
 from hovle_jax.report.progress import Progress
 from hovle_jax.report.speed import Speed
-from hovle_jax.training import distributed
+from hovle_jax.training.flops import step_flops
 from hovle_jax.training.profiling import Profile
 
 

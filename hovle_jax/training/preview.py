@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from hovle_jax.config import RunConfig
+from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
-from hovle_jax.data.bad import count_reasons
+from hovle_jax.data.bad_samples import count_reasons
+from hovle_jax.report.batch_images import batch_picture
 from hovle_jax.report.page import versions, write_page
-from hovle_jax.report.pictures import batch_picture
 from hovle_jax.report.plots import plot_bars, plot_histograms
 from hovle_jax.training import loop
 from hovle_jax.training.checks import check_tokenizer
@@ -27,7 +28,7 @@ PREVIEW_ROWS = 256  # rows that the figures are about, at least
 
 def open_dataset(config: RunConfig, tokenizer_place=""):
     """-> (Batches, tokenizer), as `loop.run` would have them."""
-    corpus = pipeline.load_corpus(config, config.data.split)
+    corpus = loading.load_corpus(config, config.data.split)
     if tokenizer_place:
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=tokenizer_place))
     tokenizer = loop.get_tokenizer(config, [], [], corpus)

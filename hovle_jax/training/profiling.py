@@ -3,7 +3,7 @@
 import jax
 
 from hovle_jax.errors import UserError
-from hovle_jax.training import distributed
+from hovle_jax.hosts import distributed
 
 FOLDER = "profile"
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from hovle_jax.hardware.compiler_options import compiler_options
 from hovle_jax.model.parallel import GRADIENTS
-from hovle_jax.planning.overlap import compiler_options
 from hovle_jax.training.losses import divide
 from hovle_jax.training.sharding import specs_of
 from hovle_jax.training.stages import STAGES

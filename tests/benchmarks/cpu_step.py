@@ -22,8 +22,8 @@ import time
 
 import numpy as np
 
-from hovle_jax import host
 from hovle_jax.model.config import LLMConfig, StackConfig
+from hovle_jax.system import malloc
 
 # name -> (sizes, rows, tokens of a row)
 SIZES = {
@@ -215,7 +215,7 @@ SIDES = {
 def serve(side, size):
     """A child: first the losses of the checked steps, then for each number on stdin the seconds of so many steps."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     steps = SIDES[side](*SIZES[size])
     print(json.dumps([next(steps) for _ in range(CHECKED_STEPS)]), flush=True)
     for line in sys.stdin:

@@ -24,10 +24,11 @@ import time
 
 import numpy as np
 
-from hovle_jax import host, recipes
+from hovle_jax import recipes
 from hovle_jax.config import MeshConfig, RunConfig
 from hovle_jax.data.batch import BatchShape, Sample, make_row, stack
 from hovle_jax.model.config import EmbeddingConfig, ExecutionConfig, HoVLEConfig, LLMConfig, StackConfig
+from hovle_jax.system import malloc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def random_batch(config, rows):
 
 def measure(point):
     """-> a row of the JSON: the point's fields and its measures."""
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     import jax
 
     from hovle_jax.training.optimizer import make_optimizer

@@ -68,14 +68,14 @@ def peak():
 
 def read(folder):
     """In the child: what the process takes before, and at most while reading."""
-    from hovle_jax import host
+    from hovle_jax.system import malloc
 
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     import jax
 
     from hovle_jax.config import MeshConfig, ModelConfig
     from hovle_jax.formats.families import open_checkpoint
-    from hovle_jax.training.load import abstract_model
+    from hovle_jax.inference.load import abstract_model
     from hovle_jax.training.sharding import make_mesh
 
     checkpoint = open_checkpoint(folder)

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from hovle_jax.data.packing import pack
+from hovle_jax.data.rows.packing import pack
 
 
 def corpus(samples, seed):

@@ -1,4 +1,4 @@
-"""What it brings on a CPU host that the process keeps the memory that it frees (hovle_jax/host.py).
+"""What it brings on a CPU host that the process keeps the memory that it frees (hovle_jax/system/malloc.py).
 
     python tests/benchmarks/step_memory.py --stage instruct --rounds 3
 
@@ -19,12 +19,14 @@ STEPS = 20
 
 def measure(stage, keep):
     """Seconds of each step and page faults a step, in this process."""
-    from hovle_jax import host, train
+    from hovle_jax import train
+    from hovle_jax.system import malloc
 
-    if keep and not host.keep_freed_memory():
+    if keep and not malloc.keep_freed_memory():
         sys.exit("the C library is not glibc, or this is an accelerator's host: nothing to compare")
     import jax
 
+    from hovle_jax.corpora import loading
     from hovle_jax.data import pipeline
     from hovle_jax.training import loop
     from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
@@ -32,7 +34,7 @@ def measure(stage, keep):
     from hovle_jax.training.step import train_step
 
     config = train.stage_config("configs", stage, "tiny")
-    corpus = pipeline.load_corpus(config, "train")
+    corpus = loading.load_corpus(config, "train")
     batch = pipeline.build_dataset(config, pipeline.train_tokenizer(config, corpus), corpus)[0]
     models = Models(config, loop.resolve_execution(config.execution, "cpu"))
     optimizer = loop.make_optimizer(config.optimizer, config.steps)

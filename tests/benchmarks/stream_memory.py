@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from hovle_jax import host
+from hovle_jax.system import malloc
 
 
 def resident():
@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--jsonl", action="store_true")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         os.environ["HOVLE_CACHE"] = str(folder / "cache")
@@ -97,12 +97,13 @@ def main():
 def open_dataset(source):
     from hovle_jax import recipes
     from hovle_jax.config import RunConfig
+    from hovle_jax.corpora import loading
     from hovle_jax.data import pipeline
 
     config = RunConfig.from_dict(recipes.base("instruct", "tiny").to_dict())
     data = dataclasses.replace(config.data, source=source, batch_size=8, sequence_length=1024, tiles=40, max_tiles=4)
     config = dataclasses.replace(config, data=data)
-    corpus = pipeline.load_corpus(config, "train")
+    corpus = loading.load_corpus(config, "train")
     few = dataclasses.replace(corpus, entries=(dataclasses.replace(corpus.entries[0], repeat=0.01),))
     tokenizer = pipeline.train_tokenizer(config, few)
     return pipeline.build_dataset(config, tokenizer, corpus)

@@ -20,8 +20,8 @@ import time
 
 import numpy as np
 
-from hovle_jax import host
-from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.data.text.tokenizer import Tokenizer
+from hovle_jax.system import malloc
 
 SIZE = 448
 MAX_TILES = 12
@@ -149,6 +149,7 @@ def our_batches(folder, workers):
     """Batches of one row of 16,384 tokens and 44 tiles."""
     from hovle_jax import recipes
     from hovle_jax.config import RunConfig
+    from hovle_jax.corpora import loading
     from hovle_jax.data import pipeline
 
     config = RunConfig.from_dict(recipes.base("instruct", "hovle").to_dict())
@@ -157,7 +158,7 @@ def our_batches(folder, workers):
         system_message="s", max_tiles=MAX_TILES,
     )  # fmt: skip
     config = dataclasses.replace(config, data=data)
-    dataset = pipeline.build_dataset(config, PlainTokenizer(), pipeline.load_corpus(config, "train"))
+    dataset = pipeline.build_dataset(config, PlainTokenizer(), loading.load_corpus(config, "train"))
     return dataset, (batch for batch, _, _ in dataset.iterate(0, workers))
 
 
@@ -201,7 +202,7 @@ def main():
     parser.add_argument("--our_workers", type=int, default=0, help="0: threads")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    host.keep_freed_memory()  # as every command does, for both sides
+    malloc.keep_freed_memory()  # as every command does, for both sides
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         os.environ["HOVLE_CACHE"] = str(folder / "cache")

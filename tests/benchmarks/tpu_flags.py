@@ -14,8 +14,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 
-from hovle_jax.compilation import programs  # noqa: E402
-from hovle_jax.compilation.target import Target  # noqa: E402
+from hovle_jax.aot import programs  # noqa: E402
+from hovle_jax.aot.target import Target  # noqa: E402
 from hovle_jax.training.sharding import make_mesh  # noqa: E402
 from hovle_jax.training.step import step_options  # noqa: E402
 from tests.tpu_programs import small  # noqa: E402

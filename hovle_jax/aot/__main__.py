@@ -1,0 +1,56 @@
+"""Compiles a run's program for TPUs that are not there, and says whether it fits and how fast it can be.
+
+    python -m hovle_jax.aot --config configs/instruct.py:hovle --topology v5e-256
+    python -m hovle_jax.aot --config configs/instruct.py:hovle --topology v5e-256 --slices 2 --json
+    python -m hovle_jax.aot --config configs/instruct.py:hovle --topology v5e-16 --plan
+    python -m hovle_jax.aot --config configs/instruct.py:hovle --topology v5e-4 --program decode \
+        --config.data.batch_size=64
+
+It is the real program of `hovle_jax.train`, compiled by libtpu from shapes alone: no weights, no data, no TPU. Needs
+the extra: pip install 'hovle_jax[tpu]'. What is reported is described in docs/performance.md.
+"""
+
+import json
+import os
+
+from absl import flags
+from ml_collections import config_flags
+
+from hovle_jax.config import RunConfig
+from hovle_jax.errors import UserError
+from hovle_jax.system import command_line, malloc
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A stage's config file, with a preset: configs/instruct.py:hovle"
+)
+TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as 'v5e-256', 'v5p-128' or 'v5e:16x16'")
+SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, connected by the data-centre network")
+PROGRAM = flags.DEFINE_enum("program", "train", ("train", "prefill", "decode"), "What to compile")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 512, "prefill, decode: room behind the prompts in the caches")
+PLAN = flags.DEFINE_bool("plan", False, "Try batch parts, remat and mesh, and recommend the fastest that fits")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of text")
+
+
+def main():
+    command_line.config_file()
+    config = RunConfig.from_dict(CONFIG.value.to_dict())
+    if SLICES.value < 1:
+        raise UserError(f"--slices={SLICES.value} must be at least 1")
+    if PLAN.value and PROGRAM.value != "train":
+        raise UserError("--plan chooses how to train; leave out --program")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the machine's own devices are not asked
+
+    from hovle_jax.aot import plan, target
+    from hovle_jax.aot.report import text_of
+
+    place = target.Target.of(command_line.required("topology"), SLICES.value)
+    if PLAN.value:
+        made = plan.make(config, place, say=lambda line: None if JSON.value else print(line, flush=True))
+        print(json.dumps(made.to_dict(), indent=2) if JSON.value else plan.text_of(made))
+        return
+    report = target.compile_for(config, place, PROGRAM.value, NEW_TOKENS.value)
+    print(json.dumps(report.to_dict(), indent=2) if JSON.value else text_of(report))
+
+
+if __name__ == "__main__":
+    command_line.run(main, memory=malloc.share_freed_memory)

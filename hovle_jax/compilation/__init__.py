@@ -1,1 +1,0 @@
-"""A run's programs compiled ahead of time, for TPUs that are not there: read, and chosen among."""

@@ -1,0 +1,138 @@
+"""What a run reads: one source, or several, each so many times an epoch.
+
+InternVL's meta file is a JSON object {name: {"annotation", "root", "repeat_time", "data_augment",
+"max_dynamic_patch"}}. Here an annotation may be of any kind that `sources` reads, and entries may have a "weight"
+instead of a repeat_time.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+
+import numpy as np
+
+from hovle_jax.data.files import storage
+from hovle_jax.data.files.sources import Source, open_source
+from hovle_jax.errors import UserError
+
+META_KEYS = ("annotation", "root", "repeat_time", "weight", "data_augment", "max_dynamic_patch", "length", "split")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A source as a part of a mixture.
+
+    Attributes:
+      repeat: how often an epoch has it; below 1 its leading fraction (InternVL's `repeat_time`).
+      augment: one JPEG compression of each tile; None = as the run says.
+      max_tiles: of its pictures; None = as the run says.
+    """
+
+    source: Source
+    repeat: float = 1.0
+    augment: bool | None = None
+    max_tiles: int | None = None
+
+    @property
+    def used(self):
+        """How many of its samples an epoch has at all: the leading ones."""
+        return min(len(self.source), max(1, int(len(self.source) * self.repeat + 1e-9)))
+
+    def copies(self):
+        """[n] int64: how often an epoch has each of its samples."""
+        whole, rest = divmod(self.repeat, 1)
+        counts = np.full(len(self.source), int(whole), np.int64)
+        counts[: int(len(counts) * rest + 1e-9)] += 1
+        if not counts.any():
+            counts[0] = 1
+        return counts
+
+
+def open_mixture(path, split="train"):
+    """The entries that data.source names: a meta file, or a source.
+
+    Raises:
+      UserError: a file that is missing or of no known kind, an entry that cannot be understood.
+    """
+    if str(path).endswith(".json"):
+        return _read_meta(str(path), split)
+    source = open_source(path, split=split)
+    _check_not_empty(source, path)
+    return [Entry(source)]
+
+
+def _check_not_empty(source, path):
+    if not len(source):
+        raise UserError(f"{path} has no samples")
+
+
+def _read_meta(path, split):
+    path, *more = storage.expand(path)
+    if more:
+        raise UserError(f"{path} and {len(more)} more meta files are named; a run reads one, which names all sources")
+    try:
+        meta = json.loads(storage.stream(path).read())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    described = (
+        isinstance(meta, dict)
+        and meta
+        and all(isinstance(v, dict) and isinstance(v.get("annotation"), str) for v in meta.values())
+    )
+    if not described:
+        raise UserError(
+            f"{path} is no meta file: each entry needs an 'annotation'; rows themselves belong in a .jsonl, one a line "
+            f"(python -m hovle_jax.prepare jsonl {path} OUT makes one of a JSON list)"
+        )
+    weighted = [name for name, entry in meta.items() if "weight" in entry]
+    if weighted and len(weighted) < len(meta):
+        raise UserError(f"{path}: {weighted[0]!r} has a weight and others have none; give one to each, or repeat_time")
+    entries = [_entry(name, values, path, split) for name, values in meta.items()]
+    if weighted:
+        weights = [_number(values, "weight", name, path) for name, values in meta.items()]
+        entries = _balance(entries, weights)
+    return entries
+
+
+def _entry(name, values, path, split):
+    for key in values:
+        near = difflib.get_close_matches(key, META_KEYS, n=1, cutoff=0.75)
+        if key not in META_KEYS and near:
+            raise UserError(f"{path}: {name!r} has an unknown key {key!r}; did you mean {near[0]!r}?")
+    annotation, root = _near(values["annotation"], path), _near(values.get("root") or "", path)
+    source = open_source(annotation, name, root, values.get("split", split))
+    _check_not_empty(source, annotation)
+    repeat = _number(values, "repeat_time", name, path)
+    max_tiles = values.get("max_dynamic_patch")
+    if max_tiles is not None and (type(max_tiles) is not int or max_tiles < 1):
+        raise UserError(f"{path}: {name!r} has max_dynamic_patch={max_tiles!r}, which should be a number above 0")
+    augment = values.get("data_augment")
+    if augment is not None and not isinstance(augment, bool):
+        raise UserError(f"{path}: {name!r} has data_augment={augment!r}, which should be true or false")
+    return Entry(source, repeat, augment, max_tiles)
+
+
+def _number(values, key, name, path):
+    value = values.get(key, 1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+        raise UserError(f"{path}: {name!r} has {key}={value!r}, which should be a number above 0")
+    return float(value)
+
+
+def _near(path, meta):
+    """A path of a meta file: relative to where the command runs, as InternVL has it, or else to the meta file."""
+    if not path or storage.is_url(path) or os.path.isabs(path):
+        return path
+    beside = storage.join(meta.rpartition("/")[0], path)
+    try:
+        storage.expand(path)
+    except UserError:
+        return beside
+    return path
+
+
+def _balance(entries, weights):
+    """Repeats that give each entry its weight's share of the samples, and every sample at least one place an epoch."""
+    a_sample = [weight / len(entry.source) for entry, weight in zip(entries, weights)]
+    return [dataclasses.replace(e, repeat=value / min(a_sample)) for e, value in zip(entries, a_sample)]

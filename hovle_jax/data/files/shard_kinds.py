@@ -1,0 +1,368 @@
+"""The kinds of files in which people keep samples, each a shard: jsonl, text, tar, Parquet, ArrayRecord, TFDS."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+
+from hovle_jax.data.bad_samples import BadSample
+from hovle_jax.data.files import storage
+from hovle_jax.data.files.shard import Readers, Shard
+from hovle_jax.errors import UserError
+
+BYTE_ORDER_MARK = "\ufeff".encode()  # some editors begin a file with it
+TEXT_SPAN = 65_536  # bytes of plain text in a row; spans end with a line
+ROW_GROUPS = 8  # of Parquet files, in memory
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+
+_row_groups = Readers(ROW_GROUPS)
+
+
+def _decode(raw):
+    try:
+        return raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample("not_utf8", error) from None
+
+
+def _json(raw):
+    try:
+        return json.loads(_decode(raw))
+    except ValueError as error:  # also a number with too many digits
+        raise BadSample("broken_json", error) from None
+    except RecursionError:
+        raise BadSample("broken_json", "nested too deeply") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlShard(Shard):
+    """One JSON object a line; blank lines are no rows."""
+
+    path: str
+
+    @property
+    def lines(self):
+        """[n, 2] int64: where each line begins and ends."""
+        return self.arrays(lambda: {"lines": _lines(self.path)})["lines"]
+
+    def __len__(self):
+        return len(self.lines)
+
+    def row(self, index):
+        start, end = map(int, self.lines[index])
+        return _json(storage.read(self.path, start, end - start))
+
+    def name(self, index):
+        return f"line at byte {int(self.lines[index][0])}"
+
+
+def _lines(path):
+    """[n, 2] int64: begin and end of each line that has more than blanks."""
+    found, offset, pending = [], 0, b""
+    with storage.stream(path) as file:
+        while block := file.read(2**24):
+            *lines, pending = (pending + block).split(b"\n")
+            for line in lines:
+                if line.strip():
+                    found.append((offset, offset + len(line)))
+                offset += len(line) + 1
+    if pending.strip():
+        found.append((offset, offset + len(pending)))
+    return np.asarray(found, np.int64).reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextShard(Shard):
+    """Plain text: rows of whole lines, up to 64 KiB."""
+
+    path: str
+
+    @property
+    def spans(self):
+        return self.arrays(lambda: {"spans": _spans(self.path)})["spans"]
+
+    def __len__(self):
+        return len(self.spans)
+
+    def row(self, index):
+        start, end = map(int, self.spans[index])
+        return {"text": _decode(storage.read(self.path, start, end - start))}
+
+    def name(self, index):
+        return f"text at byte {int(self.spans[index][0])}"
+
+
+def _spans(path):
+    """[n, 2] int64: spans of TEXT_SPAN bytes at most that end with a line, or with a character in a longer line."""
+    found, offset, pending = [], 0, b""
+    with storage.stream(path) as file:
+        while block := file.read(2**22):
+            pending += block
+            at = 0
+            while len(pending) - at > TEXT_SPAN:
+                end = pending.rfind(b"\n", at, at + TEXT_SPAN) + 1 or at + TEXT_SPAN
+                # Never inside a character, which has 4 bytes at most; what is no text is cut anywhere.
+                end = next((e for e in range(end, end - 4, -1) if pending[e] & 0xC0 != 0x80), end)
+                found.append((offset + at, offset + end))
+                at = end
+            offset, pending = offset + at, pending[at:]
+    if pending:
+        found.append((offset, offset + len(pending)))
+    return np.asarray(found, np.int64).reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TarShard(Shard):
+    """webdataset and img2dataset: members that share a name up to its first dot are one row."""
+
+    path: str
+
+    @property
+    def _index(self):
+        return self.arrays(lambda: _tar_index(self.path))
+
+    def __len__(self):
+        return len(self._index["rows"]) - 1
+
+    def _members(self, index):
+        """[(name, offset, size)] of a row."""
+        arrays = self._index
+        first, last = arrays["rows"][index : index + 2]
+        ends = arrays["name_ends"]
+        for k in range(int(first), int(last)):
+            start = int(ends[k - 1]) if k else 0
+            yield (
+                bytes(arrays["names"][start : int(ends[k])]).decode("utf-8", "replace"),
+                *map(int, arrays["places"][k]),
+            )
+
+    def row(self, index):
+        row, found = {}, []
+        for name, offset, size in self._members(index):
+            extension = _split_name(name)[1].lower()
+            if size < 0:
+                raise BadSample("truncated_shard", f"from byte {offset} on it cannot be read as a tar archive")
+            data = storage.read(self.path, offset, size)
+            if len(data) < size:
+                raise BadSample("truncated_shard", f"{name} has {size} bytes, of which the file holds {len(data)}")
+            kind = extension.rsplit(".", 1)[-1]
+            if kind in IMAGE_SUFFIXES:
+                found.append((extension, data))
+            elif kind == "json":
+                value = _json(data)
+                if not isinstance(value, dict):
+                    raise BadSample("not_a_row", f"{name} holds a {type(value).__name__}")
+                row |= value
+            elif kind in ("txt", "text", "caption"):
+                row["caption"] = _decode(data)
+        if found:
+            row["image"] = [data for _, data in sorted(found, key=lambda pair: pair[0])]
+        return row
+
+    def name(self, index):
+        return _split_name(next(iter(self._members(index)))[0])[0]
+
+
+def _split_name(name):
+    """'folder/0001.seg.png' -> ('folder/0001', 'seg.png')."""
+    folder, _, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return (f"{folder}/{key}" if folder else key), extension
+
+
+def _tar_index(path):
+    """Where each member lies, in rows of members that follow each other under one key.
+
+    An archive that breaks off has one more row, whose size is -1: what is behind it is lost, and is to be reported.
+    """
+    import tarfile
+
+    names, places, rows, previous = [], [], [], None
+    with storage.stream(path) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # it would keep them all
+                    if not member.isfile():
+                        continue
+                    key = _split_name(member.name)[0]
+                    if key != previous:
+                        rows.append(len(places))
+                        previous = key
+                    names.append(member.name.encode("utf-8", "surrogateescape"))
+                    places.append((member.offset_data, member.size))
+                file.seek(tar.offset)
+                ends = not file.read(tarfile.BLOCKSIZE).strip(b"\0") and file.tell() > tar.offset
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            # What comes before a cut can be read; a file that is no tar at all has nothing before it.
+            if not places:
+                raise UserError(f"{path} cannot be read as a tar archive: {error}") from None
+            ends = False
+        if not ends:
+            rows.append(len(places))
+            names.append(b"the rest of the archive")
+            places.append((sum(places[-1]) if places else 0, -1))
+    return {
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+        "places": np.asarray(places, np.int64).reshape(-1, 2),
+        "rows": np.asarray([*rows, len(places)], np.int64),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetShard(Shard):
+    """A table; a row group is read at once, and the last few are kept, so small ones are better."""
+
+    path: str
+
+    def _file(self):
+        def open_file():
+            try:
+                import pyarrow.parquet as pq
+            except ModuleNotFoundError:
+                raise UserError('Parquet files need pyarrow; run: pip install "hovle_jax[data]"') from None
+            import pyarrow as pa
+
+            try:
+                file = pq.ParquetFile(storage.stream(self.path))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(f"{self.path} cannot be read as a Parquet file: {error}") from None
+            counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            return file, np.cumsum([0, *counts]), threading.Lock()
+
+        return self.opened(open_file)
+
+    def __len__(self):
+        return int(self._file()[1][-1])
+
+    def row(self, index):
+        _, starts, _ = self._file()
+        group = int(np.searchsorted(starts, index, side="right")) - 1
+        table = _row_groups.get((self.key, group), lambda: self._read_group(group))
+        inner = index - int(starts[group])
+        try:
+            return {name: column[inner].as_py() for name, column in table.items()}
+        except UnicodeDecodeError as error:  # texts are not looked at before
+            raise BadSample("not_utf8", error) from None
+        except (ValueError, OverflowError) as error:  # a date that Python has none for
+            raise BadSample("broken_record", error) from None
+
+    def _read_group(self, group):
+        import pyarrow as pa
+
+        file, _, lock = self._file()
+        try:
+            with lock:  # one reader, many threads
+                table = file.read_row_group(group)
+        except (pa.ArrowException, OSError) as error:
+            raise BadSample("broken_record", f"row group {group}: {error}") from None
+        return {name: table.column(name) for name in table.column_names}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecordShard(Shard):
+    """ArrayRecord files of msgpack rows: what `prepare` writes."""
+
+    path: str
+
+    def _reader(self):
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        def open_file():
+            try:
+                reader = ArrayRecordReader(self.path, options="readahead_buffer_size:0")
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"{self.path} cannot be read as an ArrayRecord file: {error}") from None
+            if not reader.ok():  # it would say that there are no records
+                raise UserError(f"{self.path} cannot be read as an ArrayRecord file: it is cut off, or another kind")
+            return reader, threading.Lock()
+
+        return self.opened(open_file)
+
+    def __len__(self):
+        return self._reader()[0].num_records()
+
+    def row(self, index):
+        import msgpack
+
+        reader, lock = self._reader()
+        try:
+            with lock:
+                (raw,) = reader.read([index])
+            return msgpack.unpackb(raw)
+        except (ValueError, RuntimeError, msgpack.exceptions.UnpackException) as error:
+            raise BadSample("broken_record", error) from None
+
+    def name(self, index):
+        try:
+            row = self.row(index)
+            return str(row.get("id", index)) if isinstance(row, dict) else str(index)
+        except BadSample:
+            return str(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsShard(Shard):
+    """A split of a prepared TFDS data set (a folder with dataset_info.json), pictures left encoded."""
+
+    path: str
+    split: str
+
+    def _data(self):
+        return self.opened(lambda: _tfds_source(self.path, self.split))
+
+    def __len__(self):
+        return len(self._data())
+
+    def row(self, index):
+        data = self._data()
+        try:
+            row = data[index]
+        except Exception as error:  # noqa: BLE001 (as in _tfds_source)
+            raise BadSample("broken_record", error) from None
+        return {key: _plain(value) for key, value in row.items()}
+
+
+def _tfds_source(path, split):
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(path)
+        pictures = {
+            k: tfds.decode.SkipDecoding()
+            for k, f in builder.info.features.items()
+            if isinstance(f, tfds.features.Image)
+        }
+        return builder.as_data_source(split, decoders=pictures)
+    except Exception as error:  # noqa: BLE001 (tfds raises anything)
+        raise UserError(f"{path} has no split {split!r} that TFDS reads as ArrayRecord: {error}") from None
+
+
+def _plain(value):
+    """TFDS's numpy values as those of a row: texts as str, encoded pictures as bytes."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, np.ndarray)):
+        return [_plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+KINDS = {
+    ".jsonl": JsonlShard,
+    ".ndjson": JsonlShard,
+    ".tar": TarShard,
+    ".parquet": ParquetShard,
+    ".array_record": ArrayRecordShard,
+    ".arrayrecord": ArrayRecordShard,
+    ".txt": TextShard,
+}

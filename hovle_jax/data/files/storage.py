@@ -1,0 +1,139 @@
+"""Files of data sets, local or behind any URL that fsspec knows: names, bytes, and what they are known by."""
+
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import re
+import time
+
+from hovle_jax.data.bad_samples import BadSample
+from hovle_jax.errors import UserError
+
+LARGEST = 2**31  # bytes of a file that is read as a whole; what is named by mistake may be a film
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # shards-{00000..00127}.tar
+RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds between the attempts to read a URL
+
+
+def is_url(path):
+    return "://" in str(path)
+
+
+def _file_system(path):
+    """fsspec's file system and the path in it. Raises UserError where a protocol or its package is missing."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(str(path))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path} cannot be opened: {error}") from None
+
+
+def expand(pattern):
+    """The files that a path, a glob pattern or a numbered range stands for, in order.
+
+    Raises:
+      UserError: there is none.
+    """
+    pattern = str(pattern)
+    ranged = RANGE.search(pattern)
+    if ranged:
+        first, last = ranged.groups()
+        numbers = range(int(first), int(last) + 1)
+        if not numbers:
+            raise UserError(f"{pattern}: the range {ranged.group()} is empty; the smaller number comes first")
+        return [p for n in numbers for p in expand(RANGE.sub(f"{n:0{len(first)}d}", pattern, count=1))]
+    if is_url(pattern):
+        fs, path = _file_system(pattern)
+        found = [fs.unstrip_protocol(p) for p in sorted(fs.glob(path))] if glob.has_magic(path) else [pattern]
+        exists = found and fs.exists(path) if not glob.has_magic(path) else bool(found)
+    else:
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
+        exists = all(os.path.exists(path) for path in found) and bool(found)
+    if not exists:
+        raise UserError(f"no file at {pattern}; check data.source, or the annotation that names it")
+    return found
+
+
+def join(root, path):
+    """`path` below `root`, unless it stands by itself."""
+    if not root or is_url(path) or os.path.isabs(path):
+        return path
+    return f"{str(root).rstrip('/')}/{path}"
+
+
+def read(path, offset=0, length=None):
+    """Bytes of a file. Raises BadSample where it is missing or cannot be read."""
+    if is_url(path):
+        return _read_url(path, offset, None if length is None else offset + length)
+    try:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            if offset:
+                file.seek(offset)
+            size = os.fstat(file.fileno()).st_size - offset if length is None else length
+            if length is None and size > LARGEST:
+                raise BadSample("unreadable_file", f"{path} has {size:,} bytes, and at most {LARGEST:,} are read")
+            data = file.read(size)
+            while len(data) < size and (more := file.read(size - len(data))):  # a read may stop at 2 GiB
+                data += more
+            return data
+    except FileNotFoundError:
+        raise BadSample("missing_file", f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise BadSample("missing_file", f"{path} is a folder") from None
+    except PermissionError:
+        raise BadSample("unreadable_file", f"{path}: no permission") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise BadSample("unreadable_file", f"{path}: {error}") from None
+
+
+def _open_at_once(path, flags):
+    """A pipe is opened as an empty file is, instead of waiting for who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _read_url(path, start, end):
+    """Tries again where a network may have failed: a sample is not to be replaced for that."""
+    for wait in (*RETRY_AFTER, None):
+        try:
+            fs, inner = _file_system(path)
+            return fs.cat_file(inner, start=start, end=end)
+        except FileNotFoundError:
+            raise BadSample("missing_file", f"{path} does not exist") from None
+        except UserError as error:
+            raise BadSample("unreadable_file", f"{path}: {error}") from None
+        except Exception as error:  # noqa: BLE001 (each file system has errors of its own)
+            if wait is None:
+                raise BadSample("unreadable_file", f"{path}: {error}") from None
+            time.sleep(wait)
+
+
+def stream(path):
+    """A binary file object that reads from the beginning to the end and can seek."""
+    if not is_url(path):
+        return open(path, "rb")
+    fs, inner = _file_system(path)
+    return fs.open(inner, "rb", block_size=2**22)
+
+
+def fingerprint(path):
+    """What a cached index of this file is known by: its name, its size and when it was changed."""
+    if is_url(path):
+        fs, inner = _file_system(path)
+        info = fs.info(inner)
+        changed = next(
+            (str(info[key]) for key in ("etag", "ETag", "mtime", "updated", "LastModified") if key in info), ""
+        )
+        return [str(path), info.get("size"), changed]
+    status = os.stat(path)
+    files = [status.st_size, status.st_mtime_ns]
+    if os.path.isdir(path):
+        entries = sorted(pathlib.Path(path).rglob("*"))
+        files = [[str(e), e.stat().st_size, e.stat().st_mtime_ns] for e in entries if e.is_file()]
+    return [os.path.abspath(path), files]
+
+
+def key_of(*parts):
+    """A short name for anything JSON can write: cache folders and open readers go by it."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

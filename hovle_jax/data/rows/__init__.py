@@ -1,0 +1,1 @@
+"""Records -> rows of a batch, by plan."""

@@ -1,0 +1,306 @@
+"""Samples from sources of any size: indexed once, packed by a plan, read when their row is made.
+
+The plan of an epoch is a function of the sources, the seed and what a row holds, made once and cached. Epochs have the
+same rows in another order. A sample that cannot be made is replaced by the next one of its source that fits into its
+place; the plan itself never changes.
+"""
+
+import collections
+import dataclasses
+import hashlib
+
+import grain
+import numpy as np
+
+from hovle_jax.config import RunConfig
+from hovle_jax.data.bad_samples import NOT_FOR_THE_STAGE, BadEvent, BadSample
+from hovle_jax.data.batch import KINDS, BatchShape, Found, Row, caption_row, make_row
+from hovle_jax.data.files.mixture import Entry, open_mixture
+from hovle_jax.data.files.records import parse
+from hovle_jax.data.files.shard import cached_arrays
+from hovle_jax.data.rows.costs import costs_of
+from hovle_jax.data.rows.packing import pack
+from hovle_jax.data.rows.samples import RecordSamples
+from hovle_jax.errors import UserError
+
+REPLACEMENTS = 64  # samples behind a bad one that are tried in its place
+TOKENIZER_TEXTS = 100_000  # samples that a tokenizer is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSummary:
+    """What a plan makes of its sources, for people.
+
+    Attributes:
+      samples, rows: of an epoch.
+      token_fill, tile_fill: the used shares of what the rows hold.
+      unpacked_token_fill, unpacked_tile_fill: the same with one sample a row.
+      sources: ((name, samples, tokens) of an epoch, ...).
+      left_out: ((reason, number), ...) of samples that are not for this stage.
+    """
+
+    samples: int
+    rows: int
+    token_fill: float
+    tile_fill: float
+    unpacked_token_fill: float
+    unpacked_tile_fill: float
+    sources: tuple
+    left_out: tuple = ()
+
+    def __str__(self):
+        left_out = "".join(f"; {number:,} left out ({reason})" for reason, number in self.left_out)
+        return (
+            f"{self.samples:,} samples an epoch in {self.rows:,} rows: {self.token_fill:.1%} of tokens and "
+            f"{self.tile_fill:.1%} of tiles used ({self.unpacked_token_fill:.1%} and {self.unpacked_tile_fill:.1%} "
+            f"with one sample a row){left_out}"
+        )
+
+
+class Plan:
+    """The rows of an epoch: which samples, in how much room each.
+
+    `ends` [R]: row r has the places ends[r - 1] to ends[r]; of each place `entry`, `record`, `part`, `tokens` and
+    `tiles`. It is sent to worker processes as its key alone; they map the same files.
+    """
+
+    def __init__(self, key, build=None):
+        self.key = key
+        self._arrays = cached_arrays(key, build)
+
+    def __reduce__(self):
+        return Plan, (self.key,)
+
+    def __getattr__(self, name):
+        try:
+            return self.__dict__["_arrays"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __len__(self):
+        return len(self.ends)
+
+    def digest(self):
+        """The same for the same samples in the same rows, wherever their files lie."""
+        content = hashlib.sha256()
+        for name in ("ends", "entry", "record", "part", "tokens", "tiles"):
+            content.update(np.ascontiguousarray(getattr(self, name)))
+        return content.hexdigest()[:24]
+
+    def row(self, index):
+        """[(entry, record, part, tokens, tiles), ...]"""
+        here = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
+        fields = (self.entry, self.record, self.part, self.tokens, self.tiles)
+        return list(zip(*(field[here].tolist() for field in fields)))
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedCorpus:
+    """The sources of a run, as a corpus that `pipeline` reads."""
+
+    entries: tuple
+    say: object = dataclasses.field(default=print, compare=False)
+
+    @classmethod
+    def load(cls, path, split="train", say=print):
+        return cls(tuple(open_mixture(path, split)), say)
+
+    def texts(self):
+        """The text of the leading samples of each source, for a tokenizer."""
+        for entry in self.entries:
+            for i in range(min(entry.used, TOKENIZER_TEXTS // len(self.entries))):
+                try:
+                    record = parse(entry.source[i], entry.source.root)
+                except BadSample:
+                    continue
+                yield from (line for line in _texts_of(record) if line.strip())
+
+    def planned(self, config: RunConfig, tokenizer):
+        """-> (Plan, PlanSummary, events of samples that cannot be used, RecordSamples)."""
+        samples = RecordSamples.of(config, tokenizer)
+        shape = _RowLimits.of(config)
+        costs = [costs_of(entry.source, samples, self.say, config.workers) for entry in self.entries]
+        units, events = [], []
+        for number, (entry, cost) in enumerate(zip(self.entries, costs)):
+            unit, found = _units(number, entry, cost, samples, shape)
+            units.append(unit)
+            events += found
+        units = {name: np.concatenate([unit[name] for unit in units]) for name in units[0]}
+        left_out = collections.Counter(event.reason for event in events if event.reason in NOT_FOR_THE_STAGE)
+        if not len(units["tokens"]):
+            first = f"; the first: {events[0].reason}: {events[0].detail}" if events else ""
+            raise UserError(f"none of the samples of {config.data.source} can be used for {config.stage}{first}")
+        sources = [
+            [e.source.fingerprint(), e.source.root, e.repeat, e.max_tiles, [i for i, *_ in cost.bad]]
+            for e, cost in zip(self.entries, costs)
+        ]
+        key = ("plan", sources, samples.text_key(), dataclasses.astuple(samples.tiling), list(shape), config.seed)
+        plan = Plan(key, lambda: _pack_units(units, shape, config.seed))
+        summary = dataclasses.replace(_summary(plan, shape, self.entries), left_out=tuple(left_out.most_common()))
+        return plan, summary, [event for event in events if event.reason not in left_out], samples
+
+    def rows(self, config: RunConfig, tokenizer, held_out=False):
+        """-> (endless rows: grain.MapDataset of Row, Found)."""
+        plan, summary, events, samples = self.planned(config, tokenizer)
+        shape = BatchShape.of(config.data, config.model.embedding, _image_id(tokenizer, config))
+        maker = RowMaker(plan, self.entries, samples, shape, config, held_out)
+        numbers = grain.MapDataset.range(len(plan)).seed(config.seed)
+        if not held_out:
+            numbers = numbers.shuffle()
+        total = sum(entry.used for entry in self.entries)
+        found = Found(total, tuple(events), str(summary), summary.sources, plan.digest())
+        return numbers.repeat().random_map(maker), found
+
+
+def _image_id(tokenizer, config):
+    return -1 if KINDS[config.stage] in ("text", "captions") else tokenizer.image_id
+
+
+def _texts_of(record):
+    yield from (record.caption, *record.text.splitlines())
+    for turn in record.turns:
+        yield from turn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+class _RowLimits(tuple):
+    """(tokens, tiles, samples) that a row holds at most."""
+
+    @classmethod
+    def of(cls, config):
+        if KINDS[config.stage] == "captions":
+            return cls((1, 1, 1))
+        data = config.data
+        return cls((data.sequence_length, data.tiles, data.samples_per_row))
+
+
+def _units(number, entry, cost, samples, limits):
+    """What of an entry an epoch has, in its own order -> ({field: [n]}, events)."""
+    length, max_tiles, _ = limits
+    text, first = np.asarray(cost.text, np.int64), np.asarray(cost.first, np.int64)
+    copies = entry.copies()
+    used = copies > 0
+    events = [event for event, (i, *_) in zip(cost.events(entry.source), cost.bad) if used[i]]
+    parts = np.ones(len(text), np.int64)
+    if samples.kind == "contrast":
+        tokens, tiles = np.minimum(text, 1), np.minimum(text, 1)
+    elif samples.kind == "pretrain":
+        parts = np.maximum(-(-(text - 1) // max(length - 1, 1)), 1)
+        tokens, tiles = np.minimum(text, length), np.zeros(len(text), np.int64)
+    else:
+        tiles, tiles_before = cost.tiles(samples.tiling_of(entry.max_tiles))
+        too_long = (first + tiles_before * samples.tokens_per_tile > length) | (tiles_before > max_tiles)
+        for i in np.flatnonzero(too_long & (text > 0) & used).tolist():
+            takes = f"{first[i] + tiles_before[i] * samples.tokens_per_tile} tokens and {tiles_before[i]} tiles"
+            detail = f"its first answer begins behind {takes}; a row has {length} and {max_tiles}"
+            events.append(BadEvent(-1, entry.source.name, *entry.source.where(i), "nothing_supervised", detail))
+        copies = np.where(too_long, 0, copies)
+        tokens = np.minimum(text + tiles * samples.tokens_per_tile, length)
+        tiles = np.minimum(tiles, max_tiles)
+    copies = np.where(text > 0, copies, 0)
+    record = np.repeat(np.arange(len(text)), parts * copies)
+    each = np.repeat(parts, parts * copies)  # parts of the record that a place belongs to
+    begin = np.cumsum(parts * copies) - parts * copies
+    part = (np.arange(len(record)) - begin[record]) % each
+    needed = tokens[record]
+    if samples.kind == "pretrain":
+        needed = np.minimum(text[record] - part * (length - 1), length)
+    unit = {"record": record, "part": part, "tokens": needed, "tiles": tiles[record]}
+    return unit | {"entry": np.full(len(record), number)}, events
+
+
+def _pack_units(units, limits, seed):
+    order = np.random.default_rng([seed, 0]).permutation(len(units["tokens"]))
+    units = {name: values[order] for name, values in units.items()}
+    packing = pack(units["tokens"], units["tiles"], *limits)
+    arrays = {name: values[packing.members].astype(np.int32) for name, values in units.items()}
+    return arrays | {"ends": packing.ends}
+
+
+def _summary(plan, limits, entries):
+    length, max_tiles, _ = limits
+    tokens, tiles, places = int(plan.tokens.sum()), int(plan.tiles.sum()), len(plan.tokens)
+    share = lambda used, rows, each: used / (rows * each) if each else 0.0
+    by_entry = np.bincount(plan.entry, plan.tokens, len(entries)), np.bincount(plan.entry, minlength=len(entries))
+    return PlanSummary(
+        places,
+        len(plan),
+        share(tokens, len(plan), length),
+        share(tiles, len(plan), max_tiles),
+        share(tokens, places, length),
+        share(tiles, places, max_tiles),
+        tuple((e.source.name, int(n), int(t)) for e, t, n in zip(entries, *by_entry)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMaker:
+    """A row's number and its random generator -> Row."""
+
+    plan: Plan = dataclasses.field(repr=False)
+    entries: tuple[Entry, ...] = dataclasses.field(repr=False)
+    samples: RecordSamples = dataclasses.field(repr=False)
+    shape: BatchShape
+    config: RunConfig = dataclasses.field(repr=False)
+    held_out: bool  # never augmented
+
+    def __call__(self, number, rng):
+        places = self.plan.row(int(number))
+        seeds = rng.integers(0, 2**63, len(places))  # one a place, so that a bad sample moves no other's
+        made, events = [], []
+        for place, seed in zip(places, seeds):
+            sample, found = self._fill(place, int(seed))
+            made += [sample] if sample is not None else []
+            events += found
+        return Row(self._join(made), tuple(events), len(places))
+
+    def _join(self, made):
+        kind = KINDS[self.config.stage]
+        if kind != "captions":
+            return make_row(made, self.shape, kind)
+        if not made:
+            raise UserError("no picture could be read in place of a bad one; see the source's files")
+        text = self.config.clip.text
+        return caption_row(made[0], text.context, text.end_id)
+
+    def _fill(self, place, seed):
+        """-> (Sample or None, events): the planned sample, or the next one of its source that fits in its place."""
+        entry_number, record, part, tokens, tiles = place
+        entry = self.entries[entry_number]
+        first_error = None
+        for k in range(min(REPLACEMENTS, entry.used)):
+            index = (record + k) % entry.used
+            try:
+                sample = self._make(entry, index, part if k == 0 else 0, seed)
+                if KINDS[self.config.stage] != "captions" and (
+                    len(sample.tokens) > tokens or len(sample.tiles) > tiles
+                ):
+                    raise BadSample(
+                        "size_differs",
+                        f"it takes {len(sample.tokens)} tokens and {len(sample.tiles)} tiles, planned were {tokens} "
+                        f"and {tiles}: its row states another size than its picture has",
+                    )
+            except BadSample as error:
+                first_error = first_error or error
+                continue
+            if first_error is None:
+                return sample, []
+            return sample, [self._event(entry, record, first_error, entry.source.where(index)[1])]
+        return None, [self._event(entry, record, first_error, "")]
+
+    def _make(self, entry, index, part, seed):
+        augment = self.config.data.augment if entry.augment is None else entry.augment
+        tiling = self.samples.tiling_of(entry.max_tiles)
+        record = parse(entry.source[index], entry.source.root)
+        return self.samples.make(record, np.random.default_rng(seed), part, tiling, augment and not self.held_out)
+
+    def _event(self, entry, record, error, replaced_by):
+        shard, name = entry.source.where(record)
+        return BadEvent(-1, entry.source.name, shard, name, error.reason, error.detail, replaced_by)

@@ -1,0 +1,1 @@
+"""Chips, slices of TPUs, and the compiler's options for them."""

@@ -1,0 +1,1 @@
+"""This process and its machine: command line, files, the cache folder, memory, progress."""
