@@ -5,12 +5,15 @@ turns it into these classes and refuses keys that it does not know.
 """
 
 import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Collection
 
-from hovle_jax.mappings import from_dict
+from hovle_jax.errors import UserError
 from hovle_jax.model.config import (
     CLIPConfig,
     EmbeddingConfig,
-    ExecutionConfig,
     HoVLEConfig,
     LLMConfig,
     TeacherConfig,
@@ -102,6 +105,43 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How programs are run; nothing here changes a model's parameters.
+
+    Attributes:
+      dtype: compute type, 'float32' or 'bfloat16' ('auto' in a run's config: float32 on the CPU, else bfloat16).
+      attention: the implementation of `attend` ('auto': splash on TPUs, cuDNN's on GPUs, blocks on CPUs).
+      unroll_layers: write the layers out instead of looping over them (faster on the CPU, slower to compile).
+      remat: what the backward pass recomputes: 'none', 'dots' (all but matmuls), 'full' (all but each layer's input),
+        'offload' (the same, inputs waiting in the host's memory).
+      accumulate: microbatches that a step reads its batch in (gradient accumulation): less memory, the same update;
+        -1 = as many as leave each device one row.
+      vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.
+      sparse_cores: on TPU v5p and v6e: their SparseCores gather and scatter while the step multiplies
+        (hardware/compiler_options.py).
+      zero: what the mesh axis `fsdp` shards: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
+    """
+
+    dtype: str = "float32"
+    attention: str = "xla"
+    unroll_layers: bool = False
+    remat: str = "none"
+    accumulate: int = 1
+    vocab_chunk: int = 0
+    zero: int = 3
+    sparse_cores: bool = True
+
+    def resolved(self, platform: str, accumulate: int = 1) -> "ExecutionConfig":
+        """What 'auto' means on a platform: float32 on the CPU, where bfloat16 training is slow; its own attention."""
+        meant = {
+            "dtype": "float32" if platform == "cpu" else "bfloat16",
+            "attention": {"tpu": "splash", "gpu": "cudnn", "cpu": "blocks"}.get(platform, "xla"),
+        }
+        meant = {name: value for name, value in meant.items() if getattr(self, name) == "auto"}
+        return dataclasses.replace(self, accumulate=accumulate, **meant)
+
+
+@dataclasses.dataclass(frozen=True)
 class InitConfig:
     """Where a component's weights come from.
 
@@ -154,6 +194,18 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     @property
+    def model_config(self) -> "ModelConfig":
+        """The sizes of all that the run may hold, run as it is."""
+        return ModelConfig(
+            embedding=self.model.embedding,
+            llm=self.model.llm,
+            clip=self.clip,
+            teacher=self.teacher,
+            system_message=self.data.system_message,
+            execution=self.execution,
+        )
+
+    @property
     def last_step(self):
         """The step at which a process stops at the latest."""
         return min(self.stop_at_step or self.steps, self.steps)
@@ -174,23 +226,21 @@ class ModelConfig:
     system_message: str = ""
     execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
 
-    @classmethod
-    def of(cls, run: RunConfig, components):
-        """The part of a run's config that describes its result."""
-        sizes = {"embedding": run.model.embedding, "llm": run.model.llm, "clip": run.clip}
-        return cls(
-            **{name: sizes[name] for name in components},
-            system_message=run.data.system_message,
-            execution=dataclasses.replace(run.execution, remat="none", accumulate=1),
-        )
+    def only(self, components: Collection[str]) -> "ModelConfig":
+        """A finished model of these components alone, run as one that answers."""
+        others = {"embedding", "llm", "clip", "teacher"} - set(components)
+        execution = dataclasses.replace(self.execution, remat="none", accumulate=1)
+        return dataclasses.replace(self, **dict.fromkeys(others), execution=execution)
 
     @property
-    def model(self):
+    def model(self) -> HoVLEConfig:
+        """The embedding over the LLM; the LLM alone where there is no embedding."""
         return HoVLEConfig(self.embedding, self.llm)
 
 
 # What may differ between a run and its resumption: nothing that shapes the numbers.
 RUN_ONLY_KEYS = (
+    "preset",  # a name alone: what it stands for is in the other keys
     "stop_at_step",
     "log_every",
     "eval_every",
@@ -202,3 +252,51 @@ RUN_ONLY_KEYS = (
     "mesh",
     "execution",
 )
+
+
+def from_dict(cls, mapping, path="config"):
+    """A frozen dataclass from a nested mapping.
+
+    Raises:
+      UserError: an unknown or missing key, with the nearest known ones, or a value of another type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in dict(mapping).items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=3) or sorted(fields)
+            raise UserError(f"{path}.{key} is not a known key; did you mean {', '.join(near)}?")
+        values[key] = _convert(hints[key], value, f"{path}.{key}")
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return cls(**values)
+
+
+def _convert(hint, value, path):
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{path}={value!r} should be of type {hint.__name__}")
+    return value
+
+
+def differences(old, new, path=""):
+    """Dotted paths at which two nested dicts differ, with both values: [(path, old, new)]."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        as_list = lambda v: list(v) if isinstance(v, (list, tuple)) else v  # JSON has no tuples
+        return [] if as_list(old) == as_list(new) else [(path, old, new)]
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return found

@@ -4,9 +4,16 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from hovle_jax.config import DataConfig, InitConfig, MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
+from hovle_jax.config import (
+    DataConfig,
+    ExecutionConfig,
+    InitConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+)
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.presets import CLIPS, MODELS, TEACHERS
 
 # preset -> (model sizes, CLIP sizes or None, teacher)

@@ -57,21 +57,25 @@ def stage_config(folder, stage, preset):
 
 def plan(config: RunConfig, config_folder, workdir):
     """The runs to make, in order: [(config, folder, {component: folder of its source})]; finished ones are left out."""
-    from hovle_jax.training.checkpoint import is_finished
-    from hovle_jax.training.stages import STAGES, components_of
+    from hovle_jax.checkpoints import is_finished
+    from hovle_jax.training.run_folder import check_same_config
+    from hovle_jax.training.stages import STAGES, find
 
     runs, planned = [], set()
 
     def visit(config):
-        if config.stage not in STAGES:
-            raise UserError(f"stage={config.stage!r} is not one of {', '.join(STAGES)}")
+        components = find(config.stage).components_of(config.model_config)
         folder, sources = workdir / config.stage, {}
-        if config.stage in planned or is_finished(folder):
+        if config.stage in planned:
             return
         planned.add(config.stage)
+        if is_finished(folder):
+            used_as_it_is = f"or give {folder} itself with --config.init.COMPONENT={folder} to use it as it is"
+            check_same_config(folder, config, used_as_it_is)
+            return
         for field in dataclasses.fields(InitConfig):
             source = getattr(config.init, field.name)
-            if field.name not in components_of(config) or not source:
+            if field.name not in components or not source:
                 continue
             if source == "required":
                 raise UserError(
@@ -108,24 +112,25 @@ def main():
 
 def train(config, config_folder, workdir, started, profile=None):
     """Makes the runs that are missing, on all hosts; the first one speaks, and scores them. -> the exit status."""
+    from hovle_jax.checkpoints import is_finished
     from hovle_jax.conversion.downloads import resolve
     from hovle_jax.evaluation.summary import summarize
     from hovle_jax.hosts import distributed
     from hovle_jax.system.progress import format_duration
-    from hovle_jax.training import checkpoint, checks, loop
+    from hovle_jax.training import checks, loop, run_folder
 
     say = print if distributed.is_leader() else lambda line: None
-    checkpoint.open_run_folder(workdir)
+    run_folder.open_run_folder(workdir)
     folder = workdir / config.stage
-    if checkpoint.is_finished(folder):
+    if is_finished(folder):
         checks.check(config)
-        checkpoint.check_same_config(folder, config)
+        run_folder.check_same_config(folder, config)
         say(f"{config.stage} is finished in {folder}; remove that folder to train it again")
         return 0
     runs = plan(config, config_folder, workdir)
     for stage, folder, _ in runs:
         checks.check(stage)
-        checkpoint.check_same_config(folder, stage)
+        run_folder.check_same_config(folder, stage)
     stages = [stage.stage for stage, *_ in runs]
     distributed.check_same("the stages to train", stages, f"{workdir} must be a folder that all hosts share")
     runs = [(stage, folder, {c: resolve(str(s)) for c, s in sources.items()}) for stage, folder, sources in runs]

@@ -64,7 +64,7 @@ def compiled_in_turn(step):
 def main(job, host):
     jax.config.update("jax_disable_most_optimizations", True)
     train_step_for = loop.train_step_for
-    loop.train_step_for = lambda models, mesh: compiled_in_turn(train_step_for(models, mesh))
+    loop.train_step_for = lambda run: compiled_in_turn(train_step_for(run))
     loop.eval_step = compiled_in_turn(loop.eval_step)
     distributed.HEARTBEAT_SECONDS = job["heartbeat"]
     distributed.start(job["coordinator"], job["hosts"], host, timeout=60)

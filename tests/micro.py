@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax import recipes
-from hovle_jax.config import MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
+from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
 from hovle_jax.corpora import easy_vqa
 from hovle_jax.corpora.in_memory import PictureCorpus
 from hovle_jax.data import pipeline
@@ -16,7 +16,6 @@ from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.model.config import (
     CLIPConfig,
     EmbeddingConfig,
-    ExecutionConfig,
     HoVLEConfig,
     LLMConfig,
     StackConfig,
@@ -24,11 +23,12 @@ from hovle_jax.model.config import (
     TextTowerConfig,
     ViTConfig,
 )
-from hovle_jax.training.loop import copy_text_table
-from hovle_jax.training.optimizer import make_optimizer
-from hovle_jax.training.sharding import make_mesh, put_batch
-from hovle_jax.training.stages import Models
-from hovle_jax.training.state import abstract_params, make_state
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.training.setup import Run, build
+from hovle_jax.training.stages import STAGES
+from hovle_jax.training.state import make_state
+from hovle_jax.training.step import train_step
+from hovle_jax.training.weights import copy_text_table
 
 VOCAB = 320
 SYSTEM = "be brief."
@@ -129,6 +129,16 @@ def one_device():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+def run(config, mesh=None) -> Run:
+    """The set-up on a mesh; None: of one device."""
+    return build(config, mesh or one_device())
+
+
+def models(config):
+    """The modules of a run on one device."""
+    return run(config).models
+
+
 def dataset(config):
     return pipeline.build_dataset(config, tokenizer(), corpus())
 
@@ -138,9 +148,8 @@ def _params(config):
     """Random values of numpy: compiling the real initialisation takes longer than most tests."""
     from flax.traverse_util import flatten_dict, unflatten_dict
 
-    abstract = abstract_params(Models(config, config.execution), dataset(config)[0], one_device())
     rng, made = np.random.default_rng(0), {}
-    for path, leaf in sorted(flatten_dict(abstract).items()):
+    for path, leaf in sorted(flatten_dict(run(config).abstract_params()).items()):
         fan_in = leaf.shape[-2] if path[-1] == "kernel" else 32
         value = rng.normal(size=leaf.shape) / fan_in**0.5 + (path[-1] in ("scale", "log_scale"))
         made[path] = jax.device_put(np.asarray(value, np.float32), leaf.sharding)
@@ -150,19 +159,21 @@ def _params(config):
     return made
 
 
-def params(config):
-    """Fresh parameters of a run on one device; a copy, so that they may be donated."""
-    return jax.tree.map(jnp.copy, _params(config))
+def params(config, mesh=None):
+    """Fresh parameters of a run; a copy, so that they may be donated."""
+    made = jax.tree.map(jnp.copy, _params(config))
+    return made if mesh is None else jax.device_put(made, shardings(run(config, mesh).abstract_params()))
 
 
-def start(config):
-    """-> (state at step 0, data set, function of (state, batch) -> (state, metrics)), on one device."""
-    from hovle_jax.training.step import train_step
+def shardings(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
-    models, optimizer = Models(config, config.execution), make_optimizer(config.optimizer, config.steps)
-    mesh = one_device()
+
+def start(config, mesh=None):
+    """-> (state at step 0, data set, function of (state, batch) -> (state, metrics)); without a mesh on one device."""
+    made = run(config, mesh)
 
     def step(state, batch):
-        return train_step(state, put_batch(batch, mesh), stage=config.stage, models=models, optimizer=optimizer)
+        return train_step(state, made.placement.put_batch(batch), stage=config.stage, run=made)
 
-    return make_state(models, params(config), dataset(config)[0], optimizer), dataset(config), step
+    return make_state(STAGES[config.stage], made, params(config, mesh)), dataset(config), step

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hovle_jax.checkpoints import save_model
+from hovle_jax.components import shapes
 from hovle_jax.config import ModelConfig
-from hovle_jax.inference.load import abstract_model
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig, TeacherConfig, ViTConfig
-from hovle_jax.training.checkpoint import save_model
 from tests import micro
 
 STACK = StackConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, rope_theta=1e4)
@@ -64,7 +64,7 @@ def components_of(config):
 
 def random_params(config, component):
     """Random values for every leaf (fresh biases and norms would be zeros and ones)."""
-    abstract = abstract_model(config, component, micro.one_device())
+    abstract = shapes(config, component)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), abstract)
 

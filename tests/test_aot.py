@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,10 @@ from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hardware import topology
 from hovle_jax.hardware.compiler_options import compiler_options
-from hovle_jax.model.config import ExecutionConfig
-from hovle_jax.model.parallel import matmul
-from hovle_jax.training.sharding import make_mesh, on_mesh, torus
-from hovle_jax.training.stages import Models
-from hovle_jax.training.step import step_options, train_step, train_step_for
+from hovle_jax.sharding.mesh import make_mesh, torus
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training import setup
+from hovle_jax.training.step import train_step, train_step_for
 from tests.tpu_programs import ROOT, small
 
 libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
@@ -136,11 +134,11 @@ def test_a_product_gathers_twice_and_scatters_once_on_every_torus(name, kib):
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
         for shape in ((mesh.size, 256, 1024), (1024, kib * mesh.size // 2), (mesh.size, 256, kib * mesh.size // 2))
     ]
+    matmul = Placement(mesh).matmul
     forward = lambda x, kernel, dy: matmul(x, kernel, ("embed", "mlp"))
     backward = lambda x, kernel, dy: jax.vjp(lambda x, kernel: forward(x, kernel, dy), x, kernel)[1](dy)
-    with on_mesh(mesh):
-        options = compiler_options(mesh.devices.flat[0].device_kind)
-        texts = [jax.jit(f).lower(*arrays).compile(options).as_text() for f in (forward, backward)]
+    options = compiler_options(mesh.devices.flat[0].device_kind)
+    texts = [jax.jit(f).lower(*arrays).compile(options).as_text() for f in (forward, backward)]
     sent = sum(total.bytes for text in texts for total in summary(collectives(text)).values())
     least = 3 * (mesh.size - 1) * kib * 1024
     assert least <= sent <= 17 / 16 * least  # where a product goes in windows, one part is sent once more
@@ -149,14 +147,16 @@ def test_a_product_gathers_twice_and_scatters_once_on_every_torus(name, kib):
         assert calls >= 3
 
 
-def test_what_a_step_is_compiled_with_where_its_collectives_would_stop_the_products():
-    v6e, cpu = (
-        types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=k)])) for k in ("TPU v6 lite", "cpu")
-    )
-    models = Models(small("instruct"), ExecutionConfig())
-    assert len(step_options(models, v6e)) == 3 and not step_options(models, cpu)
-    assert train_step_for(models, cpu) is train_step and train_step_for(models, v6e) is not train_step
-    assert not step_options(Models(models.config, ExecutionConfig(sparse_cores=False)), v6e)
+@libtpu
+def test_what_a_step_is_compiled_with_where_its_collectives_would_stop_the_matmuls():
+    def run(name, **execution):
+        config = small("instruct", execution=execution)
+        return setup.build(config, make_mesh(config.mesh, topology.devices(name)))
+
+    v5e, v6e = run("v5e-16"), run("v6e-16")
+    assert len(v6e.compiler_options()) == 3 and not v5e.compiler_options()
+    assert train_step_for(v5e) is train_step and train_step_for(v6e) is not train_step
+    assert not run("v6e-16", sparse_cores=False).compiler_options()
 
 
 def command(*arguments, **environment):

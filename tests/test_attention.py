@@ -1,6 +1,5 @@
 """Splash attention, run by the Pallas interpreter, against the plain path."""
 
-import contextlib
 import functools
 
 import jax
@@ -8,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.sharding import PartitionSpec
 
 from hovle_jax.config import MeshConfig
 from hovle_jax.model.attention import AttentionMask, attend, choose, prepare, splash_block
-from hovle_jax.training.sharding import make_mesh, on_mesh, torus
+from hovle_jax.model.execution import OneDevice
+from hovle_jax.sharding.matmul import reduce_gradient
+from hovle_jax.sharding.mesh import make_mesh, torus
+from hovle_jax.sharding.placement import Placement
 
 B, H, K, C = 2, 4, 2, 128
 
@@ -24,12 +27,12 @@ def inputs(length):
     return make(H), make(K), make(K), jnp.asarray(segments)
 
 
-def run(implementation, query, key, value, segments):
+def run(implementation, query, key, value, segments, placement=OneDevice()):
     """(output where it is read, gradients)."""
 
     def loss(query, key, value):
         mask = prepare(AttentionMask.for_rows(segments), implementation, C)
-        out = attend(query, key, value, mask, implementation) * (segments > 0)[:, :, None, None]
+        out = attend(query, key, value, mask, implementation, placement) * (segments > 0)[:, :, None, None]
         return jnp.sum(out * jnp.cos(jnp.arange(C))), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(query, key, value)
@@ -41,8 +44,8 @@ def test_splash_is_the_plain_attention(length, mesh, monkeypatch):
     wanted = run("xla", *inputs(length))
     make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
-    with on_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
-        found = run("splash", *inputs(length))
+    placement = Placement(make_mesh(mesh)) if mesh else OneDevice()
+    found = run("splash", *inputs(length), placement)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
 
 
@@ -78,10 +81,6 @@ def test_reduce_scatters_follow_the_torus(coords, phases):
 
 
 def test_phases_leave_the_shards_where_one_reduce_scatter_would():
-    from jax.sharding import PartitionSpec
-
-    from hovle_jax.model.parallel import reduce_gradient
-
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     x = jnp.arange(8 * 16 * 3, dtype=jnp.float32).reshape(8 * 16, 3)
 

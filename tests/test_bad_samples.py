@@ -19,7 +19,6 @@ from hovle_jax.data.images import decode_image, image_size
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
 from hovle_jax.training import loop
-from hovle_jax.training.state import abstract_params
 from tests import broken, micro
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
@@ -63,9 +62,9 @@ def assert_same_batches(first, second):
 # A run
 
 
-def random_params(models, batch, mesh, sources, only=None):
+def random_params(config, run, sources, only=None):
     """In place of `loop.load_params`: compiling the real initialisation takes longer than the run."""
-    rng, abstract = np.random.default_rng(0), abstract_params(models, batch, mesh)
+    rng, abstract = np.random.default_rng(0), run.abstract_params()
     abstract = {component: tree for component, tree in abstract.items() if only is None or component in only}
     return jax.tree.map(lambda a: jax.device_put(rng.normal(size=a.shape).astype(a.dtype) / 10, a.sharding), abstract)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hovle_jax import train
-from hovle_jax.training import checkpoint
+from hovle_jax.training import run_folder
 from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def files(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "other" / "pretrain").mkdir(parents=True)
     config = train.stage_config(ROOT / "configs", "pretrain", "tiny")
-    checkpoint.save_config(tmp_path / "other" / "pretrain", config)
+    run_folder.save_config(tmp_path / "other" / "pretrain", config)
     return tmp_path
 
 

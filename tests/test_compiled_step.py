@@ -6,10 +6,10 @@ batch come in sevens, which no parameter has, so that the sizes of arrays tell a
 
 import collections
 import contextlib
+import dataclasses
 import math
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,10 +19,13 @@ from hovle_jax.aot.hlo.collectives import collectives
 from hovle_jax.aot.hlo.text import parse
 from hovle_jax.config import MeshConfig
 from hovle_jax.model import embedding
-from hovle_jax.training.optimizer import make_optimizer
-from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
-from hovle_jax.training.stages import Models
-from hovle_jax.training.state import abstract_params, make_state
+from hovle_jax.model.execution import OneDevice
+from hovle_jax.sharding.layout import Layout
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training import setup
+from hovle_jax.training.stages import STAGES
+from hovle_jax.training.state import make_state
 from hovle_jax.training.step import train_step
 from tests import micro
 
@@ -38,22 +41,18 @@ class Step:
     """The compiled step of a micro run over a mesh of eight devices, and what it may not do.
 
     Args:
-      seed: of the run; another one for each way of tracing it, which `jit` cannot tell apart.
-      context: under which it is traced, a function of the mesh.
+      broken: takes the run's set-up and gives what it is traced with.
+      context: under which it is traced.
     """
 
-    def __init__(self, variant, mesh_config, seed=0, context=on_mesh):
-        self.config = micro.run_config("instruct", variant, data=dict(batch_size=ROWS), seed=seed)
+    def __init__(self, variant, mesh_config, broken=lambda run: run, context=contextlib.nullcontext):
+        self.config = micro.run_config("instruct", variant, data=dict(batch_size=ROWS))
         self.mesh, self.batch = make_mesh(mesh_config), micro.dataset(self.config)[0]
-        models = Models(self.config, self.config.execution)
-        optimizer = make_optimizer(self.config.optimizer, self.config.steps)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, self.batch, self.mesh))
-        params = jax.device_put(micro.params(micro.run_config("instruct", variant)), shardings)
-        with on_mesh(self.mesh):
-            self.state = make_state(models, params, self.batch, optimizer)
-        with context(self.mesh):
-            options = dict(stage="instruct", models=models, optimizer=optimizer)
-            self.compiled = train_step.lower(self.state, put_batch(self.batch, self.mesh), **options).compile()
+        run = micro.run(self.config, self.mesh)
+        self.state = make_state(STAGES["instruct"], run, micro.params(self.config, self.mesh))
+        with context():
+            rows = run.placement.put_batch(self.batch)
+            self.compiled = train_step.lower(self.state, rows, stage="instruct", run=broken(run)).compile()
         self.text = self.compiled.as_text()
         self.collectives = collectives(self.text)
         flat = flatten_dict(self.state.trained)
@@ -142,45 +141,57 @@ def test_a_step_moves_shards_of_parameters_and_leaves_rows_where_they_are(varian
     assert Step(variant, mesh_config).faults() == set()
 
 
-@contextlib.contextmanager
-def without_rule(name, mesh):
-    """`on_mesh` with a row of the rules table mapped to nothing."""
-    with on_mesh(mesh):
-        rules = [(n, None if n == name else axes) for n, axes in nn.get_logical_axis_rules()]
-        with nn.logical_axis_rules(rules):
-            yield
+@dataclasses.dataclass(frozen=True)
+class WithoutRule(Placement):
+    """A placement with a row of the table mapped to nothing, for one use or all."""
+
+    name: str = ""
+    of: str = ""
+
+    def rules(self, use="parameters"):
+        table = super().rules(use)
+        return table | {self.name: None} if self.of in ("", use) else table
+
+
+def without_rule(name, of=""):
+    def broken(run):
+        placement = WithoutRule(run.placement.mesh, name=name, of=of)
+        boxed = {c: setup.logical_shapes(run.models.config, c) for c in ("embedding", "llm")}
+        models = dataclasses.replace(run.models, placement=placement)
+        return dataclasses.replace(run, models=models, layout=Layout.of(placement, boxed))
+
+    return broken
+
+
+def without_placement(run):
+    """Modules that know nothing of the mesh."""
+    return dataclasses.replace(run, models=dataclasses.replace(run.models, placement=OneDevice()))
 
 
 @contextlib.contextmanager
-def usual_mesh(mesh):
-    """The usual way of setting a mesh, in which logical constraints are silently ignored."""
-    with pytest.warns(DeprecationWarning), mesh:
-        yield
-
-
-@contextlib.contextmanager
-def scatter_of_all_rows(mesh):
+def scatter_of_all_rows():
     """Rows as one more index of the scatter, from which the compiler cannot tell that each stays where it is."""
 
     def scatter(sequence, values, positions):
         rows = jnp.arange(len(sequence))[:, None]
         return sequence.at[rows, positions].set(values, mode="drop")
 
-    with pytest.MonkeyPatch.context() as patch, on_mesh(mesh):
+    jax.clear_caches()  # what was traced before is not traced again
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedding, "scatter_rows", scatter)
         yield
+    jax.clear_caches()
 
 
 BROKEN = {
-    "no constraint on rows": (lambda mesh: without_rule("batch", mesh), "activations_of_all_rows"),
-    "gradients not cut": (lambda mesh: without_rule("embed:gradients", mesh), "gradients_summed_whole"),
-    "mesh not set": (usual_mesh, "gradients_not_scattered"),
-    "rows scattered together": (scatter_of_all_rows, "gathered_activations"),
+    "no constraint on rows": (dict(broken=without_rule("batch")), "activations_of_all_rows"),
+    "gradients not sharded": (dict(broken=without_rule("embed", "gradients")), "gradients_summed_whole"),
+    "modules without a mesh": (dict(broken=without_placement), "gradients_not_scattered"),
+    "rows scattered together": (dict(context=scatter_of_all_rows), "gathered_activations"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_lost_constraint_is_seen(name):
-    context, fault = BROKEN[name]
-    found = Step("pre", FSDP, seed=1 + list(BROKEN).index(name), context=context).faults()
-    assert fault in found
+    how, fault = BROKEN[name]
+    assert fault in Step("pre", FSDP, **how).faults()

@@ -1,6 +1,5 @@
 """The files of configs/."""
 
-import functools
 import itertools
 import pathlib
 
@@ -8,15 +7,14 @@ import jax
 import pytest
 
 from hovle_jax import train
-from hovle_jax.config import ModelConfig, RunConfig
+from hovle_jax.components import select
+from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.inference.load import example_batch
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.recipes import PRESETS, no_stage
-from hovle_jax.training import checks, loop
-from hovle_jax.training.sharding import check_batch_shape, make_mesh
-from hovle_jax.training.stages import STAGES, Models, components_of
-from hovle_jax.training.state import abstract_params, select
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.training import checks
+from hovle_jax.training.stages import STAGES
+from hovle_jax.training.tokenizer import choose_tokenizer
 from tests import micro
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -39,12 +37,11 @@ def test_each_config_resolves(stage, preset):
     assert (config.stage, config.preset) == (stage, preset)
     if preset.startswith("hovle"):
         with pytest.raises(UserError, match="--config.tokenizer.path=FILE"):
-            loop.get_tokenizer(config, [CONFIGS], [], [])
+            choose_tokenizer(config, [CONFIGS], [], [])
     checks.check(config)
     assert RunConfig.from_dict(config.to_dict()) == config
     if not preset.startswith("hovle"):
-        make_mesh(config.mesh)
-        check_batch_shape(config.data.batch_size, config.data.sequence_length, make_mesh(config.mesh))
+        micro.run(config, make_mesh(config.mesh))
 
 
 def test_unknown_presets_and_keys_are_named():
@@ -65,17 +62,12 @@ def test_full_size_state_in_abstract(preset):
     totals = {}
     for stage in ("distill", "align", "instruct"):
         config = train.stage_config(CONFIGS, stage, preset)
-        mesh = make_mesh(config.mesh)
-        assert mesh.shape["fsdp"] == 8
-        models = Models(config, ExecutionConfig())
-        sizes = ModelConfig(embedding=config.model.embedding, llm=config.model.llm, teacher=config.teacher)
-        batch = {k: x for c in ("llm", "teacher", "embedding") for k, x in example_batch(sizes, c).items()}
-        params = abstract_params(models, batch, mesh)
-        assert params.keys() == set(components_of(config))
-        totals[stage] = (
-            count(params),
-            count(select(params, functools.partial(STAGES[stage].trains, model=config.model))),
-        )
+        run = micro.run(config, make_mesh(config.mesh))
+        assert run.placement.mesh.shape["fsdp"] == 8
+        params = run.abstract_params()
+        assert params.keys() == set(STAGES[stage].components_of(config.model_config))
+        trains = lambda path, stage=stage, config=config: STAGES[stage].trains(path, config.model_config)
+        totals[stage] = count(params), count(select(params, trains))
         largest = params["embedding"]["stack"]["layers"]["gate"]["kernel"]
         assert largest.sharding.shard_shape(largest.shape) == (8, 256, 8192)
     whole, table, class_token = 2_606_327_808, 92553 * 2048, 2 * 2048

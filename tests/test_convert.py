@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from hovle_jax.checkpoints import abstract_component, load_component, load_model_config, save_model
+from hovle_jax.components import shapes as shapes_of
 from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, scheme
 from hovle_jax.conversion.importing import import_checkpoint
@@ -20,14 +22,13 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import llms
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
-from hovle_jax.inference.load import abstract_model
 from hovle_jax.model.config import RopeScaling
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.presets import hovle_model
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
 from hovle_jax.system.files import whole_folder
-from hovle_jax.training.checkpoint import load_component, load_model_config, save_model
 from hovle_jax.training.losses import cross_entropy, divide
-from hovle_jax.training.sharding import make_mesh
 from tests import micro
 from tests.public_models import MODELS, components_of, llm, made
 from tests.test_commands import ROOT, command
@@ -109,7 +110,7 @@ def test_total_size_of_the_published_checkpoint():
     model = hovle_model()
     config = ModelConfig(embedding=model.embedding, llm=model.llm)
     rules, _ = scheme(config)
-    params = {component: abstract_model(config, component, micro.one_device()) for component in ("embedding", "llm")}
+    params = {component: shapes_of(config, component) for component in ("embedding", "llm")}
     shapes = {name: x.shape for name, x in jax.eval_shape(lambda p: to_public(rules, p), params).items()}
     index = make_index(shapes, DTYPES["float32"])
     assert index["metadata"]["total_size"] == 10_425_311_232
@@ -120,9 +121,9 @@ def test_onto_a_mesh(tmp_path):
     config = MODELS["hovle"]
     params = made(tmp_path / "ours", config)
     export_model(tmp_path / "ours", tmp_path / "public", say=lambda _: None)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placement = Placement(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     for component, expected in params.items():
-        abstract = abstract_model(config, component, mesh)
+        abstract = abstract_component(config, component, placement)
         loaded = open_checkpoint(tmp_path / "public").load_component(component, abstract)
         assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(loaded))
@@ -389,12 +390,12 @@ def test_a_padded_vocabulary_changes_nothing(tied, tmp_path):
     )
     assert (padded.llm.table_rows, padded.embedding.table_rows) == (384, 384)
     made(tmp_path / "plain", ModelConfig(plain.embedding, dataclasses.replace(plain.llm, family="llama")))
-    config, mesh = micro.run_config("align", special=9), make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    config, placement = micro.run_config("align", special=9), Placement(make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)))
     batch, results = micro.dataset(config)[0], []
     params = {}
     for name, model in (("plain", plain), ("padded", padded)):
         sizes = ModelConfig(model.embedding, model.llm)
-        abstract = {c: abstract_model(sizes, c, mesh) for c in ("embedding", "llm")}
+        abstract = {c: abstract_component(sizes, c, placement) for c in ("embedding", "llm")}
         params[name] = {c: load_component(tmp_path / "plain", c, abstract[c]) for c in abstract}
         run = HoVLE(model)
 
@@ -425,9 +426,9 @@ def test_a_padded_vocabulary_changes_nothing(tied, tmp_path):
         export_model(tmp_path / name, tmp_path / f"{name} public", say=lambda _: None)
     files = [(tmp_path / f"{name} public" / "model.safetensors").read_bytes() for name in ("plain", "padded")]
     assert files[0] == files[1]
-    abstract = abstract_model(ModelConfig(plain.embedding, plain.llm), "llm", mesh)
+    abstract = abstract_component(ModelConfig(plain.embedding, plain.llm), "llm", placement)
     for path, leaf in host(load_component(tmp_path / "padded", "llm", abstract)).items():
         np.testing.assert_array_equal(leaf, host(params["plain"]["llm"])[path])
     fewer = dataclasses.replace(plain.llm, vocab_size=300)
     with pytest.raises(UserError, match=r"has shape \(.* is needed"):
-        load_component(tmp_path / "padded", "llm", abstract_model(ModelConfig(llm=fewer), "llm", mesh))
+        load_component(tmp_path / "padded", "llm", abstract_component(ModelConfig(llm=fewer), "llm", placement))

@@ -17,16 +17,17 @@ import jax
 import numpy as np
 import pytest
 
+from hovle_jax import checkpoints
 from hovle_jax.config import MeshConfig
 from hovle_jax.corpora import easy_vqa, loading
 from hovle_jax.data.bad_samples import FILE_NAME, read_bad_samples
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.hosts.rollcall import numbers, roll_call
-from hovle_jax.inference.load import abstract_model
 from hovle_jax.report.metrics import TIMES, read_metrics
-from hovle_jax.training import checkpoint, loop
-from hovle_jax.training.sharding import make_mesh
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training import loop
 from tests import broken, host, micro
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -151,7 +152,7 @@ def test_one_process_needs_nothing():
     assert not distributed.several() and distributed.is_leader() and not distributed.told_to_end()
     with distributed.ending_together():
         assert distributed.gather("value", 7) == [7]
-    assert distributed.host_rows(make_mesh(MeshConfig()), 16) == (tuple(range(16)), True)
+    assert distributed.host_rows(Placement(make_mesh(MeshConfig())).batch_sharding, 16) == (tuple(range(16)), True)
 
 
 def test_a_pod_is_found_and_a_cluster_that_cannot_be_read_is_said(monkeypatch):
@@ -240,10 +241,13 @@ def run_alone(run, folder, monkeypatch):
 
 
 def parameters(folder):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    config = checkpoint.load_model_config(folder)
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]))
+    config = checkpoints.load_model_config(folder)
     components = [path.name for path in (folder / "model").iterdir() if path.is_dir()]
-    return {c: checkpoint.load_component(folder, c, abstract_model(config, c, mesh)) for c in components}
+    return {
+        c: checkpoints.load_component(folder, c, checkpoints.abstract_component(config, c, placement))
+        for c in components
+    }
 
 
 def metrics_but_times(folder):

@@ -10,17 +10,16 @@ import numpy as np
 import optax
 import pytest
 
-from hovle_jax.config import MeshConfig, OptimizerConfig
+from hovle_jax.components import select
+from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig
 from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
 from hovle_jax.data.text.conversation import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import ExecutionConfig
-from hovle_jax.training.checks import accumulation
-from hovle_jax.training.optimizer import make_optimizer
-from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
-from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import abstract_params, make_state, select
-from hovle_jax.training.step import rows_of_part, total_loss, train_step
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training.setup import accumulation
+from hovle_jax.training.stages import STAGES
+from hovle_jax.training.step import microbatch, total_loss, train_step
 from tests import micro
 from tests.trees import assert_close, host
 
@@ -56,7 +55,7 @@ def random_texts(config):
 @pytest.mark.parametrize("stage, variant", [*itertools.product(["instruct"], VARIANTS), ("distill", "post")])
 def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, variant):
     config = micro.run_config(stage, variant)
-    models = Models(config, config.execution)
+    models = micro.models(config)
     kind = KINDS[stage]
     samples = (conversations if stage == "instruct" else random_texts)(config)
     longest = max(len(s.tokens) for s in samples)
@@ -87,11 +86,11 @@ def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, var
 # Execution: layers written out or looped over, recomputed or not, on any mesh
 
 
-def gradients_of(models, stage):
+def gradients_of(run, stage):
     def of(params, batch):
-        trains = functools.partial(STAGES[stage].trains, model=models.config.model)
+        trains = lambda path: STAGES[stage].trains(path, run.models.config)
         trained, frozen = select(params, trains), select(params, lambda path: not trains(path))
-        (loss, _), grads = jax.value_and_grad(total_loss, has_aux=True)(trained, frozen, batch, stage, models)
+        (loss, _), grads = jax.value_and_grad(total_loss, has_aux=True)(trained, frozen, batch, stage, run.models)
         return loss, grads
 
     return jax.jit(of)
@@ -100,8 +99,7 @@ def gradients_of(models, stage):
 @functools.cache
 def reference(config):
     """(loss, gradients) on one device."""
-    batch = micro.dataset(config)[0]
-    return jax.device_get(gradients_of(Models(config, config.execution), config.stage)(micro.params(config), batch))
+    return jax.device_get(gradients_of(micro.run(config), config.stage)(micro.params(config), micro.dataset(config)[0]))
 
 
 @pytest.mark.parametrize(
@@ -116,12 +114,9 @@ def reference(config):
 )
 def test_execution_changes_neither_parameters_nor_numbers(execution):
     config = micro.run_config("instruct")
-    models = Models(config, execution)
-    batch, mesh = micro.dataset(config)[0], micro.one_device()
-    assert jax.tree.map(jnp.shape, micro.params(config)) == jax.tree.map(
-        jnp.shape, abstract_params(models, batch, mesh)
-    )
-    loss, grads = gradients_of(models, config.stage)(micro.params(config), batch)
+    run = micro.run(dataclasses.replace(config, execution=execution))
+    assert jax.tree.map(jnp.shape, micro.params(config)) == jax.tree.map(jnp.shape, run.abstract_params())
+    loss, grads = gradients_of(run, config.stage)(micro.params(config), micro.dataset(config)[0])
     np.testing.assert_allclose(loss, reference(config)[0], rtol=1e-5)
     assert_close(reference(config)[1], grads)
 
@@ -150,11 +145,9 @@ def mesh_of(name):
 
 def assert_mesh_changes_no_number(config, execution, mesh):
     """The loss and the gradients of a step, laid over the mesh, are those of one device by `config.execution`."""
-    models, batch = Models(config, execution), micro.dataset(config)[0]
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
-    params = jax.device_put(micro.params(config), shardings)  # made before the mesh is set: copies lie on one device
-    with on_mesh(mesh):
-        loss, grads = gradients_of(models, config.stage)(params, put_batch(batch, mesh))
+    run = micro.run(dataclasses.replace(config, execution=execution), mesh)
+    batch = run.placement.put_batch(micro.dataset(config)[0])
+    loss, grads = gradients_of(run, config.stage)(micro.params(config, mesh), batch)
     np.testing.assert_allclose(loss, reference(config)[0], rtol=1e-5)
     assert_close(reference(config)[1], grads)
 
@@ -172,7 +165,7 @@ def test_a_mesh_changes_nothing_of_the_chunked_loss(mesh_name):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "distill", "instruct"])
-def test_a_batch_read_in_parts_gives_the_same_update(stage):
+def test_a_batch_read_in_microbatches_gives_the_same_update(stage):
     """With the usual eps of 1e-8 Adam's first update is the sign of the gradient, which rounding turns around wherever
     the gradient is nothing but rounding. With an eps of 1 the update is as smooth as the (clipped) gradient, and at a
     rate of 1 the rounding of the parameters themselves hides nothing of it."""
@@ -197,63 +190,54 @@ def test_a_batch_read_in_parts_gives_the_same_update(stage):
             np.testing.assert_allclose(parts_moments[name], moments[name], rtol=0, atol=1e-6 * scale, err_msg=name)
 
 
-def test_parts_take_rows_of_every_device():
-    assert [rows_of_part({"rows": jnp.arange(8)}, i, 2)["rows"].tolist() for i in range(2)] == [
-        [0, 2, 4, 6],
-        [1, 3, 5, 7],
-    ]
+def test_microbatches_take_rows_of_every_device():
+    take = lambda i: microbatch({"rows": jnp.arange(8)}, i, 2)["rows"].tolist()
+    assert [take(0), take(1)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-def test_batches_that_cannot_be_read_in_parts_are_refused():
-    change = lambda stage, parts: micro.run_config(stage, execution=ExecutionConfig(accumulate=parts))
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    with pytest.raises(UserError, match="batch_size=8 must divide into execution.accumulate=2 parts .*: use 16"):
-        accumulation(change("instruct", 2), mesh)
+def test_batches_that_cannot_be_read_in_microbatches_are_refused():
+    change = lambda stage, count: micro.run_config(stage, execution=ExecutionConfig(accumulate=count))
+    placement = Placement(make_mesh(MeshConfig(data=2, fsdp=4)))
+    with pytest.raises(UserError, match="batch_size=8 must divide into execution.accumulate=2 microbatches .*: use 16"):
+        accumulation(change("instruct", 2), placement)
     with pytest.raises(UserError, match="contrast loss compares all rows"):
-        accumulation(change("contrast", 2), mesh)
+        accumulation(change("contrast", 2), placement)
 
 
-def test_parameters_moments_and_rows_are_really_cut():
+def test_parameters_moments_and_rows_are_really_sharded():
     config, mesh = micro.run_config("instruct"), make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
-    models, batch = Models(config, config.execution), micro.dataset(config)[0]
-    optimizer, params = make_optimizer(config.optimizer, config.steps), micro.params(config)
-    with on_mesh(mesh):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
-        state = make_state(models, jax.device_put(params, shardings), batch, optimizer)
-        kernels = lambda tree: tree["llm"]["stack"]["layers"]["gate"]["kernel"]
+    state, batches, step = micro.start(config, mesh)
+    kernels = lambda tree: tree["llm"]["stack"]["layers"]["gate"]["kernel"]
 
-        def check(state):
-            for tree in (state.trained, *(optax.tree_utils.tree_get(state.opt_state, m) for m in ("mu", "nu"))):
-                assert kernels(tree).sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
-                assert kernels(tree).addressable_shards[0].data.shape == (2, 16, 32)
+    def check(state):
+        for tree in (state.trained, *(optax.tree_utils.tree_get(state.opt_state, m) for m in ("mu", "nu"))):
+            assert kernels(tree).sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+            assert kernels(tree).addressable_shards[0].data.shape == (2, 16, 32)
 
+    check(state)
+    compiled, batch = train_step._cache_size(), batches[0]
+    rows = Placement(mesh).put_batch(batch)
+    assert rows["tokens"].addressable_shards[0].data.shape == (2, config.data.sequence_length)
+    for _ in range(2):
+        state, _ = step(state, batch)
         check(state)
-        compiled = train_step._cache_size()
-        rows = put_batch(batch, mesh)
-        assert rows["tokens"].addressable_shards[0].data.shape == (2, config.data.sequence_length)
-        for _ in range(2):
-            state, _ = train_step(state, rows, stage=config.stage, models=models, optimizer=optimizer)
-            check(state)
-        assert train_step._cache_size() == compiled + 1  # once, not again for where the first step left its results
+    assert train_step._cache_size() == compiled + 1  # once, not again for where the first step left its results
 
 
-def test_logical_constraints_reach_the_program():
+def test_constraints_reach_the_program():
     config, mesh = micro.run_config("instruct"), make_mesh(MESHES["data=4,sequence=2"])
-    models, batch, params = Models(config, config.execution), micro.dataset(config)[0], micro.params(config)
-    params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    program = lambda: jax.jit(lambda p, b: models.hovle.logits(p, b)).trace(params, batch)
-    with on_mesh(mesh):
-        traced = program()
+    run, params = micro.run(config, mesh), micro.params(config, mesh)
+    traced = jax.jit(lambda p, b: run.models.hovle.logits(p, b)).trace(params, micro.dataset(config)[0])
     text = traced.lower().as_text()
-    # Before and behind each of the two stacks: [B, L, D], rows over the data axes and L over `sequence`.
+    # Before and after each of the two stacks: [B, L, D], rows over the data axes and L over `sequence`.
     assert text.count("sharding_constraint") == 4 == str(traced.jaxpr).count("sharding_constraint[")
     assert text.count('<@mesh, [{"data", "fsdp"}, {"sequence"}, {}]>') >= 4
-    with mesh:  # the usual way, in which they would silently be ignored
-        assert "sharding_constraint" not in str(program().jaxpr)
 
 
 def test_meshes_and_batches_that_do_not_divide_fail_with_the_number():
     with pytest.raises(UserError, match="data=3, .* does not cover 8 devices"):
         make_mesh(MeshConfig(data=3))
     with pytest.raises(UserError, match="data.batch_size=30 must divide by 8 devices .*: use 32"):
-        check_batch_shape(30, 64, make_mesh(MeshConfig()))
+        Placement(make_mesh(MeshConfig())).check_batch_shape(30, 64)
+    with pytest.raises(UserError, match="data.sequence_length=31 must divide by 2 devices .*: use 32"):
+        Placement(make_mesh(MeshConfig(sequence=2))).check_batch_shape(32, 31)

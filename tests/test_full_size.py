@@ -7,14 +7,14 @@ import pytest
 
 from hovle_jax.formats import hovle, internvl
 from hovle_jax.formats.mapping import nested, to_public
-from hovle_jax.model.config import ExecutionConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.presets import hovle_model, internvit_300m
 from hovle_jax.model.teacher import VisionTeacher
 from tests.shared import checkpoint_keys
 
 HOVLE_PARAMETERS = 2_606_327_808
-EXECUTION = ExecutionConfig()
+EXECUTION = Execution()
 
 
 def abstract(module, *inputs, **static):

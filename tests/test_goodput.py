@@ -10,16 +10,16 @@ import time
 import pytest
 
 from hovle_jax import train
+from hovle_jax.config import ExecutionConfig
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
 from hovle_jax.hardware.chips import CHIPS, total_bf16_flops
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.report import goodput
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.report.progress import Progress, format_rates
 from hovle_jax.report.speed import Speed
 from hovle_jax.training import loop, monitor, profiling
-from hovle_jax.training.flops import step_flops
+from hovle_jax.training.stages import STAGES
 from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def test_a_run_measures_itself_and_traces_the_steps_that_it_was_asked_for(
     assert seconds["lost"] == seconds["evaluation"] == 0
     assert any(line.startswith(f"contrast: {100 * goodput.goodput(seconds):.1f}% goodput; ") for line in said)
     # Steps 1 to 4 are not the compiling one.
-    mean = 4 * step_flops(RUN).model / (seconds["training"] + seconds["data"])
+    mean = 4 * STAGES["contrast"].step_flops(RUN).model / (seconds["training"] + seconds["data"])
     assert mean < 1.01 * max(row["model_flops_per_second"] for row in rows)
 
     assert traced_steps(tmp_path) == {2, 3}

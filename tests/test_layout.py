@@ -9,17 +9,17 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from hovle_jax.config import MeshConfig
+from hovle_jax import checkpoints
+from hovle_jax.config import ExecutionConfig, MeshConfig
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.hovle import HoVLECache
-from hovle_jax.training import checkpoint, layout_table, loop
-from hovle_jax.training.checks import accumulation, check_execution
-from hovle_jax.training.optimizer import make_optimizer
-from hovle_jax.training.sharding import cache_shardings, make_mesh, on_mesh, put_batch
-from hovle_jax.training.stages import Models
-from hovle_jax.training.state import abstract_params, make_state
-from hovle_jax.training.step import train_step
+from hovle_jax.sharding import table
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training import loop
+from hovle_jax.training.checks import check_execution
+from hovle_jax.training.setup import accumulation
+from hovle_jax.training.stages import STAGES
 from tests import micro
 from tests.trees import assert_close
 
@@ -29,18 +29,10 @@ FSDP = MeshConfig(data=1, fsdp=8)
 
 
 def one_step(config, mesh_config, execution):
-    """-> (shardings of the state before it, the state behind it, metrics) of a micro run on eight devices."""
-    models, mesh, batch = Models(config, execution), make_mesh(mesh_config), micro.dataset(config)[0]
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
-    params = jax.device_put(micro.params(config), shardings)
-    with on_mesh(mesh, execution.zero):
-        before = make_state(models, params, batch, optimizer)
-        kept = jax.tree.map(lambda leaf: leaf.sharding, before)
-        after, metrics = train_step(
-            before, put_batch(batch, mesh), stage=config.stage, models=models, optimizer=optimizer
-        )
-    return kept, after, metrics
+    """-> (shardings of the state before it, the state after it, metrics) of a micro run on eight devices."""
+    state, batches, step = micro.start(dataclasses.replace(config, execution=execution), make_mesh(mesh_config))
+    before = micro.shardings(state)
+    return before, *step(state, batches[0])
 
 
 @pytest.mark.parametrize("mesh", [FSDP, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["fsdp=8", "2x2x2"])
@@ -59,24 +51,17 @@ def test_levels_of_zero_change_where_things_lie_and_no_number(zero, mesh):
     assert not cut(gate(state.trained)) and cut(gate(expected.trained))
     assert cut(gate(optax.tree_utils.tree_get(state.opt_state, "mu"))) == (zero >= 1)
     # A step leaves everything where the next one expects it.
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == kept
+    assert micro.shardings(state) == kept
 
 
 def test_kernels_of_a_frozen_component_are_kept_in_the_compute_type_and_change_nothing():
-    config = micro.run_config("align")
-    models, mesh, batch = (
-        Models(config, ExecutionConfig(dtype="bfloat16")),
-        micro.one_device(),
-        micro.dataset(config)[0],
-    )
-    optimizer, params = make_optimizer(config.optimizer, config.steps), micro.params(config)
-    state = make_state(models, params, batch, optimizer)
+    config = micro.run_config("align", execution=ExecutionConfig(dtype="bfloat16"))
+    state, batches, step = micro.start(config)
     for path, leaf in flatten_dict(state.frozen).items():
         narrow = path[0] == "llm" and path[-1] == "kernel"
         assert leaf.dtype == (jnp.bfloat16 if narrow else jnp.float32), path
-    wide = jax.tree.map(jnp.copy, state.replace(frozen=state.frozen | {"llm": params["llm"]}))
-    run = lambda state: train_step(state, put_batch(batch, mesh), stage="align", models=models, optimizer=optimizer)
-    (narrow, metrics), (full, full_metrics) = run(state), run(wide)
+    wide = jax.tree.map(jnp.copy, state.replace(frozen=state.frozen | {"llm": micro.params(config)["llm"]}))
+    (narrow, metrics), (full, full_metrics) = step(state, batches[0]), step(wide, batches[0])
     assert float(metrics["loss"]) == float(full_metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(narrow.trained), jax.device_get(full.trained))
 
@@ -87,40 +72,41 @@ def test_a_frozen_component_is_handed_on_as_it_came(tmp_path, micro_corpus):
     loop.run(first, tmp_path / "pretrain", {}, say=say)
     config = micro.run_config("align", steps=1, execution=ExecutionConfig(dtype="bfloat16"))
     loop.run(config, tmp_path / "align", {"llm": tmp_path / "pretrain"}, say=say)
-    abstract = abstract_params(Models(config, config.execution), micro.dataset(config)[0], micro.one_device())["llm"]
-    came, handed = (checkpoint.load_component(tmp_path / name, "llm", abstract) for name in ("pretrain", "align"))
+    abstract = micro.run(config).abstract_params()["llm"]
+    came, handed = (checkpoints.load_component(tmp_path / name, "llm", abstract) for name in ("pretrain", "align"))
     jax.tree.map(np.testing.assert_array_equal, came, handed)
-    text = (tmp_path / "align" / layout_table.FILE_NAME).read_text()
+    text = (tmp_path / "align" / table.FILE_NAME).read_text()
     assert "llm/head/kernel" in text and "frozen" in text and "batch/tokens" in text
 
 
 def test_the_table_says_what_lies_where_and_what_cannot():
     config, mesh = micro.run_config("instruct", special=9), make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
-    lines, warnings = layout_table.describe(Models(config, config.execution), micro.dataset(config)[0], mesh)
+    run, trains = micro.run(config, mesh), lambda path: STAGES["instruct"].trains(path, config.model_config)
+    lines, warnings = table.describe(run.layout, micro.dataset(config)[0], trains)
     row = next(line.split() for line in lines if line.startswith("llm/stack/layers/down/kernel"))
     assert row[1] == "2x64x32" and row[-1] == "2x16x16" and "tensor" in " ".join(row[2:])
     assert warnings == [
         "embedding/text_embedding/embedding: axis vocab of 311 is not divisible by tensor=4 and stays whole; "
         "vocab_multiple=4 in model.llm and model.embedding pads it"
     ]
-    assert any(line.startswith("rules: batch -> data+fsdp") for line in lines)
+    assert any(line.startswith("rules of gradients: batch -> data+fsdp") for line in lines)
 
 
-def test_caches_are_cut_by_the_same_table():
+def test_caches_are_sharded_by_the_same_table():
     config, mesh = micro.run_config("instruct"), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    cache = jax.eval_shape(lambda: Models(config, config.execution).hovle.empty_cache(8, 16, 16))
-    shardings = cache_shardings(cache, mesh)
+    cache = jax.eval_shape(lambda: micro.models(config).hovle.empty_cache(8, 16, 16))
+    shardings = Placement(mesh).cache_shardings(cache)
     assert isinstance(shardings, HoVLECache)
     assert shardings.llm.key.shard_shape(cache.llm.key.shape) == (2, 2, 16, 1, 8)
     assert shardings.llm.length.shard_shape((8,)) == (2,)
 
 
-def test_as_many_parts_as_leave_each_device_one_row():
+def test_as_many_microbatches_as_leave_each_device_one_row():
     change = lambda stage, parts: micro.run_config(
         stage, data={"batch_size": 32}, execution=ExecutionConfig(accumulate=parts)
     )
-    mesh = make_mesh(FSDP)
-    assert [accumulation(change("instruct", parts), mesh) for parts in (-1, 1, 2)] == [4, 1, 2]
-    assert accumulation(change("contrast", -1), mesh) == 1
+    placement = Placement(make_mesh(FSDP))
+    assert [accumulation(change("instruct", parts), placement) for parts in (-1, 1, 2)] == [4, 1, 2]
+    assert accumulation(change("contrast", -1), placement) == 1
     with pytest.raises(UserError, match="execution.zero=4 is a level of ZeRO"):
         check_execution(ExecutionConfig(zero=4))

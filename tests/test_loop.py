@@ -7,8 +7,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from hovle_jax.config import ExecutionConfig
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.report.goodput import read_time
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.training import loop

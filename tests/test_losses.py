@@ -10,7 +10,7 @@ import pytest
 from hovle_jax.model.clip import MAX_LOG_SCALE
 from hovle_jax.training.losses import contrastive, cosine, cross_entropy, divide
 from hovle_jax.training.optimizer import learning_rate
-from hovle_jax.training.stages import clamp_scale
+from hovle_jax.training.stages.contrast import clamp_scale
 from tests import micro
 from tests.shared import golden
 

@@ -14,7 +14,7 @@ from hovle_jax.data.batch import WEIGHTINGS
 from hovle_jax.data.rows.packing import WINDOW, pack
 from hovle_jax.errors import UserError
 from hovle_jax.training import loop
-from hovle_jax.training.stages import STAGES, Models
+from hovle_jax.training.stages import STAGES
 from tests import micro
 from tests.benchmarks.packing import corpus
 
@@ -103,7 +103,7 @@ def run_config(source, stage="instruct", variant="pre", **data):
 
 def sample_losses(config, variant, batch):
     """{the sample's targets: its weighted loss}, gradients of the whole, (sum, weight)."""
-    models, params = Models(config, config.execution), micro.params(micro.run_config(config.stage, variant))
+    models, params = micro.models(config), micro.params(micro.run_config(config.stage, variant))
 
     def total(params):
         (pair,) = STAGES[config.stage].losses(models, params, batch).values()
@@ -173,7 +173,7 @@ def test_distillation_is_packed_too(source):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_does_not_go_on_with_other_data(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.checkpoint, "save_run_model", lambda *_: None)
+    monkeypatch.setattr(loop, "save_result", lambda *_: None)
     config = run_config(source, "pretrain", sequence_length=64, tiles=1)
     rows = [{"text": f"is there a {word} shape? yes."} for word in ("red", "blue", "teal", "gray", "green")]
     path = tmp_path / "data" / "text.jsonl"

@@ -10,7 +10,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import hovle
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import load, to_public
-from hovle_jax.model.config import ExecutionConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.teacher import VisionTeacher
 from tests import shared
@@ -60,7 +60,7 @@ def test_the_teacher_of_distillation_is_these_parts(name):
     folder = shared.golden(name)
     expected, checkpoint = np.load(folder / "expected.npz"), open_checkpoint(folder)
     tiles, features = expected["pixel_values"].transpose(0, 2, 3, 1), expected["projected_features"]
-    teacher = VisionTeacher(checkpoint.config.teacher, ExecutionConfig())
+    teacher = VisionTeacher(checkpoint.config.teacher, Execution())
     target = teacher.apply({"params": checkpoint.load()["teacher"]}, tiles, features.shape[1])
     np.testing.assert_allclose(target, features, atol=TOLERANCE)
 

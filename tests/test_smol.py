@@ -6,12 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 
+from hovle_jax.checkpoints import is_finished
 from hovle_jax.data.text.conversation import encode_conversation
 from hovle_jax.inference.generate import answer
 from hovle_jax.inference.load import load_run
 from hovle_jax.model.presets import smol_model
 from hovle_jax.system.cache import cache_dir
-from hovle_jax.training.checkpoint import is_finished
 
 CASES = json.loads((pathlib.Path(__file__).parent / "golden" / "smol-llm.json").read_text())
 
@@ -44,7 +44,7 @@ def test_logits(smol):
     tokens = np.stack([np.pad(case["ids"], (0, length - len(case["ids"]))) for case in CASES]).astype(np.int32)
     index = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     ends = np.asarray([[len(case["ids"])] for case in CASES])
-    llm = smol.models.hovle.llm
+    llm = smol.models["llm"]
     logits = llm.apply({"params": smol.params["llm"]}, tokens, index, (index < ends).astype(np.int32))
     for case, row, end in zip(CASES, np.asarray(logits), ends[:, 0], strict=True):
         last = row[end - 1]

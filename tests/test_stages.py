@@ -1,20 +1,21 @@
 """What each stage holds, trains and leaves alone, and how weights move from stage to stage."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import optax
 import pytest
 
+from hovle_jax.checkpoints import abstract_component, is_finished, load_component
+from hovle_jax.components import fresh, select
 from hovle_jax.errors import UserError
-from hovle_jax.training import checks, loop
-from hovle_jax.training.checkpoint import load_component
+from hovle_jax.training import checks
 from hovle_jax.training.optimizer import make_optimizer
-from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import abstract_component, init_component, make_state, select
+from hovle_jax.training.stages import STAGES
+from hovle_jax.training.state import make_state
 from hovle_jax.training.step import train_step
+from hovle_jax.training.weights import load_params, save_result
 from tests import micro
 from tests.trees import host
 
@@ -59,7 +60,7 @@ def test_what_a_stage_holds(name):
     config = micro.run_config(**RUNS[name])
     stage, params = STAGES[config.stage], micro.params(config)
     paths = set(host(params))
-    trains = functools.partial(stage.trains, model=config.model)
+    trains = lambda path: stage.trains(path, config.model_config)
     trained, frozen = set(host(select(params, trains))), set(host(select(params, lambda p: not trains(p))))
     assert trained | frozen == paths and trained
     inside = lambda *components: {p for p in paths if p.split("/")[0] in components}
@@ -88,38 +89,47 @@ def test_what_a_stage_holds(name):
 
 
 def test_fresh_parameters_depend_on_seed_and_component_alone():
-    def fresh(config):
-        batch, models = micro.dataset(config)[0], Models(config, config.execution)
-        abstract = abstract_component(models, "llm", batch, micro.one_device())
-        return host(init_component(models, "llm", batch, abstract))
+    def made(config):
+        abstract = micro.run(config).abstract_params()["llm"]
+        return host(fresh(config.model_config, "llm", config.seed, abstract))
 
-    align, pretrain = fresh(micro.run_config("align")), fresh(micro.run_config("pretrain"))
-    other = fresh(micro.run_config("pretrain", seed=1))
+    align, pretrain = made(micro.run_config("align")), made(micro.run_config("pretrain"))
+    other = made(micro.run_config("pretrain", seed=1))
     assert all((align[path] == leaf).all() for path, leaf in pretrain.items())
     assert (other["head/kernel"] != pretrain["head/kernel"]).any()
 
 
-def test_weights_move_from_stage_to_stage(tmp_path):
-    """CLIP's tower becomes the teacher without its last layer; a shape that does not fit is named."""
-    from hovle_jax.training.checkpoint import is_finished, save_run_model
+@pytest.fixture(scope="module")
+def contrast_folder(tmp_path_factory):
+    """A finished contrast run's result."""
+    config, folder = micro.run_config("contrast"), tmp_path_factory.mktemp("contrast")
+    save_result(folder, STAGES["contrast"], micro.params(config), config)
+    return folder
 
-    contrast, distill = micro.run_config("contrast"), micro.run_config("distill")
-    save_run_model(tmp_path, micro.params(contrast), contrast)
-    assert is_finished(tmp_path) and not (tmp_path / "model.partial").exists()
-    batch, mesh, models = micro.dataset(distill)[0], micro.one_device(), Models(distill, distill.execution)
-    got = loop.load_params(models, batch, mesh, {"teacher": tmp_path})["teacher"]["vision"]
-    tower = micro.params(contrast)["clip"]["vision"]
+
+def test_a_result_appears_whole(contrast_folder):
+    assert is_finished(contrast_folder) and not (contrast_folder / "model.partial").exists()
+
+
+def test_clips_tower_becomes_the_teacher_without_its_last_layer(contrast_folder):
+    distill = micro.run_config("distill")
+    got = load_params(distill, micro.run(distill), {"teacher": contrast_folder})["teacher"]["vision"]
+    tower = host(micro.params(micro.run_config("contrast"))["clip"]["vision"])
     for path, leaf in host(got).items():
-        wanted = host(tower)[path]
-        np.testing.assert_array_equal(leaf, wanted[:1] if path.startswith("layers/") else wanted, err_msg=path)
+        wanted = tower[path][:1] if path.startswith("layers/") else tower[path]
+        np.testing.assert_array_equal(leaf, wanted, err_msg=path)
+
+
+def test_a_shape_that_does_not_fit_is_named(contrast_folder):
+    contrast = micro.run_config("contrast")
     larger = dataclasses.replace(contrast, clip=dataclasses.replace(contrast.clip, projection_width=24))
-    abstract = abstract_component(Models(larger, larger.execution), "clip", micro.dataset(larger)[0], mesh)
+    abstract = abstract_component(larger.model_config, "clip", micro.run(larger).placement)
     with pytest.raises(
         UserError, match=r"another config: clip/\w+_projection/kernel has shape \(32, 16\).* \(32, 24\)"
     ):
-        load_component(tmp_path, "clip", abstract)
+        load_component(contrast_folder, "clip", abstract)
     with pytest.raises(UserError, match="no finished 'llm' weights"):
-        load_component(tmp_path, "llm", {})
+        load_component(contrast_folder, "llm", {})
 
 
 def test_an_embedding_over_a_text_only_llm():
@@ -135,16 +145,15 @@ def test_an_embedding_over_a_text_only_llm():
     )
     checks.check(config)
     checks.check_tokenizer(config, micro.tokenizer())
-    batch, models = micro.dataset(config)[0], Models(config, config.execution)
-    params = loop.load_params(models, batch, micro.one_device(), {})
+    batch, run = micro.dataset(config)[0], micro.run(config)
+    params = load_params(config, run, {})
     tables = params["embedding"]["text_embedding"]["embedding"], params["llm"]["token_embedding"]["embedding"]
     np.testing.assert_array_equal(*tables)
-    output, _ = models.hovle.embedding.apply({"params": params["embedding"]}, batch)
+    output, _ = run.models["embedding"].apply({"params": params["embedding"]}, batch)
     text = batch["text_weights"] > 0
     np.testing.assert_array_equal(output[text], tables[1][batch["tokens"][text]])
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = make_state(models, params, batch, optimizer)
-    state, metrics = train_step(state, batch, stage="distill", models=models, optimizer=optimizer)
+    state = make_state(STAGES["distill"], run, params)
+    state, metrics = train_step(state, batch, stage="distill", run=run)
     assert metrics["text_cosine"] == pytest.approx(1)
     moved = host(state.trained["embedding"])["stack/layers/output/kernel"]
     assert np.isfinite(moved).all() and moved.any()

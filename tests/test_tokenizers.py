@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from hovle_jax.config import InitConfig, ModelConfig
+from hovle_jax.checkpoints import load_model_config, save_model
+from hovle_jax.config import ExecutionConfig, InitConfig, ModelConfig
 from hovle_jax.conversion import downloads
 from hovle_jax.conversion.downloads import PackagedModel, resolve
 from hovle_jax.conversion.exporting import export_model
@@ -23,9 +24,8 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf as ours
 from hovle_jax.inference.generate import answer
 from hovle_jax.inference.load import load_run
-from hovle_jax.model.config import ExecutionConfig, HoVLEConfig, LLMConfig, StackConfig
+from hovle_jax.model.config import HoVLEConfig, LLMConfig, StackConfig
 from hovle_jax.training import loop
-from hovle_jax.training.checkpoint import load_model_config, save_model
 from tests import micro
 from tests.gguf_files import write_gguf
 from tests.public_models import random_params

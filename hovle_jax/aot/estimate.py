@@ -7,16 +7,17 @@ import math
 import jax
 
 from hovle_jax.aot.least_traffic import least_traffic
-from hovle_jax.aot.programs import batch_shapes, models_for
+from hovle_jax.aot.programs import batch_shapes
 from hovle_jax.aot.report import bounds_of
 from hovle_jax.aot.roofline import Roofline, decoder_stacks, layer_elements
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.chips import chip_of
 from hovle_jax.hardware.topology import GENERATIONS
 from hovle_jax.model.config import StackConfig
-from hovle_jax.training.optimizer import make_optimizer
-from hovle_jax.training.sharding import make_mesh
-from hovle_jax.training.state import abstract_params, abstract_state
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.training.setup import build
+from hovle_jax.training.stages import find
+from hovle_jax.training.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,15 @@ class Estimate:
 
 def estimate(config: RunConfig, target):
     """-> Estimate for a `target.Target`. Raises UserError where mesh and batch do not fit together."""
-    mesh = make_mesh(config.mesh, target.devices)
-    models, batch = models_for(config, mesh), batch_shapes(config, mesh)
-    least, per_chip = least_traffic(models, batch, mesh), GENERATIONS[target.topology.generation].devices_per_chip
+    run, stage = build(config, make_mesh(config.mesh, target.devices)), find(config.stage)
+    mesh = run.placement.mesh
+    least, per_chip = least_traffic(stage, run), GENERATIONS[target.topology.generation].devices_per_chip
     between = least.data * per_chip
     ici, dcn = (0, between) if target.slices > 1 else (between, 0)
     ici += (least.fsdp + _activation_traffic(config, mesh)) * per_chip
     return Estimate(
-        bounds=bounds_of(config, models, batch, target.topology, target.slices, ici, dcn),
-        memory=_argument_bytes(config, models, batch, mesh) + _activation_bytes(config, models, mesh),
+        bounds=bounds_of(config, run, target.topology, target.slices, ici, dcn),
+        memory=_argument_bytes(config, run) + _activation_bytes(config, run),
         available=chip_of(target.topology.generation).hbm_bytes / per_chip,
     )
 
@@ -66,14 +67,14 @@ def _activation_traffic(config: RunConfig, mesh):
     return sent
 
 
-def _argument_bytes(config, models, batch, mesh):
+def _argument_bytes(config, run):
     """Of a device: parameters, moments, the gradients that lie beside them, and the batch."""
-    params = abstract_params(models, batch, mesh)
-    state = abstract_state(models, params, batch, make_optimizer(config.optimizer, config.steps))
+    state = abstract_state(find(config.stage), run, run.abstract_params())
     own = lambda tree: sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
-    return own(batch) + own(state) + own(state.trained) * (2 if models.execution.accumulate > 1 else 1)
+    batch = batch_shapes(config, run.placement)
+    return own(batch) + own(state) + own(state.trained) * (2 if run.accumulate > 1 else 1)
 
 
 # Elements a token that a layer keeps for its backward pass.
@@ -85,10 +86,10 @@ _KEPT = {
 }
 
 
-def _activation_bytes(config, models, mesh):
+def _activation_bytes(config, run):
     """What the layers keep, in bf16, the work of one layer, its gathered weights, and a chunk of logits."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.data.batch_size / devices / models.execution.accumulate
+    mesh = run.placement.mesh
+    rows = config.data.batch_size / run.placement.batch_shards / run.accumulate
     share = mesh.shape["tensor"] * mesh.shape["sequence"]
     kept, work = 0.0, 0.0
     for stack, length in decoder_stacks(config):
@@ -96,7 +97,7 @@ def _activation_bytes(config, models, mesh):
         kept += 2 * tokens * _KEPT[config.execution.remat](stack) * stack.num_layers / share
         work = max(work, 4 * tokens * layer_elements(stack) / share + 2 * 2 * _weights(stack))
     chunk = config.execution.vocab_chunk or config.model.llm.table_rows
-    head = 0 if config.stage in ("distill", "contrast") else 4 * rows * config.data.sequence_length * chunk / share
+    head = 0 if "llm" not in find(config.stage).result else 4 * rows * config.data.sequence_length * chunk / share
     return kept + work + head
 
 

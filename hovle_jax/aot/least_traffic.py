@@ -3,13 +3,11 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
-from hovle_jax.model.parallel import FSDP, as_axes
-from hovle_jax.training.sharding import is_boxed, spec_of
-from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import boxed_params, keys_of, unboxed
+from hovle_jax.sharding.rules import DATA, FSDP
+from hovle_jax.training.setup import Run
+from hovle_jax.training.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,41 +23,37 @@ class Traffic:
     data: float
 
 
-def least_traffic(models: Models, batch, mesh):
+def least_traffic(stage: Stage, run: Run) -> Traffic:
     """The least traffic of a training step over its microbatches, in the compute type.
 
-    A parameter that fsdp cuts into n parts is gathered once for the forward pass and once for the backward pass, and
-    its gradient is reduce-scattered: (n - 1) / n of its bytes each time. What gradients do not reach is gathered once;
-    what they only pass through has no reduce-scatter. Over d copies of the model a gradient's part is summed in
+    A parameter that fsdp shards n ways is gathered once for the forward pass and once for the backward pass, and its
+    gradient is reduce-scattered: (n - 1) / n of its bytes each time. What gradients do not reach is gathered once; what
+    they only pass through has no reduce-scatter. Over d copies of the model a gradient's shard is summed in
     2 (d - 1) / d of its bytes. Parameters that nothing reads cost nothing. Collectives of a tensor or sequence axis,
     which move activations, are not counted.
     """
-    stage, parts = STAGES[models.config.stage], models.execution.accumulate
-    width = jnp.dtype(models.execution.dtype).itemsize
-    copies, fsdp, data = mesh.shape["data"], 0.0, 0.0
-    for keys, leaf in _read(models, batch):
-        spec, _ = spec_of(leaf, mesh, models.execution.zero)
-        sharding = jax.sharding.NamedSharding(mesh, spec)
-        part = math.prod(sharding.shard_shape(unboxed(leaf).shape)) * width
-        trained = stage.trains(keys, models.config.model)
-        if any(FSDP in as_axes(axes) for axes in spec):
-            n = mesh.shape[FSDP]
-            passes = 1 + (trained or keys[0] in stage.passed) + trained
-            fsdp += passes * (n - 1) * part * parts
+    placement, config = run.placement, run.models.config
+    width, copies = jnp.dtype(run.models.execution.dtype).itemsize, placement.mesh.shape[DATA]
+    fsdp = data = 0.0
+    for path, leaf in read_leaves(stage, run):
+        shard = math.prod(placement.sharding(leaf.spec()).shard_shape(leaf.shape)) * width
+        trained = stage.trains(path, config)
+        if run.layout.is_sharded_by(path, FSDP):
+            n = placement.mesh.shape[FSDP]
+            passes = 1 + (trained or path[0] in stage.through) + trained
+            fsdp += passes * (n - 1) * shard * run.accumulate
         if trained and copies > 1:
-            data += 2 * (copies - 1) / copies * part * parts
+            data += 2 * (copies - 1) / copies * shard * run.accumulate
     return Traffic(fsdp, data)
 
 
-def parameter_counts(models: Models, batch):
+def parameter_counts(stage: Stage, run: Run) -> tuple[int, int]:
     """-> (how many parameters a step reads, how many it trains)."""
-    trains = STAGES[models.config.stage].trains
-    sizes = [(math.prod(unboxed(leaf).shape), keys) for keys, leaf in _read(models, batch)]
-    return sum(size for size, _ in sizes), sum(size for size, keys in sizes if trains(keys, models.config.model))
+    leaves = read_leaves(stage, run)
+    trained = sum(leaf.size for path, leaf in leaves if stage.trains(path, run.models.config))
+    return sum(leaf.size for _, leaf in leaves), trained
 
 
-def _read(models, batch):
-    """The parameters that a stage reads: [(keys, boxed leaf)]."""
-    stage, model = STAGES[models.config.stage], models.config.model
-    leaves = jax.tree_util.tree_leaves_with_path(boxed_params(models, batch), is_leaf=is_boxed)
-    return [(keys_of(path), leaf) for path, leaf in leaves if not stage.is_unused(keys_of(path), model)]
+def read_leaves(stage: Stage, run: Run) -> list[tuple]:
+    """The parameters that a stage reads: [(path, sharding.layout.Leaf)]."""
+    return [(path, leaf) for path, leaf in run.layout.leaves if not stage.is_unused(path, run.models.config)]

@@ -11,17 +11,17 @@ from hovle_jax.model.transformer import REMAT_POLICIES
 REMATS = tuple(REMAT_POLICIES)  # what keeps most first
 
 
-def remedies(config: RunConfig, models, target, program, count=3):
+def remedies(config: RunConfig, run, target, program, count=3):
     """Sentences with the flags to give and what they cost.
 
     Args:
-      models: as the program was lowered for; target: a `target.Target`.
+      run: as the program was lowered for; target: a `target.Target`.
     """
     if program != "train":
         return _for_inference(config, target)[:count]
     now = estimate(config, target)
     priced = []
-    for flags, changed in _changes(config, models):
+    for flags, changed in _changes(config, run):
         try:
             then = estimate(changed, target)
         except UserError:
@@ -33,13 +33,13 @@ def remedies(config: RunConfig, models, target, program, count=3):
     return [*sentences, *_more_chips(target)][:count]
 
 
-def _changes(config: RunConfig, models):
+def _changes(config: RunConfig, run):
     """[(flags, the config with them)] of what takes less memory."""
     e, made = config.execution, []
     execution = lambda **values: dataclasses.replace(config, execution=dataclasses.replace(e, **values))
     if e.accumulate != -1:
         made.append(("--config.execution.accumulate=-1", execution(accumulate=-1)))
-        twice = 2 * models.execution.accumulate
+        twice = 2 * run.accumulate
         made.append((f"--config.execution.accumulate={twice}", execution(accumulate=twice)))
     for remat in REMATS[REMATS.index(e.remat) + 1 :]:
         made.append((f"--config.execution.remat={remat}", execution(remat=remat)))

@@ -11,8 +11,9 @@ from hovle_jax.hardware.chips import chip_of
 from hovle_jax.hardware.topology import GENERATIONS, Topology
 from hovle_jax.model.attention import choose
 from hovle_jax.report.progress import format_count
-from hovle_jax.training.flops import StepFlops, step_flops
-from hovle_jax.training.stages import Models, components_of
+from hovle_jax.training.flops import StepFlops
+from hovle_jax.training.setup import Run
+from hovle_jax.training.stages import find
 
 # Component -> the module whose name stands in the operations of its stack.
 STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "VisionTeacher"}
@@ -118,23 +119,24 @@ class Report:
         return made
 
 
-def report(config: RunConfig, models: Models, mesh, batch, compiled, topology: Topology, slices, program, seconds):
+def report(config: RunConfig, run: Run, compiled, topology: Topology, slices, program, seconds) -> Report:
     """Reads a compiled program -> Report.
 
     Args:
-      batch: its shapes; seconds: how long it took to compile.
+      run: that it was lowered for; seconds: how long it took to compile.
     """
     text = compiled.as_text()
+    mesh = run.placement.mesh
     devices = mesh.size
     found = collectives.collectives(text, devices // slices)
-    attention = _attention(models, collectives.kernels(text))
+    attention = _attention(config, run, collectives.kernels(text))
     flops = least = bounds = None
     if program == "train":
-        flops = flops_of(config, models)
-        least = least_traffic(models, batch, mesh)
+        flops = flops_of(config, run.models.execution.attention)
+        least = least_traffic(find(config.stage), run)
         per_chip = GENERATIONS[topology.generation].devices_per_chip
         ici, dcn = network_bytes(found, per_chip)
-        bounds = bounds_of(config, models, batch, topology, slices, ici, dcn)
+        bounds = bounds_of(config, run, topology, slices, ici, dcn)
     return Report(
         name=f"{config.stage}:{config.preset}",
         program=program,
@@ -145,8 +147,8 @@ def report(config: RunConfig, models: Models, mesh, batch, compiled, topology: T
         rows=config.data.batch_size,
         length=config.data.sequence_length,
         tiles=config.data.tiles,
-        parts=models.execution.accumulate,
-        remat=models.execution.remat,
+        parts=run.accumulate,
+        remat=config.execution.remat,
         memory=_memory(compiled.memory_analysis(), topology),
         attention=attention,
         collectives=collectives.summary(found),
@@ -157,31 +159,30 @@ def report(config: RunConfig, models: Models, mesh, batch, compiled, topology: T
     )
 
 
-def flops_of(config: RunConfig, models: Models):
-    """FLOPs of a step as the models run it."""
-    stack = config.model.llm.stack
-    implementation, _ = choose(models.execution.attention, stack.head_dim)
-    return step_flops(config, attention=implementation, logits_kept=not models.execution.vocab_chunk)
+def flops_of(config: RunConfig, attention: str) -> StepFlops:
+    """FLOPs of a step with this implementation of attention (resolved)."""
+    implementation, _ = choose(attention, config.model.llm.stack.head_dim)
+    logits_kept = not config.execution.vocab_chunk
+    return find(config.stage).step_flops(config, attention=implementation, logits_kept=logits_kept)
 
 
-def bounds_of(config: RunConfig, models: Models, batch, topology: Topology, slices, ici, dcn):
+def bounds_of(config: RunConfig, run: Run, topology: Topology, slices, ici, dcn) -> Roofline:
     """The roofline of a step in which each chip sends so many bytes within its slice and to others."""
-    chips, parts = topology.chips * slices, models.execution.accumulate
-    hbm = hbm_bytes(config, chips, *parameter_counts(models, batch), microbatches=parts)
-    return roofline(flops_of(config, models), chip_of(topology.generation), chips, hbm, ici, dcn, topology)
+    chips, counts = topology.chips * slices, parameter_counts(find(config.stage), run)
+    flops = flops_of(config, run.models.execution.attention)
+    hbm = hbm_bytes(config, chips, *counts, microbatches=run.accumulate)
+    return roofline(flops, chip_of(topology.generation), chips, hbm, ici, dcn, topology)
 
 
-def _attention(models: Models, kernels):
+def _attention(config: RunConfig, run: Run, kernels):
     """{component: Attention} of the decoder stacks and the teacher's tower."""
-    made = {}
-    for component in (c for c in components_of(models.config) if c in STACKS):
-        if component == "llm" and models.config.stage == "distill":
-            continue  # of which it holds the table alone
+    stage, models, made = find(config.stage), run.models, {}
+    for component in (c for c in stage.components if c in STACKS and c not in stage.partial):
         if component == "teacher":
-            vision = models.config.teacher.vision
+            vision = config.teacher.vision
             chosen = choose(models.execution.attention, vision.width // vision.num_heads, masked=False)
         else:
-            chosen = choose(models.execution.attention, getattr(models.config.model, component).stack.head_dim)
+            chosen = choose(models.execution.attention, getattr(config.model, component).stack.head_dim)
         calls = sum(STACKS[component] in kernel.op_name for kernel in kernels)
         made[component] = Attention(*chosen, kernels=calls)
     return made

@@ -14,6 +14,7 @@ from hovle_jax.hardware.chips import Chip
 from hovle_jax.hardware.topology import Topology
 from hovle_jax.model.config import StackConfig
 from hovle_jax.training.flops import StepFlops
+from hovle_jax.training.stages import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +107,10 @@ def layer_elements(c: StackConfig):
 
 def decoder_stacks(config: RunConfig):
     """The decoder stacks that a stage runs: [(StackConfig, tokens of a row in it)]."""
-    stage, m, stacks = config.stage, config.model, []
-    if stage in ("distill", "align", "instruct"):
+    held = find(config.stage)
+    m, stacks = config.model, []
+    if "embedding" in held.components:
         stacks.append((m.embedding.stack, BatchShape.of(config.data, m.embedding, image_id=0).long_length))
-    if stage in ("pretrain", "align", "instruct"):
+    if "llm" in held.components and "llm" not in held.partial:
         stacks.append((m.llm.stack, config.data.sequence_length))
     return stacks

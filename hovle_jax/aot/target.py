@@ -13,8 +13,7 @@ from hovle_jax.aot.report import Report, report
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hardware import topology
-from hovle_jax.training.sharding import make_mesh
-from hovle_jax.training.step import step_options
+from hovle_jax.sharding.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +50,13 @@ def compile_for(config: RunConfig, target: Target, program="train", new_tokens=5
       TooLarge: it does not fit; the message has the size and the cheapest remedies.
       UserError: see `programs.lower`.
     """
-    mesh = make_mesh(config.mesh, target.devices)
     started = time.perf_counter()
-    lowered, models = programs.lower(config, mesh, program, new_tokens)
+    run = programs.set_up(config, make_mesh(config.mesh, target.devices))
+    lowered = programs.lower(config, run, program, new_tokens)
     try:
         with warnings.catch_warnings():  # what is compiled for absent devices cannot be read from jax's cache
             warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
-            options = step_options(models, mesh) if program == "train" else {}
+            options = run.compiler_options() if program == "train" else {}
             compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -65,11 +64,10 @@ def compile_for(config: RunConfig, target: Target, program="train", new_tokens=5
         needed, available = _sizes(str(error))
         size = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB" if needed else "more memory than there is"
         what = f"{config.stage}:{config.preset} {program} on {target.name}"
-        ways = "; ".join(remedies(config, models, target, program))
+        ways = "; ".join(remedies(config, run, target, program))
         raise TooLarge(f"{what} needs {size} a device. Cheapest remedies: {ways}", needed, available) from None
     seconds = time.perf_counter() - started
-    batch = programs.batch_shapes(config, mesh)
-    return report(config, models, mesh, batch, compiled, target.topology, target.slices, program, seconds)
+    return report(config, run, compiled, target.topology, target.slices, program, seconds)
 
 
 def _sizes(text):

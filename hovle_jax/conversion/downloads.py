@@ -8,10 +8,10 @@ import sys
 import tempfile
 import zipfile
 
+from hovle_jax.checkpoints import is_finished
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
 from hovle_jax.system.cache import cache_dir, locked
-from hovle_jax.training.checkpoint import is_finished
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from hovle_jax.config import MeshConfig, ModelConfig
+from hovle_jax.checkpoints import load_component, load_model_config
+from hovle_jax.components import shapes
+from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.importing import PUBLIC
 from hovle_jax.conversion.tokenizer_files import BUILT_IN, OTHER, write_tokenizer
 from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
@@ -18,11 +20,8 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import hovle, internvl, llms
 from hovle_jax.formats.mapping import nested, public_shapes, public_tensors
 from hovle_jax.formats.source import INDEX
-from hovle_jax.inference.load import abstract_model
 from hovle_jax.model.config import HoVLEConfig
 from hovle_jax.system.files import whole_folder
-from hovle_jax.training.checkpoint import load_component, load_model_config
-from hovle_jax.training.sharding import make_mesh
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}  # in a safetensors header
@@ -94,10 +93,8 @@ def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=p
     config = dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - set(held)))
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     rules, public_config = scheme(config, tokenizer)
-    mesh = make_mesh(MeshConfig())
     components = dict.fromkeys(r.ours[0].split("/")[0] for r in rules)
-    abstract = {c: abstract_model(config, c, mesh) for c in components}
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract)
+    abstract = {c: shapes(config, c) for c in components}
 
     def read(path):
         """One leaf, on the host."""

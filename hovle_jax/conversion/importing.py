@@ -6,15 +6,14 @@ import shutil
 import flax.traverse_util
 import numpy as np
 
-from hovle_jax.config import MeshConfig, ModelConfig
+from hovle_jax.checkpoints import Deferred, save_model
+from hovle_jax.components import shapes
+from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.tokenizer_files import TOKENIZER_FILES, read_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llms
 from hovle_jax.formats.families import local, open_checkpoint
-from hovle_jax.inference.load import abstract_model
 from hovle_jax.system.files import whole_folder
-from hovle_jax.training.checkpoint import Deferred, save_model
-from hovle_jax.training.sharding import make_mesh
 
 WANTED = {"hovle": ("embedding", "llm"), "llm": ("llm",), "teacher": ("teacher",)}
 PUBLIC = "public"  # in an import's folder: the checkpoint's config.json and tokenizer files as they came, for an export
@@ -42,8 +41,7 @@ def import_checkpoint(source, folder, kind=None, say=print):
         **{component: configs[component] for component in components},
         system_message=checkpoint.public_config.get("system_message") or "",  # our own exports have it
     )
-    mesh = make_mesh(MeshConfig())
-    checkpoint.check({component: abstract_model(config, component, mesh) for component in components})
+    checkpoint.check({component: shapes(config, component) for component in components})
 
     def tree(component):
         leaves = {

@@ -15,7 +15,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import llama
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.formats.mapping import to_public
-from hovle_jax.model.config import ExecutionConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import HoVLE, LanguageModel
 from hovle_jax.model.teacher import MLP1
 from hovle_jax.model.transformer import Stack
@@ -24,7 +24,7 @@ from hovle_jax.model.vit import VisionTransformer
 
 TOLERANCE = 2e-5
 IGNORED = -100
-EXECUTION = ExecutionConfig()
+EXECUTION = Execution()
 GRADIENT_ALIASES = {  # older names of two gradients
     "grad_tok_embeddings": "model.tok_embeddings.weight",
     "grad_wqkv0": "model.layers.0.attention.wqkv.weight",

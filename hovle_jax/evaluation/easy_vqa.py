@@ -52,7 +52,7 @@ def _image_vectors(params, tiles, *, clip):
 
 def caption_vectors(loaded: Loaded, captions):
     """Unit vectors [N, E] of captions."""
-    clip = loaded.models.clip
+    clip = loaded.models["clip"]
     text, tokenizer = clip.config.text, loaded.tokenizer
     no_tiles = np.zeros((0, 0, 0, 3), np.uint8)
     samples = []
@@ -75,7 +75,7 @@ def zero_shot(loaded: Loaded, limit=0):
     pictures = [p for p in easy_vqa.load("test") if p.caption]
     pictures = pictures[:limit] if limit else pictures
     classes = caption_vectors(loaded, easy_vqa.CAPTIONS)
-    clip, size = loaded.models.clip, loaded.config.clip.vision.image_size
+    clip, size = loaded.models["clip"], loaded.config.clip.vision.image_size
     tiles = np.concatenate([single_tile(p.image, size) for p in pictures])
     padded = np.concatenate([tiles, np.zeros((-len(tiles) % BATCH_SIZE, *tiles.shape[1:]), np.uint8)])
     vectors = [

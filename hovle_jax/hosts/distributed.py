@@ -22,7 +22,6 @@ import jax
 
 from hovle_jax.errors import UserError
 from hovle_jax.hosts.rollcall import numbers, roll_call
-from hovle_jax.training.sharding import batch_sharding
 
 HEARTBEAT_SECONDS = 60  # without a sign of life jax takes a host for dead, and ends the others
 WAIT_MS = 7 * 24 * 3600 * 1000  # hosts wait for each other while one indexes or scores; a failure ends it earlier
@@ -184,23 +183,25 @@ def everyone_says(name):
     return len(client.key_value_dir_get(folder)) == jax.process_count()
 
 
-def host_rows(mesh, batch_size):
+def host_rows(sharding, batch_size):
     """Which rows of the global batch this host makes, and whether it is the first of those that make them.
 
-    Hosts whose devices are different parts of the same rows (a tensor or sequence axis between them) make them all.
+    Hosts whose devices hold different shards of the same rows (a tensor or sequence axis between them) make them all.
 
+    Args:
+      sharding: of a batch (`Placement.batch_sharding`).
     Raises:
       UserError: two hosts hold some rows in common, and others not.
     """
     blocks = {}  # of each host: (first row, last row + 1)
-    for device, (rows, *_) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
+    for device, (rows, *_) in sharding.devices_indices_map((batch_size,)).items():
         blocks.setdefault(device.process_index, set()).add(rows.indices(batch_size)[:2])
     own = blocks[jax.process_index()]
     for host, theirs in blocks.items():
         if own & theirs and own != theirs:
             raise UserError(
-                f"mesh {dict(mesh.shape)} gives hosts {jax.process_index()} and {host} some rows of the batch in "
-                "common; choose mesh sizes that divide by the devices of a host, or divide them"
+                f"mesh {dict(sharding.mesh.shape)} gives hosts {jax.process_index()} and {host} some rows of "
+                "the batch in common; choose mesh sizes that divide by the devices of a host, or divide them"
             )
     rows = tuple(row for first, end in sorted(own) for row in range(first, end))
     return rows, jax.process_index() == min(host for host, theirs in blocks.items() if theirs == own)

@@ -10,8 +10,8 @@ import json
 import socket
 import time
 
+from hovle_jax.config import differences
 from hovle_jax.errors import UserError
-from hovle_jax.mappings import differences
 
 RETRY_SECONDS = 0.3
 LINE_SECONDS = 10  # in which a host that has connected must have sent its line

@@ -4,18 +4,15 @@ import dataclasses
 import pathlib
 
 import jax
-import jax.numpy as jnp
 
+from hovle_jax.checkpoints import abstract_component, load_component, load_model_config
+from hovle_jax.components import Models
 from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.inference.generate import Answerer
-from hovle_jax.model.config import ExecutionConfig
-from hovle_jax.training.checkpoint import load_component, load_model_config
-from hovle_jax.training.loop import resolve_execution
-from hovle_jax.training.sharding import make_mesh
-from hovle_jax.training.stages import Models
-from hovle_jax.training.state import abstract_component
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,31 +47,8 @@ def load_run(folder, components=None):
             f"{folder} holds no {' and '.join(missing)}: give the folder of a finished run that does, as runs/instruct "
             "for answers or runs/contrast for zero-shot"
         )
-    mesh = make_mesh(MeshConfig(), jax.local_devices())
-    models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform))
-    params = {
-        c: load_component(folder, c, abstract_component(models, c, example_batch(config, c), mesh)) for c in components
-    }
-    return Loaded(config, models, params, load_tokenizer(folder))
-
-
-def abstract_model(config: ModelConfig, component, mesh):
-    """Shapes with shardings of a component's parameters."""
-    models = Models(config, ExecutionConfig())  # which changes no parameter
-    return abstract_component(models, component, example_batch(config, component), mesh)
-
-
-def example_batch(config: ModelConfig, component):
-    """Shapes of a one-row batch, enough to initialise a component."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    names = ("tokens", "positions", "segment_ids")
-    batch = {prefix + name: tokens for prefix in ("", "long_") for name in names} | {"long_text_positions": tokens}
-    if component == "llm":
-        return batch
-    embedding = config.embedding
-    size = embedding.tile_size if component == "embedding" else getattr(config, component).vision.image_size
-    batch["tiles"] = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.uint8)
-    if component == "embedding":
-        for prefix, count in (("", embedding.tokens_per_tile), ("long_", embedding.stack_tokens_per_tile)):
-            batch[f"{prefix}image_positions"] = jax.ShapeDtypeStruct((1, count), jnp.int32)
-    return batch
+    placement = Placement(make_mesh(MeshConfig(), jax.local_devices()))
+    platform = placement.mesh.devices.flat[0].platform
+    config = dataclasses.replace(config, execution=config.execution.resolved(platform))
+    params = {c: load_component(folder, c, abstract_component(config, c, placement)) for c in components}
+    return Loaded(config, Models(config, placement), params, load_tokenizer(folder))

@@ -3,15 +3,12 @@
 Dimension letters: B batch, L queries, S keys, H heads, K kv heads, G = H / K, C head dim.
 """
 
-import math
-
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from hovle_jax.model.attention_blocks import SHORTEST, attend_causal
-from hovle_jax.model.parallel import as_axes, current_spec, on_devices, padded
+from hovle_jax.model.execution import OneDevice
 
 # 'auto' is resolved by the command from the mesh's devices, before a model is made.
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "splash", "cudnn")
@@ -24,8 +21,8 @@ SPLASH_BLOCK = 1024  # most queries and keys of a block of splash attention
 class AttentionMask:
     """Who may look at whom, as integer maps; an implementation turns them into what it needs.
 
-    A query sees a key when both lie in the same segment and, if `causal`, the key's index is not behind
-    the query's. Segment 0 is padding: its rows attend to each other only, and nobody reads their result.
+    A query sees a key when both lie in the same segment and, if `causal`, no key comes after its
+    query. Segment 0 is padding: its rows attend to each other only, and nobody reads their result.
 
     Attributes:
       query_segments: [B, L] int32.
@@ -59,7 +56,7 @@ class AttentionMask:
 
 @flax.struct.dataclass
 class CausalRows:
-    """A dense mask that is known to be False behind the diagonal, for 'blocks'; allowed: [B, L, L] bool."""
+    """A dense mask that is known to be False above the diagonal, for 'blocks'; allowed: [B, L, L] bool."""
 
     allowed: jax.Array
 
@@ -93,7 +90,7 @@ def prepare(mask: AttentionMask, implementation, head_dim):
     return CausalRows(mask.dense()) if chosen == "blocks" else mask.dense()
 
 
-def attend(query, key, value, mask=None, implementation="xla"):
+def attend(query, key, value, mask=None, implementation="xla", placement=OneDevice()):
     """Softmax attention in float32 with grouped key and value heads.
 
     Args:
@@ -101,20 +98,22 @@ def attend(query, key, value, mask=None, implementation="xla"):
       key, value: [B, S, K, C]; H is a multiple of K, and query head h reads kv head h // (H / K).
       mask: what `prepare` made, or None for full attention.
       implementation: static; one of `IMPLEMENTATIONS`, resolved.
+      placement: static; where the arrays lie.
     Returns:
       [B, L, H, C] in the type of `query`.
     """
     whole = isinstance(mask, (AttentionMask, CausalRows))
     chosen, _ = choose(implementation, query.shape[-1], masked=mask is not None, whole=whole)
-    return _ATTEND[chosen](query, key, value, mask)
+    return _ATTEND[chosen](query, key, value, mask, placement)
 
 
-def _blocks(query, key, value, mask: CausalRows):
-    run = attend_causal if query.shape[1] >= SHORTEST else _xla
-    return run(query, key, value, mask.allowed)
+def _blocks(query, key, value, mask: CausalRows, placement):
+    if query.shape[1] < SHORTEST:
+        return _xla(query, key, value, mask.allowed, placement)
+    return attend_causal(query, key, value, mask.allowed)
 
 
-def _xla(query, key, value, allowed):
+def _xla(query, key, value, allowed, placement):
     B, L, H, C = query.shape
     K = key.shape[2]
     # Heads in front: on the CPU each (batch, kv head) is then one contiguous matrix product, with the
@@ -131,7 +130,7 @@ def _xla(query, key, value, allowed):
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, C)
 
 
-def _cudnn(query, key, value, allowed):
+def _cudnn(query, key, value, allowed, placement):
     """cuDNN's flash attention, in a 16-bit type, as it has no other."""
     half = query.dtype if query.dtype == jnp.float16 else jnp.bfloat16
     mask = None if allowed is None else allowed[:, None]
@@ -141,34 +140,37 @@ def _cudnn(query, key, value, allowed):
     return out.astype(query.dtype)
 
 
-def _splash(query, key, value, mask: AttentionMask):
+def _splash(query, key, value, mask: AttentionMask, placement):
     """The Pallas kernel that skips what lies above the diagonal and never holds [L, S].
 
-    Each device runs it on its own rows and heads. Where the mesh cuts rows along `sequence`, queries stay cut and
+    Each device runs it on its own rows and heads. Where rows are sharded along their length, queries stay sharded, and
     keys and values are gathered: with few kv heads they are small.
     """
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # heads in front
-    mesh, length = jax.sharding.get_abstract_mesh(), query.shape[2]
-    queries = current_spec(("batch", "heads", "length", None), query.shape)
-    keys = current_spec(("batch", "kv_heads", None, None), key.shape)
-    row_axis, head_axis, length_axis, _ = padded(queries, 4)
-    parts = lambda axes: math.prod(mesh.shape[axis] for axis in as_axes(axes))
-    padding = -length % (LANES * parts(length_axis))
+    heads, length = query.shape[1:3]
+    of_queries, of_keys = ("batch", "heads", "length", None), ("batch", "kv_heads", None, None)
+    _, head_shards, length_shards, _ = placement.shards(of_queries, query.shape)
+    padding = -length % (LANES * length_shards)
     rows = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
     segments = jnp.pad(mask.query_segments, ((0, 0), (0, padding)))
-    kernel = _splash_kernel(query.shape[1], length + padding, mask.causal, parts(head_axis), parts(length_axis))
+    kernel = _splash_kernel(heads, length + padding, mask.causal, head_shards, length_shards)
 
     def local(kernel, query, key, value, query_segments, key_segments):
         ids = _splash_module().SegmentIds
         run = lambda q, k, v, s, t: kernel(q, k, v, segment_ids=ids(s, t))
         return jax.vmap(run)(query, key, value, query_segments, key_segments)
 
-    tables = None
-    if not mesh.empty:
-        tables = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(head_axis, length_axis)))
-    specs = (tables, queries, keys, keys, PartitionSpec(row_axis, length_axis), PartitionSpec(row_axis))
-    out = on_devices(local, specs, queries)(kernel, rows(query), rows(key), rows(value), segments, segments)
+    # Where an axis lies is decided by the length without its padding.
+    inputs = (
+        (kernel, ("heads", "length"), (heads, length)),
+        (rows(query), of_queries, query.shape),
+        (rows(key), of_keys, key.shape),
+        (rows(value), of_keys, value.shape),
+        (segments, ("batch", "length"), mask.query_segments.shape),
+        (segments, ("batch", None), mask.query_segments.shape),
+    )
+    out = placement.per_shard(local, inputs, of_queries, query.shape)
     return out[:, :, :length].transpose(0, 2, 1, 3)
 
 
@@ -179,7 +181,7 @@ def _splash_module():
 
 
 def _splash_kernel(heads, length, causal, head_shards, length_shards):
-    """The kernel for whole rows: as few blocks as fit, each dividing a device's part of the row."""
+    """The kernel for whole rows: as few blocks as fit, each dividing a device's shard of the row."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     kernels = _splash_module()

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.attention import AttentionMask
-from hovle_jax.model.config import CLIPConfig, ExecutionConfig, TextTowerConfig
+from hovle_jax.model.config import CLIPConfig, TextTowerConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import TokenTable, dense, partitioned
 from hovle_jax.model.vit import LayerNorm, VisionTransformer, run_encoder
 
@@ -19,7 +20,7 @@ class TextTower(nn.Module):
     """A causal transformer over text, read at the first end token."""
 
     config: TextTowerConfig
-    execution: ExecutionConfig
+    execution: Execution
 
     @nn.compact
     def __call__(self, tokens):
@@ -28,7 +29,7 @@ class TextTower(nn.Module):
         T = tokens.shape[1]
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
         positions = self.param("position_embedding", init, (c.context, c.width))
-        x = TokenTable(c.vocab_size, c.width, self.execution.dtype, name="token_embedding")(tokens)
+        x = TokenTable(c.vocab_size, c.width, self.execution, name="token_embedding")(tokens)
         x = x + positions[:T].astype(x.dtype)
         allowed = AttentionMask.for_rows(jnp.ones_like(tokens)).dense()
         x = run_encoder(c, c.num_layers, self.execution, x, allowed, norm="layer_norm")
@@ -41,14 +42,14 @@ class CLIP(nn.Module):
     """Both towers, their projections and the learned temperature."""
 
     config: CLIPConfig
-    execution: ExecutionConfig
+    execution: Execution
 
     def setup(self):
-        c, dtype = self.config, self.execution.dtype
+        c, how = self.config, self.execution
         self.vision = VisionTransformer(c.vision, self.execution)
         self.text = TextTower(c.text, self.execution)
-        self.vision_projection = dense(c.projection_width, ("embed", "embed_out"), "vision_projection", dtype)
-        self.text_projection = dense(c.projection_width, ("embed", "embed_out"), "text_projection", dtype)
+        self.vision_projection = dense(c.projection_width, ("embed", "embed_out"), "vision_projection", how)
+        self.text_projection = dense(c.projection_width, ("embed", "embed_out"), "text_projection", how)
         self.log_scale = self.param("log_scale", nn.initializers.constant(c.logit_scale_init), ())
 
     def encode_images(self, tiles):

@@ -1,4 +1,4 @@
-"""Sizes and options of the models, and how one is run: frozen dataclasses."""
+"""Sizes and options of the models: frozen dataclasses."""
 
 import dataclasses
 
@@ -212,6 +212,7 @@ class ViTConfig:
       layer_scale, qk_norm: InternViT's options; qk_norm is an RMSNorm over all heads together.
       pre_norm: LayerNorm after the positions (CLIP's ln_pre).
       post_norm: LayerNorm on the class token (CLIP's ln_post), applied by `pooled`.
+      class_token: whether a learned token stands before the patches.
       image_mean, image_std: the tower's own normalisation of [0, 1] pixels.
     """
 
@@ -230,12 +231,19 @@ class ViTConfig:
     qk_norm: bool = False
     pre_norm: bool = False
     post_norm: bool = False
+    class_token: bool = True
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     @property
     def grid(self):
+        """Patches along one side."""
         return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self):
+        """The tokens that its layers see."""
+        return self.grid**2 + self.class_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,12 +273,34 @@ TEACHER_PROJECTORS = ("mlp1", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherKind:
+    """What is special about a kind of teacher tower.
+
+    Attributes:
+      unused_layers: its last ones, which a teacher does not run: the patches of a contrastive tower's last layer get no
+        training signal.
+      projectors: of TEACHER_PROJECTORS, those that it may have.
+      component: the component of a finished model that its weights come from.
+    """
+
+    unused_layers: int = 0
+    projectors: tuple[str, ...] = TEACHER_PROJECTORS
+    component: str = "teacher"
+
+
+TEACHER_KINDS = {
+    "internvit": TeacherKind(),
+    "clip": TeacherKind(unused_layers=1, projectors=("linear",), component="clip"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class TeacherConfig:
     """The image target of distillation: a tower, its 2x2 pixel shuffle, and what brings it to the student's width.
 
     Attributes:
-      kind: 'internvit' (last layer) or 'clip' (penultimate layer: the last one's patches get no training signal).
-      vision: the whole tower as trained; a CLIP teacher runs all but its last layer.
+      kind: of TEACHER_KINDS.
+      vision: the whole tower as trained.
       projector: 'mlp1' = InternVL2's own projector (a part of the teacher); 'linear' = none on the teacher and a head
         on the student, dropped after the stage.
       projector_width: of what 'mlp1' gives: the student's width.
@@ -284,46 +314,17 @@ class TeacherConfig:
     @property
     def num_layers(self):
         """Layers that the teacher runs."""
-        return self.vision.num_layers - (1 if self.kind == "clip" else 0)
+        return self.vision.num_layers - TEACHER_KINDS[self.kind].unused_layers
 
     def check(self, width):
         """Whether it can teach a student of this width."""
-        if self.kind not in ("internvit", "clip"):
-            raise UserError(f"teacher.kind={self.kind!r}: use 'internvit' or 'clip'")
-        if self.projector not in TEACHER_PROJECTORS:
-            raise UserError(f"teacher.projector={self.projector!r}: use one of {TEACHER_PROJECTORS}")
-        if self.kind == "clip" and self.projector == "mlp1":
-            raise UserError("teacher: a CLIP tower has no mlp1 projector; use projector='linear'")
+        if self.kind not in TEACHER_KINDS:
+            raise UserError(f"teacher.kind={self.kind!r}: use one of {', '.join(TEACHER_KINDS)}")
+        allowed = TEACHER_KINDS[self.kind].projectors
+        if self.projector not in allowed:
+            raise UserError(f"teacher.projector={self.projector!r}: a {self.kind} tower has {' or '.join(allowed)}")
         if self.projector == "mlp1" and self.projector_width != width:
             raise UserError(
                 f"teacher.projector_width={self.projector_width} must be the student's width {width}; "
                 "take a teacher beside an LLM of that width, or projector='linear'"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class ExecutionConfig:
-    """How a model is run; nothing here changes its parameters.
-
-    Attributes:
-      dtype: compute type, 'float32' or 'bfloat16' ('auto' in a run's config: float32 on the CPU, else bfloat16).
-      attention: the implementation of `attend` ('auto': splash on TPUs, cuDNN's on GPUs, blocks on CPUs).
-      unroll_layers: write the layers out instead of looping over them (faster on the CPU, slower to compile).
-      remat: what the backward pass recomputes: 'none', 'dots' (all but products), 'full' (all but each layer's input),
-        'offload' (the same, inputs waiting in the host's memory).
-      accumulate: parts that a step reads its batch in, one after another: less memory, the same update; -1 = as many
-        as leave each device one row.
-      vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.
-      sparse_cores: on TPU v5p and v6e: their SparseCores gather and scatter while the step multiplies
-        (hardware/compiler_options.py).
-      zero: what the mesh axis `fsdp` cuts: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
-    """
-
-    dtype: str = "float32"
-    attention: str = "xla"
-    unroll_layers: bool = False
-    remat: str = "none"
-    accumulate: int = 1
-    vocab_chunk: int = 0
-    zero: int = 3
-    sparse_cores: bool = True

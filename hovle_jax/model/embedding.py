@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.model.config import EmbeddingConfig, ExecutionConfig
+from hovle_jax.model.config import EmbeddingConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import Stack, TokenTable, dense, partitioned
 from hovle_jax.model.vision import normalize_tiles, patchify, pixel_shuffle, resize_positions
 
@@ -27,13 +28,13 @@ class PixelShuffleProjection(nn.Module):
     """2x2 tokens -> one: Linear(4D, D), exact GELU, Linear(D, D)."""
 
     width: int
-    dtype: str
+    execution: Execution
 
     @nn.compact
     def __call__(self, x):
         """[M, P, D] -> [M, P / 4, D]."""
-        y = dense(self.width, ("patch", "embed"), "in", self.dtype, use_bias=True)(pixel_shuffle(x))
-        return dense(self.width, ("embed", "embed_out"), "out", self.dtype, use_bias=True)(
+        y = dense(self.width, ("patch", "embed"), "in", self.execution, use_bias=True)(pixel_shuffle(x))
+        return dense(self.width, ("embed", "embed_out"), "out", self.execution, use_bias=True)(
             nn.gelu(y, approximate=False)
         )
 
@@ -42,22 +43,22 @@ class HolisticEmbedding(nn.Module):
     """See the module's docstring; `batch` fields are those of data/batch.py."""
 
     config: EmbeddingConfig
-    execution: ExecutionConfig
+    execution: Execution
 
     def setup(self):
-        c, dtype = self.config, self.execution.dtype
+        c, how = self.config, self.execution
         width = c.stack.width
         table_init = partitioned(nn.initializers.normal(width**-0.5), "positions", "embed")
-        self.patch_embedding = dense(width, ("patch", "embed"), "patch_embedding", dtype, use_bias=True)
+        self.patch_embedding = dense(width, ("patch", "embed"), "patch_embedding", how, use_bias=True)
         self.position_embedding = self.param("position_embedding", table_init, (c.position_grid**2, width))
         # Stored in the public checkpoints and never used: kept so that an export returns what was imported.
         self.class_embedding = self.param("class_embedding", table_init, (1, width))
         self.class_position = self.param("class_position", table_init, (1, width))
-        self.text_embedding = TokenTable(c.table_rows, width, dtype)
+        self.text_embedding = TokenTable(c.table_rows, width, how)
         if c.num_special_tokens:
-            self.special_embedding = TokenTable(c.num_special_tokens, width, dtype, axis="special_tokens")
+            self.special_embedding = TokenTable(c.num_special_tokens, width, how, axis="special_tokens")
         if c.pixel_shuffle != "none":
-            self.pixel_shuffle_projection = PixelShuffleProjection(width, dtype)
+            self.pixel_shuffle_projection = PixelShuffleProjection(width, how)
         self.stack = Stack(c.stack, self.execution)
 
     def embed_text(self, tokens):

@@ -105,7 +105,7 @@ def llm_head(c: LLMConfig, tokens):
 def teacher(c: TeacherConfig, tokens_per_tile):
     """One tile through the tower and, where it has one, InternVL2's projector."""
     v = c.vision
-    work = patch_embedding(v.grid**2, v.patch_size, v.width) + encoder_stack(v, c.num_layers, v.grid**2 + 1)
+    work = patch_embedding(v.grid**2, v.patch_size, v.width) + encoder_stack(v, c.num_layers, v.num_tokens)
     if c.projector != "mlp1":
         return work
     return work + projector(tokens_per_tile, 4 * v.width, c.projector_width)

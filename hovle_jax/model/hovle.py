@@ -9,8 +9,9 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from hovle_jax.model.config import ExecutionConfig, HoVLEConfig, LLMConfig
+from hovle_jax.model.config import HoVLEConfig, LLMConfig
 from hovle_jax.model.embedding import HolisticEmbedding
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable, dense
 
 PADDING_LOGIT = -1e30  # not -inf, whose products with a probability of 0 are not numbers
@@ -20,15 +21,15 @@ class LanguageModel(nn.Module):
     """Token table, decoder stack, final norm, and a head of its own or (`tied`) the table again."""
 
     config: LLMConfig
-    execution: ExecutionConfig
+    execution: Execution
 
     def setup(self):
         c = self.config
-        self.token_embedding = TokenTable(c.table_rows, c.stack.width, self.execution.dtype)
+        self.token_embedding = TokenTable(c.table_rows, c.stack.width, self.execution)
         self.stack = Stack(c.stack, self.execution)
         self.norm = RMSNorm(c.stack.norm_eps)
         if not c.tied:
-            self.head = dense(c.table_rows, ("embed", "vocab"), "head", self.execution.dtype)
+            self.head = dense(c.table_rows, ("embed", "vocab"), "head", self.execution)
 
     def __call__(self, tokens, positions, segment_ids):
         """Text alone: [B, L] ids -> float32 logits [B, L, V]."""
@@ -66,7 +67,7 @@ class HoVLE:
     """The two modules of a config, and what is computed with them; without an embedding it is an LLM for text."""
 
     config: HoVLEConfig
-    execution: ExecutionConfig = ExecutionConfig()
+    execution: Execution = Execution()
 
     @property
     def embedding(self):

@@ -6,7 +6,8 @@ Dimension letters: M tiles, P patches, D tower width.
 import flax.linen as nn
 import jax
 
-from hovle_jax.model.config import ExecutionConfig, TeacherConfig
+from hovle_jax.model.config import TeacherConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import dense
 from hovle_jax.model.vision import normalize_tiles, pixel_shuffle, resize_features
 from hovle_jax.model.vit import LayerNorm, VisionTransformer
@@ -16,22 +17,33 @@ class MLP1(nn.Module):
     """InternVL2's projector: LayerNorm(4D), Linear(4D, width), exact GELU, Linear(width, width)."""
 
     width: int
-    dtype: str
+    execution: Execution
 
     @nn.compact
     def __call__(self, x):
         y = LayerNorm(1e-5, name="norm")(x)
-        y = dense(self.width, ("patch", "embed"), "in", self.dtype, use_bias=True)(y)
-        return dense(self.width, ("embed", "embed_out"), "out", self.dtype, use_bias=True)(
+        y = dense(self.width, ("patch", "embed"), "in", self.execution, use_bias=True)(y)
+        return dense(self.width, ("embed", "embed_out"), "out", self.execution, use_bias=True)(
             nn.gelu(y, approximate=False)
         )
+
+
+class StudentHead(nn.Module):
+    """Brings the student's width to that of a 'linear' teacher; dropped after distillation."""
+
+    width: int
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x):
+        return dense(self.width, ("embed", "embed_out"), "projection", self.execution)(x)
 
 
 class VisionTeacher(nn.Module):
     """A frozen tower as a teacher."""
 
     config: TeacherConfig
-    execution: ExecutionConfig
+    execution: Execution
 
     @nn.compact
     def __call__(self, tiles, tokens_per_tile):
@@ -46,7 +58,8 @@ class VisionTeacher(nn.Module):
         tower = VisionTransformer(c, self.execution, self.config.num_layers, with_post_norm=False, name="vision")
         hidden, _ = tower(tiles)
         side = 2 * int(tokens_per_tile**0.5)
-        x = pixel_shuffle(resize_features(hidden[:, 1:], side))
+        patches = hidden[:, 1:] if c.class_token else hidden
+        x = pixel_shuffle(resize_features(patches, side))
         if self.config.projector != "mlp1":
             return x
-        return MLP1(self.config.projector_width, self.execution.dtype, name="mlp1")(x)
+        return MLP1(self.config.projector_width, self.execution, name="mlp1")(x)

@@ -3,8 +3,6 @@
 Dimension letters: B batch, L tokens, D width, H heads, K kv heads, C head dim, F ffn width, N layers, S cache capacity.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import flax.struct
 import jax
@@ -12,19 +10,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.model.attention import AttentionMask, attend, prepare
-from hovle_jax.model.config import ExecutionConfig, StackConfig
-from hovle_jax.model.parallel import dot_general, matmul
+from hovle_jax.model.config import StackConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.rotary import rotary_angles, rotate
-
-Dtype = Any
 
 
 def partitioned(init, *names):
-    """An initialiser whose parameter carries logical axis names; training/sharding.py maps them to the mesh."""
+    """An initialiser whose parameter carries logical axis names; sharding/rules.py maps them to the mesh."""
     return nn.with_logical_partitioning(init, names)
 
 
-def dense(features, axes, name, dtype, use_bias=False, branches=1):
+def dense(features: int, axes, name: str, execution: Execution, use_bias=False, branches=1) -> nn.Dense:
     """A standard Linen Dense with logical axes on its kernel (and on its bias the output axis).
 
     Kernels start with a variance of 1 / fan-in, which at the paper's width of 2048 is the usual 0.02 and at small
@@ -33,9 +29,9 @@ def dense(features, axes, name, dtype, use_bias=False, branches=1):
     return nn.Dense(
         features,
         use_bias=use_bias,
-        dtype=dtype,
+        dtype=execution.dtype,
         name=name,
-        dot_general=dot_general(axes),
+        dot_general=execution.dot_general(axes),
         kernel_init=partitioned(nn.initializers.variance_scaling(1.0 / branches, "fan_in", "normal"), *axes),
         bias_init=partitioned(nn.initializers.zeros, axes[1]),
     )
@@ -100,7 +96,7 @@ class DecoderLayer(nn.Module):
     """x += attention(norm(x)); x += ffn(norm(x))."""
 
     config: StackConfig
-    execution: ExecutionConfig
+    execution: Execution
 
     @nn.compact
     def __call__(self, x, cache, angles, mask, start):
@@ -114,7 +110,7 @@ class DecoderLayer(nn.Module):
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
 
         def heads(name, count, axis):
-            projected = dense(count * c.head_dim, ("embed", axis), name, dtype, use_bias=c.qkv_bias)(y)
+            projected = dense(count * c.head_dim, ("embed", axis), name, self.execution, use_bias=c.qkv_bias)(y)
             return projected.reshape(B, L, count, c.head_dim)
 
         query, key = heads("query", c.num_heads, "heads"), heads("key", c.num_kv_heads, "kv_heads")
@@ -126,17 +122,17 @@ class DecoderLayer(nn.Module):
         if cache is not None:
             cache = (write_rows(cache[0], key, start), write_rows(cache[1], value, start))
             key, value = cache[0].astype(dtype), cache[1].astype(dtype)
-        out = attend(query, key, value, mask, self.execution.attention)
-        output = dense(c.width, ("heads", "embed"), "output", dtype, c.output_bias, branches=2 * c.num_layers)
+        out = attend(query, key, value, mask, self.execution.attention, self.execution.placement)
+        output = dense(c.width, ("heads", "embed"), "output", self.execution, c.output_bias, branches=2 * c.num_layers)
         return x + output(out.reshape(B, L, c.num_heads * c.head_dim)), cache
 
     def feed_forward(self, x):
         """SwiGLU: down(silu(gate x) * up x)."""
-        c, dtype = self.config, self.execution.dtype
+        c, how = self.config, self.execution
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        gate = nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate", dtype, c.mlp_bias)(y))
-        up = dense(c.mlp_width, ("embed", "mlp"), "up", dtype, c.mlp_bias)(y)
-        return x + dense(c.width, ("mlp", "embed"), "down", dtype, c.mlp_bias, branches=2 * c.num_layers)(gate * up)
+        gate = nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate", how, c.mlp_bias)(y))
+        up = dense(c.mlp_width, ("embed", "mlp"), "up", how, c.mlp_bias)(y)
+        return x + dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, branches=2 * c.num_layers)(gate * up)
 
 
 LAYER_INPUT = "layer_input"  # what 'offload' keeps in the host's memory
@@ -155,7 +151,7 @@ REMAT_POLICIES = {
 }
 
 
-def scanned(layer, execution: ExecutionConfig, num_layers, broadcast):
+def scanned(layer, execution: Execution, num_layers, broadcast):
     """The layer class repeated by scan: parameters [N, ...], the first argument after x scanned, the rest shared.
 
     Unrolling changes the program alone, never the parameter tree, so checkpoints do not depend on it.
@@ -179,7 +175,7 @@ class Stack(nn.Module):
     """A scanned stack of decoder layers, without a final norm."""
 
     config: StackConfig
-    execution: ExecutionConfig
+    execution: Execution
 
     @nn.compact
     def __call__(self, x, positions, segment_ids, cache: Cache | None = None):
@@ -189,7 +185,7 @@ class Stack(nn.Module):
           x: [B, L, D].
           positions: [B, L] int32 rotary positions.
           segment_ids: [B, L] int32, 0 for padding. With a cache: 1 for tokens to append, padding at the end.
-          cache: what came before; tokens are written behind it.
+          cache: what came before; tokens are written after it.
         Returns:
           ([B, L, D], the new cache or None).
         """
@@ -200,12 +196,12 @@ class Stack(nn.Module):
         angles = jax.lax.optimization_barrier(rotary_angles(positions, self.config))
         layers = None if cache is None else (cache.key, cache.value)
         start = None if cache is None else cache.length
-        x = nn.with_logical_constraint(x.astype(self.execution.dtype), ("batch", "length", "embed_act"))
+        constrain = lambda x: self.execution.placement.constrain(x, ("batch", "length", "embed_act"))
+        x = constrain(x.astype(self.execution.dtype))
         block = scanned(DecoderLayer, self.execution, self.config.num_layers, broadcast=3)
         mask = prepare(mask, self.execution.attention, self.config.head_dim)
         x, layers = block(self.config, self.execution, name="layers")(x, layers, angles, mask, start)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
-        return x, None if cache is None else cache.advanced(layers, segment_ids)
+        return constrain(x), None if cache is None else cache.advanced(layers, segment_ids)
 
 
 class TokenTable(nn.Module):
@@ -217,7 +213,7 @@ class TokenTable(nn.Module):
 
     size: int
     width: int
-    dtype: Dtype
+    execution: Execution
     axis: str = "vocab"
 
     def setup(self):
@@ -225,8 +221,8 @@ class TokenTable(nn.Module):
         self.embedding = self.param("embedding", init, (self.size, self.width))
 
     def __call__(self, tokens):
-        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0, mode="clip")
+        return jnp.take(self.embedding.astype(self.execution.dtype), tokens, axis=0, mode="clip")
 
     def attend(self, x):
         """The table as a tied head: [..., D] -> [..., V]."""
-        return matmul(x, self.embedding.astype(self.dtype).T, ("embed", "vocab"))
+        return self.execution.placement.matmul(x, self.embedding.astype(self.execution.dtype).T, ("embed", "vocab"))

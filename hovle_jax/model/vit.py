@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from hovle_jax.model.attention import attend
-from hovle_jax.model.config import ExecutionConfig, ViTConfig
+from hovle_jax.model.config import ViTConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import RMSNorm, dense, partitioned, scanned
 from hovle_jax.model.vision import normalize_tiles, patchify, resize_positions
 
@@ -51,7 +52,7 @@ class EncoderLayer(nn.Module):
     norm: str
     norm_eps: float
     activation: str
-    execution: ExecutionConfig
+    execution: Execution
     branches: int = 1  # residual branches of the whole encoder, for the initialisation
     qkv_bias: bool = True
     layer_scale: bool = False
@@ -60,23 +61,23 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x, _, allowed):
         """x: [M, T, D]; allowed: [M, T, T] bool or None."""
-        dtype = self.execution.dtype
+        how = self.execution
         norm = functools.partial(NORMS[self.norm], self.norm_eps)
 
         def projection(name, y):
-            y = dense(self.width, ("embed", "heads"), name, dtype, use_bias=self.qkv_bias)(y)
+            y = dense(self.width, ("embed", "heads"), name, how, use_bias=self.qkv_bias)(y)
             if self.qk_norm and name != "value":
                 y = RMSNorm(self.norm_eps, name=f"{name}_norm")(y)
             return y.reshape(*x.shape[:2], self.num_heads, self.width // self.num_heads)
 
         y = norm(name="norm1")(x)
-        y = attend(*(projection(name, y) for name in ("query", "key", "value")), allowed, self.execution.attention)
-        y = dense(self.width, ("heads", "embed"), "output", dtype, use_bias=True, branches=self.branches)(
+        y = attend(*(projection(name, y) for name in ("query", "key", "value")), allowed, how.attention, how.placement)
+        y = dense(self.width, ("heads", "embed"), "output", how, use_bias=True, branches=self.branches)(
             y.reshape(x.shape)
         )
         x = x + self.scaled(y, "scale1")
-        y = dense(self.mlp_width, ("embed", "mlp"), "up", dtype, use_bias=True)(norm(name="norm2")(x))
-        y = dense(self.width, ("mlp", "embed"), "down", dtype, use_bias=True, branches=self.branches)(
+        y = dense(self.mlp_width, ("embed", "mlp"), "up", how, use_bias=True)(norm(name="norm2")(x))
+        y = dense(self.width, ("mlp", "embed"), "down", how, use_bias=True, branches=self.branches)(
             ACTIVATIONS[self.activation](y)
         )
         return x + self.scaled(y, "scale2"), None
@@ -114,27 +115,29 @@ class VisionTransformer(nn.Module):
     """
 
     config: ViTConfig
-    execution: ExecutionConfig
+    execution: Execution
     num_layers: int | None = None
     with_post_norm: bool = True
 
     @nn.compact
     def __call__(self, tiles):
-        """[M, S, S, 3] (uint8, or float already normalised) -> (hidden [M, 1 + P, D], pooled [M, D] or None).
+        """[M, S, S, 3] (uint8, or float already normalised) -> (hidden [M, T, D], pooled [M, D] or None).
 
-        Token 0 is the class token. `pooled` is its post-norm, for a tower that has one (CLIP).
+        T = P, or 1 + P with the class token in front. `pooled` is its post-norm, for a tower that has one (CLIP).
         """
-        c, dtype = self.config, self.execution.dtype
+        c = self.config
         M, S = tiles.shape[:2]
         patches = patchify(normalize_tiles(tiles, c.image_mean, c.image_std), c.patch_size)
-        x = dense(c.width, ("patch", "embed"), "patch_embedding", dtype, use_bias=c.patch_bias)(patches)
+        x = dense(c.width, ("patch", "embed"), "patch_embedding", self.execution, use_bias=c.patch_bias)(patches)
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
-        class_embedding = self.param("class_embedding", init, (1, c.width))
-        class_position = self.param("class_position", init, (1, c.width))
+        if c.class_token:
+            class_embedding = self.param("class_embedding", init, (1, c.width))
+            class_position = self.param("class_position", init, (1, c.width))
         positions = self.param("position_embedding", init, (c.grid**2, c.width))
         x = x + resize_positions(positions, S // c.patch_size).astype(x.dtype)
-        first = jnp.broadcast_to((class_embedding + class_position).astype(x.dtype), (M, 1, c.width))
-        x = jnp.concatenate([first, x], axis=1)
+        if c.class_token:
+            first = jnp.broadcast_to((class_embedding + class_position).astype(x.dtype), (M, 1, c.width))
+            x = jnp.concatenate([first, x], axis=1)
         if c.pre_norm:
             x = LayerNorm(c.norm_eps, name="pre_norm")(x)
         x = run_encoder(

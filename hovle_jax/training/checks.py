@@ -2,28 +2,26 @@
 
 import hashlib
 
-from hovle_jax.config import RunConfig
+from hovle_jax.config import ExecutionConfig, RunConfig
 from hovle_jax.data.batch import WEIGHTINGS
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.transformer import REMAT_POLICIES
-from hovle_jax.training.stages import STAGES
+from hovle_jax.training.stages import find
 
 
 def check(config: RunConfig):
     """Everything that can be known to be wrong before a device is touched."""
-    if config.stage not in STAGES:
-        raise UserError(f"stage={config.stage!r} is not one of {', '.join(STAGES)}")
+    components = find(config.stage).components
     config.model.check()
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
     check_conversations(config)
     check_data(config)
-    if config.stage == "distill":
+    if "teacher" in components:
         config.teacher.check(config.model.llm.stack.width)
-    if config.stage != "contrast" and config.data.sequence_length > config.model.llm.max_length:
+    if "llm" in components and config.data.sequence_length > config.model.llm.max_length:
         raise UserError(
             f"data.sequence_length={config.data.sequence_length} exceeds the LLM's "
             f"{config.model.llm.max_length} positions (model.llm.max_length)"
@@ -72,30 +70,9 @@ def check_execution(execution: ExecutionConfig):
         raise UserError(f"execution.vocab_chunk={execution.vocab_chunk} is a number of columns; 0 takes all at once")
 
 
-def accumulation(config: RunConfig, mesh):
-    """In how many parts a step reads its batch. Raises UserError where it cannot be read in so many."""
-    parts, rows = config.execution.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
-    in_parts = bool(STAGES[config.stage].weights)
-    if parts == -1:
-        parts = max(1, config.data.batch_size // rows) if in_parts else 1
-    if parts < 1:
-        raise UserError(f"execution.accumulate={parts} is a number of parts; 1 reads the batch at once")
-    if parts > 1 and not in_parts:
-        raise UserError(
-            f"execution.accumulate={parts}: the {config.stage} loss compares all rows of the batch with each other; "
-            "set it to 1, with a smaller data.batch_size or more devices"
-        )
-    if config.data.batch_size % (parts * rows):
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} must divide into execution.accumulate={parts} parts for {rows} "
-            f"devices (data x fsdp): use {-(-config.data.batch_size // (parts * rows)) * parts * rows}"
-        )
-    return parts
-
-
 def check_tokenizer(config: RunConfig, tokenizer):
     """Raises UserError where it has ids that the model does not know."""
-    components = STAGES[config.stage].components
+    components = find(config.stage).components
     known = config.clip.text.vocab_size if "clip" in components else config.model.llm.vocab_size
     remedy = "take the tokenizer of the same model"
     if "embedding" in components:

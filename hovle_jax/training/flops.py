@@ -56,13 +56,21 @@ ATTENTION = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A part of a step: `repeated` is what a full rematerialisation covers, `again` times a product is made anew."""
+class Part:
+    """A part of a step.
+
+    Attributes:
+      gradient: how gradients treat it.
+      layers: whether it is rematerialised.
+      decoder: whether its attention is that of the decoder stacks; towers attend in XLA's plain way.
+      again: how many more times its matmuls are made.
+    """
 
     name: str
     work: Work
     gradient: str
     layers: bool = False
+    decoder: bool = False
     again: int = 0
 
     def model(self):
@@ -84,19 +92,17 @@ class _Part:
         return attention + (2 * self.work.dense + self.work.first if self.gradient == TRAINED else self.work.dense)
 
 
-def step_flops(config: RunConfig, rows=None, attention="xla", logits_kept=True):
+def step_flops(config: RunConfig, parts: list[Part], attention: str = "xla", logits_kept: bool = True) -> StepFlops:
     """The FLOPs of one optimizer step.
 
     Args:
-      rows: of the global batch, over all microbatches; None = the config's.
+      parts: of the stage (`Stage.flops`), over the rows of the global batch.
       attention: of `ATTENTION`: how the decoder stacks do it ("xla" for the towers).
       logits_kept: whether the loss keeps the logits for its backward pass; else their product is made twice.
     """
-    rows = config.data.batch_size if rows is None else rows
-    parts = _PARTS[config.stage](config, rows)
     if not logits_kept:
         parts = [dataclasses.replace(part, again=1) if part.name == "head" else part for part in parts]
-    of = lambda part: ATTENTION[attention if part.name in ("embedding layers", "llm layers") else "xla"]
+    of = lambda part: ATTENTION[attention if part.decoder else "xla"]
     return StepFlops(
         model=sum(part.model() for part in parts),
         hardware=sum(part.hardware(of(part), config.execution.remat) for part in parts),
@@ -104,57 +110,20 @@ def step_flops(config: RunConfig, rows=None, attention="xla", logits_kept=True):
     )
 
 
-def _llm(config, rows, gradient):
+def llm_parts(config: RunConfig, rows: int, gradient: str) -> list[Part]:
+    """The LLM's layers and head over `rows` rows."""
     c, length = config.model.llm, config.data.sequence_length
     return [
-        _Part("llm layers", flops.decoder_stack(c.stack, length) * rows, gradient, layers=True),
-        _Part("head", flops.llm_head(c, length) * rows, gradient),
+        Part("llm layers", flops.decoder_stack(c.stack, length) * rows, gradient, layers=True, decoder=True),
+        Part("head", flops.llm_head(c, length) * rows, gradient),
     ]
 
 
-def _embedding(config, rows):
+def embedding_parts(config: RunConfig, rows: int) -> list[Part]:
+    """The holistic embedding's layers and ends over `rows` rows, trained."""
     c, data = config.model.embedding, config.data
     length = BatchShape.of(data, c, image_id=0).long_length
     return [
-        _Part("embedding layers", flops.decoder_stack(c.stack, length) * rows, TRAINED, layers=True),
-        _Part("embedding ends", flops.embedding_ends(c, data.tiles) * rows, TRAINED),
+        Part("embedding layers", flops.decoder_stack(c.stack, length) * rows, TRAINED, layers=True, decoder=True),
+        Part("embedding ends", flops.embedding_ends(c, data.tiles) * rows, TRAINED),
     ]
-
-
-def _pretrain(config, rows):
-    return _llm(config, rows, TRAINED)
-
-
-def _align(config, rows):
-    return _embedding(config, rows) + _llm(config, rows, THROUGH)
-
-
-def _instruct(config, rows):
-    return _embedding(config, rows) + _llm(config, rows, TRAINED)
-
-
-def _distill(config, rows):
-    tiles, tokens = config.data.tiles * rows, config.model.embedding.tokens_per_tile
-    parts = _embedding(config, rows) + [_Part("teacher", flops.teacher(config.teacher, tokens) * tiles, UNTOUCHED)]
-    if config.teacher.projector == "linear":
-        width, target = config.model.embedding.stack.width, 4 * config.teacher.vision.width
-        parts.append(_Part("projection", Work(dense=flops.product(tiles * tokens, width, target)), TRAINED))
-    return parts
-
-
-def _contrast(config, rows):
-    c = config.clip
-    v, t = c.vision, c.text
-    vision = flops.encoder_stack(v, v.num_layers, v.grid**2 + 1)
-    return [
-        _Part("vision layers", vision * rows, TRAINED, layers=True),
-        _Part("vision ends", flops.clip_vision_ends(c) * rows, TRAINED),
-        _Part("text layers", flops.encoder_stack(t, t.num_layers, t.context, causal=True) * rows, TRAINED, layers=True),
-        _Part("text ends", flops.clip_text_ends(c) * rows, TRAINED),
-        _Part("similarities", Work(dense=flops.product(rows, c.projection_width, rows)), TRAINED),
-    ]
-
-
-_PARTS = {
-    "pretrain": _pretrain, "contrast": _contrast, "distill": _distill, "align": _align, "instruct": _instruct,
-}  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -12,19 +13,22 @@ from hovle_jax.config import RunConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import BadSamples, merge_bad_samples
-from hovle_jax.data.text.tokenizer import has_tokenizer, load_tokenizer
-from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
-from hovle_jax.model.config import ExecutionConfig, HoVLEConfig
 from hovle_jax.report.batch_images import batch_picture
-from hovle_jax.training import checkpoint, layout_table, profiling
-from hovle_jax.training.checks import accumulation, check, check_same_data_everywhere, check_tokenizer
+from hovle_jax.sharding import table
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training import profiling, resumable, run_folder
+from hovle_jax.training.checks import check, check_same_data_everywhere, check_tokenizer
 from hovle_jax.training.monitor import Monitor
-from hovle_jax.training.optimizer import learning_rate, make_optimizer
-from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
-from hovle_jax.training.stages import STAGES, Models
-from hovle_jax.training.state import abstract_params, init_component, make_state, wholly_frozen
+from hovle_jax.training.optimizer import learning_rate
+from hovle_jax.training.setup import Run, build
+from hovle_jax.training.stage import Stage
+from hovle_jax.training.stages import find
+from hovle_jax.training.state import TrainState, make_state, wholly_frozen
 from hovle_jax.training.step import average, eval_step, train_step_for
+from hovle_jax.training.tokenizer import choose_tokenizer
+from hovle_jax.training.weights import load_params, save_result
 
 HELD_OUT_BATCHES = 4
 
@@ -41,91 +45,6 @@ class Result:
     held_out: dict  # step -> metrics
 
 
-def resolve_execution(execution: ExecutionConfig, platform, accumulate=1):
-    """What 'auto' means on a platform: float32 on the CPU, where bfloat16 training is slow; its own attention."""
-    meant = {
-        "dtype": "float32" if platform == "cpu" else "bfloat16",
-        "attention": {"tpu": "splash", "gpu": "cudnn", "cpu": "blocks"}.get(platform, "xla"),
-    }
-    meant = {name: value for name, value in meant.items() if getattr(execution, name) == "auto"}
-    return dataclasses.replace(execution, accumulate=accumulate, **meant)
-
-
-def get_tokenizer(config: RunConfig, folders, sources, corpus):
-    """The tokenizer of one of these folders (the run's own, its sources'), the configured one, or one trained here."""
-    place = next((place for place in (*folders, *sources) if has_tokenizer(place)), config.tokenizer.path)
-    if place == "required":
-        raise UserError(
-            f"the preset {config.preset!r} reads text as its public LLM does, and {' and '.join(map(str, sources))} "
-            "have no tokenizer; give that LLM's SentencePiece model with --config.tokenizer.path=FILE"
-        )
-    tokenizer = load_tokenizer(place) if place else pipeline.train_tokenizer(config, corpus)
-    # A public LLM's has no image tokens.
-    return tokenizer.with_image_tokens() if "embedding" in STAGES[config.stage].components else tokenizer
-
-
-def load_params(models: Models, batch, mesh, sources, only=None):
-    """Every parameter of the stage: from the runs in `sources` {component: folder}, else fresh.
-
-    Args:
-      only: names of components; None = all.
-    """
-    params = {}
-    for component, abstract in abstract_params(models, batch, mesh).items():
-        if only is not None and component not in only:
-            continue
-        if component not in sources:
-            params[component] = init_component(models, component, batch, abstract)
-        elif component == "teacher" and models.config.teacher.kind == "clip":
-            params[component] = load_clip_teacher(sources[component], models, abstract)
-        else:
-            params[component] = checkpoint.load_component(sources[component], component, abstract)
-    if "embedding" in params and "embedding" not in sources:
-        copy_text_table(params, models.config.model)
-        if models.config.init.pass_through:
-            add_nothing(params["embedding"]["stack"])
-    return params
-
-
-def load_clip_teacher(folder, models, abstract):
-    """A CLIP run's image tower without its last layer, whose patches the contrastive loss does not train."""
-    total, used = models.config.teacher.vision.num_layers, models.config.teacher.num_layers
-    vision = abstract["vision"]
-    mesh = jax.tree.leaves(vision)[0].sharding.mesh
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    stored = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((total, *leaf.shape[1:]), leaf.dtype, sharding=whole), vision["layers"]
-    )
-    tower = checkpoint.load_component(folder, "clip", {"vision": vision | {"layers": stored}})["vision"]
-    layers = jax.tree.map(
-        lambda leaf, target: jax.device_put(leaf[:used], target.sharding), tower["layers"], vision["layers"]
-    )
-    return {"vision": tower | {"layers": layers}}
-
-
-def copy_text_table(params, model: HoVLEConfig):
-    """A fresh holistic embedding starts with the LLM's token vectors as its text table, as far as there are any."""
-    if "llm" not in params:
-        return
-    table = params["llm"]["token_embedding"]["embedding"][: model.llm.vocab_size]
-    embedding, size = params["embedding"], model.embedding.vocab_size
-    for name, rows in (("text_embedding", table[:size]), ("special_embedding", table[size:])):
-        if name in embedding:
-            fresh = embedding[name]["embedding"]
-            rows = rows[: len(fresh)]
-            # A copy also where all rows are replaced: the step donates its buffers.
-            embedding[name] = {"embedding": jax.device_put(fresh.at[: len(rows)].set(rows), fresh.sharding)}
-
-
-def add_nothing(stack):
-    """Zeros in what ends the residual branches of a fresh stack, which then gives its input; they learn from there."""
-    layers = stack["layers"]
-    for name in ("output", "down"):
-        layers[name] = jax.tree.map(
-            lambda leaf: jax.device_put(jax.numpy.zeros_like(leaf), leaf.sharding), layers[name]
-        )
-
-
 def run(config: RunConfig, folder, sources, say=print, profile=None):
     """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
@@ -136,21 +55,19 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
     Returns:
       Result.
     Raises:
-      UserError: see `check`; also a loss that is not finite.
+      UserError: see `checks.check`; also a loss that is not finite.
     """
     # 1. Checks that need no device, then data: each host's own rows, planned alike on all of them.
     check(config)
-    folder = checkpoint.open_run_folder(folder)
-    checkpoint.check_same_config(folder, config)
+    folder = run_folder.open_run_folder(folder)
+    run_folder.check_same_config(folder, config)
     say = say if distributed.is_leader() else lambda line: None
     monitor = Monitor(config, folder, profile, say)
-    mesh = make_mesh(config.mesh)
-    check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
-    parts = accumulation(config, mesh)
+    stage, run = find(config.stage), build(config, make_mesh(config.mesh))
     corpus = loading.load_corpus(config, config.data.split, say)
-    tokenizer = get_tokenizer(config, [folder], list(sources.values()), corpus)
+    tokenizer = choose_tokenizer(config, [folder], list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)
-    numbers, lists_bad = distributed.host_rows(mesh, config.data.batch_size)
+    numbers, lists_bad = distributed.host_rows(run.placement.batch_sharding, config.data.batch_size)
     dataset = pipeline.build_dataset(config, tokenizer, corpus, numbers=numbers)
     held_out = held_out_batches(config, tokenizer, numbers, say)
     first = dataset[0]
@@ -159,25 +76,23 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
 
     # 2. The folder is a run from here on.
     if distributed.is_leader():
-        checkpoint.check_same_data(folder, dataset.found)
-        checkpoint.save_config(folder, config)
+        run_folder.check_same_data(folder, dataset.found)
+        run_folder.save_config(folder, config)
         tokenizer.save(folder)
         batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
     bad = BadSamples(folder if lists_bad else None, config.bad_ceiling, host=jax.process_index())
 
     # 3. State.
-    models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform, parts))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    saving = checkpoint.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints)
-    with on_mesh(mesh, models.execution.zero), saving as saved:
+    saving = resumable.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints)
+    with saving as saved:
         profiling.check_steps(profile, saved.latest or 0, config.last_step)
         if distributed.is_leader():
             bad.start(saved.latest or 0, dataset.found.bad, dataset.found.samples)
         distributed.wait("the folder is a run")
+        state = make_state(stage, run, load_params(config, run, sources))
         shapes = shapes_of_whole(first, config.data.batch_size)
-        state = make_state(models, load_params(models, shapes, mesh, sources), shapes, optimizer)
         say(describe(config, state, shapes))
-        note_layout(folder, models, shapes, mesh)
+        note_layout(folder, stage, run, shapes)
         if dataset.found.summary:
             say(f"{config.stage}: {dataset.found.summary}")
         if saved.latest is not None:
@@ -186,68 +101,96 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
 
         def save_model(state):
             # What was frozen whole may be narrowed: it is handed on as it came.
-            frozen = load_params(models, shapes, mesh, sources, only=wholly_frozen(state.trained, state.frozen))
-            checkpoint.save_run_model(folder, state.params | frozen, config)
+            frozen = load_params(config, run, sources, only=wholly_frozen(state.trained, state.frozen))
+            save_result(folder, stage, state.params | frozen, config)
 
-        results = _train(config, state, models, optimizer, dataset, held_out, bad, mesh, saved, monitor, save_model)
+        steps = Steps(config, run, dataset, held_out, bad, saved, monitor, save_model)
+        results = steps.train(state)
     distributed.wait("the last bad sample is listed")
     if distributed.is_leader():
         merge_bad_samples(folder)
     return Result(folder, *results)
 
 
-def _train(config, state, models, optimizer, dataset, held_out, bad, mesh, saved, monitor, save_model):
-    """-> (step, whether the run is finished, held-out metrics)."""
-    first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
-    held_out = [put_batch(batch, mesh) for batch in held_out]
-    tokens = tokens_per_step(dataset[0]) * config.data.batch_size // dataset.size
-    results, train_step = {}, train_step_for(models, mesh)
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of one process.
 
-    def evaluate(step):
-        if held_out:
-            with monitor.besides("evaluation"):
-                metrics = [eval_step(state.params, batch, stage=config.stage, models=models) for batch in held_out]
-                results[step] = average(metrics)
-            monitor.write(step, {f"held_out/{name}": value for name, value in results[step].items()})
+    Attributes:
+      held_out: batches on the host.
+      save_model: takes the last state.
+    """
 
-    with monitor.following(first_step, tokens, mesh.devices.flat):
-        batches = dataset.iterate(first_step, config.workers, nobody_has=distributed.everyone_says)
-        batches = prefetched(itertools.islice(batches, config.last_step - first_step), mesh)
-        if first_step == 0:
-            evaluate(0)
-        for step, (batch, events, drawn) in enumerate(monitor.waits(batches), first_step):
-            bad.add(events, drawn)
-            with monitor.step(step) as note:
-                state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
-                note(metrics)
-            done = step + 1
-            stops = done == config.last_step or distributed.told_to_end()
-            if done % config.log_every == 0 or stops:
-                monitor.line(done, learning_rate=float(schedule(step)))
-            if config.eval_every and done % config.eval_every == 0 and not stops:
-                evaluate(done)
-            if done % config.checkpoint_every == 0 or stops:
-                with monitor.besides("checkpoints"):
-                    saved.save(done, state, force=stops)
-            if stops:
-                break
-        done = int(state.step)
-        finished = done >= config.steps
-        if finished and config.steps not in results:
-            evaluate(config.steps)
-        with monitor.besides("checkpoints"):
-            saved.wait()
-            if finished:
-                save_model(state)
-        monitor.ended(done)
-    return done, finished, results
+    config: RunConfig
+    run: Run
+    dataset: pipeline.Batches
+    held_out: list
+    bad: BadSamples
+    saved: resumable.RunCheckpoints
+    monitor: Monitor
+    save_model: Callable[[TrainState], None]
+
+    def train(self, state: TrainState):
+        """-> (step, whether the run is finished, held-out metrics {step: metrics})."""
+        config, monitor, placement = self.config, self.monitor, self.run.placement
+        first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
+        held_out = [placement.put_batch(batch) for batch in self.held_out]
+        tokens = tokens_per_step(self.dataset[0]) * config.data.batch_size // self.dataset.size
+        results, train_step = {}, train_step_for(self.run)
+
+        def evaluate(step):
+            if held_out:
+                results[step] = self.evaluate(state, step, held_out)
+
+        with monitor.following(first_step, tokens, placement.mesh.devices.flat):
+            if first_step == 0:
+                evaluate(0)
+            for step, (batch, events, drawn) in enumerate(monitor.waits(self.batches(first_step)), first_step):
+                self.bad.add(events, drawn)
+                with monitor.step(step) as note:
+                    state, metrics = train_step(state, batch, stage=config.stage, run=self.run)
+                    note(metrics)
+                done = step + 1
+                stops = done == config.last_step or distributed.told_to_end()
+                if done % config.log_every == 0 or stops:
+                    monitor.line(done, learning_rate=float(schedule(step)))
+                if config.eval_every and done % config.eval_every == 0 and not stops:
+                    evaluate(done)
+                if done % config.checkpoint_every == 0 or stops:
+                    with monitor.besides("checkpoints"):
+                        self.saved.save(done, state, force=stops)
+                if stops:
+                    break
+            done = int(state.step)
+            finished = done >= config.steps
+            if finished and config.steps not in results:
+                evaluate(config.steps)
+            with monitor.besides("checkpoints"):
+                self.saved.wait()
+                if finished:
+                    self.save_model(state)
+            monitor.ended(done)
+        return done, finished, results
+
+    def batches(self, first_step: int):
+        """Those from `first_step` on, on the devices: (batch, events, samples drawn)."""
+        batches = self.dataset.iterate(first_step, self.config.workers, nobody_has=distributed.everyone_says)
+        return prefetched(itertools.islice(batches, self.config.last_step - first_step), self.run.placement)
+
+    def evaluate(self, state: TrainState, step: int, held_out: list) -> dict[str, float]:
+        """The held-out metrics at a step."""
+        with self.monitor.besides("evaluation"):
+            stage, models = self.config.stage, self.run.models
+            metrics = average([eval_step(state.params, batch, stage=stage, models=models) for batch in held_out])
+        self.monitor.write(step, {f"held_out/{name}": value for name, value in metrics.items()})
+        return metrics
 
 
-def prefetched(batches, mesh):
+def prefetched(batches, placement: Placement):
     """(batch, *rest) -> (batch on the devices, *rest): each is put there while the step before it runs."""
     waiting = None
     for batch, *rest in batches:
-        placed = put_batch(batch, mesh), *rest
+        placed = placement.put_batch(batch), *rest
         if waiting:
             yield waiting
         waiting = placed
@@ -273,7 +216,7 @@ def held_out_corpus(config, say=print):
     if config.data.held_out:
         data = dataclasses.replace(config.data, source=config.data.held_out)
         return loading.load_corpus(dataclasses.replace(config, data=data), "test", say)
-    if config.data.source in loading.IN_MEMORY and config.stage in ("pretrain", "distill"):
+    if config.data.source in loading.IN_MEMORY and find(config.stage).has_held_out:
         return loading.load_corpus(config, "test", say)
     return None
 
@@ -292,12 +235,13 @@ def shapes_of_whole(rows, batch_size):
     return {name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for name, array in rows.items()}
 
 
-def note_layout(folder, models, batch, mesh):
+def note_layout(folder: pathlib.Path, stage: Stage, run: Run, batch: dict) -> None:
     """Writes what lies where on the mesh into the run's folder, and says which rules of the table cannot apply."""
     if not distributed.is_leader():
         return
-    lines, warnings = layout_table.describe(models, batch, mesh)
-    (folder / layout_table.FILE_NAME).write_text("\n".join(lines) + "\n")
+    trains = lambda path: stage.trains(path, run.models.config)
+    lines, warnings = table.describe(run.layout, batch, trains)
+    (folder / table.FILE_NAME).write_text("\n".join(lines) + "\n")
     for warning in warnings:
         log.warning(warning)
 

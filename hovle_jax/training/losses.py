@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from hovle_jax.model.hovle import PADDING_LOGIT
-from hovle_jax.model.parallel import Plan, axis_index, gather, on_devices, reduce_gradient
+from hovle_jax.sharding.matmul import MatmulSharding, axis_index, gather, reduce_gradient
 
 
 def cosine(prediction, target, weights, epsilon=1e-8):
@@ -45,10 +45,10 @@ def cross_entropy(logits, targets, weights):
     return jnp.sum(losses * weights), jnp.sum(weights)
 
 
-def chunked_cross_entropy(x, kernel, targets, weights, vocab_size, chunk):
+def chunked_cross_entropy(x, kernel, targets, weights, vocab_size, chunk, sharding=MatmulSharding()):
     """`cross_entropy` of the logits x @ kernel, which never exist but for `chunk` of the vocabulary at a time.
 
-    The backward pass makes each chunk again from the rows' log-sum-exp: one product more than with kept logits. The
+    The backward pass makes each chunk again from the rows' log-sum-exp: one matmul more than with kept logits. The
     loop goes over the vocabulary and not over tokens, so that a chunk of the kernel is gathered, and its gradient
     summed over the mesh, once.
 
@@ -58,18 +58,18 @@ def chunked_cross_entropy(x, kernel, targets, weights, vocab_size, chunk):
       targets, weights: as above.
       vocab_size: real tokens; the columns behind them are padding.
       chunk: columns.
+      sharding: how x @ kernel lies on the mesh (`Placement.matmul_sharding`).
     Returns:
       (weighted sum in nats, sum of weights).
     """
-    plan = Plan.of(x.shape, kernel.shape, ("embed", "vocab"))
-    return _chunked(_Chunks(plan, vocab_size, chunk), x, kernel, targets, weights), jnp.sum(weights)
+    return _chunked(_Chunks(sharding, vocab_size, chunk), x, kernel, targets, weights), jnp.sum(weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """What is static: where things lie, and how the vocabulary is cut."""
+    """What is static: where things lie, and the pieces of the vocabulary."""
 
-    plan: Plan
+    sharding: MatmulSharding
     vocab_size: int
     chunk: int
 
@@ -80,23 +80,23 @@ class _Chunks:
         """
         total = kernel.shape[1]
         size = min(self.chunk, total)
-        first = total * axis_index(self.plan.features)
+        first = total * axis_index(self.sharding.features)
 
         def step(i, carry):
             start = jnp.minimum(i * size, total - size)
             shard = jax.lax.dynamic_slice_in_dim(kernel, start, size, 1)
-            columns = gather(shard, self.plan.sharded, self.plan.phases)
+            columns = gather(shard, self.sharding.sharded, self.sharding.phases)
             here = start + jnp.arange(size, dtype=jnp.int32)
             counts = (here >= i * size) & (first + here < self.vocab_size)
             return body(carry, start, columns, jnp.where(counts, first + here, -1))
 
         return jax.lax.fori_loop(0, -(-total // size), step, carry)
 
-    def on_devices(self, local, outputs, *arrays):
-        """Runs local(x, kernel, ...rows) on each device's part; `outputs` are specs, and the rest of arrays rows."""
-        rows = PartitionSpec(*self.plan.x[:-1])
-        specs = (self.plan.x, self.plan.kernel) + (rows,) * (len(arrays) - 2)
-        return on_devices(local, specs, outputs)(*arrays)
+    def per_shard(self, local, outputs, *arrays):
+        """Runs local(x, kernel, ...rows) on each device's shards; `outputs` are specs, and the rest of arrays rows."""
+        rows = PartitionSpec(*self.sharding.x[:-1])
+        specs = (self.sharding.x, self.sharding.kernel) + (rows,) * (len(arrays) - 2)
+        return self.sharding.per_shard(local, specs, outputs)(*arrays)
 
 
 def _logits(x, columns, ids):
@@ -110,7 +110,7 @@ def _chunked(chunks, x, kernel, targets, weights):
 
 
 def _chunked_forward(chunks: _Chunks, x, kernel, targets, weights):
-    plan = chunks.plan
+    sharding = chunks.sharding
 
     def local(x, kernel, targets, weights):
         rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
@@ -124,21 +124,21 @@ def _chunked_forward(chunks: _Chunks, x, kernel, targets, weights):
 
         zeros = jnp.zeros(len(rows), jnp.float32)
         highest, total, found = chunks.loop(kernel, body, (zeros + PADDING_LOGIT, zeros, zeros))
-        if plan.features:  # each device saw its part of the vocabulary
-            part, highest = highest, jax.lax.pmax(highest, plan.features)
-            total = jax.lax.psum(total * jnp.exp(part - highest), plan.features)
-            found = jax.lax.psum(found, plan.features)
+        if sharding.features:  # each device saw its part of the vocabulary
+            part, highest = highest, jax.lax.pmax(highest, sharding.features)
+            total = jax.lax.psum(total * jnp.exp(part - highest), sharding.features)
+            found = jax.lax.psum(found, sharding.features)
         log_sum = highest + jnp.log(total)
         loss = jnp.sum((log_sum - found) * weights.reshape(-1))
-        return jax.lax.psum(loss, plan.rows) if plan.rows else loss, log_sum.reshape(targets.shape)
+        return jax.lax.psum(loss, sharding.rows) if sharding.rows else loss, log_sum.reshape(targets.shape)
 
-    outputs = (PartitionSpec(), PartitionSpec(*plan.x[:-1]))
-    loss, log_sum = chunks.on_devices(local, outputs, x, kernel, targets, weights)
+    outputs = (PartitionSpec(), PartitionSpec(*sharding.x[:-1]))
+    loss, log_sum = chunks.per_shard(local, outputs, x, kernel, targets, weights)
     return loss, (x, kernel, targets, weights, log_sum)
 
 
 def _chunked_backward(chunks: _Chunks, saved, g):
-    plan = chunks.plan
+    sharding = chunks.sharding
     x, kernel, targets, weights, log_sum = saved
 
     def local(x, kernel, targets, scale, log_sum):
@@ -150,19 +150,19 @@ def _chunked_backward(chunks: _Chunks, saved, g):
             probabilities = jnp.exp(_logits(rows, columns, ids) - log_sum)
             dlogits = ((probabilities - (ids == wanted)) * scale).astype(x.dtype)
             dx += jnp.dot(dlogits, columns.T, preferred_element_type=jnp.float32)
-            dcolumns = reduce_gradient(rows.T @ dlogits, plan.rows, plan.scattered, plan.phases)
+            dcolumns = reduce_gradient(rows.T @ dlogits, sharding.rows, sharding.scattered, sharding.phases)
             # Columns that are repeated have no id here, and keep what the chunk before gave them.
             before = jax.lax.dynamic_slice_in_dim(dkernel, start, columns.shape[1], 1)
             return dx, jax.lax.dynamic_update_slice_in_dim(dkernel, before + dcolumns, start, 1)
 
-        carry = jnp.zeros(rows.shape, jnp.float32), jnp.zeros(plan.gradient_shard(kernel.shape), kernel.dtype)
+        carry = jnp.zeros(rows.shape, jnp.float32), jnp.zeros(sharding.gradient_shard(kernel.shape), kernel.dtype)
         dx, dkernel = chunks.loop(kernel, body, carry)
-        if plan.features:
-            dx = jax.lax.psum(dx, plan.features)
+        if sharding.features:
+            dx = jax.lax.psum(dx, sharding.features)
         return dx.astype(x.dtype).reshape(x.shape), dkernel
 
-    outputs = (plan.x, plan.gradient)
-    dx, dkernel = chunks.on_devices(local, outputs, x, kernel, targets, weights * g, log_sum)
+    outputs = (sharding.x, sharding.gradient)
+    dx, dkernel = chunks.per_shard(local, outputs, x, kernel, targets, weights * g, log_sum)
     return dx, dkernel, None, None
 
 
@@ -183,6 +183,27 @@ def contrastive(images, texts, log_scale):
     rows = jax.nn.logsumexp(logits, axis=1) - diagonal
     columns = jax.nn.logsumexp(logits, axis=0) - diagonal
     return jnp.sum(rows + columns) / 2, jnp.float32(logits.shape[0])
+
+
+def token_losses(models, params, hidden, batch):
+    """Cross-entropy of the tokens that follow, from the LLM's hidden states before the final norm.
+
+    Returns:
+      {"loss": (weighted sum in nats, sum of weights)}.
+    """
+    llm, targets, weights = models.config.llm, batch["targets"], batch["loss_weights"]
+    chunk = models.config.execution.vocab_chunk
+    if not chunk:
+        return {"loss": cross_entropy(models.hovle.hidden_to_logits(params, hidden), targets, weights)}
+    x = models["llm"].apply({"params": params["llm"]}, hidden, method="normalize")
+    kernel = models.hovle.head_kernel(params).astype(x.dtype)
+    sharding = models.placement.matmul_sharding(x.shape, kernel.shape, ("embed", "vocab"))
+    return {"loss": chunked_cross_entropy(x, kernel, targets, weights, llm.vocab_size, chunk, sharding)}
+
+
+def answer_losses(models, params, batch):
+    """`token_losses` of the whole model: embedding and LLM."""
+    return token_losses(models, params, models.hovle.hidden(params, batch)[0], batch)
 
 
 def divide(pair):

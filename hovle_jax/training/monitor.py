@@ -13,8 +13,8 @@ from hovle_jax.report import goodput
 from hovle_jax.report.metrics import TIMES, MetricsWriter, NoMetrics
 from hovle_jax.report.progress import Progress
 from hovle_jax.report.speed import Speed
-from hovle_jax.training.flops import step_flops
 from hovle_jax.training.profiling import Profile
+from hovle_jax.training.stages import find
 
 
 class Monitor:
@@ -48,7 +48,9 @@ class Monitor:
         self._first_step = first_step
         self._sheet.add(goodput.earlier_time(self.folder, first_step))
         self._progress = Progress(config.stage, config.steps, first_step, tokens_per_step, print=self.say)
-        self._speed = Speed(step_flops(config).model, total_bf16_flops(device.device_kind for device in devices))
+        self._speed = Speed(
+            find(config.stage).step_flops(config).model, total_bf16_flops(device.device_kind for device in devices)
+        )
         with contextlib.ExitStack() as stack:
             self._writer = stack.enter_context(MetricsWriter(self.folder, first_step) if leads else NoMetrics())
             self._watch = stack.enter_context(goodput.StepWatch(self._sheet.clock))

@@ -15,13 +15,14 @@ from hovle_jax.data.bad_samples import count_reasons
 from hovle_jax.report.batch_images import batch_picture
 from hovle_jax.report.page import versions, write_page
 from hovle_jax.report.plots import plot_bars, plot_histograms
-from hovle_jax.training import loop
+from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.training.checks import check_tokenizer
-from hovle_jax.training.optimizer import make_optimizer
-from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
-from hovle_jax.training.stages import Models
+from hovle_jax.training.setup import build
+from hovle_jax.training.stages import find
 from hovle_jax.training.state import make_state
 from hovle_jax.training.step import train_step_for
+from hovle_jax.training.tokenizer import choose_tokenizer
+from hovle_jax.training.weights import load_params
 
 PREVIEW_ROWS = 256  # rows that the figures are about, at least
 
@@ -31,7 +32,7 @@ def open_dataset(config: RunConfig, tokenizer_place=""):
     corpus = loading.load_corpus(config, config.data.split)
     if tokenizer_place:
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=tokenizer_place))
-    tokenizer = loop.get_tokenizer(config, [], [], corpus)
+    tokenizer = choose_tokenizer(config, [], [], corpus)
     check_tokenizer(config, tokenizer)
     return pipeline.build_dataset(config, tokenizer, corpus), tokenizer
 
@@ -131,20 +132,17 @@ def _time_alone(batches, steps, tokenizer):
 
 
 def _time_training(config, dataset, steps):
-    """-> (seconds waited for batches, seconds in all) of `steps` steps behind the first, which compiles."""
-    mesh = make_mesh(config.mesh)
-    models = Models(config, loop.resolve_execution(config.execution, mesh.devices.flat[0].platform))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    train_step = train_step_for(models, mesh)
-    with on_mesh(mesh, models.execution.zero):
-        state = make_state(models, loop.load_params(models, dataset[0], mesh, {}), dataset[0], optimizer)
-        batches, waited, started = dataset.iterate(0, config.workers), 0.0, 0.0
-        for step in range(steps + 1):
-            asked = time.perf_counter()
-            batch = put_batch(next(batches)[0], mesh)
-            if step:
-                waited += time.perf_counter() - asked
-            state, metrics = train_step(state, batch, stage=config.stage, models=models, optimizer=optimizer)
-            jax.block_until_ready(metrics)
-            started = started or time.perf_counter()
-        return waited, time.perf_counter() - started
+    """-> (seconds waited for batches, seconds in all) of `steps` steps after the first, which compiles."""
+    run = build(config, make_mesh(config.mesh))
+    train_step = train_step_for(run)
+    state = make_state(find(config.stage), run, load_params(config, run, {}))
+    batches, waited, started = dataset.iterate(0, config.workers), 0.0, 0.0
+    for step in range(steps + 1):
+        asked = time.perf_counter()
+        batch = run.placement.put_batch(next(batches)[0])
+        if step:
+            waited += time.perf_counter() - asked
+        state, metrics = train_step(state, batch, stage=config.stage, run=run)
+        jax.block_until_ready(metrics)
+        started = started or time.perf_counter()
+    return waited, time.perf_counter() - started

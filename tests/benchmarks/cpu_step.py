@@ -162,9 +162,10 @@ def our_steps(config: LLMConfig, rows, length):
     from hovle_jax import recipes
     from hovle_jax.config import OptimizerConfig, RunConfig
     from hovle_jax.model.config import HoVLEConfig
-    from hovle_jax.training import loop
-    from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
-    from hovle_jax.training.stages import Models
+    from hovle_jax.sharding.mesh import make_mesh
+    from hovle_jax.training.setup import build
+    from hovle_jax.training.stages import STAGES
+    from hovle_jax.training.state import make_state
     from hovle_jax.training.step import train_step
 
     run = RunConfig.from_dict(recipes.base("pretrain", "tiny").to_dict())
@@ -187,19 +188,15 @@ def our_steps(config: LLMConfig, rows, length):
         "segment_ids": np.ones((rows, length), np.int32),
         "loss_weights": np.ones((rows, length), np.float32),
     }
-    mesh = make_mesh(run.mesh)
-    models = Models(run, loop.resolve_execution(run.execution, "cpu"))
-    optimizer = loop.make_optimizer(run.optimizer, run.steps)
-    with on_mesh(mesh):
-        params = traverse_util.flatten_dict(loop.load_params(models, batch, mesh, {})["llm"], sep="/")
-        values = weights(config)
-        params = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in params.items()}
-        params = {"llm": traverse_util.unflatten_dict(params, sep="/")}
-        state, batch = loop.make_state(models, params, batch, optimizer), put_batch(batch, mesh)
-        while True:
-            state, metrics = train_step(state, batch, stage=run.stage, models=models, optimizer=optimizer)
-            jax.block_until_ready(state)
-            yield float(metrics["loss"])
+    made, values = build(run, make_mesh(run.mesh)), weights(config)
+    params = traverse_util.flatten_dict(made.abstract_params()["llm"], sep="/")
+    params = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in params.items()}
+    params = {"llm": traverse_util.unflatten_dict(params, sep="/")}
+    state, batch = make_state(STAGES[run.stage], made, params), made.placement.put_batch(batch)
+    while True:
+        state, metrics = train_step(state, batch, stage=run.stage, run=made)
+        jax.block_until_ready(state)
+        yield float(metrics["loss"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

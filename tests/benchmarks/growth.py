@@ -25,9 +25,9 @@ import time
 import numpy as np
 
 from hovle_jax import recipes
-from hovle_jax.config import MeshConfig, RunConfig
+from hovle_jax.config import ExecutionConfig, MeshConfig, RunConfig
 from hovle_jax.data.batch import BatchShape, Sample, make_row, stack
-from hovle_jax.model.config import EmbeddingConfig, ExecutionConfig, HoVLEConfig, LLMConfig, StackConfig
+from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig, StackConfig
 from hovle_jax.system import malloc
 
 
@@ -119,25 +119,24 @@ def measure(point):
     malloc.keep_freed_memory()
     import jax
 
-    from hovle_jax.training.optimizer import make_optimizer
-    from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
-    from hovle_jax.training.stages import Models
-    from hovle_jax.training.state import abstract_params, make_state
+    from hovle_jax.sharding.mesh import make_mesh
+    from hovle_jax.training.setup import build
+    from hovle_jax.training.stages import STAGES
+    from hovle_jax.training.state import make_state
     from hovle_jax.training.step import train_step
 
     config = run_config(point)
     rows = point.rows * point.devices
-    models, optimizer = Models(config, config.execution), make_optimizer(config.optimizer, config.steps)
-    mesh, batch, rng = make_mesh(config.mesh), random_batch(config, rows), np.random.default_rng(0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
+    run, batch, rng = build(config, make_mesh(config.mesh)), random_batch(config, rows), np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jax.device_put(rng.normal(0, 0.02, leaf.shape).astype(np.float32), leaf.sharding),
-        abstract_params(models, batch, mesh),
+        run.abstract_params(),
     )
-    with on_mesh(mesh):
-        state, batch = make_state(models, params, batch, optimizer), put_batch(batch, mesh)
-        options = dict(stage=config.stage, models=models, optimizer=optimizer)
-        step, compilation = time_compilation(lambda: train_step.lower(state, batch, **options), point.compilations)
-        seconds = time_steps(step, state, batch)
+    state, batch = make_state(STAGES[config.stage], run, params), run.placement.put_batch(batch)
+    lower = lambda: train_step.lower(state, batch, stage=config.stage, run=run)
+    step, compilation = time_compilation(lower, point.compilations)
+    seconds = time_steps(step, state, batch)
     memory = step.memory_analysis()
     return dataclasses.asdict(point) | {
         "tokens_per_second": rows * point.sequence / seconds,

@@ -38,16 +38,16 @@ def write(folder, public):
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
+    from hovle_jax.components import unboxed
     from hovle_jax.conversion.exporting import make_index
     from hovle_jax.formats import llms
     from hovle_jax.formats.mapping import to_public
-    from hovle_jax.model.config import ExecutionConfig
+    from hovle_jax.model.execution import Execution
     from hovle_jax.model.hovle import LanguageModel
-    from hovle_jax.training.state import unboxed
 
     config = llms.config_from_json(public)
     row = jnp.zeros((1, 2), jnp.int32)
-    params = unboxed(jax.eval_shape(LanguageModel(config, ExecutionConfig()).init, jax.random.key(0), row, row, row))
+    params = unboxed(jax.eval_shape(LanguageModel(config, Execution()).init, jax.random.key(0), row, row, row))
     tensors = jax.eval_shape(lambda p: to_public(llms.rules(config), p), params["params"])
     shapes = {name: x.shape for name, x in tensors.items()}
     total = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
@@ -73,13 +73,14 @@ def read(folder):
     malloc.keep_freed_memory()
     import jax
 
+    from hovle_jax.checkpoints import abstract_component
     from hovle_jax.config import MeshConfig, ModelConfig
     from hovle_jax.formats.families import open_checkpoint
-    from hovle_jax.inference.load import abstract_model
-    from hovle_jax.training.sharding import make_mesh
+    from hovle_jax.sharding.mesh import make_mesh
+    from hovle_jax.sharding.placement import Placement
 
     checkpoint = open_checkpoint(folder)
-    abstract = abstract_model(ModelConfig(llm=checkpoint.config), "llm", make_mesh(MeshConfig()))
+    abstract = abstract_component(ModelConfig(llm=checkpoint.config), "llm", Placement(make_mesh(MeshConfig())))
     before = peak()
     jax.block_until_ready(checkpoint.load_component("llm", abstract))
     print(json.dumps({"before": before, "peak": peak()}))

@@ -28,27 +28,26 @@ def measure(stage, keep):
 
     from hovle_jax.corpora import loading
     from hovle_jax.data import pipeline
-    from hovle_jax.training import loop
-    from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
-    from hovle_jax.training.stages import Models
+    from hovle_jax.sharding.mesh import make_mesh
+    from hovle_jax.training.setup import build
+    from hovle_jax.training.stages import STAGES
+    from hovle_jax.training.state import make_state
     from hovle_jax.training.step import train_step
+    from hovle_jax.training.weights import load_params
 
     config = train.stage_config("configs", stage, "tiny")
     corpus = loading.load_corpus(config, "train")
     batch = pipeline.build_dataset(config, pipeline.train_tokenizer(config, corpus), corpus)[0]
-    models = Models(config, loop.resolve_execution(config.execution, "cpu"))
-    optimizer = loop.make_optimizer(config.optimizer, config.steps)
-    mesh, seconds = make_mesh(config.mesh), []
-    with on_mesh(mesh):
-        state = loop.make_state(models, loop.load_params(models, batch, mesh, {}), batch, optimizer)
-        batch = put_batch(batch, mesh)
-        for step in range(STEPS + 2):
-            if step == 2:
-                faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            started = time.perf_counter()
-            state, metrics = train_step(state, batch, stage=stage, models=models, optimizer=optimizer)
-            jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - started)
+    run, seconds = build(config, make_mesh(config.mesh)), []
+    state = make_state(STAGES[stage], run, load_params(config, run, {}))
+    batch = run.placement.put_batch(batch)
+    for step in range(STEPS + 2):
+        if step == 2:
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        started = time.perf_counter()
+        state, metrics = train_step(state, batch, stage=stage, run=run)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - started)
     return {"seconds": seconds[2:], "faults": (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / STEPS}
 
 

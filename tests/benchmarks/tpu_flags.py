@@ -16,8 +16,7 @@ import jax  # noqa: E402
 
 from hovle_jax.aot import programs  # noqa: E402
 from hovle_jax.aot.target import Target  # noqa: E402
-from hovle_jax.training.sharding import make_mesh  # noqa: E402
-from hovle_jax.training.step import step_options  # noqa: E402
+from hovle_jax.sharding.mesh import make_mesh  # noqa: E402
 from tests.tpu_programs import small  # noqa: E402
 
 # As MaxText and Google's recipes set them (github.com/AI-Hypercomputer: maxtext, tpu-recipes).
@@ -45,10 +44,10 @@ def main():
     for name in parser.parse_args().topologies:
         target = Target.of(name)
         config = small("instruct", rows=len(target.devices), width=2048)
-        mesh = make_mesh(config.mesh, target.devices)
-        lowered, models = programs.lower(config, mesh)
+        run = programs.set_up(config, make_mesh(config.mesh, target.devices))
+        lowered = programs.lower(config, run)
         often, never = (dict.fromkeys(FLAGS, state) for state in ("true", "false"))
-        choices = {"default": {}, "ours": step_options(models, mesh), "often set": often, "the same off": never}
+        choices = {"default": {}, "ours": run.compiler_options(), "often set": often, "the same off": never}
         for choice, options in choices.items():
             try:
                 said = beside_products(lowered.compile(options).as_text())

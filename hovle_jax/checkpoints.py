@@ -1,10 +1,10 @@
-"""Orbax: a run's resumable state, and the finished model that the next stage and the other commands read.
+"""Folders of finished models, by Orbax: what the next stage and the other commands read.
 
-RUN/checkpoints/STEP/   trained parameters, optimizer state, step
-RUN/model/COMPONENT/    the result, one component a folder ('embedding', 'llm', ...); appears when complete
-RUN/model/config.json   the components' sizes
-RUN/config.json         the run's own
-RUN/tokenizer.model
+FOLDER/model/COMPONENT/    parameters, one component a folder ('embedding', 'llm', ...); appears when complete
+FOLDER/model/config.json   the components' sizes
+FOLDER/tokenizer.model     or another tokenizer's files (data/text/tokenizer.py)
+
+What a run can be resumed from is apart: training/resumable.py.
 """
 
 import asyncio
@@ -13,21 +13,19 @@ import json
 import math
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hovle_jax.config import RUN_ONLY_KEYS, ModelConfig, RunConfig
+from hovle_jax.components import COMPONENTS, Params, logical_shapes, unboxed
+from hovle_jax.config import ModelConfig, from_dict
 from hovle_jax.errors import UserError
 from hovle_jax.hosts.distributed import is_leader, wait
-from hovle_jax.mappings import differences, from_dict
-from hovle_jax.training.stages import STAGES
+from hovle_jax.sharding.layout import Layout
+from hovle_jax.sharding.placement import Placement
 
-# What a stage hands on; the rest (teacher, head) is dropped with the stage.
-HANDED_ON = ("embedding", "llm", "clip")
 SAVE_CONCURRENT_BYTES = 10**8
 
 
@@ -67,113 +65,8 @@ REGISTRY = ocp.type_handlers.create_type_handler_registry(
 )
 
 
-def open_run_folder(folder):
-    """Makes a run's folder. Raises UserError when it cannot be written to."""
-    folder = pathlib.Path(folder).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --workdir") from None
-    return folder
-
-
-def save_config(folder, config: RunConfig):
-    text = json.dumps(config.to_dict(), indent=2)
-    (folder / "config.json").write_text(text + "\n")
-
-
-def load_config(folder):
-    """The resolved config of a run. Raises UserError when the folder holds no run."""
-    path = pathlib.Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no run (config.json is missing); give the folder of a stage, as runs/instruct")
-    return RunConfig.from_dict(json.loads(path.read_text()))
-
-
-def check_same_config(folder, config: RunConfig):
-    """Raises UserError when the folder holds a run of another config: resuming it would mix two."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    # Read through the dataclass: a key that is newer than the run has its default.
-    old, new = RunConfig.from_dict(json.loads(path.read_text())).to_dict(), config.to_dict()
-    found = [d for d in differences(old, new) if d[0].split(".")[0] not in RUN_ONLY_KEYS]
-    if found:
-        key, before, after = found[0]
-        more = f" (and {len(found) - 1} more keys)" if len(found) > 1 else ""
-        raise UserError(
-            f"{folder} holds a run with {key}={before!r}, not {after!r}{more}; "
-            "choose another --workdir, or remove that folder to start over"
-        )
-
-
-def check_same_data(folder, found):
-    """Notes what a run reads; raises UserError where it went on with other data than it began with.
-
-    Args:
-      found: `data.batch.Found`.
-    """
-    path, has_steps = folder / "data.json", any((folder / "checkpoints").glob("[0-9]*"))
-    noted = {"digest": found.digest, "samples": found.samples, "summary": found.summary}
-    if has_steps and path.is_file():
-        before = json.loads(path.read_text())
-        if before["digest"] != found.digest:
-            raise UserError(
-                f"the data of {folder} is not what it was when the run began ({before['samples']:,} samples then, "
-                f"{found.samples:,} now, or others, or mended ones); bring it back, or choose another --workdir"
-            )
-    path.write_text(json.dumps(noted, indent=2) + "\n")
-
-
-class RunCheckpoints:
-    """The resumable checkpoints of one run."""
-
-    def __init__(self, folder, every, keep):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every, create=True)
-        self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute() / "checkpoints", options=options)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is None or jax.process_count() == 1:  # a host that fails does not wait for the others' part of a save
-            self._manager.close()
-
-    @property
-    def latest(self):
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
-
-    def save(self, step, state, force=False):
-        """Saves what the stage changes (asynchronously); `force` also between the regular steps."""
-        if step != self.latest:
-            self._manager.save(step, args=ocp.args.StandardSave(_changing(state)), force=force)
-
-    def wait(self):
-        """Until all that was saved is written."""
-        self._manager.wait_until_finished()
-
-    def restore(self, state):
-        """The newest checkpoint, with the frozen parameters of `state`; arrays take the shardings of `state`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _changing(state))
-        restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
-        return state.replace(**restored)
-
-
-def _changing(state):
-    return {"step": state.step, "trained": state.trained, "opt_state": state.opt_state}
-
-
 def is_finished(folder):
     return (pathlib.Path(folder) / "model").is_dir()
-
-
-def save_run_model(folder, params, config: RunConfig):
-    """Writes what a stage hands on; a component that it holds in part is not its result."""
-    partial = {prefix[0] for prefix in STAGES[config.stage].exists}
-    components = [component for component in HANDED_ON if component in params and component not in partial]
-    save_model(folder, ModelConfig.of(config, components), {c: lambda c=c: params[c] for c in components})
 
 
 def save_model(folder, config: ModelConfig, components):
@@ -214,6 +107,12 @@ def load_model_config(folder):
             f"{folder} holds no finished model; give the folder of a finished run, as runs/instruct, or of an import"
         )
     return from_dict(ModelConfig, json.loads(path.read_text()), str(path))
+
+
+def abstract_component(config: ModelConfig, component: str, placement: Placement) -> Params:
+    """Shapes with shardings of a component's parameters."""
+    boxed = logical_shapes(config, component)
+    return Layout.of(placement, {component: boxed}).abstract({component: unboxed(boxed)})[component]
 
 
 def load_component(folder, component, abstract):
@@ -268,16 +167,10 @@ def _check_shapes(folder, component, stored, abstract):
             )
 
 
-VOCABULARY_AXES = {  # paths of what has an axis of token ids
-    "llm": {"token_embedding/embedding": 0, "head/kernel": 1},
-    "embedding": {"text_embedding/embedding": 0},
-}
-
-
 def _fits(folder, component, name, stored, wanted):
     """Whether shapes are equal but for the padding of a vocabulary."""
     stored, wanted = tuple(stored), tuple(wanted)
-    axis = VOCABULARY_AXES.get(component, {}).get(name)
+    axis = COMPONENTS[component].vocabulary.get(tuple(name.split("/")))
     if stored == wanted or axis is None:
         return stored == wanted
     rest = lambda shape: shape[:axis] + shape[axis + 1 :]

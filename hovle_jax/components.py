@@ -1,0 +1,180 @@
+"""THE table of components: what a model or a run is made of, and how each becomes a module with parameters.
+
+Parameters are a dict of components: {'embedding': ..., 'llm': ...}. A new one (a tower, an adapter, a reward head) is a
+row here, with its sizes in `config.ModelConfig`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+
+from hovle_jax.config import ExecutionConfig, ModelConfig
+from hovle_jax.model.clip import CLIP
+from hovle_jax.model.embedding import HolisticEmbedding
+from hovle_jax.model.execution import Execution, OneDevice
+from hovle_jax.model.hovle import HoVLE, LanguageModel
+from hovle_jax.model.teacher import StudentHead, VisionTeacher
+from hovle_jax.sharding.layout import Path, is_boxed
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One row.
+
+    Attributes:
+      module: (ModelConfig, Execution) -> Linen module.
+      inputs: ModelConfig -> what the module can be called with, one row or tile of zeros.
+      has_sizes: whether a model with this config has the component.
+      handed_on: whether it is a part of a stage's result; the others are dropped with the stage.
+      vocabulary: {path of a leaf: its axis of token ids}.
+      unused: paths that public checkpoints have and nothing reads: never trained, decayed or changed.
+    """
+
+    module: Callable[[ModelConfig, Execution], nn.Module]
+    inputs: Callable[[ModelConfig], tuple]
+    has_sizes: Callable[[ModelConfig], bool]
+    handed_on: bool = False
+    vocabulary: dict[Path, int] = dataclasses.field(default_factory=dict)
+    unused: tuple[Path, ...] = ()
+
+
+def _text() -> dict[str, np.ndarray]:
+    return {name: np.zeros((1, 1), np.int32) for name in ("tokens", "positions", "segment_ids")}
+
+
+def _llm_inputs(config: ModelConfig):
+    return tuple(_text().values())
+
+
+def _embedding_inputs(config: ModelConfig):
+    c, one = config.embedding, np.zeros((1, 1), np.int32)
+    batch = _text() | {f"long_{name}": array for name, array in _text().items()} | {"long_text_positions": one}
+    batch["tiles"] = _tile(c.tile_size)[None]
+    for prefix, count in (("", c.tokens_per_tile), ("long_", c.stack_tokens_per_tile)):
+        batch[f"{prefix}image_positions"] = np.zeros((1, count), np.int32)
+    return (batch,)
+
+
+def _tile(size):
+    return np.zeros((1, size, size, 3), np.uint8)
+
+
+COMPONENTS = {
+    "llm": Component(
+        module=lambda config, execution: LanguageModel(config.llm, execution),
+        inputs=_llm_inputs,
+        has_sizes=lambda config: config.llm is not None,
+        handed_on=True,
+        vocabulary={("token_embedding", "embedding"): 0, ("head", "kernel"): 1},
+    ),
+    "embedding": Component(
+        module=lambda config, execution: HolisticEmbedding(config.embedding, execution),
+        inputs=_embedding_inputs,
+        has_sizes=lambda config: config.embedding is not None,
+        handed_on=True,
+        vocabulary={("text_embedding", "embedding"): 0},
+        unused=(("class_embedding",), ("class_position",)),
+    ),
+    "clip": Component(
+        module=lambda config, execution: CLIP(config.clip, execution),
+        inputs=lambda config: (_tile(config.clip.vision.image_size), np.zeros((1, 1), np.int32)),
+        has_sizes=lambda config: config.clip is not None,
+        handed_on=True,
+    ),
+    "teacher": Component(
+        module=lambda config, execution: VisionTeacher(config.teacher, execution),
+        inputs=lambda config: (_tile(config.teacher.vision.image_size), (config.teacher.vision.grid // 2) ** 2),
+        has_sizes=lambda config: config.teacher is not None,
+    ),
+    # A student needs no head for a teacher that has a projector.
+    "head": Component(
+        module=lambda config, execution: StudentHead(4 * config.teacher.vision.width, execution),
+        inputs=lambda config: (np.zeros((1, 1, config.embedding.stack.width), np.float32),),
+        has_sizes=lambda config: config.teacher is not None and config.teacher.projector == "linear",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The modules of a model or a run; making one costs nothing until it is initialised. Hashable.
+
+    Attributes:
+      config: sizes, and a resolved execution (no 'auto').
+      placement: where arrays lie.
+    """
+
+    config: ModelConfig
+    placement: OneDevice = OneDevice()
+
+    @property
+    def execution(self) -> Execution:
+        e = self.config.execution
+        return Execution(e.dtype, e.attention, e.unroll_layers, e.remat, self.placement)
+
+    def __getitem__(self, component: str) -> nn.Module:
+        return COMPONENTS[component].module(self.config, self.execution)
+
+    @property
+    def hovle(self) -> HoVLE:
+        """The embedding and the LLM as one model, or the LLM alone."""
+        return HoVLE(self.config.model, self.execution)
+
+
+def logical_shapes(config: ModelConfig, component: str) -> Params:
+    """Shapes of a component's parameters as Linen boxes, which carry their logical axes."""
+    module, inputs = _initial(config, component)
+    return jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
+
+
+def shapes(config: ModelConfig, component: str) -> Params:
+    """Shapes of a component's parameters."""
+    return unboxed(logical_shapes(config, component))
+
+
+def fresh(config: ModelConfig, component: str, seed: int, abstract: Params) -> Params:
+    """Fresh values of a component, made on their shards; they depend on the seed and the component alone.
+
+    Args:
+      abstract: shapes with shardings of the parameters to make, all or some of the component's.
+    """
+    wanted = set(traverse_util.flatten_dict(abstract))
+    module, inputs = _initial(config, component)
+
+    def init(key):
+        return select(nn.meta.unbox(module.init(key, *inputs)["params"]), lambda path: path in wanted)
+
+    key = jax.random.fold_in(jax.random.key(seed), list(COMPONENTS).index(component))
+    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
+
+
+def _initial(config, component):
+    """-> (module, inputs) to initialise: layers in a loop, so that they are compiled once instead of once a layer."""
+    models = Models(dataclasses.replace(config, execution=ExecutionConfig()))
+    return models[component], COMPONENTS[component].inputs(config)
+
+
+# -- trees of parameters
+
+
+def select(params: Params, predicate: Callable[[Path], bool]) -> Params:
+    """The part of a nested dict whose paths (tuples of keys) fulfil the predicate."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if predicate(path)})
+
+
+def merge(first: Params, second: Params) -> Params:
+    """One nested dict from two disjoint ones."""
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second))
+
+
+def unboxed(tree: Params) -> Params:
+    """The plain tree of a boxed one (Linen's own unboxing would constrain what is not there yet)."""
+    return jax.tree.map(lambda leaf: leaf.value if is_boxed(leaf) else leaf, tree, is_leaf=is_boxed)

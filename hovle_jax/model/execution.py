@@ -1,0 +1,78 @@
+"""How a model is run: nothing here changes its parameters.
+
+A module names the logical axes of its arrays and leaves to `Execution.placement` where they lie: whole on one device
+here, sharded over a mesh by `sharding.placement.Placement`, which has the same methods.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+
+LogicalAxes = Sequence[str | None]  # one name for each dimension; None: never sharded
+
+
+class OneDevice:
+    """All arrays whole on one device."""
+
+    def matmul(self, x: jax.Array, kernel: jax.Array, axes: LogicalAxes) -> jax.Array:
+        """x [..., D] @ kernel [D, F] -> [..., F], in the type of x.
+
+        Args:
+          axes: the kernel's.
+        """
+        return local_matmul(x, kernel)
+
+    def constrain(self, x: jax.Array, axes: LogicalAxes) -> jax.Array:
+        """x, laid out by its axes."""
+        return x
+
+    def shards(self, axes: LogicalAxes, shape: Sequence[int]) -> tuple[int, ...]:
+        """In how many shards each dimension of an array lies."""
+        return (1,) * len(shape)
+
+    def per_shard(self, local: Callable, inputs: Sequence[tuple], out_axes: LogicalAxes, out_shape: Sequence[int]):
+        """local(*arrays) on each device's shards of its inputs.
+
+        Args:
+          inputs: (array, axes, shape) each; the shape is what decides whether shards divide an axis. In an array's
+            place may be a pytree that knows how it is sharded, by a method `manual_sharding_spec` as splash's kernels.
+        """
+        return local(*(array for array, *_ in inputs))
+
+
+def local_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel [D, F] on one device.
+
+    Rows are one dimension: the kernel's gradient then contracts one instead of two, which the CPU backend does
+    markedly faster.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How the modules of a model are run.
+
+    Attributes:
+      dtype: compute type, 'float32' or 'bfloat16'.
+      attention: of `attention.IMPLEMENTATIONS`.
+      unroll_layers: write the layers out instead of looping over them.
+      remat: of `transformer.REMAT_POLICIES`: what the backward pass finds kept.
+      placement: where arrays lie.
+    """
+
+    dtype: str = "float32"
+    attention: str = "xla"
+    unroll_layers: bool = False
+    remat: str = "none"
+    placement: OneDevice = OneDevice()
+
+    def dot_general(self, axes: LogicalAxes) -> Callable:
+        """The placement's matmul as the dot_general of a Linen Dense whose kernel has these axes."""
+
+        def dot(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
+            assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+            return self.placement.matmul(x, kernel, axes)
+
+        return dot

@@ -1,0 +1,138 @@
+"""What a mesh does to a model: where each array lies, by the rules table, and matmuls with their collectives."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hovle_jax.errors import UserError
+from hovle_jax.model.execution import LogicalAxes, OneDevice, local_matmul
+from hovle_jax.sharding.matmul import MatmulSharding, sharded_matmul
+from hovle_jax.sharding.mesh import torus
+from hovle_jax.sharding.rules import Rule, as_axes, padded, partition_spec, rules
+
+# Logical axes of what no module names: a batch's fields are sharded by rows, and what is inside a row by constraints in
+# the model; keys and values of a cache are [N, B, S, K, C], its lengths [B].
+BATCH_AXES = ("batch",)
+CACHE_AXES = {5: ("layers", "batch", None, "kv_heads", None), 1: ("batch",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement(OneDevice):
+    """Arrays on a mesh; hashable, so that a step can be compiled for it.
+
+    Attributes:
+      zero: what the mesh axis `fsdp` shards (see `rules`).
+    """
+
+    mesh: Mesh
+    zero: int = 3
+
+    @functools.cached_property
+    def phases(self) -> tuple[int, ...]:
+        """See `mesh.torus`."""
+        return torus(self.mesh)
+
+    def rules(self, use: str = "parameters") -> Mapping[str, Rule]:
+        """The rows of the table for a use (see `rules.ZERO`)."""
+        return rules(self.zero, use)
+
+    def spec(self, axes: LogicalAxes, shape: Sequence[int], use: str = "parameters") -> PartitionSpec:
+        """Of an array with these logical axes; a dimension that its shards do not divide stays whole."""
+        return self.spec_and_refused(axes, shape, use)[0]
+
+    def spec_and_refused(self, axes: LogicalAxes, shape: Sequence[int], use: str = "parameters"):
+        """-> (PartitionSpec, rules that cannot apply: see `partition_spec`)."""
+        return partition_spec(axes, shape, dict(self.mesh.shape), self.rules(use))
+
+    def sharding(self, spec: PartitionSpec = PartitionSpec()) -> NamedSharding:
+        """Of arrays with this spec; without one they are whole on every device."""
+        return NamedSharding(self.mesh, spec)
+
+    # -- what modules ask for
+
+    def matmul(self, x: jax.Array, kernel: jax.Array, axes: LogicalAxes) -> jax.Array:
+        if self.mesh.size == 1:
+            return local_matmul(x, kernel)  # whose gradient is the compiler's own business
+        return sharded_matmul(self.matmul_sharding(x.shape, kernel.shape, axes), x, kernel)
+
+    def matmul_sharding(self, x_shape: Sequence[int], kernel_shape: Sequence[int], axes: LogicalAxes) -> MatmulSharding:
+        """How x [..., D] @ kernel [D, F] lies on the mesh, the kernel having these axes."""
+        return MatmulSharding.of(
+            mesh=self.mesh,
+            x=self.spec(row_axes(len(x_shape)), x_shape),
+            kernel=self.spec(axes, kernel_shape),
+            gradient=self.spec(axes, kernel_shape, "gradients"),
+            ndim=len(x_shape),
+            phases=self.phases,
+        )
+
+    def constrain(self, x: jax.Array, axes: LogicalAxes) -> jax.Array:
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(self.spec(axes, x.shape)))
+
+    def shards(self, axes: LogicalAxes, shape: Sequence[int]) -> tuple[int, ...]:
+        spec = self.spec(axes, shape)
+        sizes = [math.prod(self.mesh.shape[axis] for axis in as_axes(entry)) for entry in spec]
+        return (*sizes, *[1] * (len(shape) - len(sizes)))
+
+    def per_shard(self, local: Callable, inputs: Sequence[tuple], out_axes: LogicalAxes, out_shape: Sequence[int]):
+        if self.mesh.size == 1:
+            return local(*(array for array, *_ in inputs))
+        specs = tuple(self._spec_of(*each) for each in inputs)
+        # Kernels and gathered shards do not say over which axes they vary.
+        run = jax.shard_map(
+            local, mesh=self.mesh, in_specs=specs, out_specs=self.spec(out_axes, out_shape), check_vma=False
+        )
+        return run(*(array for array, *_ in inputs))
+
+    def _spec_of(self, array, axes, shape):
+        spec = self.spec(axes, shape)
+        if not hasattr(array, "manual_sharding_spec"):
+            return spec
+        return array.manual_sharding_spec(self.sharding(PartitionSpec(*padded(spec, len(axes)))))
+
+    # -- batches and caches
+
+    @property
+    def batch_shards(self) -> int:
+        """In how many shards the rows of a batch lie."""
+        return math.prod(self.mesh.shape[axis] for axis in as_axes(self.rules()["batch"]))
+
+    @property
+    def length_shards(self) -> int:
+        """In how many shards the tokens of a row lie."""
+        return math.prod(self.mesh.shape[axis] for axis in as_axes(self.rules()["length"]))
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return self.sharding(PartitionSpec(*(self.rules()[axis] for axis in BATCH_AXES)))
+
+    def cache_shardings(self, cache):
+        """NamedShardings of a tree of caches."""
+        return jax.tree.map(lambda leaf: self.sharding(self.spec(CACHE_AXES[leaf.ndim], leaf.shape)), cache)
+
+    def check_batch_shape(self, batch_size: int, length: int) -> None:
+        """Raises UserError where rows, or the tokens of a row, do not divide over the mesh."""
+        for key, size, axis, shards in (
+            ("data.sequence_length", length, "length", self.length_shards),
+            ("data.batch_size", batch_size, "batch", self.batch_shards),
+        ):
+            if size % shards:
+                over = " x ".join(as_axes(self.rules()[axis]))
+                raise UserError(
+                    f"{key}={size} must divide by {shards} devices (mesh {over}): use {-(-size // shards) * shards}"
+                )
+
+    def put_batch(self, batch):
+        """The global batch on the devices, from a host's numpy rows of it (`hosts.distributed.host_rows`)."""
+        return jax.make_array_from_process_local_data(self.batch_sharding, batch)
+
+
+def row_axes(ndim: int) -> LogicalAxes:
+    """Logical axes of activations: [rows, D], or [B, L, ..., D]."""
+    return (("batch",) if ndim == 2 else ("batch", "length") + (None,) * (ndim - 3)) + (None,)

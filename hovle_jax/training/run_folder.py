@@ -1,0 +1,58 @@
+"""A run's folder: its config, and whether what lies there belongs to this run."""
+
+import json
+import pathlib
+import tempfile
+
+from hovle_jax.config import RUN_ONLY_KEYS, RunConfig, differences
+from hovle_jax.errors import UserError
+
+
+def open_run_folder(folder):
+    """Makes a run's folder. Raises UserError when it cannot be written to."""
+    folder = pathlib.Path(folder).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --workdir") from None
+    return folder
+
+
+def save_config(folder, config: RunConfig):
+    text = json.dumps(config.to_dict(), indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def check_same_config(folder: pathlib.Path, config: RunConfig, remedy: str = "or remove that folder to start over"):
+    """Raises UserError when the folder holds a run of another config: to go on with it would mix two."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    # Read through the dataclass: a key that is newer than the run has its default.
+    old, new = RunConfig.from_dict(json.loads(path.read_text())).to_dict(), config.to_dict()
+    found = [d for d in differences(old, new) if d[0].split(".")[0] not in RUN_ONLY_KEYS]
+    if found:
+        key, before, after = found[0]
+        more = f" (and {len(found) - 1} more keys)" if len(found) > 1 else ""
+        raise UserError(
+            f"{folder} holds a run with {key}={before!r}, not {after!r}{more}; choose another --workdir, {remedy}"
+        )
+
+
+def check_same_data(folder, found):
+    """Notes what a run reads; raises UserError where it went on with other data than it began with.
+
+    Args:
+      found: `data.batch.Found`.
+    """
+    path, has_steps = folder / "data.json", any((folder / "checkpoints").glob("[0-9]*"))
+    noted = {"digest": found.digest, "samples": found.samples, "summary": found.summary}
+    if has_steps and path.is_file():
+        before = json.loads(path.read_text())
+        if before["digest"] != found.digest:
+            raise UserError(
+                f"the data of {folder} is not what it was when the run began ({before['samples']:,} samples then, "
+                f"{found.samples:,} now, or others, or mended ones); bring it back, or choose another --workdir"
+            )
+    path.write_text(json.dumps(noted, indent=2) + "\n")

@@ -1,0 +1,90 @@
+"""What a run's step is compiled for: made once, from the config and the mesh, for training, benchmarks and `aot`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from hovle_jax.components import Models, Params, logical_shapes, select
+from hovle_jax.config import RunConfig
+from hovle_jax.errors import UserError
+from hovle_jax.hardware.compiler_options import compiler_options
+from hovle_jax.sharding.layout import Layout
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training.optimizer import make_optimizer
+from hovle_jax.training.stages import find
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything static of a step but its stage. Hashable.
+
+    Attributes:
+      layout: where every parameter that the stage holds lies.
+      accumulate: microbatches that a step reads its batch in.
+    """
+
+    models: Models
+    layout: Layout
+    optimizer: optax.GradientTransformation
+    accumulate: int = 1
+
+    @property
+    def placement(self) -> Placement:
+        return self.layout.placement
+
+    def abstract_params(self) -> Params:
+        """Shapes with shardings of every parameter that the stage holds."""
+        return traverse_util.unflatten_dict(
+            {
+                path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=self.placement.sharding(leaf.spec()))
+                for path, leaf in self.layout.leaves
+            }
+        )
+
+    def compiler_options(self) -> dict[str, str]:
+        """Options for a `train_step` on the mesh's devices: {option: value}."""
+        if not self.models.config.execution.sparse_cores:
+            return {}
+        return compiler_options(self.placement.mesh.devices.flat[0].device_kind)
+
+
+def build(config: RunConfig, mesh: Mesh) -> Run:
+    """The set-up of a run on a mesh.
+
+    Raises:
+      UserError: mesh and batch do not fit together.
+    """
+    stage, placement = find(config.stage), Placement(mesh, config.execution.zero)
+    placement.check_batch_shape(config.data.batch_size, config.data.sequence_length)
+    accumulate = accumulation(config, placement)
+    execution = config.execution.resolved(mesh.devices.flat[0].platform, accumulate)
+    sizes = dataclasses.replace(config.model_config, execution=execution)
+    boxed = {component: logical_shapes(sizes, component) for component in stage.components_of(sizes)}
+    layout = Layout.of(placement, select(boxed, stage.holds))
+    return Run(Models(sizes, placement), layout, make_optimizer(config.optimizer, config.steps), accumulate)
+
+
+def accumulation(config: RunConfig, placement: Placement) -> int:
+    """How many microbatches a step reads its batch in. Raises UserError where it cannot be read in so many."""
+    asked, shards = config.execution.accumulate, placement.batch_shards
+    can_accumulate = bool(find(config.stage).loss_weights)
+    made = asked
+    if asked == -1:
+        made = max(1, config.data.batch_size // shards) if can_accumulate else 1
+    if made < 1:
+        raise UserError(f"execution.accumulate={made} is a number of microbatches; 1 reads the batch at once")
+    if made > 1 and not can_accumulate:
+        raise UserError(
+            f"execution.accumulate={made}: the {config.stage} loss compares all rows of the batch with each other; "
+            "set it to 1, with a smaller data.batch_size or more devices"
+        )
+    if config.data.batch_size % (made * shards):
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} must divide into execution.accumulate={made} microbatches for "
+            f"{shards} devices (mesh data x fsdp): use {-(-config.data.batch_size // (made * shards)) * made * shards}"
+        )
+    return made

@@ -1,0 +1,84 @@
+"""What a stage of training is: one row of the table in `training/stages`."""
+
+import dataclasses
+from collections.abc import Callable
+
+from hovle_jax.components import COMPONENTS, Models, Params
+from hovle_jax.config import ModelConfig, RunConfig
+from hovle_jax.sharding.layout import Path
+from hovle_jax.training.flops import Part, StepFlops, step_flops
+
+LLM_TABLE = ("llm", "token_embedding")  # under an embedding nothing reads it, unless it is the head too (tied)
+
+# Sums and weights of the terms of a loss: {name: (sum, weight)}.
+Pairs = dict[str, tuple]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One row: everything that the rest of the project asks of a stage.
+
+    Attributes:
+      components: those that it holds, of `COMPONENTS`.
+      trained: path prefixes that are differentiated and have optimizer state, less those that nothing uses.
+      through: components that are not trained and that gradients pass through on their way to others.
+      held: path prefixes of components that it holds in part; of the others it holds everything.
+      losses: (models, params, batch) -> Pairs; their quotients are added up.
+      loss_weights: {name of a loss: field of the batch whose sum is its weight}. Empty for a loss that compares all
+        rows of a batch with each other, which cannot be read in microbatches.
+      flops: (config, rows) -> the parts of a step's FLOPs.
+      benchmark: the benchmark that scores its result (evaluation/benchmarks.py); None: held-out losses alone.
+      has_held_out: whether a corpus' own test split gives held-out losses; later stages have benchmarks.
+      after_update: applied to the trained parameters after each step.
+    """
+
+    components: tuple[str, ...]
+    trained: tuple[Path, ...]
+    through: tuple[str, ...] = ()
+    held: tuple[Path, ...] = ()
+    losses: Callable[[Models, Params, dict], Pairs]
+    loss_weights: dict[str, str]
+    flops: Callable[[RunConfig, int], list[Part]]
+    benchmark: str | None
+    has_held_out: bool
+    after_update: Callable[[Params], Params] = lambda trained: trained
+
+    def components_of(self, config: ModelConfig) -> tuple[str, ...]:
+        """The components that a run with these sizes has."""
+        return tuple(c for c in self.components if COMPONENTS[c].has_sizes(config))
+
+    @property
+    def partial(self) -> set[str]:
+        """Components that it holds in part: `distill` has the LLM's token table and nothing else of it."""
+        return {prefix[0] for prefix in self.held}
+
+    @property
+    def result(self) -> tuple[str, ...]:
+        """The components that it hands on."""
+        return tuple(c for c in self.components if COMPONENTS[c].handed_on and c not in self.partial)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a parameter exists in this stage."""
+        return path[0] in self.components and (path[0] not in self.partial or _under(path, self.held))
+
+    def trains(self, path: Path, config: ModelConfig) -> bool:
+        """Whether a parameter is differentiated and updated."""
+        return _under(path, self.trained) and not self.is_unused(path, config)
+
+    def step_flops(self, config: RunConfig, rows: int | None = None, **how) -> StepFlops:
+        """The FLOPs of one optimizer step, of which `rows` (None: the config's) are all rows of the global batch.
+
+        Args:
+          how: see `flops.step_flops`.
+        """
+        return step_flops(config, self.flops(config, config.data.batch_size if rows is None else rows), **how)
+
+    def is_unused(self, path: Path, config: ModelConfig) -> bool:
+        """Whether the stage holds a parameter that its losses do not read."""
+        if _under(path[1:], COMPONENTS[path[0]].unused):
+            return True
+        return "embedding" in self.components and not self.held and not config.llm.tied and _under(path, (LLM_TABLE,))
+
+
+def _under(path, prefixes):
+    return any(tuple(path[: len(prefix)]) == prefix for prefix in prefixes)

@@ -1,0 +1,51 @@
+"""CLIP: images and their captions are contrasted over the global batch (Radford et al. 2021)."""
+
+import jax.numpy as jnp
+
+from hovle_jax.model import flops
+from hovle_jax.model.clip import MAX_LOG_SCALE
+from hovle_jax.model.flops import Work
+from hovle_jax.training.flops import TRAINED, Part
+from hovle_jax.training.losses import contrastive
+from hovle_jax.training.stage import Stage
+
+
+def losses(models, params, batch):
+    """The symmetric contrastive loss."""
+    images, texts, log_scale = models["clip"].apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
+    return {"loss": contrastive(images, texts, log_scale)}
+
+
+def clamp_scale(trained):
+    """The logit scale never exceeds 100."""
+    clip = trained["clip"]
+    return trained | {"clip": clip | {"log_scale": jnp.minimum(clip["log_scale"], MAX_LOG_SCALE)}}
+
+
+def parts(config, rows):
+    """Both towers and the similarities of all pairs."""
+    c = config.clip
+    v, t = c.vision, c.text
+    vision, text = (
+        flops.encoder_stack(v, v.num_layers, v.num_tokens),
+        flops.encoder_stack(t, t.num_layers, t.context, causal=True),
+    )
+    return [
+        Part("vision layers", vision * rows, TRAINED, layers=True),
+        Part("vision ends", flops.clip_vision_ends(c) * rows, TRAINED),
+        Part("text layers", text * rows, TRAINED, layers=True),
+        Part("text ends", flops.clip_text_ends(c) * rows, TRAINED),
+        Part("similarities", Work(dense=flops.product(rows, c.projection_width, rows)), TRAINED),
+    ]
+
+
+STAGE = Stage(
+    components=("clip",),
+    trained=(("clip",),),
+    losses=losses,
+    loss_weights={},
+    flops=parts,
+    benchmark="easy_vqa_zero_shot",
+    has_held_out=False,
+    after_update=clamp_scale,
+)
