@@ -9,6 +9,7 @@ from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.transformer import REMAT_POLICIES
+from hovle_jax.training.check_numbers import check_numbers
 from hovle_jax.training.stages import STAGES
 
 
@@ -16,6 +17,7 @@ def check(config: RunConfig):
     """Everything that can be known to be wrong before a device is touched."""
     if config.stage not in STAGES:
         raise UserError(f"stage={config.stage!r} is not one of {', '.join(STAGES)}")
+    check_numbers(config)
     config.model.check()
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
@@ -29,9 +31,6 @@ def check(config: RunConfig):
             f"{config.model.llm.max_length} positions (model.llm.max_length)"
         )
     check_execution(config.execution)
-    for name in ("steps", "log_every", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
 
 
 def check_conversations(config: RunConfig):
