@@ -45,7 +45,9 @@ def main():
 
     from hovle_jax.aot import plan, target
     from hovle_jax.aot.report import text_of
+    from hovle_jax.training.checks import check
 
+    check(config)
     place = target.Target.of(command_line.required("topology"), SLICES.value)
     tell = functools.partial(print, file=sys.stderr, flush=True)
     name = f"{config.stage}:{config.preset}"
