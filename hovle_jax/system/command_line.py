@@ -7,9 +7,11 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
 from hovle_jax.errors import UserError
 from hovle_jax.system import accelerators, config_help, malloc
@@ -138,13 +140,13 @@ def config_file() -> pathlib.Path:
     """The path given with --config, without the preset. Raises UserError when it is missing."""
     if not flags.FLAGS["config"].present:
         raise UserError("--config is missing; for example --config configs/instruct.py")
-    path = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0])
+    path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
     if not path.is_file():
         raise UserError(f"no config file at {path}; the project's own are in configs/")
     return path
 
 
-def required(flag: str) -> object:
+def required(flag: str) -> Any:
     """The value of a flag that must be given."""
     value = flags.FLAGS[flag].value
     if value in (None, "", [], [""]):

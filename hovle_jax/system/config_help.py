@@ -91,7 +91,7 @@ def _likeness(key: str, word: str, known: str) -> float:
 def _dataclass_in(hint: object) -> type | None:
     """The dataclass that a field holds, also where it may be None."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def _first_line(cls: type) -> str:
@@ -113,10 +113,10 @@ def _comments(cls: type) -> dict[str, str]:
     """{field: the comment behind it}."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines, found = source.splitlines(), {}
-    (definition,) = ast.parse(source).body
-    for node in definition.body:
-        if isinstance(node, ast.AnnAssign):
-            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            last = node.end_lineno or node.lineno
+            rest = lines[last - 1].encode()[node.end_col_offset :].decode().strip()
             if rest.startswith("#"):
                 found[node.target.id] = rest.lstrip("# ")
     return found

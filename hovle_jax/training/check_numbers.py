@@ -1,6 +1,7 @@
 """Numbers of a run's config that mean nothing, said with the number that would do."""
 
 import math
+from typing import Any
 
 from hovle_jax.config import OptimizerConfig, RunConfig
 from hovle_jax.errors import UserError
@@ -60,7 +61,7 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
 
 def _value(config: RunConfig, key: str) -> int | None:
     """A key's value; None where this config has no such key."""
-    value = config
+    value: Any = config
     for name in key.split("."):
         value = getattr(value, name, None)
     return value
