@@ -2,8 +2,13 @@
 
 import pathlib
 import re
+import sys
 
 from setuptools import find_packages, setup
+
+# Said here, as older versions of pip would first list every version of a dependency that is too new for this Python.
+if sys.version_info < (3, 11):
+    sys.exit(f"hovle_jax needs Python 3.11 or newer, and this is {sys.version.split()[0]}: make .venv with python3.11")
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").read_text()).group(1)

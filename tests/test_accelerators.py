@@ -10,8 +10,6 @@ import pytest
 from hovle_jax.system import accelerators, malloc
 from tests.launch_tools import ROOT
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):

@@ -10,8 +10,6 @@ from hovle_jax.training import checks
 from hovle_jax.training.check_numbers import AT_LEAST, check_numbers
 from tests import micro
 
-pytestmark = pytest.mark.quick
-
 
 def changed(key, value):
     """The micro config with one key changed."""

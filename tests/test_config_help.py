@@ -9,8 +9,6 @@ from hovle_jax.recipes import base
 from hovle_jax.system import config_help
 from tests import micro
 
-pytestmark = pytest.mark.quick
-
 
 @dataclasses.dataclass(frozen=True)
 class Inner:

@@ -31,7 +31,6 @@ def execute(sources, namespace):
     return namespace
 
 
-@pytest.mark.quick
 def test_it_is_stored_without_outputs_and_asks_for_a_tpu():
     notebook = json.loads(NOTEBOOK.read_text())
     assert notebook["metadata"]["accelerator"] == "TPU" and notebook["nbformat"] == 4

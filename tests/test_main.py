@@ -11,8 +11,6 @@ import pytest
 from hovle_jax import __main__ as entry
 from tests.launch_tools import ROOT
 
-pytestmark = pytest.mark.quick
-
 SCRIPT = "import sys; from hovle_jax.__main__ import main; sys.argv[0] = 'hovle'; main()"
 
 

@@ -6,8 +6,6 @@ import pytest
 
 from hovle_jax.system.progress import waiting
 
-pytestmark = pytest.mark.quick
-
 
 def test_it_says_what_begins_how_long_it_has_taken_and_that_it_is_done():
     said, twice = [], threading.Event()
