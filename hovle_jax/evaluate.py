@@ -18,7 +18,7 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else"
 
 
 def main():
-    folder = command_line.required("checkpoint")
+    folder = command_line.local_folder("checkpoint")
     from hovle_jax.evaluation.benchmarks import evaluate
 
     started = time.time()

@@ -14,25 +14,29 @@ CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
 )
 IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times")
-PROMPT = flags.DEFINE_string("prompt", None, "The question")
+PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "The question; may be given several times: answers in order, all about the same images"
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer", lower_bound=1)
 
 
 def main():
-    folder, prompt = command_line.required("checkpoint"), command_line.required("prompt")
+    folder, prompts = command_line.local_folder("checkpoint"), command_line.required("prompt")
     from hovle_jax.data.images import load_image
     from hovle_jax.data.text.conversation import with_image_marks
 
     # All that can be wrong with the input is known before a model is loaded.
     images = [load_image(path) for path in IMAGE.value]
-    with_image_marks([(prompt, None)], len(images))
+    for prompt in prompts:
+        with_image_marks([(prompt, None)], len(images))
 
     from hovle_jax.conversion.downloads import resolve
     from hovle_jax.inference.generate import answer
     from hovle_jax.inference.load import load_run
 
     loaded = load_run(resolve(folder))
-    print(answer(loaded.answerer, [(prompt, images)], MAX_NEW_TOKENS.value)[0])
+    for said in answer(loaded.answerer, [(prompt, images) for prompt in prompts], MAX_NEW_TOKENS.value):
+        print(said)
 
 
 if __name__ == "__main__":

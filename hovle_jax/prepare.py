@@ -104,4 +104,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(main, USAGE)
+    command_line.run(main, USAGE, config=RunConfig)

@@ -2,6 +2,7 @@
 
     python -m hovle_jax.train --config configs/distill.py
     python -m hovle_jax.train --config configs/instruct.py --workdir runs --config.optimizer.learning_rate=1e-4
+    python -m hovle_jax.train --config configs/instruct.py --show       # all keys, with values and meanings
 
 A stage that is finished in the work folder is used as it is; one that was cut off goes on from its newest checkpoint.
 
@@ -24,7 +25,7 @@ from ml_collections import config_flags
 
 from hovle_jax.config import InitConfig, RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.system import command_line
+from hovle_jax.system import command_line, config_help
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A stage's config file, with a preset: configs/distill.py:tiny"
@@ -38,6 +39,7 @@ HOSTS = flags.DEFINE_integer(
 )
 HOST = flags.DEFINE_integer("host", os.environ.get("HOVLE_HOST", -1), "The index of this host, from 0")
 PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST: traces these steps of the named stage into its folder")
+SHOW = flags.DEFINE_bool("show", False, "Print every key of --config, its value and what it means, and train nothing")
 HOST_TIMEOUT = flags.DEFINE_float("host_timeout", 300, "Seconds in which all hosts must have started")
 
 
@@ -97,16 +99,20 @@ def main():
     started = time.time()
     config_path = command_line.config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
+    if SHOW.value:
+        print(config_help.text_of(config))
+        return
+    workdir = command_line.local_folder("workdir")
 
     from hovle_jax.hosts import distributed
     from hovle_jax.training import profiling
 
     profile = profiling.parse_steps(PROFILE.value)
     profiling.check_steps(profile, 0, config.last_step)
-    command = {"config": config.to_dict(), "workdir": WORKDIR.value}
+    command = {"config": config.to_dict(), "workdir": workdir}
     distributed.start(COORDINATOR.value, HOSTS.value, HOST.value, HOST_TIMEOUT.value, command)
     with distributed.ending_together():
-        status = train(config, config_path.parent, pathlib.Path(WORKDIR.value), started, profile)
+        status = train(config, config_path.parent, pathlib.Path(workdir), started, profile)
     sys.exit(status)
 
 
@@ -157,4 +163,4 @@ def exit_status(config, result):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, config=RunConfig)

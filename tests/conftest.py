@@ -22,6 +22,28 @@ if _CACHE not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+# Files whose tests have the mark `quick`: fast, of every part, together under a minute on two cores ...
+QUICK_FILES = """
+accelerators check_numbers chips config_help goodput hlo host launch launch_gke launch_tpu_vm main mixture
+packing progress project records report sources tiling
+""".split()
+# ... but these, of seconds each.
+NOT_QUICK = (
+    "test_a_run_measures_itself_and_traces_the_steps_that_it_was_asked_for",
+    "test_an_fsdp_step_on_",
+    "test_answers_fill_rows_of_",
+    "test_a_step_finds_its_memory_again",
+)
+
+
+def pytest_collection_modifyitems(items):
+    quick_files = {f"test_{name}" for name in QUICK_FILES}
+    for item in items:
+        slow = item.get_closest_marker("slow") or item.name.startswith(NOT_QUICK)
+        if item.path.stem in quick_files and not slow:
+            item.add_marker("quick")
+
+
 def pytest_unconfigure(config):
     if _made:
         shutil.rmtree(_made, ignore_errors=True)

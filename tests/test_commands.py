@@ -43,6 +43,45 @@ MISTAKES = {
         "train --config configs/pretrain.py --workdir TMP/w --config.optimizer.learning_rat=1e-4",
         ["unknown config key", "learning_rate"],
     ),
+    "key by its initials": (
+        "train --config configs/pretrain.py --workdir TMP/w --config.optimizer.lr=1e-4",
+        ["unknown config key 'optimizer.lr'", "did you mean --config.optimizer.learning_rate?"],
+    ),
+    "key without its section": (
+        "train --config configs/pretrain.py --workdir TMP/w --config.learning_rate=1e-4",
+        ["did you mean --config.optimizer.learning_rate?"],
+    ),
+    "key as a flag": (
+        "train --config configs/pretrain.py --workdir TMP/w --learning_rate=1e-4",
+        ["unknown flag --learning_rate", "did you mean --config.optimizer.learning_rate?"],
+    ),
+    "key like no other": (
+        "prepare preview --config configs/pretrain.py --config.zzz=1", ["unknown config key 'zzz'", "--show"]
+    ),
+    "no rows": (
+        "train --config configs/pretrain.py --workdir TMP/w --config.data.batch_size=0", ["data.batch_size=0 must be"]
+    ),
+    "rate below 0": (
+        "train --config configs/pretrain.py --workdir TMP/w --config.optimizer.learning_rate=-1",
+        ["optimizer.learning_rate=-1.0 must be 0 or more"],
+    ),
+    "seed below 0": ("train --config configs/pretrain.py --workdir TMP/w --config.seed=-1", ["seed=-1 must be from 0"]),
+    "no rows to decode": (
+        "aot --config configs/instruct.py --topology v5e-4 --program decode --config.data.batch_size=0",
+        ["data.batch_size=0 must be at least 1"],
+    ),
+    "remote work folder": (
+        "train --config configs/pretrain.py --workdir gs://bucket/runs", ["--workdir=gs://bucket/runs", "mount it"]
+    ),
+    "remote checkpoint": (
+        "generate --checkpoint gs://bucket/runs/instruct --prompt hi", ["--checkpoint=gs://bucket/runs/instruct"]
+    ),
+    "remote checkpoint to score": ("evaluate --checkpoint s3://bucket/runs/instruct", ["--checkpoint=s3://bucket"]),
+    "image by URL": (
+        "generate --checkpoint TMP/w --image https://example.org/a.png --prompt hi",
+        ["https://example.org/a.png", "URLs are not read"],
+    ),
+    "no question": ("generate --checkpoint TMP/w", ["--prompt is missing"]),
     "unknown preset": ("train --config configs/pretrain.py:huge --workdir TMP/w", ["'huge'", "tiny", "hovle_hd"]),
     "no config": ("train --workdir TMP/w", ["--config is missing"]),
     "absent config": ("train --config configs/absent.py", ["configs/absent.py"]),
@@ -94,6 +133,13 @@ def test_a_mistake_is_one_line(name, files):
     assert not (files / "w").exists() or not any((files / "w").rglob("checkpoints"))
 
 
+def test_keys_are_shown_and_nothing_is_trained(tmp_path):
+    result = command("train", "--config", "configs/instruct.py:hovle", "--workdir", tmp_path / "w", "--show")
+    assert result.returncode == 0 and not result.stderr and not (tmp_path / "w").exists()
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("config.data.sequence_length ")]
+    assert line.split()[1] == "8192" and line.endswith("tokens of a row (HD: of the short stream)")
+
+
 STAGES = ("pretrain", "contrast", "distill", "align", "instruct")
 
 
@@ -125,9 +171,12 @@ def test_the_chain_of_stages(tmp_path):
     from PIL import Image
 
     Image.fromarray(micro.draw("red", "circle")).save(tmp_path / "picture.png")
-    asked = ["--image", tmp_path / "picture.png", "--prompt", "what color is it?", "--max_new_tokens", 4]
-    answered = command("generate", "--checkpoint", workdir / "instruct", *asked)
-    assert answered.returncode == 0 and len(answered.stdout.splitlines()) >= 1, answered.stderr
+    asked = ["--checkpoint", workdir / "instruct", "--image", tmp_path / "picture.png", "--max_new_tokens", 4]
+    questions = ("what color is it?", "is it a circle?")
+    alone = [command("generate", *asked, "--prompt", question) for question in questions]
+    together = command("generate", *asked, "--prompt", questions[0], "--prompt", questions[1])
+    assert together.returncode == 0 and len(together.stdout.splitlines()) >= 1, together.stderr
+    assert together.stdout == "".join(answered.stdout for answered in alone)
 
     scored = command(
         "evaluate", "--checkpoint", workdir / "contrast", "--benchmark", "easy_vqa_zero_shot", "--json", "--limit=64"

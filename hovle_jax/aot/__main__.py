@@ -10,8 +10,9 @@ It is the real program of `hovle_jax.train`, compiled by libtpu from shapes alon
 the extra: pip install 'hovle_jax[tpu]'. What is reported is described in docs/performance.md.
 """
 
+import functools
 import json
-import os
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,6 +20,7 @@ from ml_collections import config_flags
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.system import command_line, malloc
+from hovle_jax.system.progress import waiting
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A stage's config file, with a preset: configs/instruct.py:hovle"
@@ -26,7 +28,9 @@ CONFIG = config_flags.DEFINE_config_file(
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as 'v5e-256', 'v5p-128' or 'v5e:16x16'")
 SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, connected by the data-centre network")
 PROGRAM = flags.DEFINE_enum("program", "train", ("train", "prefill", "decode"), "What to compile")
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 512, "prefill, decode: room behind the prompts in the caches")
+NEW_TOKENS = flags.DEFINE_integer(
+    "new_tokens", 512, "prefill, decode: room after the prompts in the caches", lower_bound=1
+)
 PLAN = flags.DEFINE_bool("plan", False, "Try batch parts, remat and mesh, and recommend the fastest that fits")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of text")
 
@@ -38,19 +42,24 @@ def main():
         raise UserError(f"--slices={SLICES.value} must be at least 1")
     if PLAN.value and PROGRAM.value != "train":
         raise UserError("--plan chooses how to train; leave out --program")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the machine's own devices are not asked
 
     from hovle_jax.aot import plan, target
     from hovle_jax.aot.report import text_of
+    from hovle_jax.training.checks import check
 
+    check(config)
     place = target.Target.of(command_line.required("topology"), SLICES.value)
+    tell = functools.partial(print, file=sys.stderr, flush=True)
+    name = f"{config.stage}:{config.preset}"
     if PLAN.value:
-        made = plan.make(config, place, say=lambda line: None if JSON.value else print(line, flush=True))
+        with waiting(f"planning {name} on {place.name}", tell):
+            made = plan.make(config, place, say=tell if JSON.value else functools.partial(print, flush=True))
         print(json.dumps(made.to_dict(), indent=2) if JSON.value else plan.text_of(made))
         return
-    report = target.compile_for(config, place, PROGRAM.value, NEW_TOKENS.value)
+    with waiting(f"compiling {name} {PROGRAM.value} for {place.name}", tell):
+        report = target.compile_for(config, place, PROGRAM.value, NEW_TOKENS.value)
     print(json.dumps(report.to_dict(), indent=2) if JSON.value else text_of(report))
 
 
 if __name__ == "__main__":
-    command_line.run(main, memory=malloc.share_freed_memory)
+    command_line.run(main, memory=malloc.share_freed_memory, config=RunConfig, platform="cpu")

@@ -28,7 +28,7 @@ class BadSample(Exception):
       detail: what exactly is wrong.
     """
 
-    def __init__(self, reason, detail=""):
+    def __init__(self, reason: str, detail: str | Exception = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, printable(" ".join(str(detail).split())[:300])
 

@@ -105,6 +105,8 @@ def _orientation(image, data):
 
 def load_image(path):
     """A file's picture as Pillow image in RGB. Raises UserError when it is missing or no picture."""
+    if "://" in str(path):
+        raise UserError(f"--image={path}: URLs are not read; save the image and give its path")
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no image at {path}; check the path given with --image")

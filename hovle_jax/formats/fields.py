@@ -1,5 +1,7 @@
 """Reading a public config.json: every value by name, nothing guessed."""
 
+from typing import Any
+
 from hovle_jax.errors import UserError
 
 REQUIRED = object()
@@ -17,9 +19,9 @@ def field(config, key, default=REQUIRED, where="config.json"):
     return value
 
 
-def count(config, key, default=REQUIRED, where="config.json", minimum=1):
+def count(config, key, default=REQUIRED, where="config.json", minimum=1) -> int:
     """config[key], an integer of at least `minimum` (or the default, whatever it is)."""
-    value = field(config, key, default, where)
+    value: Any = field(config, key, default, where)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is not default and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
@@ -27,7 +29,7 @@ def count(config, key, default=REQUIRED, where="config.json", minimum=1):
     return value
 
 
-def number(config, key, default=REQUIRED, where="config.json"):
+def number(config, key, default=REQUIRED, where="config.json") -> float:
     """config[key] as a positive float."""
     value = field(config, key, default, where)
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:

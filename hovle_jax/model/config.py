@@ -11,6 +11,8 @@ class RopeScaling:
 
     Attributes:
       kind: 'linear', 'llama3', 'yarn' or 'factors'.
+      factor: how many times longer the texts are.
+      original_length: tokens of the texts that the frequencies were learned on.
       low_frequency_factor, high_frequency_factor: llama3: how many turns over `original_length` bound the blend.
       beta_fast, beta_slow: yarn: the same bounds.
       attention_factor: yarn: scales cos and sin; 0 = from `factor`.
@@ -35,6 +37,14 @@ class StackConfig:
     """A stack of decoder layers: InternLM2's, and with the options those of Llama, Qwen2 and Qwen3.
 
     Attributes:
+      num_layers: decoder layers.
+      width: D, of the residual stream.
+      num_heads, num_kv_heads: H query heads, and the K key and value heads that they share.
+      head_dim: C, of each head; even.
+      mlp_width: F, inside the gated MLP.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: added to the mean square in RMSNorm.
+      rope_scaling: None = rotary frequencies as they are.
       qkv_bias, output_bias, mlp_bias: biases of the projections (Qwen2: qkv_bias).
       qk_norm: RMSNorm of each query and key head before its rotation (Qwen3).
     """
@@ -67,6 +77,8 @@ class LLMConfig:
     """Token table, stack, final norm, head.
 
     Attributes:
+      vocab_size: V, ids that it reads and writes.
+      max_length: the longest sequence, in tokens.
       tied: the head is the token table (small Llama and Qwen models).
       head_stored: tied: a public checkpoint has the head all the same, as a copy.
       family: whose names and options a public checkpoint of it has: 'internlm2', 'llama', 'qwen2', 'qwen3'.
@@ -102,6 +114,7 @@ class EmbeddingConfig:
     Attributes:
       image_size: the tile side for which positions were learned.
       force_image_size: the tile side that is read, where it is another one (the positions are resized); 0 = the same.
+      patch_size: pixels along one side of a patch.
       pixel_shuffle: 'pre' (HoVLE: 2x2 patches become one token before the layers), 'post' (HD: after them) or
         'none' (a patch is a token).
       vocab_size: ids below it are rows of the text table.
@@ -208,7 +221,13 @@ class ViTConfig:
     """A vision transformer that serves as InternViT and as CLIP's image tower.
 
     Attributes:
+      image_size, patch_size: pixels along one side of the image, and of a patch.
+      width, num_layers, num_heads: of the transformer.
+      mlp_width: inside the MLP.
       norm: 'layer_norm' or 'rms_norm'.
+      norm_eps: added to the variance.
+      activation: of the MLP: 'gelu', 'gelu_tanh' or 'quick_gelu'.
+      qkv_bias, patch_bias: biases of the attention's inputs and of the patches' projection.
       layer_scale, qk_norm: InternViT's options; qk_norm is an RMSNorm over all heads together.
       pre_norm: LayerNorm after the positions (CLIP's ln_pre).
       post_norm: LayerNorm on the class token (CLIP's ln_post), applied by `pooled`.
@@ -248,7 +267,17 @@ class ViTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig:
-    """CLIP's causal text tower; pooled at the first end token."""
+    """CLIP's causal text tower; pooled at the first end token.
+
+    Attributes:
+      vocab_size: ids that it reads.
+      width, num_layers, num_heads: of the transformer.
+      mlp_width: inside the MLP.
+      context: tokens of a caption, at most.
+      end_id: the id of the end token.
+      norm_eps: added to the variance in LayerNorm.
+      activation: of the MLP: 'gelu', 'gelu_tanh' or 'quick_gelu'.
+    """
 
     vocab_size: int
     width: int
@@ -263,10 +292,17 @@ class TextTowerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
+    """Two towers whose projections are compared by their cosine.
+
+    Attributes:
+      projection_width: of the space that both towers project into.
+      logit_scale_init: the logarithm of the scale (1 / temperature) at the start: ln(1 / 0.07).
+    """
+
     vision: ViTConfig
     text: TextTowerConfig
     projection_width: int
-    logit_scale_init: float = 2.6592600  # ln(1 / 0.07)
+    logit_scale_init: float = 2.6592600
 
 
 TEACHER_PROJECTORS = ("mlp1", "linear")

@@ -1,6 +1,7 @@
 """The sizes of models by name. The recipes (data, steps, learning rates) are in the files of configs/."""
 
 import dataclasses
+from typing import Any
 
 from hovle_jax.model.config import (
     CLIPConfig,
@@ -16,7 +17,7 @@ from hovle_jax.model.config import (
 
 def tiny_model():
     """HoVLE for 64-pixel images and two CPU cores."""
-    layer = dict(width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
+    layer: dict[str, Any] = dict(width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
     # Distillation fixes directions, not lengths. Unit outputs are about as long as the LLM's token vectors, so that
     # what the LLM can do with text survives; a small LLM would otherwise have to learn it anew.
     embedding = EmbeddingConfig(
@@ -50,7 +51,7 @@ def smol_model():
 
 def hovle_model(pixel_shuffle="pre"):
     """The paper's sizes: 2,606,327,808 parameters over InternLM2-chat-1.8B (pixel_shuffle='post': HoVLE-HD)."""
-    layer = dict(width=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=8192)
+    layer: dict[str, Any] = dict(width=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=8192)
     embedding = EmbeddingConfig(
         stack=StackConfig(num_layers=8, **layer), image_size=448, patch_size=14, vocab_size=92553,
         pixel_shuffle=pixel_shuffle,

@@ -1,30 +1,58 @@
 """What the commands share: flags parsed and errors printed in one way."""
 
+import functools
 import logging
+import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
 from hovle_jax.errors import UserError
-from hovle_jax.system import malloc
+from hovle_jax.system import accelerators, config_help, malloc
 
 
-def run(main, usage=None, memory=malloc.keep_freed_memory):
+def run(
+    main: Callable,
+    usage: str | None = None,
+    memory: Callable = malloc.keep_freed_memory,
+    config: type | None = None,
+    platform: str = "",
+) -> None:
     """Runs main() with parsed absl flags; a user's mistake becomes one line on stderr and status 2.
 
     Args:
       memory: how the host's memory is used; called first.
       usage: for a command with arguments beside its flags: main gets them as a list; this text says what they are.
+      config: the dataclass of --config, for a command that has it: keys to name where one is mistyped.
+      platform: for a command that needs no other of JAX's platforms; empty = JAX's choice, or JAX_PLATFORMS.
     """
+    if platform:
+        os.environ["JAX_PLATFORMS"] = platform
+    without_tpu = accelerators.choose_cpu()
     memory()
     call = (lambda rest: main(rest[1:])) if usage else (lambda _: main())
+    if without_tpu:
+        call = _saying("no TPU found, though libtpu is installed: using the CPU (else set JAX_PLATFORMS)", call)
     try:
-        app.run(lambda rest: _call(call, rest), flags_parser=lambda argv: _parse_flags(argv, usage))
+        app.run(lambda rest: _call(call, rest), flags_parser=lambda argv: _parse_flags(argv, usage, config))
     except KeyboardInterrupt:
         _fail("interrupted; the same command continues from the newest checkpoint", status=130)
+
+
+def _saying(line, call):
+    """`call`, after a line on stderr."""
+
+    def after_the_line(rest):
+        print(line, file=sys.stderr)
+        call(rest)
+
+    return after_the_line
 
 
 def _call(main, rest):
@@ -36,28 +64,54 @@ def _call(main, rest):
         _fail(error)
 
 
-def _parse_flags(argv, usage):
+def _parse_flags(argv, usage, config):
     try:
         rest = flags.FLAGS(argv)
     except UserError as error:  # raised inside a config file
         _fail(error)
     except FileNotFoundError as error:
         _fail(f"no config file at {error.filename}; the project's own are in configs/")
+    except flags.UnrecognizedFlagError as error:
+        _fail(_unknown_flag(error, config))
     except flags.Error as error:
         _fail(error)
     except (AttributeError, KeyError) as error:
-        _fail(_unknown_key(str(error)))
+        _fail(_unknown_key(argv, str(error), config))
     if len(rest) > 1 and not usage:
         _fail(f"unexpected argument {rest[1]!r}; every option starts with --")
     return rest
 
 
-def _unknown_key(text):
-    """ml_collections' nested message for an override of a key that is not there, as one sentence."""
-    near = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text)
-    if near:
-        return f"unknown config key {near.group(2)!r}; did you mean {near.group(1)!r}?"
-    return "unknown config key " + re.sub(r"[\"'\\]", "", text)
+def _unknown_flag(error, config):
+    """A flag that no command has may be a key without its 'config.'."""
+    near = config_help.nearest(error.flagname.removeprefix("config."), config) if config else []
+    return _did_you_mean(f"unknown flag --{error.flagname}", near) if near else error
+
+
+def _unknown_key(argv, text, config):
+    """An override of a key that is not there, as one sentence.
+
+    Args:
+      text: ml_collections' nested message, for a command whose keys are not known.
+    """
+    given = [found[1] for found in map(re.compile(r"--?(?:no)?config\.([\w.]+)").match, argv) if found]
+    known = {entry.key.removeprefix("config.") for entry in config_help.entries_of(config)} if config else set()
+    unknown = [key for key in given if key not in known]
+    if not known or not unknown:
+        return "unknown config key " + re.sub(r"[\"'\\]", "", text)
+    return _did_you_mean(f"unknown config key {unknown[0]!r}", config_help.nearest(unknown[0], config))
+
+
+def _did_you_mean(problem, near):
+    if not near:
+        return f"{problem}; train --show lists them all"
+    return f"{problem}; did you mean {' or '.join(f'--{key}' for key in near)}?"
+
+
+@functools.cache  # once, however often it is checked
+def warn(message: str) -> None:
+    """Says on stderr what is allowed and hardly meant."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _fail(message, status=2):
@@ -66,7 +120,7 @@ def _fail(message, status=2):
     sys.exit(status)
 
 
-def dispatch(actions, arguments, usage):
+def dispatch(actions: dict, arguments: list[str], usage: str) -> None:
     """Calls the action that the first argument names, with the others.
 
     Args:
@@ -82,19 +136,27 @@ def dispatch(actions, arguments, usage):
     action(*arguments[1:])
 
 
-def config_file():
+def config_file() -> pathlib.Path:
     """The path given with --config, without the preset. Raises UserError when it is missing."""
     if not flags.FLAGS["config"].present:
         raise UserError("--config is missing; for example --config configs/instruct.py")
-    path = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0])
+    path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
     if not path.is_file():
         raise UserError(f"no config file at {path}; the project's own are in configs/")
     return path
 
 
-def required(flag):
+def required(flag: str) -> Any:
     """The value of a flag that must be given."""
     value = flags.FLAGS[flag].value
-    if value in (None, ""):
+    if value in (None, "", [], [""]):
         raise UserError(f"--{flag} is missing; see --help")
+    return value
+
+
+def local_folder(flag: str) -> str:
+    """The value of a flag that names a folder of this machine. Raises UserError where it is missing or a URL."""
+    value = str(required(flag))
+    if "://" in value:
+        raise UserError(f"--{flag}={value}: only folders of this machine are used; mount it (docs/launch.md)")
     return value

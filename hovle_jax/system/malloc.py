@@ -1,9 +1,10 @@
 """How the host's memory is used when the host itself computes."""
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import os
+
+from hovle_jax.system.accelerators import has_other_plugins, has_tpu
 
 # glibc's mallopt(3) parameters, and values under which freed memory stays with the process.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -11,13 +12,12 @@ ONE_ARENA = ((ARENA_MAX, 1),)
 KEEP = (*ONE_ARENA, (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1))
 
 
-def computes():
+def computes() -> bool:
     """Whether JAX will run on this machine's CPU; asks for no device, as that would start the backend."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] == "cpu"
-    accelerators = importlib.metadata.entry_points(group="jax_plugins")
-    return not accelerators and importlib.util.find_spec("libtpu") is None
+    return not has_other_plugins() and (importlib.util.find_spec("libtpu") is None or not has_tpu())
 
 
 def keep_freed_memory():

@@ -1,8 +1,12 @@
 """Lines that tell how far a long piece of work is, and when it will be done."""
 
+import contextlib
+import threading
 import time
+from collections.abc import Callable, Iterator
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_SIGNS = 10.0  # of work that cannot tell how far it is
 
 
 def track(items, say, name, unit, total, size=lambda item: 1, clock=time.monotonic):
@@ -26,8 +30,36 @@ def track(items, say, name, unit, total, size=lambda item: 1, clock=time.monoton
             say(f"{name}: {done:,} of {total:,} {unit} {done / total:>4.0%}  {left} left")
 
 
-def format_duration(seconds):
+def format_duration(seconds: float) -> str:
     """H:MM:SS, always with the hour, so that 0:41 is never read as hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+@contextlib.contextmanager
+def waiting(name: str, say: Callable[[str], None], every: float = SECONDS_BETWEEN_SIGNS) -> Iterator[None]:
+    """Says what the block does, every few seconds for how long it has done it, and how long it took.
+
+    For work that cannot tell how far it is, as a compilation. The lines in between come from a thread.
+
+    Args:
+      say: takes a line: "NAME ...", "NAME: 0:00:20 so far", "NAME: done in 0:00:31".
+      every: seconds between lines.
+    """
+    start, ended = time.monotonic(), threading.Event()
+    passed = lambda: format_duration(time.monotonic() - start)
+
+    def tell():
+        while not ended.wait(every):
+            say(f"{name}: {passed()} so far")
+
+    say(f"{name} ...")
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+        say(f"{name}: done in {passed()}")
+    finally:
+        ended.set()
+        teller.join()

@@ -8,12 +8,14 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
 from hovle_jax.model.transformer import REMAT_POLICIES
+from hovle_jax.training.check_numbers import check_numbers
 from hovle_jax.training.stages import find
 
 
 def check(config: RunConfig):
     """Everything that can be known to be wrong before a device is touched."""
     components = find(config.stage).components
+    check_numbers(config)
     config.model.check()
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
@@ -27,9 +29,6 @@ def check(config: RunConfig):
             f"{config.model.llm.max_length} positions (model.llm.max_length)"
         )
     check_execution(config.execution)
-    for name in ("steps", "log_every", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
 
 
 def check_conversations(config: RunConfig):
