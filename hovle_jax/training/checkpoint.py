@@ -83,14 +83,6 @@ def save_config(folder, config: RunConfig):
     (folder / "config.json").write_text(text + "\n")
 
 
-def load_config(folder):
-    """The resolved config of a run. Raises UserError when the folder holds no run."""
-    path = pathlib.Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no run (config.json is missing); give the folder of a stage, as runs/instruct")
-    return RunConfig.from_dict(json.loads(path.read_text()))
-
-
 def check_same_config(folder, config: RunConfig):
     """Raises UserError when the folder holds a run of another config: resuming it would mix two."""
     path = folder / "config.json"
