@@ -155,14 +155,21 @@ def params(config):
     return jax.tree.map(jnp.copy, _params(config))
 
 
-def start(config):
-    """-> (state at step 0, data set, function of (state, batch) -> (state, metrics)), on one device."""
+def start(config, mesh=None):
+    """-> (state at step 0, data set, function of (state, batch) -> (state, metrics)); without a mesh on one device."""
+    from hovle_jax.training.sharding import on_mesh
     from hovle_jax.training.step import train_step
 
     models, optimizer = Models(config, config.execution), make_optimizer(config.optimizer, config.steps)
-    mesh = one_device()
+    batch, made, mesh = dataset(config)[0], params(config), mesh or one_device()
+    if mesh.size > 1:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(models, batch, mesh))
+        made = jax.device_put(made, shardings)
 
     def step(state, batch):
-        return train_step(state, put_batch(batch, mesh), stage=config.stage, models=models, optimizer=optimizer)
+        with on_mesh(mesh):
+            return train_step(state, put_batch(batch, mesh), stage=config.stage, models=models, optimizer=optimizer)
 
-    return make_state(models, params(config), dataset(config)[0], optimizer), dataset(config), step
+    with on_mesh(mesh):
+        state = make_state(models, made, batch, optimizer)
+    return state, dataset(config), step
