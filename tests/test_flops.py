@@ -1,6 +1,7 @@
 """Analytic FLOPs against those that XLA counts in compiled programs: unrolled layers, dense attention."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.transformer import Stack
 from hovle_jax.model.vit import VisionTransformer
 from hovle_jax.training.flops import step_flops
-from hovle_jax.training.stages import STAGES, Models, components_of
-from hovle_jax.training.state import merge, select, unboxed
+from hovle_jax.training.stages import STAGES, Models
+from hovle_jax.training.state import abstract_params, select, unboxed
+from hovle_jax.training.step import total_loss
 
 ROWS = 2
 # Wide enough that norms, rotations and softmax, which are not counted, do not matter.
@@ -50,57 +52,28 @@ def batch_of(config):
     """The shapes of a batch."""
     shape = BatchShape.of(config.data, config.model.embedding, 0)
     text = config.clip.text.context if config.stage == "contrast" else shape.length
-    whole = lambda *sizes: jax.ShapeDtypeStruct((ROWS, *sizes), jnp.int32)
     visual = shape.tiles * shape.tokens_per_tile
-    batch = {name: whole(text) for name in ("tokens", "positions", "segment_ids")}
+    ids = dict.fromkeys(("tokens", "positions", "segment_ids", "targets"), text)
+    weights = {"loss_weights": text, "text_weights": text, "image_weights": visual}
     if config.stage != "pretrain":
-        side = shape.tile_size
-        batch["tiles"] = jax.ShapeDtypeStruct((ROWS, shape.tiles, side, side, 3), jnp.uint8)
-        batch["image_positions"] = whole(visual)
+        ids["image_positions"] = visual
     if shape.expansion > 1:
-        batch |= {f"long_{name}": whole(shape.long_length) for name in ("tokens", "positions", "segment_ids")}
-        batch |= {"long_image_positions": whole(visual * shape.expansion), "long_text_positions": whole(text)}
-    return batch
-
-
-def outputs(models, params, batch):
-    """What a stage computes before its loss, whose own FLOPs are few: the products of the models."""
-    config = models.config
-    if config.stage == "pretrain":
-        llm = models.hovle.llm
-        return [llm.apply({"params": params["llm"]}, *(batch[k] for k in ("tokens", "positions", "segment_ids")))]
-    if config.stage == "contrast":
-        images, texts, _ = models.clip.apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
-        return [images @ texts.T]
-    if config.stage in ("align", "instruct"):
-        return [models.hovle.logits(params, batch)]
-    embedding = models.hovle.embedding.bind({"params": params["embedding"]})
-    raw, _ = embedding.encode(batch)
-    tiles = batch["tiles"].reshape(-1, *batch["tiles"].shape[2:])
-    target = models.teacher.apply({"params": params["teacher"]}, tiles, config.model.embedding.tokens_per_tile)
-    student = embedding.image_outputs(raw, batch)
-    if config.teacher.projector == "linear":
-        student = models.head.apply({"params": params["head"]}, student)
-    return [student * jax.lax.stop_gradient(target).reshape(student.shape), embedding.shorten(raw, batch)]
+        ids |= dict.fromkeys(("long_tokens", "long_positions", "long_segment_ids"), shape.long_length)
+        ids |= {"long_image_positions": visual * shape.expansion, "long_text_positions": text}
+    batch = {name: jax.ShapeDtypeStruct((ROWS, size), jnp.int32) for name, size in ids.items()}
+    batch |= {name: jax.ShapeDtypeStruct((ROWS, size), jnp.float32) for name, size in weights.items()}
+    side = shape.tile_size
+    return batch | {"tiles": jax.ShapeDtypeStruct((ROWS, shape.tiles, side, side, 3), jnp.uint8)}
 
 
 def counted(config):
-    """FLOPs of the gradient of a stage's outputs, as XLA counts them in the compiled program."""
-    models = Models(config, config.execution)
-    batch = batch_of(config)
-    made = {
-        c: unboxed(jax.eval_shape(lambda b, c=c: models.init(c, jax.random.key(0), b), batch))
-        for c in components_of(config)
-    }
-    stage = STAGES[config.stage]
-    params = select(made, stage.holds)
-    trains = lambda path: stage.trains(path, config.model)
+    """FLOPs of the loss of a stage and its gradient, as XLA counts them in the compiled program."""
+    models, batch = Models(config, config.execution), batch_of(config)
+    params = abstract_params(models, batch, micro.one_device())
+    trains = lambda path: STAGES[config.stage].trains(path, config.model)
     trained, frozen = select(params, trains), select(params, lambda path: not trains(path))
-
-    def loss(trained, frozen, batch):
-        return sum(jnp.sum(jnp.square(x)) for x in outputs(models, merge(trained, frozen), batch))
-
-    return jax.jit(jax.grad(loss)).lower(trained, frozen, batch).compile().cost_analysis()["flops"]
+    gradient = jax.grad(functools.partial(total_loss, stage=config.stage, models=models), has_aux=True)
+    return jax.jit(gradient).lower(trained, frozen, batch).compile().cost_analysis()["flops"]
 
 
 CASES = [
