@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -26,8 +27,35 @@ def folders(prefix):
     return own + (found or [pytest.param(prefix, marks=pytest.mark.skip(reason=reason))])
 
 
+def golden_roots(name):
+    """The folders of a golden file set wherever they lie, for parametrisation; one that is absent is a skip."""
+    found = [pytest.param(OWN / name, id="own")] if (OWN / name).is_dir() else []
+    absent = pytest.mark.skipif(not (ROOT / name).is_dir(), reason=f"no golden folder {ROOT / name}; set HOVLE_GOLDEN")
+    return [*found, pytest.param(ROOT / name, id="beside", marks=absent)]
+
+
+def public_checkpoint(name):
+    """What golden/public_checkpoints.json says of a public checkpoint, with `shapes` as {tensor name: shape}.
+
+    '{24}' in a name stands for the numbers of 24 layers. Where a name has another checkpoint's in place of a shape,
+    the tensors are that one's that begin with the name, or all of them with the name in front.
+    """
+    listed = json.loads((OWN / "public_checkpoints.json").read_text())[name]
+    return listed | {"shapes": {name: shape for item in listed["shapes"].items() for name, shape in _expanded(*item)}}
+
+
+def _expanded(pattern, shape):
+    if isinstance(shape, str):
+        other = public_checkpoint(shape)["shapes"]
+        inside = {name: x for name, x in other.items() if name.startswith(pattern)}
+        return (inside or {pattern + name: x for name, x in other.items()}).items()
+    layers = re.search(r"{(\d+)}", pattern)
+    count = int(layers[1]) if layers else 1
+    return [(re.sub(r"{\d+}", str(i), pattern), tuple(shape)) for i in range(count)]
+
+
 def checkpoint_keys(name):
-    """{tensor name: shape} of a public checkpoint; skips the test when the list is absent."""
+    """{tensor name: shape} of a public checkpoint as listed beside the repository; skips the test without the list."""
     path = SHARED / "checkpoint_keys" / f"{name}_keys.json"
     if not path.is_file():
         pytest.skip(f"no key list {path}")

@@ -1,7 +1,6 @@
-"""Data: easy-VQA, tokenizer and template, packing, the longer stream of HD, batch = f(seed, step)."""
+"""Data: easy-VQA, tokenizer, packing, the longer stream of HD, batch = f(seed, step)."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -11,12 +10,10 @@ from hovle_jax.corpora.in_memory import MORE_WORDS, RECIPES, PictureCorpus, Samp
 from hovle_jax.data import pipeline
 from hovle_jax.data.batch import BatchShape, Sample, lengthen, make_row, pack_row, stack
 from hovle_jax.data.images import augment, load_image, single_tile
-from hovle_jax.data.text.conversation import encode_conversation, encode_random_text, render_text
 from hovle_jax.data.text.tokenizer import ADDED_TOKENS
 from hovle_jax.errors import UserError
 from hovle_jax.training import checks, loop
 from tests import micro
-from tests.shared import golden
 
 # ---------------------------------------------------------------------------------------------------------------------
 # easy-VQA
@@ -71,7 +68,7 @@ def test_the_test_split_is_never_trained_on(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer and template
+# Tokenizer
 
 
 @pytest.mark.parametrize("text", ["what color is the shape?", "  two  spaces \n\n", "🙂 你好, naïve\t✓", "", "a\nb"])
@@ -92,64 +89,6 @@ def test_tokenizer_ids():
     assert tokenizer.decode(ids) == "yes" and tokenizer.decode(ids, skip_special=False) == "<s>yes<|im_end|>"
     role = tokenizer.encode("user\nwhat")
     assert role[: len(tokenizer.encode("user\n"))] == tokenizer.encode("user\n")
-
-
-def test_special_tokens_in_a_users_text_stay_text():
-    tokenizer = micro.tokenizer()
-    evil = "".join(ADDED_TOKENS) + "<s></s>"
-    ids = tokenizer.encode(evil)
-    assert not {tokenizer.special(t) for t in (*ADDED_TOKENS, "<s>", "</s>")} & set(ids)
-    assert tokenizer.decode(ids) == evil
-    encoded = encode_conversation(tokenizer, [(f"<image>\n{evil}", evil)], micro.SYSTEM, (1,), 4)
-    plain = encode_conversation(tokenizer, [("<image>\nx", "x")], micro.SYSTEM, (1,), 4)
-    special = lambda e: [i for i in e.tokens.tolist() if i >= tokenizer.first_special or i in (1, 2)]
-    assert special(encoded) == special(plain)
-
-
-def test_template_is_that_of_internvl():
-    cases = json.loads((golden("templates") / "internlm2-chat.json").read_text())
-    assert cases
-    for case in cases:
-        got = render_text(case["turns"], case["system"] or "", case["tiles"], case["tokens_per_tile"])
-        assert got == case["prompt"]
-
-
-def test_a_question_without_a_mark_gets_one_and_wrong_counts_fail():
-    assert "user\n<img><IMG_CONTEXT></img>\nhi<|im_end|>" in render_text([("hi", None)], "s", (1,), 1)
-    with pytest.raises(UserError, match="2 <image> marks and 1 image was given"):
-        render_text([("<image> <image>", None)], "s", (1,), 1)
-    with pytest.raises(UserError, match="1 <image> mark and 0 images were given"):
-        render_text([("<image>", None)], "s", (), 1)
-
-
-def test_supervised_are_the_answers_and_their_ends():
-    tokenizer = micro.tokenizer()
-    turns = [("<image>\nis it red?", " yes "), ("what shape?", "a circle")]
-    encoded = encode_conversation(tokenizer, turns, micro.SYSTEM, (1,), 4)
-    learned = tokenizer.decode(encoded.tokens[encoded.supervised], skip_special=False)
-    assert learned == "yes<|im_end|>a circle<|im_end|>"
-    whole = tokenizer.decode(encoded.tokens, skip_special=False)
-    assert whole == "<s>" + render_text([(q.strip(), a.strip()) for q, a in turns], micro.SYSTEM, (1,), 4)
-    prompt = encode_conversation(tokenizer, [*turns[:1], ("what shape?", None)], micro.SYSTEM, (1,), 4)
-    assert tokenizer.decode(prompt.tokens).endswith("assistant\n")
-    assert tokenizer.decode(prompt.tokens[prompt.supervised], skip_special=False) == " yes <|im_end|>"
-
-
-def test_random_text_of_distillation():
-    tokenizer = micro.tokenizer()
-    encoded = encode_random_text(tokenizer, np.random.default_rng(0), 50, micro.SYSTEM, (1,), 4)
-    random = encoded.tokens[encoded.supervised]
-    assert len(random) == 100 and random.max() < tokenizer.first_special and random.min() >= 0
-    assert len(set(random.tolist())) > 60  # drawn one by one from 309 ids
-    starts = np.flatnonzero(np.diff(encoded.supervised.astype(int)) == 1) + 1
-    assert encoded.supervised[starts[0] : starts[0] + 50].all() and encoded.supervised[starts[1] :][:50].all()
-    assert encoded.tokens[starts[0] - 1] == tokenizer.special("</img>")
-    template = tokenizer.decode(encoded.tokens[~encoded.supervised], skip_special=False)
-    assert template == "<s>" + render_text([("<image>", "")], micro.SYSTEM, (1,), 4)
-    # Each half is inside its own turn: what stands behind it is the turn's end.
-    assert encoded.tokens[starts + 50].tolist() == [tokenizer.special("<|im_end|>")] * 2
-    other = encode_random_text(tokenizer, np.random.default_rng(1), 50, micro.SYSTEM, (1,), 4)
-    assert (other.tokens != encoded.tokens).any() and (other.supervised == encoded.supervised).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -187,7 +187,8 @@ def test_a_batch_read_in_microbatches_gives_the_same_update(stage):
             np.testing.assert_allclose(parts_metrics[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
         for name, value in wanted.items():
             np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=name)
-            np.testing.assert_allclose(parts_moments[name], moments[name], rtol=0, atol=1e-6 * scale, err_msg=name)
+            # Rounding of the sums differs by CPU: 1.1e-6 of the largest was seen.
+            np.testing.assert_allclose(parts_moments[name], moments[name], rtol=0, atol=2e-6 * scale, err_msg=name)
 
 
 def test_microbatches_take_rows_of_every_device():
@@ -231,7 +232,7 @@ def test_constraints_reach_the_program():
     text = traced.lower().as_text()
     # Before and after each of the two stacks: [B, L, D], rows over the data axes and L over `sequence`.
     assert text.count("sharding_constraint") == 4 == str(traced.jaxpr).count("sharding_constraint[")
-    assert text.count('<@mesh, [{"data", "fsdp"}, {"sequence"}, {}]>') >= 4
+    assert text.count('<@mesh, [{"data"}, {"sequence"}, {}]>') >= 4  # fsdp has one device
 
 
 def test_meshes_and_batches_that_do_not_divide_fail_with_the_number():

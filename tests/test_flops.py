@@ -1,22 +1,25 @@
 """Analytic FLOPs against those that XLA counts in compiled programs: unrolled layers, dense attention."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-import micro
 import pytest
 from flax.traverse_util import flatten_dict
 
+from hovle_jax.components import select, unboxed
+from hovle_jax.config import ExecutionConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.model import flops, presets
-from hovle_jax.model.config import ExecutionConfig, StackConfig
+from hovle_jax.model.config import StackConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.transformer import Stack
 from hovle_jax.model.vit import VisionTransformer
-from hovle_jax.training.flops import step_flops
-from hovle_jax.training.stages import STAGES, Models, components_of
-from hovle_jax.training.state import merge, select, unboxed
+from hovle_jax.training.stages import STAGES
+from hovle_jax.training.step import total_loss
+from tests import micro
 
 ROWS = 2
 # Wide enough that norms, rotations and softmax, which are not counted, do not matter.
@@ -50,57 +53,28 @@ def batch_of(config):
     """The shapes of a batch."""
     shape = BatchShape.of(config.data, config.model.embedding, 0)
     text = config.clip.text.context if config.stage == "contrast" else shape.length
-    whole = lambda *sizes: jax.ShapeDtypeStruct((ROWS, *sizes), jnp.int32)
     visual = shape.tiles * shape.tokens_per_tile
-    batch = {name: whole(text) for name in ("tokens", "positions", "segment_ids")}
+    ids = dict.fromkeys(("tokens", "positions", "segment_ids", "targets"), text)
+    weights = {"loss_weights": text, "text_weights": text, "image_weights": visual}
     if config.stage != "pretrain":
-        side = shape.tile_size
-        batch["tiles"] = jax.ShapeDtypeStruct((ROWS, shape.tiles, side, side, 3), jnp.uint8)
-        batch["image_positions"] = whole(visual)
+        ids["image_positions"] = visual
     if shape.expansion > 1:
-        batch |= {f"long_{name}": whole(shape.long_length) for name in ("tokens", "positions", "segment_ids")}
-        batch |= {"long_image_positions": whole(visual * shape.expansion), "long_text_positions": whole(text)}
-    return batch
-
-
-def outputs(models, params, batch):
-    """What a stage computes before its loss, whose own FLOPs are few: the products of the models."""
-    config = models.config
-    if config.stage == "pretrain":
-        llm = models.hovle.llm
-        return [llm.apply({"params": params["llm"]}, *(batch[k] for k in ("tokens", "positions", "segment_ids")))]
-    if config.stage == "contrast":
-        images, texts, _ = models.clip.apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
-        return [images @ texts.T]
-    if config.stage in ("align", "instruct"):
-        return [models.hovle.logits(params, batch)]
-    embedding = models.hovle.embedding.bind({"params": params["embedding"]})
-    raw, _ = embedding.encode(batch)
-    tiles = batch["tiles"].reshape(-1, *batch["tiles"].shape[2:])
-    target = models.teacher.apply({"params": params["teacher"]}, tiles, config.model.embedding.tokens_per_tile)
-    student = embedding.image_outputs(raw, batch)
-    if config.teacher.projector == "linear":
-        student = models.head.apply({"params": params["head"]}, student)
-    return [student * jax.lax.stop_gradient(target).reshape(student.shape), embedding.shorten(raw, batch)]
+        ids |= dict.fromkeys(("long_tokens", "long_positions", "long_segment_ids"), shape.long_length)
+        ids |= {"long_image_positions": visual * shape.expansion, "long_text_positions": text}
+    batch = {name: jax.ShapeDtypeStruct((ROWS, size), jnp.int32) for name, size in ids.items()}
+    batch |= {name: jax.ShapeDtypeStruct((ROWS, size), jnp.float32) for name, size in weights.items()}
+    side = shape.tile_size
+    return batch | {"tiles": jax.ShapeDtypeStruct((ROWS, shape.tiles, side, side, 3), jnp.uint8)}
 
 
 def counted(config):
-    """FLOPs of the gradient of a stage's outputs, as XLA counts them in the compiled program."""
-    models = Models(config, config.execution)
-    batch = batch_of(config)
-    made = {
-        c: unboxed(jax.eval_shape(lambda b, c=c: models.init(c, jax.random.key(0), b), batch))
-        for c in components_of(config)
-    }
-    stage = STAGES[config.stage]
-    params = select(made, stage.holds)
-    trains = lambda path: stage.trains(path, config.model)
+    """FLOPs of the loss of a stage and its gradient, as XLA counts them in the compiled program."""
+    run, batch = micro.run(config), batch_of(config)
+    params = run.abstract_params()
+    trains = lambda path: STAGES[config.stage].trains(path, config.model_config)
     trained, frozen = select(params, trains), select(params, lambda path: not trains(path))
-
-    def loss(trained, frozen, batch):
-        return sum(jnp.sum(jnp.square(x)) for x in outputs(models, merge(trained, frozen), batch))
-
-    return jax.jit(jax.grad(loss)).lower(trained, frozen, batch).compile().cost_analysis()["flops"]
+    gradient = jax.grad(functools.partial(total_loss, stage=config.stage, models=run.models), has_aux=True)
+    return jax.jit(gradient).lower(trained, frozen, batch).compile().cost_analysis()["flops"]
 
 
 CASES = [
@@ -126,6 +100,10 @@ def test_a_step_has_the_flops_that_xla_counts(stage, changes):
     assert sum(analytic.parts.values()) == analytic.model
 
 
+def step_flops(config, **how):
+    return STAGES[config.stage].step_flops(config, **how)
+
+
 def forward(module, *shapes):
     """FLOPs of a module's forward pass as XLA counts them."""
     inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
@@ -134,7 +112,7 @@ def forward(module, *shapes):
 
 
 def test_forward_passes_of_the_modules():
-    execution, ids = ExecutionConfig(unroll_layers=True), ((1, 128), jnp.int32)
+    execution, ids = Execution(unroll_layers=True), ((1, 128), jnp.int32)
     work = flops.decoder_stack(STACK, 128)
     found = forward(Stack(STACK, execution), ((1, 128, 256), jnp.float32), ids, ids)
     assert found == pytest.approx(work.dense + work.square, rel=0.02)
@@ -166,7 +144,7 @@ def test_recomputation(remat, tolerance):
 def test_the_paper_s_model():
     """Two FLOPs a parameter and token, six with its gradients; what stands in tables costs nothing."""
     model = presets.hovle_model()
-    llm = LanguageModel(model.llm, ExecutionConfig())
+    llm = LanguageModel(model.llm, Execution())
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     params = unboxed(jax.eval_shape(llm.init, jax.random.key(0), ids, ids, ids))["params"]
     kernels = sum(x.size for path, x in flatten_dict(params).items() if path[-1] == "kernel")

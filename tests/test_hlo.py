@@ -169,7 +169,7 @@ def test_an_all_reduce_scatter_fusion_is_a_reduce_scatter():
 }
 """
     found = one("  ROOT %f = f32[4,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1", before=before)
-    assert (found.kind, found.wire_bytes, found.result_bytes) == ("reduce-scatter", 192, 64)
+    assert (found.kind, found.operand_bytes, found.wire_bytes) == ("reduce-scatter", 256, 192)
 
 
 def test_wrapped_asynchronous_collectives_and_both_branches_count():

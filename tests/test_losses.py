@@ -12,14 +12,15 @@ from hovle_jax.training.losses import contrastive, cosine, cross_entropy, divide
 from hovle_jax.training.optimizer import learning_rate
 from hovle_jax.training.stages.contrast import clamp_scale
 from tests import micro
-from tests.shared import golden
+from tests.shared import golden_roots
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize("case", range(5))
-def test_contrastive_loss_is_that_of_open_clip(case):
-    arrays = np.load(golden("contrastive-loss") / "expected.npz")
+@pytest.mark.parametrize("folder", golden_roots("contrastive-loss"))
+def test_contrastive_loss_is_that_of_pytorch_and_open_clip(folder, case):
+    arrays = np.load(folder / "expected.npz")
     get = lambda name: arrays[f"case{case}.{name}"]
 
     def loss(images, texts, log_scale):
@@ -30,6 +31,14 @@ def test_contrastive_loss_is_that_of_open_clip(case):
     np.testing.assert_allclose(value, get("clip.loss"), rtol=1e-5, atol=1e-6)
     for name, gradient in zip(("grad_image", "grad_text", "grad_log_logit_scale"), gradients):
         np.testing.assert_allclose(gradient, get(f"clip.{name}"), rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("pairs, log_scale", [(1, 0.0), (2, 0.0), (6, 1.5), (9, np.log(100))])
+def test_contrastive_loss_of_orthogonal_pairs(pairs, log_scale):
+    """Each row of logits has the scale s once and 0 elsewhere: ln(1 + (N - 1) / e^s) for every pair."""
+    unit = np.eye(16, dtype=np.float32)[:pairs]
+    loss = divide(contrastive(unit, unit, jnp.float32(log_scale)))
+    np.testing.assert_allclose(loss, np.log1p((pairs - 1) * np.exp(-np.exp(log_scale))), rtol=1e-4, atol=1e-6)
 
 
 def test_the_logit_scale_is_clamped_at_100():

@@ -30,7 +30,6 @@ def test_the_preset_has_its_sizes(smol):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["prompt"])
 def test_ids(smol, case):
-    assert smol.tokenizer.encode_special(case["text"]) == case["ids"]
     ours = encode_conversation(smol.tokenizer, [(case["prompt"], None)]).tokens.tolist()
     if "<|" in case["prompt"]:  # the reference lets a user's words become special tokens
         assert ours != case["ids"]

@@ -1,4 +1,4 @@
-"""Tiles: InternVL's grids and pixels, against stored outputs and against a plain second version."""
+"""Tiles: InternVL's grids and pixels, against outputs of transformers and against a plain second version."""
 
 import json
 
@@ -8,12 +8,19 @@ from PIL import Image
 
 from hovle_jax.data.images import Tiling, recompress
 from hovle_jax.model.vision import normalize_tiles
-from tests.shared import golden
+from tests.shared import golden_roots
 
 
-def test_grids_are_those_of_internvl():
-    cases = json.loads((golden("tiling") / "grids.json").read_text())
-    assert len(cases) > 700
+def grids(folder):
+    """[{name: value}] of a golden folder: ours has the names once."""
+    stored = json.loads((folder / "grids.json").read_text())
+    return [dict(zip(stored["names"], row)) for row in stored["rows"]] if "names" in stored else stored
+
+
+@pytest.mark.parametrize("folder", golden_roots("tiling"))
+def test_grids_are_those_of_internvl(folder):
+    cases = grids(folder)
+    assert len(cases) > 600
     for case in cases:
         tiling = Tiling(case["image_size"], case["min_num"], case["max_num"], case["use_thumbnail"])
         width, height = case["width"], case["height"]
@@ -21,8 +28,9 @@ def test_grids_are_those_of_internvl():
         assert tiling.count(width, height) == case["tiles"], case
 
 
-def test_pixels_are_those_of_internvl():
-    stored = np.load(golden("tiling") / "pixels.npz")
+@pytest.mark.parametrize("folder", golden_roots("tiling"))
+def test_pixels_are_those_of_internvl(folder):
+    stored = np.load(folder / "pixels.npz")
     names = [name.removeprefix("image") for name in stored if name.startswith("image")]
     assert names
     for name in names:
@@ -30,6 +38,16 @@ def test_pixels_are_those_of_internvl():
         tiles = Tiling(size, fewest, most, bool(thumbnail)).cut(Image.fromarray(stored[f"image{name}"]))
         pixels = np.asarray(normalize_tiles(tiles)).transpose(0, 3, 1, 2)
         np.testing.assert_allclose(pixels, stored[f"pixel_values{name}"], atol=1e-6)
+
+
+def test_each_tile_shows_its_part_and_the_thumbnail_the_whole():
+    """An image of 3 x 2 blocks of one colour each, whose sides are those of the tiles: nothing is interpolated."""
+    colours = np.arange(1, 7, dtype=np.uint8).reshape(2, 3)
+    blocks = np.repeat(np.repeat(colours, 16, axis=0), 16, axis=1)
+    tiles = Tiling(16, 1, 6).cut(Image.fromarray(np.stack([blocks] * 3, axis=-1)))
+    assert len(tiles) == 7
+    assert [np.unique(tile).tolist() for tile in tiles[:6]] == [[1], [2], [3], [4], [5], [6]]
+    assert tiles[6, 0, 0, 0] == 1 and tiles[6, 0, -1, 0] == 3 and tiles[6, -1, 0, 0] == 4 and tiles[6, -1, -1, 0] == 6
 
 
 def tile_by_tile(image, tiling):

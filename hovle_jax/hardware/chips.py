@@ -19,7 +19,6 @@ class Chip:
 
     Attributes:
       bf16_flops: dense, a second.
-      int8_ops: dense, a second.
       hbm_bytes: of memory.
       hbm_bandwidth: bytes a second.
       ici_bandwidth: bytes a second that it can send to its neighbours over all links together, one way.
@@ -32,7 +31,6 @@ class Chip:
 
     name: str
     bf16_flops: float
-    int8_ops: float
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
@@ -55,38 +53,38 @@ _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
     # The documentation of v4 names neither link nor network: 6 links of 50 GB/s one way are Jouppi et al. 2023's.
     "v4": Chip(
-        "TPU v4", 275 * TERA, 275 * TERA, 32 * GIB, 1200 * GB, 300 * GB, 6, 6.25 * GB,
+        "TPU v4", 275 * TERA, 32 * GIB, 1200 * GB, 300 * GB, 6, 6.25 * GB,
         _DOCS + "v4, https://arxiv.org/abs/2304.01433", "https://jax-ml.github.io/scaling-book/tpus",
     ),
     # 400 GB/s both ways; 6.4 Tbit/s for a pod of 256. Its and v6e's "GB" of memory are binary, as libtpu's limit shows.
     "v5e": Chip(
-        "TPU v5e", 197 * TERA, 393 * TERA, 16 * GIB, 819 * GB, 200 * GB, 4, 3.125 * GB, _DOCS + "v5e",
+        "TPU v5e", 197 * TERA, 16 * GIB, 819 * GB, 200 * GB, 4, 3.125 * GB, _DOCS + "v5e",
     ),
-    # 1200 GB/s both ways; 50 Gbit/s a chip. Its page has no int8 figure; the book says twice bf16.
+    # 1200 GB/s both ways; 50 Gbit/s a chip.
     "v5p": Chip(
-        "TPU v5p", 459 * TERA, 918 * TERA, 95 * GIB, 2765 * GB, 600 * GB, 6, 6.25 * GB,
-        _DOCS + "v5p, int8: https://jax-ml.github.io/scaling-book/tpus",
+        "TPU v5p", 459 * TERA, 95 * GIB, 2765 * GB, 600 * GB, 6, 6.25 * GB,
+        _DOCS + "v5p",
     ),
     # 800 GB/s both ways; 100 Gbit/s a chip.
     "v6e": Chip(
-        "TPU v6e", 918 * TERA, 1836 * TERA, 32 * GIB, 1638 * GB, 400 * GB, 4, 12.5 * GB, _DOCS + "v6e",
+        "TPU v6e", 918 * TERA, 32 * GIB, 1638 * GB, 400 * GB, 4, 12.5 * GB, _DOCS + "v6e",
     ),
-    # 1200 GB/s both ways; 100 Gbit/s a chip. It has no int8 figure: this is fp8's.
+    # 1200 GB/s both ways; 100 Gbit/s a chip.
     "tpu7x": Chip(
-        "TPU7x", 2307 * TERA, 4614 * TERA, 192 * GIB, 7380 * GB, 600 * GB, 6, 12.5 * GB, _DOCS + "tpu7x",
+        "TPU7x", 2307 * TERA, 192 * GIB, 7380 * GB, 600 * GB, 6, 12.5 * GB, _DOCS + "tpu7x",
     ),
     # Half of the figures "with sparsity"; 400 Gbit/s a GPU in a DGX.
     "h100": Chip(
-        "NVIDIA H100 SXM", 989.4 * TERA, 1978.9 * TERA, 80 * GB, 3350 * GB, 450 * GB, 0, 50 * GB,
+        "NVIDIA H100 SXM", 989.4 * TERA, 80 * GB, 3350 * GB, 450 * GB, 0, 50 * GB,
         _NVIDIA + "h100/", _NVIDIA + "dgx-h100/",
     ),
     "h200": Chip(
-        "NVIDIA H200 SXM", 989.4 * TERA, 1978.9 * TERA, 141 * GB, 4800 * GB, 450 * GB, 0, 50 * GB,
+        "NVIDIA H200 SXM", 989.4 * TERA, 141 * GB, 4800 * GB, 450 * GB, 0, 50 * GB,
         _NVIDIA + "h200/", _NVIDIA + "dgx-h200/",
     ),
     # 200 Gbit/s a GPU in a DGX.
     "a100": Chip(
-        "NVIDIA A100 SXM 80GB", 312 * TERA, 624 * TERA, 80 * GB, 2039 * GB, 300 * GB, 0, 25 * GB,
+        "NVIDIA A100 SXM 80GB", 312 * TERA, 80 * GB, 2039 * GB, 300 * GB, 0, 25 * GB,
         _NVIDIA + "a100/", _NVIDIA + "dgx-a100/",
     ),
 }  # fmt: skip
@@ -128,5 +126,5 @@ def key_of(name):
 
 
 def _devices(key):
-    """That a chip is to JAX."""
+    """JAX devices per chip."""
     return GENERATIONS[key].devices_per_chip if key in GENERATIONS else 1

@@ -1,6 +1,5 @@
 """The line that a training run shows while it works."""
 
-import builtins
 import numbers
 import time
 
@@ -18,16 +17,14 @@ class Progress:
       total_steps: the step at which the run ends.
       first_step: steps that were done before this process (the checkpoint's step; 0 for a new run).
       tokens_per_step: tokens of a global batch; 0 leaves the speed out.
-      print: takes a finished line.
       clock: seconds, from any origin.
     """
 
-    def __init__(self, stage, total_steps, first_step, tokens_per_step, print=builtins.print, clock=time.monotonic):
+    def __init__(self, stage, total_steps, first_step, tokens_per_step, clock=time.monotonic):
         self.stage = stage
         self.total_steps = total_steps
         self.first_step = first_step
         self.tokens_per_step = tokens_per_step
-        self._print = print
         self._clock = clock
         self._start_time = None
         self._widths = {}  # of each column so far; a column only grows, so the lines stay aligned
@@ -35,10 +32,6 @@ class Progress:
     def started(self):
         """Starts the clock: the process's first step is done."""
         self._start_time = self._clock()
-
-    def show(self, step, values):
-        """Prints `line(step, values)`."""
-        self._print(self.line(step, values))
 
     def line(self, step, values, rates=None):
         """One aligned line.

@@ -47,7 +47,7 @@ class Monitor:
         config, leads = self.config, distributed.is_leader()
         self._first_step = first_step
         self._sheet.add(goodput.earlier_time(self.folder, first_step))
-        self._progress = Progress(config.stage, config.steps, first_step, tokens_per_step, print=self.say)
+        self._progress = Progress(config.stage, config.steps, first_step, tokens_per_step)
         self._speed = Speed(
             find(config.stage).step_flops(config).model, total_bf16_flops(device.device_kind for device in devices)
         )

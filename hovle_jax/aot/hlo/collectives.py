@@ -57,13 +57,6 @@ class Collective:
     op_name: str
 
     @property
-    def result_bytes(self):
-        """What a device gets out."""
-        if self.kind == "all-gather":
-            return self.operand_bytes * self.group_size
-        return self.operand_bytes // self.group_size if self.kind == "reduce-scatter" else self.operand_bytes
-
-    @property
     def wire_bytes(self):
         """Bytes that each device sends (and receives) when it runs once."""
         return wire_bytes(self.kind, self.operand_bytes, self.group_size)

@@ -88,11 +88,6 @@ def render(turns, system="", tiles=(), tokens_per_tile=0, tokenizer=None):
     return with_image_tokens(parts, tiles, tokens_per_tile)
 
 
-def render_text(turns, system="", tiles=(), tokens_per_tile=0):
-    """InternLM2's template as one string, special tokens by name."""
-    return "".join(text if token is None else token for text, token, _ in render(turns, system, tiles, tokens_per_tile))
-
-
 def encode_conversation(tokenizer, turns, system="", tiles=(), tokens_per_tile=0):
     """Ids of a conversation by the tokenizer's template; supervised are each answer and its end token.
 

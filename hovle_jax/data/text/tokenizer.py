@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import pathlib
-import re
 
 import numpy as np
 
@@ -112,14 +111,6 @@ class Tokenizer:
 
     def _with_special(self, tokens):
         raise NotImplementedError
-
-    def encode_special(self, text):
-        """Ids of text in which special tokens are meant: a rendered template, never a user's words."""
-        if not self._special:
-            return self.encode(text)
-        longest_first = sorted(self._special, key=len, reverse=True)
-        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-        return [i for part in parts for i in ([self._special[part]] if part in self._special else self.encode(part))]
 
     def decode(self, ids, skip_special=True):
         """Text of ids; special tokens are left out or written by name. Ids without a piece give nothing."""
