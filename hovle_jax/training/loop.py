@@ -126,13 +126,14 @@ def add_nothing(stack):
         )
 
 
-def run(config: RunConfig, folder, sources, say=print, profile=None):
+def run(config: RunConfig, folder, sources, say=print, profile=None, track=""):
     """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
     Args:
       folder: the run's own.
       sources: {component: folder of the run that it comes from}.
       profile: a range of steps to trace, or None.
+      track: a service that follows the run (`report.tracking`); '' = none.
     Returns:
       Result.
     Raises:
@@ -143,7 +144,7 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
     folder = checkpoint.open_run_folder(folder)
     checkpoint.check_same_config(folder, config)
     say = say if distributed.is_leader() else lambda line: None
-    monitor = Monitor(config, folder, profile, say)
+    monitor = Monitor(config, folder, profile, say, track)
     mesh = make_mesh(config.mesh)
     check_batch_shape(config.data.batch_size, config.data.sequence_length, mesh)
     parts = accumulation(config, mesh)
@@ -177,6 +178,8 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
         shapes = shapes_of_whole(first, config.data.batch_size)
         state = make_state(models, load_params(models, shapes, mesh, sources), shapes, optimizer)
         say(describe(config, state, shapes))
+        trained, frozen = count(state.trained), count(state.frozen)
+        monitor.about(parameters_trained=trained, parameters_frozen=frozen, samples=dataset.found.samples)
         note_layout(folder, models, shapes, mesh)
         if dataset.found.summary:
             say(f"{config.stage}: {dataset.found.summary}")
