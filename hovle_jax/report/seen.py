@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hovle_jax.report.facts import SEEN
 
@@ -31,11 +32,16 @@ class Seen:
         known = last_row.get("step") == first_step and all(name in last_row for name in SEEN)
         return cls({name: int(last_row[name]) for name in SEEN} if known else None)
 
-    def add(self, batch: dict[str, jax.Array]) -> None:
-        """Counts a batch that lies on the devices; its numbers are read later."""
+    def add(self, batch: dict[str, jax.Array], drawn: int) -> None:
+        """Counts a batch that lies on the devices; its numbers are read later.
+
+        Args:
+          drawn: samples of the rows that this host has made, of which the batch alone does not tell.
+        """
         fields = {name: batch[name] for name in ("tokens", "segment_ids", "image_positions") if name in batch}
+        fields["samples"] = _spread(drawn, batch["tokens"])
         tiles = batch["tiles"].shape[1] if "tiles" in batch else 0
-        self._waiting.append(_counter(jax.tree.leaves(batch)[0].sharding, tiles)(fields))
+        self._waiting.append(_counter(batch["tokens"].sharding, tiles)(fields))
 
     def here(self) -> dict[str, int]:
         """What this process has read; waits for the batches."""
@@ -50,6 +56,22 @@ class Seen:
         return {} if self.before is None else {name: self.before[name] + count for name, count in here.items()}
 
 
+def _spread(drawn: int, tokens: jax.Array) -> jax.Array:
+    """[B], each host's samples spread over its rows: its sum is that of all hosts, also where several share rows."""
+    rows, sharding = len(tokens), tokens.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
+    share = np.float32(drawn / _rows_here(sharding, rows))
+    size = lambda index: len(range(*index[0].indices(rows)))
+    return jax.make_array_from_callback((rows,), sharding, lambda index: np.full(size(index), share))
+
+
+@functools.cache
+def _rows_here(sharding: jax.sharding.Sharding, rows: int) -> int:
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    return sum(stop - start for start, stop, _ in {index[0].indices(rows) for index in indices})
+
+
 @functools.cache
 def _counter(sharding: jax.sharding.Sharding, tiles: int):
     """Compiled for batches that lie so; on every host the result is whole."""
@@ -62,22 +84,21 @@ def _counter(sharding: jax.sharding.Sharding, tiles: int):
 def count(batch: dict[str, jax.Array], tiles: int) -> jax.Array:
     """Tokens, images and samples of a batch, int32 [3].
 
-    An image is a run of neighbouring visual tokens, however many tiles it was cut into; a sample is a segment. In a
-    contrastive batch each row is an image with its caption, and the padding of captions is counted.
+    An image is a run of neighbouring visual tokens, however many tiles it was cut into. In a contrastive batch each row
+    is an image with its caption, and the padding of captions is counted.
 
     Args:
-      batch: tokens [B, L] and, unless it is contrastive, segment_ids [B, L] and image_positions [B, M * P].
+      batch: tokens [B, L], samples [B]; unless it is contrastive, segment_ids [B, L]; with images [B, M * P] positions.
       tiles: M.
     """
-    tokens = batch["tokens"]
+    tokens, samples = batch["tokens"], jnp.round(jnp.sum(batch["samples"])).astype(jnp.int32)
     rows, length = tokens.shape
     if "segment_ids" not in batch:
-        return jnp.array([tokens.size, rows, rows], jnp.int32)
-    segments = batch["segment_ids"]
+        return jnp.stack([jnp.int32(tokens.size), jnp.int32(rows), samples])
     images = jnp.int32(0)
     if tiles and "image_positions" in batch:
         places = batch["image_positions"].reshape(rows, tiles, -1)
         first, last = places[:, :, 0], places[:, :, -1]
         follows = jnp.pad(last[:, :-1] + 1, ((0, 0), (1, 0)), constant_values=-1) == first
-        images = jnp.sum((first < length) & ~follows)
-    return jnp.stack([jnp.sum(segments > 0), images, jnp.sum(segments.max(axis=1))]).astype(jnp.int32)
+        images = jnp.sum((first < length) & ~follows, dtype=jnp.int32)
+    return jnp.stack([jnp.sum(batch["segment_ids"] > 0, dtype=jnp.int32), images, samples])

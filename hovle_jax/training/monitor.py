@@ -77,7 +77,8 @@ class Monitor:
             self._sheet.move(waited, "data")
             if batch is None:
                 return
-            self._seen.add(batch[0])
+            arrays, _, drawn = batch
+            self._seen.add(arrays, drawn)
             yield batch
 
     @contextlib.contextmanager
