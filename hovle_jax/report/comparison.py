@@ -112,11 +112,10 @@ def quantities(columns: list[Column]) -> list[Quantity]:
     """The lines of a stage's table that any of its runs has."""
     held_out = dict.fromkeys(n for c in columns for row in c.run.rows for n in row if n.startswith(HELD_OUT))
     scores = dict.fromkeys(name for column in columns for name in column.run.accuracies())
-    lines = [Quantity("loss (mean of the last 5% of its points)", Run.final_loss)]
+    lines = [Quantity("loss (last 5% of its points)", Run.final_loss)]
     lines += [Quantity(f"held-out {n.removeprefix(HELD_OUT)}", lambda run, n=n: run.last(n)) for n in held_out]
     lines += [Quantity(name, lambda run, n=name: run.accuracies().get(n), _percent) for name in scores]
     lines += [
-        Quantity("steps", lambda run: run.step, lambda value: f"{value:,.0f}"),
         Quantity("parameters trained", lambda run: run.facts.get("parameters_trained"), format_count),
         Quantity("parameters frozen", lambda run: run.facts.get("parameters_frozen"), format_count),
         Quantity("tokens seen", lambda run: run.last("tokens_seen"), format_count),
@@ -142,6 +141,7 @@ def table(columns: list[Column]) -> list[list[str]]:
     # A column is a run, or the runs that a mean is taken over.
     cells = [cell for group in groups.values() for cell in ([*group, group] if len(group) > 1 else group)]
     rows = [[columns[0].run.stage, *(_each(cells, lambda one: one.name, lambda group: f"mean ± sd of {len(group)}"))]]
+    rows.append(["steps", *_each(cells, lambda column: _steps(column.run), lambda group: "")])
     for line in quantities(columns):
         of_one = lambda column, line=line: _text(line, column.run)
         rows.append([line.name, *_each(cells, of_one, lambda group, line=line: _mean_text(line, group))])
@@ -153,6 +153,10 @@ def table(columns: list[Column]) -> list[list[str]]:
 
 def _each(cells: list, of_one: Callable[[Column], str], of_group: Callable[[list[Column]], str]) -> list[str]:
     return [of_group(cell) if isinstance(cell, list) else of_one(cell) for cell in cells]
+
+
+def _steps(run: Run) -> str:
+    return f"{run.step:,}" if run.finished else f"{run.step:,} of {run.config['steps']:,}"
 
 
 def _text(line: Quantity, run: Run) -> str:
