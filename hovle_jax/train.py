@@ -3,6 +3,7 @@
     python -m hovle_jax.train --config configs/distill.py
     python -m hovle_jax.train --config configs/instruct.py --workdir runs --config.optimizer.learning_rate=1e-4
     python -m hovle_jax.train --config configs/instruct.py --show       # all keys, with values and meanings
+    python -m hovle_jax.train --config configs/instruct.py --workdir runs_seeds --seeds 3    # mean and spread
 
 A stage that is finished in the work folder is used as it is; one that was cut off goes on from its newest checkpoint.
 
@@ -40,9 +41,16 @@ HOSTS = flags.DEFINE_integer(
 HOST = flags.DEFINE_integer("host", os.environ.get("HOVLE_HOST", -1), "The index of this host, from 0")
 PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST: traces these steps of the named stage into its folder")
 SHOW = flags.DEFINE_bool("show", False, "Print every key of --config, its value and what it means, and train nothing")
+TRACK = flags.DEFINE_enum(
+    "track", "", ["", "wandb", "trackio"], "A service that follows the run, beside its JSON lines and TensorBoard"
+)
+SEEDS = flags.DEFINE_integer(
+    "seeds", 0, "3: trains the chain with the seeds 0, 1, 2 into WORKDIR/seed_0, ..., and compares them", lower_bound=0
+)
 HOST_TIMEOUT = flags.DEFINE_float("host_timeout", 300, "Seconds in which all hosts must have started")
 
 
+ONE_HOST = "--seeds trains on one host; on several, start a run for each with --config.seed and compare them after"
 TOLD_TO_END = 128 + signal.SIGTERM
 
 
@@ -57,8 +65,12 @@ def stage_config(folder, stage, preset):
     return RunConfig.from_dict(module.get_config(preset).to_dict())
 
 
-def plan(config: RunConfig, config_folder, workdir):
-    """The runs to make, in order: [(config, folder, {component: folder of its source})]; finished ones are left out."""
+def plan(config: RunConfig, config_folder, workdir, seed=None):
+    """The runs to make, in order: [(config, folder, {component: folder of its source})]; finished ones are left out.
+
+    Args:
+      seed: of all of them; None = each its config's own.
+    """
     from hovle_jax.checkpoints import is_finished
     from hovle_jax.training.run_folder import check_same_config
     from hovle_jax.training.stages import STAGES, find
@@ -66,6 +78,7 @@ def plan(config: RunConfig, config_folder, workdir):
     runs, planned = [], set()
 
     def visit(config):
+        config = config if seed is None else dataclasses.replace(config, seed=seed)
         components = find(config.stage).components_of(config.model_config)
         folder, sources = workdir / config.stage, {}
         if config.stage in planned:
@@ -105,19 +118,50 @@ def main():
     workdir = command_line.local_folder("workdir")
 
     from hovle_jax.hosts import distributed
+    from hovle_jax.report.tracking import check_installed
     from hovle_jax.training import profiling
 
+    check_installed(TRACK.value)
+    if SEEDS.value and HOSTS.value > 1:
+        raise UserError(ONE_HOST)
     profile = profiling.parse_steps(PROFILE.value)
     profiling.check_steps(profile, 0, config.last_step)
     command = {"config": config.to_dict(), "workdir": workdir}
     distributed.start(COORDINATOR.value, HOSTS.value, HOST.value, HOST_TIMEOUT.value, command)
+    place = config_path.parent, pathlib.Path(workdir)
     with distributed.ending_together():
-        status = train(config, config_path.parent, pathlib.Path(workdir), started, profile)
+        if SEEDS.value:
+            status = train_seeds(config, *place, SEEDS.value, profile, TRACK.value)
+        else:
+            status = train(config, *place, started, profile, TRACK.value)
     sys.exit(status)
 
 
-def train(config, config_folder, workdir, started, profile=None):
-    """Makes the runs that are missing, on all hosts; the first one speaks, and scores them. -> the exit status."""
+def train_seeds(config, config_folder, workdir, count, profile=None, track=""):
+    """Trains the same chain with seeds 0 to count - 1, one after another, and compares them. -> the exit status."""
+    import jax
+
+    from hovle_jax.report.comparison import compare
+
+    if jax.process_count() > 1:
+        raise UserError(ONE_HOST)
+    folders = [workdir / f"seed_{seed}" for seed in range(count)]
+    for seed, folder in enumerate(folders):
+        print(f"==== seed {seed} of 0 to {count - 1} -> {folder}")
+        of_seed = dataclasses.replace(config, seed=seed)
+        status = train(of_seed, config_folder, folder, time.time(), profile, track, seed)
+        if status:
+            return status
+    print(f"\n{compare(folders, workdir)}")
+    return 0
+
+
+def train(config, config_folder, workdir, started, profile=None, track="", seed=None):
+    """Makes the runs that are missing, on all hosts; the first one speaks, and scores them. -> the exit status.
+
+    Args:
+      seed: of the stages that are trained first; None = each its config's own.
+    """
     from hovle_jax.checkpoints import is_finished
     from hovle_jax.conversion.downloads import resolve
     from hovle_jax.evaluation.summary import summarize
@@ -133,7 +177,7 @@ def train(config, config_folder, workdir, started, profile=None):
         run_folder.check_same_config(folder, config)
         say(f"{config.stage} is finished in {folder}; remove that folder to train it again")
         return 0
-    runs = plan(config, config_folder, workdir)
+    runs = plan(config, config_folder, workdir, seed)
     for stage, folder, _ in runs:
         checks.check(stage)
         run_folder.check_same_config(folder, stage)
@@ -144,16 +188,17 @@ def train(config, config_folder, workdir, started, profile=None):
         if stage.stage != config.stage:
             say(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
         say(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
-        result = loop.run(stage, folder, sources, say, profile if stage.stage == config.stage else None)
+        result = loop.run(stage, folder, sources, say, profile if stage.stage == config.stage else None, track)
         if not result.finished:
             without = " without stop_at_step" if stage.stop_at_step else ""
             say(f"stopped at step {result.step} of {stage.steps}; the same command{without} goes on")
             return exit_status(stage, result)
         if distributed.is_leader():
-            for name, value in summarize(stage, result).items():
+            for name, value in summarize(stage, result, track).items():
                 say(f"{stage.stage}: {name} {value}")
         distributed.wait("the report is written")
-    say(f"done in {format_duration(time.time() - started)}; see {workdir / config.stage / 'report.html'}")
+    page = workdir / config.stage / "report.html"
+    say(f"done in {format_duration(time.time() - started)}; see {page} and, of all stages, {workdir / 'report.html'}")
     return 0
 
 

@@ -24,7 +24,7 @@ from hovle_jax.data.bad_samples import FILE_NAME, read_bad_samples
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.hosts.rollcall import numbers, roll_call
-from hovle_jax.report.metrics import TIMES, read_metrics
+from hovle_jax.report.metrics import is_measured, read_metrics
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import loop
@@ -252,8 +252,7 @@ def parameters(folder):
 
 def metrics_but_times(folder):
     """The rows without what a clock has measured."""
-    measured = lambda name: name in ("model_flops_per_second", "goodput") or name.startswith(TIMES)
-    return [{name: value for name, value in row.items() if not measured(name)} for row in read_metrics(folder)]
+    return [{name: value for name, value in row.items() if not is_measured(name)} for row in read_metrics(folder)]
 
 
 def assert_same_run(folder, expected):

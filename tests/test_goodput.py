@@ -247,12 +247,12 @@ def test_a_run_that_was_told_to_end_is_not_done():
 def test_only_the_named_stage_is_traced(tmp_path, monkeypatch):
     traced = {}
 
-    def run(config, folder, sources, say, profile):
+    def run(config, folder, sources, say, profile, track):
         traced[config.stage] = profile
         return loop.Result(folder, config.steps, finished=True, held_out={})
 
     monkeypatch.setattr(loop, "run", run)
-    monkeypatch.setattr(summary, "summarize", lambda config, result: {})
+    monkeypatch.setattr(summary, "summarize", lambda config, result, track: {})
     config = train.stage_config(ROOT / "configs", "distill", "tiny")
     train.train(config, ROOT / "configs", tmp_path, time.time(), range(3, 5))
     assert traced.pop("distill") == range(3, 5)

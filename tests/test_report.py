@@ -4,13 +4,15 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from hovle_jax.errors import UserError
-from hovle_jax.report import batch_images, page, plots
+from hovle_jax.report import batch_images, facts, page, plots
 from hovle_jax.report.metrics import MetricsWriter, read_metrics
 from hovle_jax.report.progress import Progress, format_number
 from hovle_jax.system.progress import format_duration, track
@@ -36,7 +38,8 @@ def tensorboard_scalars(folder):
             size = int.from_bytes(data[:8], "little")
             event = Event.FromString(data[12 : 12 + size])
             for value in event.summary.value:
-                found[event.step] = value.simple_value
+                if not value.HasField("image"):
+                    found[event.step] = value.simple_value
             data = data[16 + size :]
     return found
 
@@ -169,6 +172,58 @@ def test_plots_are_pictures_of_a_sane_size(tmp_path):
     assert 600 < width < 2000 and 300 < height < 1000
 
 
+def panels(monkeypatch):
+    """The figures that are saved from here on."""
+    saved = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+    return saved
+
+
+def test_panels_have_one_size_their_own_numbers_and_no_labels_in_each_other(tmp_path, monkeypatch):
+    saved = panels(monkeypatch)
+    rows = [{"step": i, "loss": 3.0, "model_flops_per_second": 1e11 + i * 1e9, "learning_rate": 4e-4 / i, "goodput": 1}
+            for i in range(1, 60)]  # fmt: skip
+    plots.plot_metrics(rows, tmp_path / "metrics.png", "a run")
+    axes = [axis for axis in saved[0].axes if axis.get_visible()]
+    assert len(axes) == 4
+    sizes = np.array([axis.get_position().size for axis in axes])
+    assert np.ptp(sizes, axis=0).max() < 0.01
+    for axis in axes:
+        assert axis.yaxis.get_offset_text().get_text() == axis.xaxis.get_offset_text().get_text() == ""
+        assert any(label.get_text() for label in axis.get_xticklabels()) and axis.get_xlabel() == "step"
+    assert [axis.get_ylabel() for axis in axes] == ["loss", "FLOP/s", "rate", "fraction of time"]
+    assert plots.format_tick(1.5e11) == "150G" and plots.format_tick(4e-4) == "0.0004"
+    assert plots.format_tick(-0.2) == "-0.2" and plots.format_tick(2500) == "2500"
+
+
+def test_held_out_points_lie_in_the_panel_of_their_metric_and_two_are_no_line(tmp_path, monkeypatch):
+    saved = panels(monkeypatch)
+    rows = [{"step": i, "loss": 1 / (i + 1), "held_out/other": 1.0} for i in range(5)]
+    rows[0]["held_out/loss"] = rows[4]["held_out/loss"] = 0.5
+    plots.plot_metrics(rows, tmp_path / "metrics.png", "a run")
+    loss, other = [axis for axis in saved[0].axes if axis.get_visible()]
+    trained, held_out = loss.get_lines()
+    assert trained.get_linestyle() == "-" and held_out.get_linestyle() == "None" and held_out.get_marker() == "o"
+    assert held_out.get_xdata().tolist() == [0, 4] and held_out.get_label() == "held out"
+    assert other.get_title(loc="left") == "held_out/other"
+
+
+def test_answers_have_the_colours_of_the_page_and_room(tmp_path, monkeypatch):
+    from hovle_jax.report.html import STYLE
+
+    saved = panels(monkeypatch)
+    image = np.full((8, 8, 3), 200, np.uint8)
+    right = page.Sample(image, "which caption is it of all that there are?", "a red circle", "a red circle")
+    wrong = page.Sample(image, "", "a green rectangle", "a yellow rectangle, or so " * 9)
+    plots.plot_answers([right, wrong], tmp_path / "answers.png")
+    first, second = [axis.texts[0] for axis in saved[0].axes[:2]]
+    assert first.get_color() == plots.RIGHT in STYLE and second.get_color() == plots.WRONG in STYLE
+    assert second.get_text().startswith("a green rectangle\nnot a yellow")
+    boxes = [text.get_window_extent() for text in (first, second)]
+    assert boxes[0].x1 < boxes[1].x0
+
+
 def test_answers_fill_rows_of_pictures(tmp_path):
     sample = page.Sample(np.full((8, 8, 3), 200, np.uint8), "what color is the shape in the picture?", "red", "blue")
     without_picture = dataclasses.replace(sample, image=None)
@@ -297,7 +352,7 @@ def test_batch_picture_of_each_kind_of_batch(tmp_path):
 TIMES = {"training": "0:12:30 (93.1%)"}
 
 
-def write_page(folder, outside):
+def write_page(folder, outside, **more):
     samples = [
         page.Sample(np.full((8, 8, 3), 7, np.uint8), "<script>alert(1)</script>", "Red.", "red"),
         page.Sample(None, "what?", "<b>blue</b>", "red"),
@@ -306,38 +361,101 @@ def write_page(folder, outside):
     inside = folder / "first batch.png"
     for path in (inside, outside):
         Image.new("RGB", (4, 4)).save(path)
-    results = {"accuracy": 0.9123, "by kind": {"<i>": 0.5}}
+    results = {"accuracy": ("91.2%", "95% CI 90 to 92%"), "by kind": {"<i>": 0.5}}
     config = {"note": "</pre><script>"}
-    return page.write_page(folder, "a <run>", config, {"jax": "1"}, results, samples, [inside, outside], times=TIMES)
+    images = [inside, (outside, "<i>Curves", "a <caption>")]
+    return page.write_page(folder, "a <run>", config, {"jax": "1"}, results, samples, images, times=TIMES, **more)
 
 
-def test_page_escapes_all_text_and_refers_only_to_its_own_files(tmp_path):
+def test_page_escapes_all_text_and_needs_no_other_file(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    text = write_page(folder, tmp_path / "outside.png").read_text()
-    assert not re.search(r"<(script|b|i|run)>", text)
-    assert "&lt;script&gt;alert(1)" in text and "a &lt;run&gt;" in text
+    text = write_page(folder, tmp_path / "outside.png", about={"command": "a && <b>"}).read_text()
+    assert not re.search(r"<(script|b|i|run|caption)>", text)
+    assert "&lt;script&gt;alert(1)" in text and "a &lt;run&gt;" in text and "a &amp;&amp; &lt;b&gt;" in text
     references = re.findall(r'(?:src|href)="([^"]*)"', text)
-    files = [reference for reference in references if not reference.startswith("data:")]
-    assert set(files) == {"first%20batch.png"}
+    assert all(reference.startswith("data:") for reference in references)
     assert "url(" not in text and "http" not in text
-    assert len([reference for reference in references if reference.startswith("data:image/png")]) == 2
+    assert len([reference for reference in references if reference.startswith("data:image/png")]) == 3
 
 
 def test_page_marks_right_and_wrong(tmp_path):
     text = write_page(tmp_path, tmp_path / "other.png").read_text()
-    assert "1 of 2 right" in text
+    assert "Samples: 1 mistake, and 1 right one<" in text
     assert text.count('class="right"') == text.count('class="wrong"') == 1
     assert "Where the time went" in text and "<td>0:12:30 (93.1%)</td>" in text
-    assert "0.912" in text and "by kind.&lt;i&gt;" in text
+    assert "91.2%" in text and "95% CI 90 to 92%" in text and "by kind.&lt;i&gt;" in text
+    # Answers come before the batch that the run began with, which is tall.
+    assert text.index("Samples: ") < text.index("First batch")
 
 
-def test_page_refuses_a_picture_that_is_not_there(tmp_path):
+def test_page_links_to_the_chain_only_where_there_is_one(tmp_path):
+    text = write_page(tmp_path, tmp_path / "other.png", chain="../report.html").read_text()
+    assert '<a href="../report.html">All stages</a>' in text
+
+
+HEADINGS = {
+    (8, 16, 159): "Samples: 8 of 159 mistakes, and 16 right ones",
+    (3, 21, 3): "Samples: all 3 mistakes, and 21 right ones",
+    (1, 1, 1): "Samples: 1 mistake, and 1 right one",
+    (0, 24, 0): "Samples: no mistakes, and 24 right ones",
+    (24, 0, 1400): "Samples: 24 of 1,400 mistakes, and no right ones",
+    (0, 0, 0): "Samples",
+}
+
+
+@pytest.mark.parametrize("counts", HEADINGS)
+def test_the_heading_of_samples_says_what_is_shown_of_what_there_is(counts):
+    wrong, right, mistakes = counts
+    samples = [page.Sample(None, "?", "no", "yes")] * wrong + [page.Sample(None, "?", "yes", "yes")] * right
+    assert page.samples_heading([*samples, page.Sample(None, "?", "anything")], mistakes) == HEADINGS[counts]
+
+
+def test_page_refuses_an_image_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="lost.png"):
         page.write_page(tmp_path, "a run", {}, {}, {}, [], [tmp_path / "lost.png"])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Facts
+
+
 def test_versions_name_the_software_and_the_machine():
-    facts = page.versions()
-    assert {"python", "jax", "flax", "grain", "hovle_jax", "platform", "device", "cpu_count"} <= facts.keys()
-    assert facts["jax"] == __import__("jax").__version__ and facts["device_count"] >= 1
+    found = facts.versions()
+    assert {"python", "jax", "flax", "grain", "hovle_jax", "platform", "device", "cpu_count"} <= found.keys()
+    assert found["jax"] == __import__("jax").__version__ and found["device_count"] >= 1
+
+
+def test_the_commit_is_that_of_a_repository_that_has_the_code(tmp_path):
+    git = lambda *arguments: subprocess.run(
+        ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    package = tmp_path / "code"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert facts.git_commit(package) == ""
+    git("init")
+    assert facts.git_commit(package) == ""  # as an environment inside of somebody's project
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert facts.git_commit(package) == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("changed = True")
+    assert facts.git_commit(package) == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_facts_are_kept_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", "-m", "hovle_jax.train", "--workdir", "my runs"])
+    facts.write_facts(tmp_path, samples=3)
+    found = facts.read_facts(tmp_path)
+    assert found["command"] == "python3 -m hovle_jax.train --workdir 'my runs'" and found["samples"] == 3
+    assert facts.read_facts(tmp_path / "elsewhere") == {}
+
+
+def test_peak_memory_is_that_of_the_fullest_device_where_it_is_told():
+    device = lambda peak: SimpleNamespace(
+        process_index=0, memory_stats=lambda: peak and {"peak_bytes_in_use": peak, "bytes_in_use": 1}
+    )
+    found = facts.peak_memory([device(5), device(7), device(None)])
+    assert found[facts.DEVICE_PEAK] == 7 and found[facts.HOST_PEAK] > 50e6
+    assert facts.DEVICE_PEAK not in facts.peak_memory([device(None)])

@@ -1,10 +1,11 @@
 """Curves of a run, and of several runs, as PNG files."""
 
 import math
+import os
 import pathlib
 import textwrap
 
-from hovle_jax.report.progress import format_number
+from hovle_jax.report.progress import SUFFIXES, format_number
 
 UNITS = {
     "tokens_per_second": "tokens/s",
@@ -14,44 +15,64 @@ UNITS = {
     "model_flops_per_second": "FLOP/s",
     "goodput": "fraction of time",
     "accuracy": "fraction right",
+    "learning_rate": "rate",
+    "gradient_norm": "norm",
 }
+HELD_OUT = "held_out/"
 SMOOTH_FROM = 20  # points; fewer are drawn as they are, with markers
+LINE_FROM = 3  # points; a line through two would tell of steps that nobody measured
+PANEL = (4.2, 2.5)  # inches
+ANSWER_WIDTH = 26  # characters under an image
 COLOR = "#2563a8"
-WRONG = "#b3261e"
+HELD_OUT_COLOR = "#b45309"
+RIGHT, WRONG = "#18794e", "#c0362c"  # those of the page
 
 
-def plot_metrics(rows, path, title):
-    """Every metric of a run in its own axis over a shared step axis, the loss first.
+def plot_metrics(rows: list[dict], path: str | os.PathLike, title: str) -> pathlib.Path:
+    """Every metric of a run in its own panel, the loss first; a held-out metric lies in the panel of its own name.
 
     Args:
       rows: what `read_metrics` returns; a metric may be missing from some rows.
       path: the PNG to write.
-      title: above the picture.
+      title: above the panels.
 
     Returns:
       the path.
     """
-    names = metric_names(rows)
-    num_columns = min(3, max(1, len(names)))
-    num_rows = max(1, math.ceil(len(names) / num_columns))
-    figure = _figure(4.2 * num_columns, 2.5 * num_rows + 0.4)
-    axes = figure.subplots(num_rows, num_columns, sharex=True, squeeze=False).ravel()
+    names = [name for name in metric_names(rows) if name.removeprefix(HELD_OUT) == name or not _pair(rows, name)]
+    figure, axes = _panels(len(names))
+    last_step = max((row["step"] for row in rows), default=0)
     for name, axis in zip(names, axes):
-        steps, values = series(rows, name)
-        _draw(axis, steps, values, COLOR)
-        _annotate_last(axis, steps, values)
+        _draw(axis, *series(rows, name), COLOR)
+        held_out = series(rows, HELD_OUT + name)
+        if held_out[0]:
+            _draw(axis, *held_out, HELD_OUT_COLOR, label="held out")
+            axis.legend(frameon=False, fontsize=8)
+        _annotate_last(axis, *series(rows, name))
         axis.set_title(name, fontsize=10, loc="left")
-        axis.set_ylabel(UNITS.get(name, "value"), fontsize=8)
-    for i, axis in enumerate(axes):
-        axis.set_visible(i < len(names))
-        if i + num_columns >= len(names):  # nothing below it
-            axis.set_xlabel("step", fontsize=8)
-            axis.tick_params(labelbottom=True)
+        axis.set_ylabel(unit_of(name), fontsize=8)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_xlim(-0.03 * last_step, 1.03 * last_step or None)
     figure.suptitle(title if names else f"{title}: no metrics yet", fontsize=12)
     return _save(figure, path)
 
 
-def plot_runs(runs, metric, path):
+def plot_stages(stages: dict[str, list[dict]], path: str | os.PathLike) -> pathlib.Path:
+    """The loss of each stage of a chain, side by side: {stage: rows} -> the path."""
+    figure, axes = _panels(len(stages))
+    for (stage, rows), axis in zip(stages.items(), axes):
+        _draw(axis, *series(rows, "loss"), COLOR)
+        _draw(axis, *series(rows, HELD_OUT + "loss"), HELD_OUT_COLOR, label="held out")
+        if series(rows, HELD_OUT + "loss")[0]:
+            axis.legend(frameon=False, fontsize=8)
+        _annotate_last(axis, *series(rows, "loss"))
+        axis.set_title(stage, fontsize=10, loc="left")
+        axis.set_ylabel("loss", fontsize=8)
+        axis.set_xlabel("step", fontsize=8)
+    return _save(figure, path)
+
+
+def plot_runs(runs: dict[str, list[dict]], metric: str, path: str | os.PathLike) -> pathlib.Path:
     """One metric of several runs in one axis.
 
     Args:
@@ -62,25 +83,44 @@ def plot_runs(runs, metric, path):
     Returns:
       the path.
     """
-    figure = _figure(7.5, 4)
-    axis = figure.subplots()
-    drawn = {name: series(rows, metric) for name, rows in runs.items()}
-    drawn = {name: curve for name, curve in drawn.items() if curve[0]}
-    for i, (name, (steps, values)) in enumerate(drawn.items()):
-        last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
-        _draw(axis, steps, values, f"C{i}", label=f"{name} ({format_number(last)})")
-    axis.set_xlabel("step")
-    axis.set_ylabel(f"{metric} ({UNITS[metric]})" if metric in UNITS else metric)
-    if drawn:
-        axis.legend(frameon=False, fontsize=9, title="run (last value)", title_fontsize=8)
+    return plot_comparison({metric: (metric, runs)}, path)
+
+
+def plot_comparison(
+    panels: dict[str, tuple[str, dict[str, list[dict]]]],
+    path: str | os.PathLike,
+    colors: dict[str, str] | None = None,
+) -> pathlib.Path:
+    """Curves of several runs over each other, in one panel or more.
+
+    Args:
+      panels: {title: (metric, {run: rows})}; a run without the metric is left out.
+      path: the PNG to write.
+      colors: {run: a colour of matplotlib's}; None = each its own.
+
+    Returns:
+      the path.
+    """
+    figure, axes = _panels(len(panels), columns=2, size=(6.5, 3.8))
+    for (title, (metric, runs)), axis in zip(panels.items(), axes):
+        drawn = {name: series(rows, metric) for name, rows in runs.items()}
+        drawn = {name: curve for name, curve in drawn.items() if curve[0]}
+        for i, (name, (steps, values)) in enumerate(drawn.items()):
+            last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
+            _draw(axis, steps, values, (colors or {}).get(name, f"C{i}"), label=f"{name} ({format_number(last)})")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylabel(unit_of(metric), fontsize=8)
+        if drawn:
+            axis.legend(frameon=False, fontsize=8, title="run (last value)", title_fontsize=8)
     return _save(figure, path)
 
 
-def plot_answers(samples, path, columns=6):
-    """Pictures with the question, the answer and, where it is wrong, the expected one.
+def plot_answers(samples: list, path: str | os.PathLike, columns: int = 6) -> pathlib.Path:
+    """Images with the question, the answer and, where it is wrong, the expected one.
 
     Args:
-      samples: `page.Sample`s; those without a picture are left out.
+      samples: `page.Sample`s; those without an image are left out.
       path: the PNG to write.
 
     Returns:
@@ -88,21 +128,27 @@ def plot_answers(samples, path, columns=6):
     """
     shown = [sample for sample in samples if sample.image is not None]
     num_rows = max(1, math.ceil(len(shown) / columns))
-    figure = _figure(1.8 * columns, 2.3 * num_rows)
+    figure = _figure(1.8 * columns, 2.5 * num_rows)
     axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
     for axis, sample in zip(axes, shown):
         axis.imshow(sample.image, interpolation="nearest")
-        axis.set_title("\n".join(textwrap.wrap(sample.prompt or "which caption?", 26)), fontsize=8)
-        wrong = sample.right is False
-        answer = f"{sample.answer}, not {sample.expected}" if wrong else sample.answer
-        color = WRONG if wrong else COLOR
+        axis.set_title(_lines(sample.prompt or "which caption?", 2), fontsize=8)
+        answer = _lines(sample.answer or "(empty)", 1)
+        if sample.right is False:
+            answer += "\n" + _lines(f"not {sample.expected}", 1)
+        color = {True: RIGHT, False: WRONG, None: "black"}[sample.right]
         axis.text(0.5, -0.04, answer, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
     return _save(figure, path)
 
 
-def plot_histograms(columns, path, title):
+def _lines(text, most):
+    """As many lines as there is room for beside its neighbours."""
+    return "\n".join(textwrap.wrap(text, ANSWER_WIDTH, max_lines=most, placeholder=" ..."))
+
+
+def plot_histograms(columns: dict, path: str | os.PathLike, title: str) -> pathlib.Path:
     """The distribution of each of several quantities, with its mean.
 
     Args:
@@ -111,12 +157,7 @@ def plot_histograms(columns, path, title):
     Returns:
       the path.
     """
-    num_columns = min(3, len(columns))
-    num_rows = math.ceil(len(columns) / num_columns)
-    figure = _figure(4.2 * num_columns, 2.5 * num_rows + 0.4)
-    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    for axis in axes[len(columns) :]:
-        axis.set_visible(False)
+    figure, axes = _panels(len(columns))
     for (name, values), axis in zip(columns.items(), axes):
         whole = all(float(v).is_integer() for v in values) and max(values) - min(values) < 60
         bins = [k - 0.5 for k in range(int(min(values)), int(max(values)) + 2)] if whole else 40
@@ -131,7 +172,7 @@ def plot_histograms(columns, path, title):
     return _save(figure, path)
 
 
-def plot_bars(values, path, title):
+def plot_bars(values: dict[str, float], path: str | os.PathLike, title: str) -> pathlib.Path:
     """One bar for each name, the largest on top: {name: number} -> the path."""
     ordered = sorted(values.items(), key=lambda pair: pair[1])
     figure = _figure(7.5, 0.8 + 0.35 * len(ordered))
@@ -144,19 +185,30 @@ def plot_bars(values, path, title):
     return _save(figure, path)
 
 
-def metric_names(rows):
+def metric_names(rows: list[dict]) -> list[str]:
     """All names but `step`, as first seen, with 'loss' at the front."""
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
     return sorted(names, key=lambda name: name != "loss")
 
 
-def series(rows, name):
+def unit_of(metric: str) -> str:
+    """What stands beside the numbers of a metric: its unit, or what it is where it has none."""
+    name = metric.removeprefix(HELD_OUT)
+    return UNITS.get(name) or ("cosine" if name.endswith("_cosine") else name)
+
+
+def _pair(rows, name):
+    """Whether a held-out metric has a panel to lie in."""
+    return bool(series(rows, name.removeprefix(HELD_OUT))[0])
+
+
+def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
     """([step], [value]) of the rows that have the metric."""
     points = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def running_mean(values):
+def running_mean(values: list[float]) -> list[float]:
     """Mean of a window of a twentieth of the points around each one; a non-finite point counts in no mean.
 
     The window reaches equally far to both sides and shrinks at the ends: a trailing one would lag behind the curve.
@@ -179,13 +231,36 @@ def _figure(width, height):
     return figure
 
 
+def _panels(count, columns=3, size=PANEL):
+    """-> (figure, `count` axes of one size, each with its own numbers on both sides)."""
+    columns = min(columns, max(1, count))
+    rows = max(1, math.ceil(count / columns))
+    figure = _figure(size[0] * columns, size[1] * rows + 0.4)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def format_tick(value: float, position: int | None = None) -> str:
+    """200000000000 -> '200G', 0.0004 -> '0.0004': a number whole beside its line, with no exponent above the axis."""
+    if abs(value) >= 1e4:
+        size, suffix = next((pair for pair in SUFFIXES if abs(value) >= pair[0]))
+        return f"{value / size:.4g}{suffix}"
+    return f"{value:.6g}"
+
+
 def _draw(axis, steps, values, color, label=None):
-    """The raw line faint under its running mean; a short one as it is, with its points."""
-    if len(values) < SMOOTH_FROM:
+    """The raw line faint under its running mean; a short one as it is, with its points; two as points alone."""
+    if len(values) < LINE_FROM:
+        axis.plot(steps, values, "o", color=color, markersize=5, label=label)
+    elif len(values) < SMOOTH_FROM:
         axis.plot(steps, values, color=color, marker=".", linewidth=1.2, label=label)
     else:
         axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
         axis.plot(steps, running_mean(values), color=color, linewidth=1.4, label=label)
+    axis.yaxis.set_major_formatter(format_tick)
+    axis.xaxis.set_major_formatter(format_tick)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
@@ -195,9 +270,8 @@ def _annotate_last(axis, steps, values):
     finite = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
     if finite:
         step, value = finite[-1]
-        axis.plot([step], [value], ".", color="black", markersize=4)
         # In the title's line, at the right: beside the curve it would cover it.
-        axis.set_title(f"{format_number(value)} at step {step}", fontsize=8, loc="right", color="0.35")
+        axis.set_title(f"{format_tick(float(f'{value:.4g}'))} at step {step}", fontsize=8, loc="right", color="0.35")
 
 
 def _save(figure, path):

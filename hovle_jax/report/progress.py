@@ -5,6 +5,8 @@ import time
 
 from hovle_jax.system.progress import format_duration
 
+SUFFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
 
 class Progress:
     """Formats a run's progress.
@@ -77,9 +79,9 @@ def format_number(value):
     return f"{value:.1f}" if 1e3 <= size < 1e5 else f"{value:.1e}"
 
 
-def format_count(value, space=""):
+def format_count(value: float, space: str = "") -> str:
     """11800 -> 11.8k."""
-    for size, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, suffix in SUFFIXES:
         if value >= size:
             return f"{value / size:.1f}{space}{suffix}"
     return f"{value:.0f}{space}"

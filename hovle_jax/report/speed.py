@@ -1,4 +1,4 @@
-"""Model FLOPs a second, and what share of the devices' peak that is."""
+"""Tokens and model FLOPs a second, and what share of the devices' peak that is."""
 
 
 class Speed:
@@ -14,18 +14,23 @@ class Speed:
         self._peak = peak
         self._last = None
 
-    def measure(self, step, seconds):
+    def measure(self, step: int, seconds: dict[str, float], tokens: int | None = None) -> dict[str, float | None]:
         """The rates since the last call: {'model_flops_per_second'} and, where the peak is known, {'mfu'}.
 
         Args:
           step: steps done.
           seconds: {activity: seconds} until now (`report.goodput`); steps and the waiting for their data count.
+          tokens: read until now, for {'tokens_per_second'}; None = not counted.
         Returns:
           {name: number, or None where no step was measured yet}.
         """
-        now = step, seconds["training"] + seconds["data"]
-        (last_step, last_time), self._last = self._last or now, now
-        steps, time = now[0] - last_step, now[1] - last_time
-        rate = steps * self._flops_per_step / max(time, 1e-9) if steps else None
+        now = step, seconds["training"] + seconds["data"], tokens
+        (last_step, last_time, last_tokens), self._last = self._last or now, now
+        steps, time = step - last_step, max(now[1] - last_time, 1e-9)
+        rate = steps * self._flops_per_step / time if steps else None
         rates = {"model_flops_per_second": rate}
-        return rates | {"mfu": rate and rate / self._peak} if self._peak else rates
+        if self._peak:
+            rates["mfu"] = rate and rate / self._peak
+        if tokens is not None and last_tokens is not None:
+            rates["tokens_per_second"] = (tokens - last_tokens) / time if steps else None
+        return rates

@@ -45,13 +45,14 @@ class Result:
     held_out: dict  # step -> metrics
 
 
-def run(config: RunConfig, folder, sources, say=print, profile=None):
+def run(config: RunConfig, folder, sources, say=print, profile=None, track=""):
     """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
     Args:
       folder: the run's own.
       sources: {component: folder of the run that it comes from}.
       profile: a range of steps to trace, or None.
+      track: a service that follows the run (`report.tracking`); '' = none.
     Returns:
       Result.
     Raises:
@@ -62,7 +63,7 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
     folder = run_folder.open_run_folder(folder)
     run_folder.check_same_config(folder, config)
     say = say if distributed.is_leader() else lambda line: None
-    monitor = Monitor(config, folder, profile, say)
+    monitor = Monitor(config, folder, profile, say, track)
     stage, run = find(config.stage), build(config, make_mesh(config.mesh))
     corpus = loading.load_corpus(config, config.data.split, say)
     tokenizer = choose_tokenizer(config, [folder], list(sources.values()), corpus)
@@ -93,6 +94,8 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
         shapes = shapes_of_whole(first, config.data.batch_size)
         say(describe(config, state, shapes))
         note_layout(folder, stage, run, shapes)
+        trained, frozen = count(state.trained), count(state.frozen)
+        monitor.about(parameters_trained=trained, parameters_frozen=frozen, samples=dataset.found.samples)
         if dataset.found.summary:
             say(f"{config.stage}: {dataset.found.summary}")
         if saved.latest is not None:

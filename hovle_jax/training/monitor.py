@@ -10,9 +10,12 @@ from hovle_jax.errors import UserError
 from hovle_jax.hardware.chips import total_bf16_flops
 from hovle_jax.hosts import distributed
 from hovle_jax.report import goodput
-from hovle_jax.report.metrics import TIMES, MetricsWriter, NoMetrics
+from hovle_jax.report.facts import peak_memory, write_facts
+from hovle_jax.report.metrics import TIMES, WALL, MetricsWriter, NoMetrics
 from hovle_jax.report.progress import Progress
+from hovle_jax.report.seen import Seen
 from hovle_jax.report.speed import Speed
+from hovle_jax.report.tracking import open_tracker
 from hovle_jax.training.profiling import Profile
 from hovle_jax.training.stages import find
 
@@ -27,13 +30,19 @@ class Monitor:
       folder: the run's own.
       profile: the steps to trace, a range, or None.
       say: takes a line.
+      track: a service that follows the run (`report.tracking`); '' = none.
     """
 
-    def __init__(self, config, folder, profile=None, say=print):
+    def __init__(self, config, folder, profile=None, say=print, track=""):
         self.config, self.folder, self.say = config, folder, say
+        self._track, self._facts = track, {}
         self._steps_to_trace = profile
         self._sheet = goodput.TimeSheet()
         self._waiting = []  # metrics of the steps since the last line, on the devices
+
+    def about(self, **facts: int) -> None:
+        """Numbers of the run for its report: parameters_trained, parameters_frozen, samples of the training data."""
+        self._facts = facts
 
     @contextlib.contextmanager
     def following(self, first_step, tokens_per_step, devices):
@@ -45,14 +54,15 @@ class Monitor:
           devices: all that the steps run on.
         """
         config, leads = self.config, distributed.is_leader()
-        self._first_step = first_step
+        self._first_step = self._done = first_step
+        self._devices = list(devices)
         self._sheet.add(goodput.earlier_time(self.folder, first_step))
         self._progress = Progress(config.stage, config.steps, first_step, tokens_per_step)
-        self._speed = Speed(
-            find(config.stage).step_flops(config).model, total_bf16_flops(device.device_kind for device in devices)
-        )
+        flops = find(config.stage).step_flops(config).model
+        self._speed = Speed(flops, total_bf16_flops(device.device_kind for device in self._devices))
         with contextlib.ExitStack() as stack:
-            self._writer = stack.enter_context(MetricsWriter(self.folder, first_step) if leads else NoMetrics())
+            self._writer = stack.enter_context(self._metrics_writer() if leads else NoMetrics())
+            self._seen = Seen.since(first_step, self._writer.last)
             self._watch = stack.enter_context(goodput.StepWatch(self._sheet.clock))
             profile = Profile(self._steps_to_trace, self.folder, self.besides, self._say_of_stage)
             self._profile = stack.enter_context(profile)
@@ -68,6 +78,8 @@ class Monitor:
             self._sheet.move(waited, "data")
             if batch is None:
                 return
+            arrays, _, drawn = batch
+            self._seen.add(arrays, drawn)
             yield batch
 
     @contextlib.contextmanager
@@ -79,14 +91,14 @@ class Monitor:
             self._sheet.enter("compile")
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield self._waiting.append
-        metrics = self._waiting[-1]
+        metrics, self._done = self._waiting[-1], step + 1
         self._watch.dispatched(metrics["loss"])
         self._profile.after(step)
         if first:
             jax.block_until_ready(metrics)
             self._sheet.enter("training")
             self._progress.started()
-            self._speed.measure(step + 1, self._sheet.seconds())
+            self._speed.measure(step + 1, self._sheet.seconds(), self._seen.here()["tokens_seen"])
 
     def line(self, done, learning_rate):
         """Writes and says how the steps since the last line went. Raises UserError at a loss that is not finite.
@@ -96,8 +108,10 @@ class Monitor:
         values = self._mean_metrics(done) | {"learning_rate": learning_rate}
         self._waiting = []
         seconds = self._sheet.seconds()
-        rates = self._speed.measure(done, seconds) | {"goodput": goodput.goodput(seconds)}
-        self.write(done, values | {name: rate for name, rate in rates.items() if rate is not None})
+        rates = self._speed.measure(done, seconds, self._seen.here()["tokens_seen"])
+        rates |= {"goodput": goodput.goodput(seconds)}
+        took = {WALL: sum(seconds.values())} | peak_memory(self._devices) | self._seen.totals()
+        self.write(done, values | {name: rate for name, rate in rates.items() if rate is not None} | took)
         if distributed.is_leader():
             goodput.write_time(self.folder, done, seconds)
         self.say(self._progress.line(done, values, rates))
@@ -106,6 +120,8 @@ class Monitor:
     def besides(self, activity):
         """Something else than steps is done within, which waits for those on their way: until then they train."""
         jax.block_until_ready(self._waiting[-1:])
+        if activity == "checkpoints":  # a run that is resumed from it goes on counting there
+            self.write(self._done, self._seen.totals())
         with self._sheet.spent(activity):
             yield
 
@@ -120,6 +136,16 @@ class Monitor:
         if distributed.is_leader():
             goodput.write_time(self.folder, done, seconds)
         self._say_of_stage(goodput.describe(seconds))
+
+    def _metrics_writer(self):
+        """On the host that writes; what was known before the first step is written here."""
+        write_facts(self.folder, **self._facts)
+        tracker = open_tracker(self._track, self.folder, self.config.to_dict())
+        writer = MetricsWriter(self.folder, self._first_step, tracker)
+        first_batch = self.folder / "first_batch.png"
+        if self._first_step == 0 and first_batch.is_file():
+            writer.show(0, "first_batch", first_batch)
+        return writer
 
     def _say_of_stage(self, text):
         self.say(f"{self.config.stage}: {text}")

@@ -13,7 +13,8 @@ from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import count_reasons
 from hovle_jax.report.batch_images import batch_picture
-from hovle_jax.report.page import versions, write_page
+from hovle_jax.report.facts import versions
+from hovle_jax.report.page import write_page
 from hovle_jax.report.plots import plot_bars, plot_histograms
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.training.checks import check_tokenizer

@@ -1,0 +1,114 @@
+"""Services that follow a run while it goes, beside the run's own files: `train --track wandb` or `trackio`."""
+
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import secrets
+from typing import Protocol
+
+from hovle_jax.errors import UserError
+
+PROJECT = "hovle_jax"
+FILE_NAME = "tracking.json"  # the name under which a service knows the run, so that a resumed one goes on there
+
+
+class Tracker(Protocol):
+    """Takes a run's numbers."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Adds the numbers of a step; a second call for the same step adds to them."""
+
+    def finish(self) -> None:
+        """Sends what is left."""
+
+
+class NoTracker:
+    """Takes numbers and keeps none."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class WandbTracker:
+    """Weights & Biases."""
+
+    def __init__(self, run_id: str, name: str, config: dict):
+        import wandb
+
+        self._run = wandb.init(project=PROJECT, id=run_id, name=name, config=config, resume="allow")
+        # Its own count of steps never goes back, as a run does that is resumed from a checkpoint.
+        self._run.define_metric("train_step")
+        self._run.define_metric("*", step_metric="train_step")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values | {"train_step": step})
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class TrackioTracker:
+    """Trackio, which keeps its numbers on this machine unless it is told otherwise."""
+
+    def __init__(self, run_id: str, name: str, config: dict):
+        import trackio
+
+        self._trackio = trackio
+        # It knows a run by its name alone.
+        trackio.init(project=PROJECT, name=f"{name} {run_id}", config=config, resume="allow")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._trackio.log(values, step=step)
+
+    def finish(self) -> None:
+        self._trackio.finish()
+
+
+TRACKERS = {"wandb": WandbTracker, "trackio": TrackioTracker}
+
+
+def check_installed(service: str) -> None:
+    """Raises UserError where the service ('' = none) is unknown or its package is missing."""
+    if service and service not in TRACKERS:
+        raise UserError(f"--track={service} is not one of {', '.join(TRACKERS)}")
+    if service and importlib.util.find_spec(service) is None:
+        raise UserError(
+            f"--track={service} needs the package {service}, which is not installed: pip install {service} "
+            f"(or the project's extra, [{service}])"
+        )
+
+
+def open_tracker(service: str, folder: str | os.PathLike, config: dict) -> Tracker:
+    """Tells the service of a run, or goes on with one that it knows.
+
+    Args:
+      service: 'wandb', 'trackio' or '' for none.
+      folder: the run's own; the last two parts of its path become the run's name.
+      config: the resolved config, a nested dict.
+
+    Raises:
+      UserError: see `check_installed`; also where the service refuses.
+    """
+    if not service:
+        return NoTracker()
+    check_installed(service)
+    folder = pathlib.Path(folder).absolute()
+    name = "/".join(folder.parts[-2:])
+    try:
+        return TRACKERS[service](_run_id(folder), name, config)
+    except Exception as error:  # of its own kinds: no login, no network, no space
+        raise UserError(f"--track={service}: the service cannot be used: {error}") from error
+
+
+def _run_id(folder: pathlib.Path) -> str:
+    path = folder / FILE_NAME
+    if path.is_file():
+        return json.loads(path.read_text())["id"]
+    run_id = secrets.token_hex(4)
+    path.write_text(json.dumps({"id": run_id}) + "\n")
+    return run_id
