@@ -15,6 +15,9 @@ CHECKPOINT = flags.DEFINE_string(
 )
 IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times")
 PROMPT = flags.DEFINE_string("prompt", None, "The question")
+MAX_TILES = flags.DEFINE_integer(
+    "max_tiles", None, "The most tiles of an image; several images share them. Default: as in training", lower_bound=1
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer", lower_bound=1)
 
 
@@ -31,7 +34,7 @@ def main():
     from hovle_jax.inference.generate import answer
     from hovle_jax.inference.load import load_run
 
-    loaded = load_run(resolve(folder))
+    loaded = load_run(resolve(folder)).with_max_tiles(MAX_TILES.value)
     print(answer(loaded.answerer, [(prompt, images)], MAX_NEW_TOKENS.value)[0])
 
 

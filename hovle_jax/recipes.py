@@ -4,7 +4,15 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from hovle_jax.config import DataConfig, InitConfig, MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
+from hovle_jax.config import (
+    DataConfig,
+    EasyVQAConfig,
+    InitConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+)
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.presets import CLIPS, MODELS, TEACHERS
@@ -55,6 +63,7 @@ def base(stage, preset):
         # A tokenizer that is trained here; over a public LLM it is CLIP's alone.
         tokenizer=TokenizerConfig(vocab_size=CLIPS[clip]().text.vocab_size if clip else MODELS[model]().llm.vocab_size),
         data=DataConfig(system_message="" if is_paper(preset) else TINY_SYSTEM),
+        easy_vqa=EasyVQAConfig(),
         optimizer=OptimizerConfig(),
         init=InitConfig(),
         mesh=MeshConfig(),

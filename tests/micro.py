@@ -27,7 +27,7 @@ from hovle_jax.model.config import (
 from hovle_jax.training.loop import copy_text_table
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh, put_batch
-from hovle_jax.training.stages import Models
+from hovle_jax.training.stages import BATCH_KINDS, Models
 from hovle_jax.training.state import abstract_params, make_state
 
 VOCAB = 320
@@ -130,7 +130,7 @@ def one_device():
 
 
 def dataset(config):
-    return pipeline.build_dataset(config, tokenizer(), corpus())
+    return pipeline.build_dataset(config, BATCH_KINDS[config.stage], tokenizer(), corpus())
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from hovle_jax.data.images import decode_image, image_size
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
 from hovle_jax.training import loop
+from hovle_jax.training.stages import BATCH_KINDS
 from hovle_jax.training.state import abstract_params
 from tests import broken, micro
 
@@ -37,7 +38,9 @@ def config_of(source, stage="instruct", **changes):
 
 
 def dataset_of(config):
-    return pipeline.build_dataset(config, micro.tokenizer(), loading.load_corpus(config, "train", quiet))
+    return pipeline.build_dataset(
+        config, BATCH_KINDS[config.stage], micro.tokenizer(), loading.load_corpus(config, "train", quiet)
+    )
 
 
 def quiet(line):
@@ -46,7 +49,7 @@ def quiet(line):
 
 def epoch_events(config):
     """What an epoch finds: {sample's name: BadEvent}."""
-    plan, *_ = loading.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    plan, *_ = loading.load_corpus(config, "train", quiet).planned(config, BATCH_KINDS[config.stage], micro.tokenizer())
     dataset = dataset_of(config)
     batches = dataset.iterate()
     drawn = [event for _ in range(-(-len(plan) // 8)) for event in next(batches)[1]]
@@ -150,7 +153,10 @@ def test_worker_processes_hosts_and_a_new_index_replace_the_same(corpus, tmp_pat
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
     corpus = loading.load_corpus(config, "train", quiet)
     halves = np.array_split(range(config.data.batch_size), 2)
-    parts = [pipeline.build_dataset(config, micro.tokenizer(), corpus, numbers=rows).iterate(3) for rows in halves]
+    parts = [
+        pipeline.build_dataset(config, BATCH_KINDS[config.stage], micro.tokenizer(), corpus, numbers=rows).iterate(3)
+        for rows in halves
+    ]
     for batch, events, drawn in expected[3:5]:
         made = [next(part) for part in parts]
         whole = {name: np.concatenate([part[0][name] for part in made]) for name in batch}

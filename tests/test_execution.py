@@ -11,14 +11,14 @@ import optax
 import pytest
 
 from hovle_jax.config import MeshConfig, OptimizerConfig
-from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
+from hovle_jax.data.batch import BatchShape, Sample, stack
 from hovle_jax.data.text.conversation import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.training.checks import accumulation
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
-from hovle_jax.training.stages import STAGES, Models
+from hovle_jax.training.stages import BATCH_KINDS, STAGES, Models
 from hovle_jax.training.state import abstract_params, make_state, select
 from hovle_jax.training.step import rows_of_part, total_loss, train_step
 from tests import micro
@@ -57,7 +57,7 @@ def random_texts(config):
 def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, variant):
     config = micro.run_config(stage, variant)
     models = Models(config, config.execution)
-    kind = KINDS[stage]
+    kind = BATCH_KINDS[stage]
     samples = (conversations if stage == "instruct" else random_texts)(config)
     longest = max(len(s.tokens) for s in samples)
 
@@ -73,7 +73,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, var
     for per_row in (1, 3):
         data = dataclasses.replace(config.data, sequence_length=per_row * longest, tiles=per_row)
         shape = BatchShape.of(data, config.model.embedding, micro.tokenizer().image_id)
-        batch = stack([make_row(samples[i : i + per_row], shape, kind) for i in range(0, len(samples), per_row)])
+        batch = stack([kind.row(samples[i : i + per_row], shape) for i in range(0, len(samples), per_row)])
         assert len(batch["tokens"]) == 6 // per_row
         results.append(losses(micro.params(config), batch))
     (grads, pairs), (packed_grads, packed_pairs) = results

@@ -14,7 +14,7 @@ from hovle_jax.data.batch import WEIGHTINGS
 from hovle_jax.data.rows.packing import WINDOW, pack
 from hovle_jax.errors import UserError
 from hovle_jax.training import loop
-from hovle_jax.training.stages import STAGES, Models
+from hovle_jax.training.stages import BATCH_KINDS, STAGES, Models
 from tests import micro
 from tests.benchmarks.packing import corpus
 
@@ -84,9 +84,9 @@ def write_corpus(folder):
 def epoch(config):
     """All rows of an epoch as one batch."""
     corpus = loading.load_corpus(config, "train")
-    plan, *_ = corpus.planned(config, micro.tokenizer())
+    plan, *_ = corpus.planned(config, BATCH_KINDS[config.stage], micro.tokenizer())
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=len(plan)))
-    return pipeline.build_dataset(config, micro.tokenizer(), corpus)[0]
+    return pipeline.build_dataset(config, BATCH_KINDS[config.stage], micro.tokenizer(), corpus)[0]
 
 
 @pytest.fixture
@@ -158,10 +158,10 @@ def test_weights_of_samples_sum_as_they_should(source):
 def test_distillation_is_packed_too(source):
     config = run_config(source, "distill", sequence_length=256, random_tokens=6)
     corpus = loading.load_corpus(config, "train")
-    plan, summary, events, _ = corpus.planned(config, micro.tokenizer())
+    plan, summary, events, _ = corpus.planned(config, BATCH_KINDS[config.stage], micro.tokenizer())
     assert summary.samples == 8 and len(plan) < 8  # those with a picture
     assert not events and "4 left out (no_image)" in str(summary)
-    batch = pipeline.build_dataset(config, micro.tokenizer(), corpus)[0]
+    batch = pipeline.build_dataset(config, BATCH_KINDS[config.stage], micro.tokenizer(), corpus)[0]
     assert batch["segment_ids"].max() > 1
     per_segment = [
         batch["text_weights"][row][batch["segment_ids"][row] == segment].sum()

@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.config import RunConfig
-from hovle_jax.data.batch import empty_row
 from hovle_jax.errors import UserError
 from hovle_jax.training.checks import accumulation, check
 from hovle_jax.training.loop import resolve_execution
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import batch_sharding, cache_shardings, check_batch_shape, on_mesh
-from hovle_jax.training.stages import Models
+from hovle_jax.training.stages import BATCH_KINDS, Models
 from hovle_jax.training.state import abstract_params, abstract_state
 from hovle_jax.training.step import train_step
 
@@ -49,7 +48,7 @@ def models_for(config: RunConfig, mesh, program="train"):
 def batch_shapes(config: RunConfig, mesh):
     """The shapes of a run's global batch, on the mesh."""
     shape = lambda array: (config.data.batch_size, *np.shape(array))
-    row = empty_row(config)
+    row = BATCH_KINDS[config.stage].empty_row(config)
     return {
         name: jax.ShapeDtypeStruct(shape(array), array.dtype, sharding=batch_sharding(mesh))
         for name, array in row.items()

@@ -11,6 +11,7 @@ from hovle_jax.conversion.tokenizer_files import TOKENIZER_FILES, read_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llms
 from hovle_jax.formats.families import local, open_checkpoint
+from hovle_jax.formats.tiling import tiling_from_json
 from hovle_jax.inference.load import abstract_model
 from hovle_jax.system.files import whole_folder
 from hovle_jax.training.checkpoint import Deferred, save_model
@@ -41,6 +42,7 @@ def import_checkpoint(source, folder, kind=None, say=print):
     config = ModelConfig(
         **{component: configs[component] for component in components},
         system_message=checkpoint.public_config.get("system_message") or "",  # our own exports have it
+        **tiling_from_json(checkpoint.public_config),
     )
     mesh = make_mesh(MeshConfig())
     checkpoint.check({component: abstract_model(config, component, mesh) for component in components})

@@ -14,8 +14,8 @@ from hovle_jax.errors import UserError
 FILE_NAME = "bad_samples.jsonl"
 FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run of several hosts goes on
 OF_ALL_HOSTS = "bad_samples.host_*.jsonl"
-# Reasons that are no fault of a sample: text alone, in a stage of pictures. Such are left out, and counted apart.
-NOT_FOR_THE_STAGE = ("no_image",)
+# Reasons that are no fault of a sample: text alone, in batches of images. Such are left out, and counted apart.
+NOT_FOR_THE_KIND = ("no_image",)
 FEWEST_DRAWN = 1000  # a ceiling is a share: of fewer samples than these it says nothing
 SHARDS_NAMED = 5
 

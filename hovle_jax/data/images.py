@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 
+from hovle_jax.config import grid_within
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.errors import UserError
 
@@ -138,10 +139,9 @@ class Tiling:
         return dataclasses.replace(self, max_tiles=max(1, self.max_tiles // max(images, 1)))
 
     def within(self, tiles):
-        """A tiling of which no picture has more than so many tiles, its thumbnail included."""
-        most = tiles - 1 if self.thumbnail and tiles > 1 else max(tiles, 1)
-        most = min(self.max_tiles, most)
-        return dataclasses.replace(self, min_tiles=min(self.min_tiles, most), max_tiles=most)
+        """A tiling of which no image has more than so many tiles, its thumbnail included."""
+        fewest, most = grid_within(self.min_tiles, self.max_tiles, self.thumbnail, tiles)
+        return dataclasses.replace(self, min_tiles=fewest, max_tiles=most)
 
     def count(self, width, height):
         """Number of tiles of a picture of this size, the thumbnail included."""
@@ -193,15 +193,16 @@ def candidate_grids(min_tiles, max_tiles):
     )
 
 
-def single_tile(image, size):
-    """[1, size, size, 3] uint8: the whole picture, resized bicubically when it has another size."""
+def as_image(image):
+    """A Pillow image, of one or of [H, W, 3] uint8."""
     from PIL import Image
 
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.uint8)[None]
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def single_tile(image, size):
+    """[1, size, size, 3] uint8: the whole image, resized bicubically when it has another size."""
+    return Tiling(size, 1, 1).cut(as_image(image))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

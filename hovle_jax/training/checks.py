@@ -9,7 +9,7 @@ from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
 from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.transformer import REMAT_POLICIES
-from hovle_jax.training.stages import STAGES
+from hovle_jax.training.stages import BATCH_KINDS, STAGES
 
 
 def check(config: RunConfig):
@@ -19,31 +19,15 @@ def check(config: RunConfig):
     config.model.check()
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
-    check_conversations(config)
+    config.easy_vqa.check()
     check_data(config)
     if config.stage == "distill":
         config.teacher.check(config.model.llm.stack.width)
-    if config.stage != "contrast" and config.data.sequence_length > config.model.llm.max_length:
-        raise UserError(
-            f"data.sequence_length={config.data.sequence_length} exceeds the LLM's "
-            f"{config.model.llm.max_length} positions (model.llm.max_length)"
-        )
+    BATCH_KINDS[config.stage].check(config)
     check_execution(config.execution)
     for name in ("steps", "log_every", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 1")
-
-
-def check_conversations(config: RunConfig):
-    """Raises UserError where the questions and captions asked for leave nothing to be learned, or cannot be drawn."""
-    data = config.data
-    if not 0 <= data.negated_share <= 1:
-        raise UserError(f"data.negated_share={data.negated_share} is a share of questions; set it between 0 and 1")
-    if data.turns < (0 if config.stage == "align" and data.ask_caption else 1):
-        raise UserError(
-            f"data.turns={data.turns} leaves nothing to be learned in {config.stage}; "
-            "set it to at least 1 (align can do without questions where data.ask_caption is set)"
-        )
 
 
 def check_data(config: RunConfig):

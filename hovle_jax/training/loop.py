@@ -22,7 +22,7 @@ from hovle_jax.training.checks import accumulation, check, check_same_data_every
 from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate, make_optimizer
 from hovle_jax.training.sharding import check_batch_shape, make_mesh, on_mesh, put_batch
-from hovle_jax.training.stages import STAGES, Models
+from hovle_jax.training.stages import BATCH_KINDS, STAGES, Models
 from hovle_jax.training.state import abstract_params, init_component, make_state, wholly_frozen
 from hovle_jax.training.step import average, eval_step, train_step_for
 
@@ -151,7 +151,7 @@ def run(config: RunConfig, folder, sources, say=print, profile=None):
     tokenizer = get_tokenizer(config, [folder], list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)
     numbers, lists_bad = distributed.host_rows(mesh, config.data.batch_size)
-    dataset = pipeline.build_dataset(config, tokenizer, corpus, numbers=numbers)
+    dataset = pipeline.build_dataset(config, BATCH_KINDS[config.stage], tokenizer, corpus, numbers=numbers)
     held_out = held_out_batches(config, tokenizer, numbers, say)
     first = dataset[0]
     distributed.check_shared(folder)
@@ -264,7 +264,9 @@ def held_out_batches(config, tokenizer, numbers=None, say=print):
     corpus = held_out_corpus(config, say)
     if corpus is None:
         return []
-    dataset = pipeline.build_dataset(config, tokenizer, corpus, held_out=True, numbers=numbers)
+    dataset = pipeline.build_dataset(
+        config, BATCH_KINDS[config.stage], tokenizer, corpus, held_out=True, numbers=numbers
+    )
     return [dataset[i] for i in range(HELD_OUT_BATCHES)]
 
 

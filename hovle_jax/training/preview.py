@@ -19,7 +19,7 @@ from hovle_jax.training import loop
 from hovle_jax.training.checks import check_tokenizer
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
-from hovle_jax.training.stages import Models
+from hovle_jax.training.stages import BATCH_KINDS, Models
 from hovle_jax.training.state import make_state
 from hovle_jax.training.step import train_step_for
 
@@ -33,7 +33,7 @@ def open_dataset(config: RunConfig, tokenizer_place=""):
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=tokenizer_place))
     tokenizer = loop.get_tokenizer(config, [], [], corpus)
     check_tokenizer(config, tokenizer)
-    return pipeline.build_dataset(config, tokenizer, corpus), tokenizer
+    return pipeline.build_dataset(config, BATCH_KINDS[config.stage], tokenizer, corpus), tokenizer
 
 
 def preview(config: RunConfig, folder, tokenizer_place=""):

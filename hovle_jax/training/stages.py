@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import ModelConfig, RunConfig
+from hovle_jax.data.kinds import CAPTIONS, CONVERSATIONS, RANDOM_TEXT, TEXT
 from hovle_jax.model.clip import CLIP, MAX_LOG_SCALE
 from hovle_jax.model.config import ExecutionConfig, HoVLEConfig
 from hovle_jax.model.hovle import HoVLE
@@ -170,6 +171,10 @@ def _under(path, prefixes):
 
 
 TOKENS = {"loss": "loss_weights"}
+
+BATCH_KINDS = {
+    "pretrain": TEXT, "contrast": CAPTIONS, "distill": RANDOM_TEXT, "align": CONVERSATIONS, "instruct": CONVERSATIONS,
+}  # fmt: skip
 
 STAGES = {
     "pretrain": Stage(("llm",), (("llm",),), pretrain_losses, TOKENS),

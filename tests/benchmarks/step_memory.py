@@ -30,12 +30,14 @@ def measure(stage, keep):
     from hovle_jax.data import pipeline
     from hovle_jax.training import loop
     from hovle_jax.training.sharding import make_mesh, on_mesh, put_batch
-    from hovle_jax.training.stages import Models
+    from hovle_jax.training.stages import BATCH_KINDS, Models
     from hovle_jax.training.step import train_step
 
     config = train.stage_config("configs", stage, "tiny")
     corpus = loading.load_corpus(config, "train")
-    batch = pipeline.build_dataset(config, pipeline.train_tokenizer(config, corpus), corpus)[0]
+    batch = pipeline.build_dataset(config, BATCH_KINDS[config.stage], pipeline.train_tokenizer(config, corpus), corpus)[
+        0
+    ]
     models = Models(config, loop.resolve_execution(config.execution, "cpu"))
     optimizer = loop.make_optimizer(config.optimizer, config.steps)
     mesh, seconds = make_mesh(config.mesh), []
