@@ -5,6 +5,7 @@ turns it into these classes and refuses keys that it does not know.
 """
 
 import dataclasses
+from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.mappings import from_dict
@@ -246,13 +247,13 @@ MOVED = {("data", key): ("easy_vqa", key) for key in ("balanced", "negated_share
 MEANT = {"align": {"only_captioned": True}}
 
 
-def _renewed(mapping) -> dict:
+def _renewed(mapping: dict) -> dict:
     """A config of an older run as it would be written today; a newer one as it is."""
-    renewed = {key: dict(value) if isinstance(value, dict) else value for key, value in dict(mapping).items()}
+    renewed: dict[str, Any] = {k: dict(value) if isinstance(value, dict) else value for k, value in mapping.items()}
     has = lambda part, key: isinstance(renewed.get(part), dict) and key in renewed[part]
     moved = [(old, new) for old, new in MOVED.items() if has(*old)]
     if moved and "easy_vqa" not in renewed:
-        renewed["easy_vqa"] = dict(MEANT.get(renewed.get("stage"), {}))
+        renewed["easy_vqa"] = dict(MEANT.get(renewed.get("stage", ""), {}))
     for (old_part, old_key), (part, key) in moved:
         renewed[part][key] = renewed[old_part].pop(old_key)
     return renewed

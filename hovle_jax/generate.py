@@ -13,7 +13,7 @@ from hovle_jax.system import command_line
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
 )
-IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times")
+IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be given several times")
 PROMPT = flags.DEFINE_string("prompt", None, "The question")
 MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; several images share them. Default: as in training", lower_bound=1

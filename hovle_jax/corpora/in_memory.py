@@ -80,9 +80,9 @@ class SampleMaker:
 
     def caption_pair(self, picture, rng) -> Sample:
         """The picture and its caption's ids."""
-        clip = self.config.clip
-        ids = [self.tokenizer.bos, *self.tokenizer.encode(picture.caption), clip.text.end_id]
-        return pair(single_tile(self.image(picture, rng), clip.vision.image_size), ids)
+        shape = CAPTIONS.shape(self.config)
+        ids = [self.tokenizer.bos, *self.tokenizer.encode(picture.caption), shape.end_id]
+        return pair(single_tile(self.image(picture, rng), shape.image_size), ids)
 
     def random_text(self, picture, rng) -> Sample:
         """The picture, with others up to `data.tiles` in all, and text of random ids.

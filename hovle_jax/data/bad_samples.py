@@ -28,7 +28,7 @@ class BadSample(Exception):
       detail: what exactly is wrong.
     """
 
-    def __init__(self, reason, detail=""):
+    def __init__(self, reason: str, detail: object = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, printable(" ".join(str(detail).split())[:300])
 
@@ -155,5 +155,5 @@ def read_bad_samples(folder):
 def _read(path):
     if not path.is_file():
         return []
-    *lines, cut = path.read_text("utf-8").split("\n")  # behind the last line's end: what a killed run was writing
+    *lines, cut = path.read_text("utf-8").split("\n")  # after the last line's end: what a killed run was writing
     return [BadEvent(**json.loads(line)) for line in lines]

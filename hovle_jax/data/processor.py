@@ -21,13 +21,13 @@ class Processor:
 
     Attributes:
       tokenizer: with its chat template; InternLM2's where it has none.
-      tiling: how an image becomes tiles; None for an LLM alone, which sees none.
-      tokens_per_tile: visual tokens of a tile, as the LLM reads them.
+      tiling: how an image becomes tiles.
+      tokens_per_tile: visual tokens of a tile, as the LLM reads them; 0 = an LLM alone, which sees no images.
       system: the system message of conversations that bring none; empty = the template's own.
     """
 
     tokenizer: Tokenizer
-    tiling: Tiling | None = None
+    tiling: Tiling = Tiling()
     tokens_per_tile: int = 0
     system: str = ""
 
@@ -65,14 +65,14 @@ class Processor:
         Args:
           sharing: how many images share the budget of tiles; 0 = these.
         """
-        if self.tiling is None and len(images):
+        if len(images) and not self.tokens_per_tile:
             raise UserError(f"this model is an LLM alone and sees no images; {len(images)} were given")
-        tiling = self.tiling and self.tiling.shared_by(sharing or len(images))
+        tiling = self.tiling.shared_by(sharing or len(images))
         return [tiling.cut(as_image(image)) for image in images]
 
     def joined(self, tiles: list[np.ndarray]) -> np.ndarray:
         """The tiles of several images, or of none, as one array."""
-        return np.concatenate(tiles) if len(tiles) else no_tiles(self.tiling.size if self.tiling else 1)
+        return np.concatenate(tiles) if len(tiles) else no_tiles(self.tiling.size)
 
     def encode(self, turns, counts=(), system: str = "") -> Encoded:
         """The ids of a conversation whose images have so many tiles each; see `encode_conversation`."""

@@ -37,7 +37,7 @@ def greedy(params, batch, *, hovle, max_new_tokens, stop_ids):
       batch: right-padded prompts, one segment a row, after the batch contract.
       hovle: the model (static).
     Returns:
-      tokens [B, max_new_tokens] int32; behind a row's stop token (which is kept) stands that token again.
+      tokens [B, max_new_tokens] int32; after a row's stop token (which is kept) that token is repeated.
     """
     B, L = batch["tokens"].shape
     L_embedding = embedding_stream(batch).tokens.shape[1]

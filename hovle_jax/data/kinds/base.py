@@ -180,7 +180,9 @@ class PackedKind(Kind):
         return RowLimits(data.sequence_length, data.tiles, data.samples_per_row)
 
     def shape(self, config, tokenizer=None):
-        return BatchShape.of(config.data, config.model.embedding, tokenizer.image_id if tokenizer else NO_ID)
+        embedding = config.model.embedding
+        assert embedding is not None, "a run has an embedding's sizes, whether it trains one or not"
+        return BatchShape.of(config.data, embedding, tokenizer.image_id if tokenizer else NO_ID)
 
     def row(self, samples, shape):
         return self.fields(pack_row(samples, shape))

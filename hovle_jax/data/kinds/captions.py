@@ -12,6 +12,7 @@ from hovle_jax.data.images import decode_image, single_tile
 from hovle_jax.data.kinds.base import Kind, Needs, Reader, Room, RowLimits
 from hovle_jax.data.processor import Processor
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import CLIPConfig
 
 
 class PairShape(NamedTuple):
@@ -66,7 +67,7 @@ def pair(tiles: np.ndarray, ids: list) -> Sample:
     return Sample(np.asarray(ids, np.int32), np.zeros(len(ids), bool), tiles)
 
 
-def caption_tokens(ids: np.ndarray, context: int, end_id: int) -> np.ndarray:
+def caption_tokens(ids: np.ndarray | list, context: int, end_id: int) -> np.ndarray:
     """A caption's ids -> [context] int32, padded with the end token. Raises UserError where it is longer."""
     if len(ids) > context:
         raise UserError(f"a caption has {len(ids)} tokens and the text tower's context is {context}")
@@ -80,8 +81,12 @@ class Captions(Kind):
     """Rows {'tiles': [1, S, S, 3], 'tokens': [T]}."""
 
     def check(self, config):
+        self._towers(config)
+
+    def _towers(self, config) -> CLIPConfig:
         if config.clip is None:
             raise UserError(f"batches of {self.name} need the sizes of two towers: set clip, or take the preset tiny")
+        return config.clip
 
     def limits(self, config):
         return RowLimits(1, 1, 1)
@@ -90,8 +95,8 @@ class Captions(Kind):
         return PairReader(self, Processor.of_run(config, tokenizer), self.shape(config), config.data.upright)
 
     def shape(self, config, tokenizer=None):
-        text = config.clip.text
-        return PairShape(config.clip.vision.image_size, text.context, text.end_id)
+        towers = self._towers(config)
+        return PairShape(towers.vision.image_size, towers.text.context, towers.text.end_id)
 
     def row(self, samples, shape):
         if not samples:

@@ -24,7 +24,7 @@ class Costs:
 
     Attributes:
       text, first, images_before: [n]; text is 0 for a bad sample.
-      size_ends: [n]; the pictures of sample i are sizes[size_ends[i - 1] : size_ends[i]].
+      size_ends: [n]; the images of sample i are sizes[size_ends[i - 1] : size_ends[i]].
       sizes: [k, 2] width, height.
       bad: ((i, reason, detail), ...).
     """
@@ -37,7 +37,7 @@ class Costs:
     bad: tuple
 
     def tiles(self, tiling: Tiling):
-        """[n], [n] int64: tiles of each sample, and of its pictures in front of what is learned first."""
+        """[n], [n] int64: tiles of each sample, and of its images in front of what is learned first."""
         ends = np.asarray(self.size_ends, np.int64)
         images = np.diff(ends, prepend=0)
         owner = np.repeat(np.arange(len(images)), images)
@@ -69,7 +69,7 @@ def costs_of(source: Source, reader: Reader, say=print, workers=0):
     key = ("costs", source.fingerprint(), source.root, reader.index_key())
     build = lambda: _build(source, reader, say, workers)
     costs = _load(cached_arrays(key, build))
-    # Pictures have files of their own, which people mend while that of the rows stays as it is.
+    # Images have files of their own, which people mend while that of the rows stays as it is.
     mended = [i for i, *_ in costs.bad if look_at(source, reader, [i])[0][1] is None]
     return _load(cached_arrays((*key, mended), build)) if mended else costs
 

@@ -24,7 +24,7 @@ from hovle_jax.data.rows.costs import costs_of
 from hovle_jax.data.rows.packing import pack
 from hovle_jax.errors import UserError
 
-REPLACEMENTS = 64  # samples behind a bad one that are tried in its place
+REPLACEMENTS = 64  # samples after a bad one that are tried in its place
 TOKENIZER_TEXTS = 100_000  # samples that a tokenizer is trained on
 
 
@@ -85,7 +85,7 @@ class Plan:
         """The same for the same samples in the same rows, wherever their files lie."""
         content = hashlib.sha256()
         for name in ("ends", "entry", "record", "part", "tokens", "tiles"):
-            content.update(np.ascontiguousarray(getattr(self, name)))
+            content.update(np.ascontiguousarray(getattr(self, name)).data)
         return content.hexdigest()[:24]
 
     def row(self, index):
@@ -129,7 +129,7 @@ class IndexedCorpus:
         left_out = collections.Counter(event.reason for event in events if event.reason in NOT_FOR_THE_KIND)
         if not len(units["tokens"]):
             first = f"; the first: {events[0].reason}: {events[0].detail}" if events else ""
-            raise UserError(f"none of the samples of {config.data.source} can be used for {config.stage}{first}")
+            raise UserError(f"none of the samples of {config.data.source} gives batches of {kind.name}{first}")
         sources = [
             [e.source.fingerprint(), e.source.root, e.repeat, e.max_tiles, [i for i, *_ in cost.bad]]
             for e, cost in zip(self.entries, costs)
