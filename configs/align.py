@@ -13,8 +13,9 @@ from hovle_jax import recipes
 
 def get_config(preset="tiny"):
     config = recipes.base("align", preset)
-    config.data.turns = 0
-    config.data.ask_caption = True
+    config.easy_vqa.turns = 0
+    config.easy_vqa.ask_caption = True
+    config.easy_vqa.only_captioned = True
     config.init.llm = "pretrain"
     config.init.embedding = "" if preset == "tiny_no_distill" else "distill"
     if recipes.is_paper(preset):
@@ -25,9 +26,9 @@ def get_config(preset="tiny"):
         config.data.tiles = 13
         return config
     config.data.batch_size = 16
-    config.data.turns = 3
-    config.data.balanced = True
-    config.data.negated_share = 0.15
+    config.easy_vqa.turns = 3
+    config.easy_vqa.balanced = True
+    config.easy_vqa.negated_share = 0.15
     config.data.sequence_length = 98
     config.data.augment = True
     config.steps = 800
@@ -37,8 +38,8 @@ def get_config(preset="tiny"):
     if preset == "smol":
         config.init.llm = "smol-llm"
         config.data.batch_size = 8
-        config.data.turns = 1
-        config.data.negated_share = 0.5
+        config.easy_vqa.turns = 1
+        config.easy_vqa.negated_share = 0.5
         config.data.sequence_length = 72
         config.steps = 150
         config.eval_limit = 200

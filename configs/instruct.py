@@ -26,10 +26,10 @@ def get_config(preset="tiny"):
         config.data.tiles = 13
         return config
     config.data.batch_size = 16
-    config.data.turns = 3
-    config.data.balanced = True
-    config.data.negated_share = 0.4
-    config.data.ask_caption = True
+    config.easy_vqa.turns = 3
+    config.easy_vqa.balanced = True
+    config.easy_vqa.negated_share = 0.4
+    config.easy_vqa.ask_caption = True
     config.data.sequence_length = 98
     config.data.augment = True
     config.steps = 1000
@@ -38,8 +38,8 @@ def get_config(preset="tiny"):
     config.optimizer.b2 = 0.98
     if preset == "smol":
         config.data.batch_size = 8
-        config.data.turns = 1
-        config.data.negated_share = 0.5
+        config.easy_vqa.turns = 1
+        config.easy_vqa.negated_share = 0.5
         config.data.sequence_length = 72
         config.steps = 150
         config.eval_limit = 200

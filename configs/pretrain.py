@@ -12,8 +12,8 @@ from hovle_jax import recipes
 def get_config(preset="tiny"):
     config = recipes.base("pretrain", preset)
     config.data.batch_size = 64
-    config.data.balanced = True
-    config.data.negated_share = 0.25
+    config.easy_vqa.balanced = True
+    config.easy_vqa.negated_share = 0.25
     config.data.sequence_length = 38
     config.steps = 550
     config.optimizer.final_fraction = 0.1

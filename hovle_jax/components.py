@@ -18,6 +18,7 @@ from hovle_jax.model.clip import CLIP
 from hovle_jax.model.embedding import HolisticEmbedding
 from hovle_jax.model.execution import Execution, OneDevice
 from hovle_jax.model.hovle import HoVLE, LanguageModel
+from hovle_jax.model.streams import Stream
 from hovle_jax.model.teacher import StudentHead, VisionTeacher
 from hovle_jax.sharding.layout import Path, is_boxed
 
@@ -45,20 +46,21 @@ class Component:
     unused: tuple[Path, ...] = ()
 
 
-def _text() -> dict[str, np.ndarray]:
-    return {name: np.zeros((1, 1), np.int32) for name in ("tokens", "positions", "segment_ids")}
+def _token(images: int | None = None) -> Stream:
+    """A row of one token; with so many visual tokens, which stand nowhere."""
+    one = np.zeros((1, 1), np.int32)
+    return Stream(one, one, one, None if images is None else np.zeros((1, images), np.int32))
 
 
 def _llm_inputs(config: ModelConfig):
-    return tuple(_text().values())
+    return tuple(_token().fields().values())
 
 
 def _embedding_inputs(config: ModelConfig):
-    c, one = config.embedding, np.zeros((1, 1), np.int32)
-    batch = _text() | {f"long_{name}": array for name, array in _text().items()} | {"long_text_positions": one}
-    batch["tiles"] = _tile(c.tile_size)[None]
-    for prefix, count in (("", c.tokens_per_tile), ("long_", c.stack_tokens_per_tile)):
-        batch[f"{prefix}image_positions"] = np.zeros((1, count), np.int32)
+    c = config.embedding
+    batch = _token(c.tokens_per_tile).fields() | {"tiles": _tile(c.tile_size)[None]}
+    if c.pixel_shuffle == "post":
+        batch |= _token(c.stack_tokens_per_tile).fields(long=True) | {"long_text_positions": np.zeros((1, 1), np.int32)}
     return (batch,)
 
 

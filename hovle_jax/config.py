@@ -9,6 +9,7 @@ import difflib
 import types
 import typing
 from collections.abc import Collection
+from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import (
@@ -48,15 +49,11 @@ class DataConfig:
       samples_per_row: how many samples a row has at most, as segments; 0 = as many as fit (easy_vqa: 1, and always as
         many as are asked for).
       augment: flips and shifts of the images, of an indexed source one JPEG compression; from (seed, step) alone.
-      min_tiles, max_tiles, thumbnail: indexed sources: the grid of tiles of a picture (several pictures of a sample
-        share max_tiles; a row's `tiles` limit it too), and whether the whole picture follows a grid of more than one.
-      upright: turn pictures as their EXIF orientation says.
+      min_tiles, max_tiles, thumbnail: the grid of tiles of an image (several images of a sample share max_tiles; a
+        row's `tiles` limit it too), and whether the whole image follows a grid of more than one.
+      upright: turn images as their EXIF orientation says.
       loss_weights: of a sample's supervised tokens, x in number: 'token' 1, 'sample' 1/x, 'square' 1/sqrt(x).
-      balanced: draw each conversation's first question so that its words do not give the answer away.
-      negated_share: balanced: of those that ask for yes or no, how many are negated (0 to 1).
-      turns: pretrain, align, instruct: questions about one picture in a conversation, at most.
-      ask_caption: align, instruct: the conversation ends with a request for the picture's caption.
-      random_tokens: distill: ids in the query and again in the response.
+      random_tokens: distillation: ids in the query and again in the response.
       system_message: empty = the template's own.
     """
 
@@ -73,12 +70,50 @@ class DataConfig:
     thumbnail: bool = True
     upright: bool = True
     loss_weights: str = "token"
+    random_tokens: int = 50
+    system_message: str = ""
+
+    @property
+    def grid_limits(self) -> tuple[int, int]:
+        """(fewest, most) tiles of an image's grid, as a row's `tiles` limit them."""
+        return grid_within(self.min_tiles, self.max_tiles, self.thumbnail, self.tiles)
+
+
+def grid_within(fewest: int, most: int, thumbnail: bool, tiles: int) -> tuple[int, int]:
+    """(fewest, most) tiles of a grid of which no image has more than `tiles`, its thumbnail included."""
+    most = min(most, tiles - 1 if thumbnail and tiles > 1 else max(tiles, 1))
+    return min(fewest, most), most
+
+
+@dataclasses.dataclass(frozen=True)
+class EasyVQAConfig:
+    """How conversations are drawn from easy-VQA's images and their questions.
+
+    Attributes:
+      balanced: draw each conversation's first question so that its words do not give the answer away.
+      negated_share: balanced: of those that ask for yes or no, how many are negated (0 to 1).
+      turns: questions about one image in a conversation, at most.
+      ask_caption: the conversation ends with a request for the image's caption, where that is known.
+      only_captioned: leave out the images whose caption the questions do not tell (one in ten).
+    """
+
     balanced: bool = False
     negated_share: float = 0.5
     turns: int = 1
     ask_caption: bool = False
-    random_tokens: int = 50
-    system_message: str = ""
+    only_captioned: bool = False
+
+    def check(self) -> None:
+        """Raises UserError where nothing is left to be learned, or a share is none."""
+        if not 0 <= self.negated_share <= 1:
+            raise UserError(
+                f"easy_vqa.negated_share={self.negated_share} is a share of questions; set it between 0 and 1"
+            )
+        if self.turns < (0 if self.ask_caption and self.only_captioned else 1):
+            raise UserError(
+                f"easy_vqa.turns={self.turns} leaves nothing to be learned; set it to at least 1 "
+                "(0 will do where both easy_vqa.ask_caption and easy_vqa.only_captioned are set)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +229,7 @@ class RunConfig:
     execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
     seed: int = 0  # of weights, order and augmentation
     steps: int = 1000  # optimizer steps, and the length of the learning rate's schedule
+    easy_vqa: EasyVQAConfig = EasyVQAConfig()
     stop_at_step: int = 0  # end early (0: never); the schedule keeps its length
     log_every: int = 20  # steps between two lines and two rows of metrics
     eval_every: int = 0  # held-out metrics between the first and the last step (0: only at both ends)
@@ -204,9 +240,9 @@ class RunConfig:
     bad_ceiling: float = 0.01  # the share of samples that may be unusable before the run stops
 
     @classmethod
-    def from_dict(cls, mapping):
-        """Raises UserError for a key or a type that is not known."""
-        return from_dict(cls, mapping, "config")
+    def from_dict(cls, mapping) -> "RunConfig":
+        """Reads older files too (`MOVED`). Raises UserError for a key or a type that is not known."""
+        return from_dict(cls, _renewed(mapping), "config")
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -214,6 +250,7 @@ class RunConfig:
     @property
     def model_config(self) -> "ModelConfig":
         """The sizes of all that the run may hold, run as it is."""
+        min_tiles, max_tiles = self.data.grid_limits
         return ModelConfig(
             embedding=self.model.embedding,
             llm=self.model.llm,
@@ -221,6 +258,9 @@ class RunConfig:
             teacher=self.teacher,
             system_message=self.data.system_message,
             execution=self.execution,
+            min_tiles=min_tiles,
+            max_tiles=max_tiles,
+            thumbnail=self.data.thumbnail,
         )
 
     @property
@@ -234,7 +274,10 @@ class ModelConfig:
     """A finished model: the sizes of the components that its folder holds, and how it is talked to.
 
     Attributes:
+      system_message: empty = the template's own.
       execution: how it is run by default.
+      min_tiles, max_tiles, thumbnail: how an image becomes tiles, as in training (`DataConfig`). The defaults are those
+        of InternVL's chat, for folders that do not say.
     """
 
     embedding: EmbeddingConfig | None = None
@@ -243,6 +286,9 @@ class ModelConfig:
     teacher: TeacherConfig | None = None
     system_message: str = ""
     execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
 
     def only(self, components: Collection[str]) -> "ModelConfig":
         """A finished model of these components alone, run as one that answers."""
@@ -254,6 +300,29 @@ class ModelConfig:
     def model(self) -> HoVLEConfig:
         """The embedding over the LLM; the LLM alone where there is no embedding."""
         return HoVLEConfig(self.embedding, self.llm)
+
+    def with_max_tiles(self, tiles: int | None) -> "ModelConfig":
+        """The same with another limit to the tiles of an image's grid; None changes nothing."""
+        if tiles is None:
+            return self
+        return dataclasses.replace(self, min_tiles=min(self.min_tiles, tiles), max_tiles=tiles)
+
+
+# Where the keys of older RUN/config.json files are now, and what their stage meant before it was a key.
+MOVED = {("data", key): ("easy_vqa", key) for key in ("balanced", "negated_share", "turns", "ask_caption")}
+MEANT = {"align": {"only_captioned": True}}
+
+
+def _renewed(mapping: dict) -> dict:
+    """A config of an older run as it would be written today; a newer one as it is."""
+    renewed: dict[str, Any] = {k: dict(value) if isinstance(value, dict) else value for k, value in mapping.items()}
+    has = lambda part, key: isinstance(renewed.get(part), dict) and key in renewed[part]
+    moved = [(old, new) for old, new in MOVED.items() if has(*old)]
+    if moved and "easy_vqa" not in renewed:
+        renewed["easy_vqa"] = dict(MEANT.get(renewed.get("stage", ""), {}))
+    for (old_part, old_key), (part, key) in moved:
+        renewed[part][key] = renewed[old_part].pop(old_key)
+    return renewed
 
 
 # What may differ between a run and its resumption: nothing that shapes the numbers.

@@ -13,9 +13,12 @@ from hovle_jax.system import command_line
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
 )
-IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times")
+IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be given several times")
 PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "The question; may be given several times: answers in order, all about the same images"
+)
+MAX_TILES = flags.DEFINE_integer(
+    "max_tiles", None, "The most tiles of an image; several images share them. Default: as in training", lower_bound=1
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer", lower_bound=1)
 
@@ -34,7 +37,7 @@ def main():
     from hovle_jax.inference.generate import answer
     from hovle_jax.inference.load import load_run
 
-    loaded = load_run(resolve(folder))
+    loaded = load_run(resolve(folder)).with_max_tiles(MAX_TILES.value)
     for said in answer(loaded.answerer, [(prompt, images) for prompt in prompts], MAX_NEW_TOKENS.value):
         print(said)
 

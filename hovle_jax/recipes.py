@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from hovle_jax.config import (
     DataConfig,
+    EasyVQAConfig,
     ExecutionConfig,
     InitConfig,
     MeshConfig,
@@ -62,6 +63,7 @@ def base(stage, preset):
         # A tokenizer that is trained here; over a public LLM it is CLIP's alone.
         tokenizer=TokenizerConfig(vocab_size=CLIPS[clip]().text.vocab_size if clip else MODELS[model]().llm.vocab_size),
         data=DataConfig(system_message="" if is_paper(preset) else TINY_SYSTEM),
+        easy_vqa=EasyVQAConfig(),
         optimizer=OptimizerConfig(),
         init=InitConfig(),
         mesh=MeshConfig(),

@@ -140,7 +140,7 @@ def models(config):
 
 
 def dataset(config):
-    return pipeline.build_dataset(config, tokenizer(), corpus())
+    return pipeline.build_dataset(config, STAGES[config.stage].batch, tokenizer(), corpus())
 
 
 @functools.cache

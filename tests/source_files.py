@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from hovle_jax.data.files.records import parse
-from hovle_jax.data.rows.samples import RecordSamples
+from hovle_jax.training.stages import STAGES
 from tests import broken, micro
 
 COUNT = 14  # rows of each source below
@@ -142,9 +142,9 @@ def answers(source, order=None):
     return [parse(source[i], source.root).turns[0][1] for i in (range(len(source)) if order is None else order)]
 
 
-def samples_of(stage="instruct", **data):
+def reader_of(stage="instruct", **data):
     data = {"sequence_length": 192, "tiles": 5, "max_tiles": 4, "augment": False} | data
-    return RecordSamples.of(micro.run_config(stage, data=data), micro.tokenizer())
+    return STAGES[stage].batch.reader(micro.run_config(stage, data=data), micro.tokenizer())
 
 
 def quiet(line):

@@ -19,6 +19,7 @@ from hovle_jax.data.images import decode_image, image_size
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
 from hovle_jax.training import loop
+from hovle_jax.training.stages import STAGES
 from tests import broken, micro
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
@@ -36,7 +37,9 @@ def config_of(source, stage="instruct", **changes):
 
 
 def dataset_of(config):
-    return pipeline.build_dataset(config, micro.tokenizer(), loading.load_corpus(config, "train", quiet))
+    return pipeline.build_dataset(
+        config, STAGES[config.stage].batch, micro.tokenizer(), loading.load_corpus(config, "train", quiet)
+    )
 
 
 def quiet(line):
@@ -45,7 +48,9 @@ def quiet(line):
 
 def epoch_events(config):
     """What an epoch finds: {sample's name: BadEvent}."""
-    plan, *_ = loading.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    plan, *_ = loading.load_corpus(config, "train", quiet).planned(
+        config, STAGES[config.stage].batch, micro.tokenizer()
+    )
     dataset = dataset_of(config)
     batches = dataset.iterate()
     drawn = [event for _ in range(-(-len(plan) // 8)) for event in next(batches)[1]]
@@ -149,7 +154,10 @@ def test_worker_processes_hosts_and_a_new_index_replace_the_same(corpus, tmp_pat
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
     corpus = loading.load_corpus(config, "train", quiet)
     halves = np.array_split(range(config.data.batch_size), 2)
-    parts = [pipeline.build_dataset(config, micro.tokenizer(), corpus, numbers=rows).iterate(3) for rows in halves]
+    parts = [
+        pipeline.build_dataset(config, STAGES[config.stage].batch, micro.tokenizer(), corpus, numbers=rows).iterate(3)
+        for rows in halves
+    ]
     for batch, events, drawn in expected[3:5]:
         made = [next(part) for part in parts]
         whole = {name: np.concatenate([part[0][name] for part in made]) for name in batch}

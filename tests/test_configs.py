@@ -1,6 +1,8 @@
 """The files of configs/."""
 
+import dataclasses
 import itertools
+import json
 import pathlib
 
 import jax
@@ -8,7 +10,7 @@ import pytest
 
 from hovle_jax import train
 from hovle_jax.components import select
-from hovle_jax.config import RunConfig
+from hovle_jax.config import ModelConfig, RunConfig, from_dict
 from hovle_jax.errors import UserError
 from hovle_jax.recipes import PRESETS, no_stage
 from hovle_jax.sharding.mesh import make_mesh
@@ -53,6 +55,36 @@ def test_unknown_presets_and_keys_are_named():
         RunConfig.from_dict(mapping)
     with pytest.raises(UserError, match="config.steps='many' should be of type int"):
         RunConfig.from_dict(micro.run_config("align").to_dict() | {"steps": "many"})
+
+
+@pytest.mark.parametrize("stage, only_captioned", [("align", True), ("instruct", False)])
+def test_configs_of_older_runs_are_read(stage, only_captioned):
+    """Their `data` held what is easy-VQA's own, and which images `align` left out was not said at all."""
+    new = train.stage_config(CONFIGS, stage, "tiny")
+    assert new.easy_vqa.only_captioned == only_captioned
+    old = new.to_dict()
+    old["data"] |= {key: old["easy_vqa"][key] for key in ("balanced", "negated_share", "turns", "ask_caption")}
+    del old["easy_vqa"]
+    assert RunConfig.from_dict(json.loads(json.dumps(old))) == new
+    assert "turns" in old["data"]  # the mapping that was given stays as it is
+    with pytest.raises(UserError, match="config.data.turn is not a known key"):
+        RunConfig.from_dict(old | {"data": old["data"] | {"turn": 1}})
+
+
+def test_models_of_older_runs_are_tiled_as_internvl_does():
+    old = micro.run_config("instruct").model_config.only(("embedding", "llm"))
+    mapping = {k: v for k, v in dataclasses.asdict(old).items() if k not in ("min_tiles", "max_tiles", "thumbnail")}
+    read = from_dict(ModelConfig, mapping)
+    assert (read.min_tiles, read.max_tiles, read.thumbnail) == (1, 12, True) and read.embedding == old.embedding
+
+
+@pytest.mark.parametrize("tiles, kept", [(1, (1, 1)), (2, (1, 1)), (5, (3, 4)), (99, (3, 9))])
+def test_a_model_keeps_the_tiling_that_its_training_had(tiles, kept):
+    run = micro.run_config("instruct", data={"tiles": tiles, "min_tiles": 3, "max_tiles": 9})
+    model = run.model_config.only(("embedding", "llm"))
+    assert (model.min_tiles, model.max_tiles) == kept and model.thumbnail
+    assert model.with_max_tiles(None) == model and model.with_max_tiles(2).max_tiles == 2
+    assert model.with_max_tiles(2).min_tiles == min(2, kept[0])
 
 
 @pytest.mark.parametrize("preset", ["hovle", "hovle_hd"])

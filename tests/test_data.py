@@ -5,14 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
+from hovle_jax.config import EasyVQAConfig
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.corpora.in_memory import MORE_WORDS, RECIPES, PictureCorpus, SampleMaker
+from hovle_jax.corpora.in_memory import MORE_WORDS, PictureCorpus, SampleMaker
 from hovle_jax.data import pipeline
-from hovle_jax.data.batch import BatchShape, Sample, lengthen, make_row, pack_row, stack
+from hovle_jax.data.batch import BatchShape, Sample, pack_row, stack
 from hovle_jax.data.images import augment, load_image, single_tile
+from hovle_jax.data.kinds import CONVERSATIONS, RANDOM_TEXT, TEXT
 from hovle_jax.data.text.tokenizer import ADDED_TOKENS
 from hovle_jax.errors import UserError
 from hovle_jax.training import checks, loop
+from hovle_jax.training.stages import STAGES
 from tests import micro
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,15 +122,16 @@ def shape(length=24, tiles=4, expansion=1):
 
 def test_pack_row():
     row = pack_row(SAMPLES, shape())
-    assert row["tokens"].tolist() == [*np.concatenate([s.tokens for s in SAMPLES]), 0, 0, 0]
-    assert row["segment_ids"].tolist() == [1] * 7 + [2] * 3 + [3] * 11 + [0] * 3
-    assert row["positions"].tolist() == [*range(7), *range(3), *range(11), 0, 0, 0]
-    assert row["image_positions"].tolist() == [1, 2, 3, 4, 11, 12, 13, 14, 16, 17, 18, 19] + [24] * 4
-    assert row["tiles"][:, 0, 0, 0].tolist() == [10, 20, 21, 0]
+    stream = row.short
+    assert stream.tokens.tolist() == [*np.concatenate([s.tokens for s in SAMPLES]), 0, 0, 0]
+    assert stream.segment_ids.tolist() == [1] * 7 + [2] * 3 + [3] * 11 + [0] * 3
+    assert stream.positions.tolist() == [*range(7), *range(3), *range(11), 0, 0, 0]
+    assert stream.image_positions.tolist() == [1, 2, 3, 4, 11, 12, 13, 14, 16, 17, 18, 19] + [24] * 4
+    assert row.tiles[:, 0, 0, 0].tolist() == [10, 20, 21, 0]
     # place -> what is learned there; nothing across a border (6 -> 7, 9 -> 10)
     expected = {5: 4, 7: 5, 8: 6, 14: 7, 19: 8}
-    assert {int(i): int(row["targets"][i]) for i in np.flatnonzero(row["loss_weights"])} == expected
-    assert not row["targets"][row["loss_weights"] == 0].any()
+    assert {int(i): int(row.targets[i]) for i in np.flatnonzero(row.loss_weights)} == expected
+    assert not row.targets[row.loss_weights == 0].any()
 
 
 def test_a_row_that_does_not_fit_says_what_would():
@@ -144,7 +148,7 @@ def long_stream_token_by_token(row, k):
     """The long stream as lists, one token after another."""
     long = {name: [] for name in ("tokens", "positions", "segment_ids")}
     image, text, in_segment = [], {}, {}
-    for place, (token, segment) in enumerate(zip(row["tokens"].tolist(), row["segment_ids"].tolist())):
+    for place, (token, segment) in enumerate(zip(row.tokens.tolist(), row.segment_ids.tolist())):
         if segment == 0:
             continue
         if token == IMAGE_ID:
@@ -163,33 +167,33 @@ def long_stream_token_by_token(row, k):
 def test_long_stream(order):
     s = shape(expansion=4)
     row = pack_row([SAMPLES[i] for i in order], s)
-    got = lengthen(row, s)
-    long, image, text = long_stream_token_by_token(row, 4)
+    long, image, text = long_stream_token_by_token(row.short, 4)
     padding = s.long_length - len(long["tokens"])
     for name, values in long.items():
-        assert got["long_" + name].tolist() == values + [0] * padding, name
-    unused = len(got["long_image_positions"]) - len(image)
-    assert got["long_image_positions"].tolist() == image + [s.long_length] * unused
-    assert got["long_text_positions"].tolist() == [text.get(i, s.long_length) for i in range(s.length)]
+        assert getattr(row.long, name).tolist() == values + [0] * padding, name
+    unused = len(row.long.image_positions) - len(image)
+    assert row.long.image_positions.tolist() == image + [s.long_length] * unused
+    assert row.long_text_positions.tolist() == [text.get(i, s.long_length) for i in range(s.length)]
 
 
 def test_long_stream_has_room_for_a_full_row():
     s = shape(length=21, tiles=3, expansion=4)
-    long = lengthen(pack_row(SAMPLES, s), s)
-    assert s.long_length == 21 + 3 * 12 and (long["long_segment_ids"] > 0).all()
+    assert s.long_length == 21 + 3 * 12 and (pack_row(SAMPLES, s).long.segment_ids > 0).all()
 
 
 def test_a_row_has_what_the_kind_of_batch_needs():
     s = shape()
     language = {"tokens", "positions", "segment_ids"}
-    images = stack([make_row(SAMPLES, s, "images")])
+    images = stack([CONVERSATIONS.row(SAMPLES, s)])
     assert images.keys() == language | {"targets", "loss_weights", "tiles", "image_positions"}
+    long = {f"long_{name}" for name in (*language, "image_positions", "text_positions")}
+    assert CONVERSATIONS.row(SAMPLES, shape(expansion=4)).keys() == images.keys() | long
     assert images["tokens"].shape == (1, 24)
-    distill = stack([make_row([sample], s, "distill") for sample in SAMPLES])
+    distill = stack([RANDOM_TEXT.row([sample], s) for sample in SAMPLES])
     assert distill.keys() == language | {"tiles", "image_positions", "image_weights", "text_weights"}
     assert distill["image_weights"].sum(1).tolist() == [4, 0, 8]
     assert distill["text_weights"].sum(1).tolist() == [1, 3, 2]
-    assert make_row(SAMPLES, s, "text").keys() == language | {"targets", "loss_weights"}
+    assert TEXT.row(SAMPLES, s).keys() == language | {"targets", "loss_weights"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +210,7 @@ def assert_differ(first, second):
     assert any((first[name] != second[name]).any() for name in first)
 
 
-@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_batch_depends_on_seed_and_step_alone(stage):
     config = micro.run_config(stage)
     built = micro.dataset(config)
@@ -227,7 +231,9 @@ def test_an_epoch_has_each_picture_once_and_the_next_one_another_order():
 
 
 def test_pictures_stay_with_their_text():
-    config = micro.run_config("align", data={"augment": False, "turns": 0, "ask_caption": True})
+    config = micro.run_config(
+        "align", data={"augment": False}, easy_vqa=EasyVQAConfig(turns=0, ask_caption=True, only_captioned=True)
+    )
     batch = micro.dataset(config)[0]
     for tokens, weights, tiles in zip(batch["targets"], batch["loss_weights"], batch["tiles"]):
         caption = micro.tokenizer().decode(tokens[weights > 0])
@@ -237,7 +243,9 @@ def test_pictures_stay_with_their_text():
 
 def test_held_out_data_is_not_augmented():
     config = micro.run_config("distill")
-    held_out = pipeline.build_dataset(config, micro.tokenizer(), micro.corpus(), held_out=True)[0]
+    held_out = pipeline.build_dataset(
+        config, STAGES[config.stage].batch, micro.tokenizer(), micro.corpus(), held_out=True
+    )[0]
     originals = {p.image.tobytes() for p in micro.pictures()}
     assert all(tile.tobytes() in originals for tile in held_out["tiles"][:, 0])
     assert any(tile.tobytes() not in originals for tile in micro.dataset(config)[0]["tiles"][:, 0])
@@ -298,8 +306,9 @@ def test_balanced_questions_do_not_give_their_answer_away():
     pictures = [p for p in easy_vqa.load("train") if p.caption][:400]
     drawn = {}
     for balanced in (True, False):
-        config = micro.run_config("instruct", data={"balanced": balanced, "augment": False, "batch_size": 100})
-        dataset = pipeline.build_dataset(config, micro.tokenizer(), PictureCorpus(pictures))
+        data, choice = {"augment": False, "batch_size": 100}, EasyVQAConfig(balanced=balanced)
+        config = micro.run_config("instruct", data=data, easy_vqa=choice)
+        dataset = pipeline.build_dataset(config, STAGES[config.stage].batch, micro.tokenizer(), PictureCorpus(pictures))
         drawn[balanced] = drawn_questions(dataset[i] for i in range(10))
     for thing in ("colour", "shape"):
         for negated in (True, False):
@@ -320,7 +329,7 @@ def test_an_open_question_may_be_the_only_kind():
 
 
 def test_several_questions_are_different_ones():
-    config = micro.run_config("instruct", data={"turns": 3})
+    config = micro.run_config("instruct", easy_vqa=EasyVQAConfig(turns=3))
     maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
     picture, rng = micro.pictures()[0], np.random.default_rng(0)
     drawn = [maker.questions(picture, rng) for _ in range(20)]
@@ -329,7 +338,7 @@ def test_several_questions_are_different_ones():
 
 
 def test_a_balanced_conversation_begins_with_the_question_that_was_drawn():
-    config = micro.run_config("instruct", data={"turns": 2, "balanced": True})
+    config = micro.run_config("instruct", easy_vqa=EasyVQAConfig(turns=2, balanced=True))
     maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
     groups = easy_vqa.balance_groups(micro.pictures(), negated_share=0.25)
     rng = np.random.default_rng(0)
@@ -342,7 +351,7 @@ def test_a_balanced_conversation_begins_with_the_question_that_was_drawn():
 
 
 def test_conversations_end_with_the_caption_where_it_is_known():
-    config = micro.run_config("instruct", data={"ask_caption": True})
+    config = micro.run_config("instruct", easy_vqa=EasyVQAConfig(ask_caption=True))
     maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
     picture, rng = micro.pictures()[0], np.random.default_rng(0)
     decode = lambda s: micro.tokenizer().decode(s.tokens[s.supervised], skip_special=False)
@@ -369,15 +378,53 @@ def test_a_told_picture_has_its_words_in_the_image_s_place():
     assert tokenizer.decode(sample.tokens[sample.supervised]) == picture.questions[0][1]
 
 
+def test_only_captioned_leaves_out_the_pictures_whose_caption_is_not_known():
+    pictures = [dataclasses.replace(p, caption=p.caption * (p.index % 2)) for p in micro.pictures()]
+    found = {}
+    for only in (True, False):
+        config = micro.run_config("instruct", easy_vqa=EasyVQAConfig(only_captioned=only))
+        _, found[only] = PictureCorpus(pictures).rows(config, CONVERSATIONS, micro.tokenizer())
+    assert (found[True].samples, found[False].samples) == (12, 24)
+    assert PictureCorpus(pictures).rows(micro.run_config("pretrain"), TEXT, micro.tokenizer())[1].samples == 12
+
+
 @pytest.mark.parametrize(
-    "stage, data, message",
+    "choice, message",
     [
-        ("instruct", {"turns": 0, "ask_caption": True}, "data.turns=0 leaves nothing"),
-        ("align", {"turns": 0}, "data.turns=0 leaves nothing"),
-        ("align", {"negated_share": 1.5}, "data.negated_share=1.5 is a share"),
+        ({"turns": 0, "ask_caption": True}, "easy_vqa.turns=0 leaves nothing"),
+        ({"turns": 0, "only_captioned": True}, "easy_vqa.turns=0 leaves nothing"),
+        ({"negated_share": 1.5}, "easy_vqa.negated_share=1.5 is a share"),
     ],
 )
-def test_conversations_that_cannot_be_are_refused(stage, data, message):
+def test_conversations_that_cannot_be_are_refused(choice, message):
     with pytest.raises(UserError, match=message):
-        checks.check(micro.run_config(stage, data=data))
-    checks.check(micro.run_config("align", data={"turns": 0, "ask_caption": True}))
+        checks.check(micro.run_config("align", easy_vqa=EasyVQAConfig(**choice)))
+    checks.check(micro.run_config("align", easy_vqa=EasyVQAConfig(turns=0, ask_caption=True, only_captioned=True)))
+
+
+def test_a_kind_says_what_it_demands_of_a_config():
+    with pytest.raises(UserError, match="data.random_tokens=0 leaves no text"):
+        checks.check(micro.run_config("distill", data={"random_tokens": 0}))
+    with pytest.raises(UserError, match="data.sequence_length=600 exceeds the LLM's 512 positions"):
+        checks.check(micro.run_config("align", data={"sequence_length": 600}))
+    with pytest.raises(UserError, match="captions need the sizes of two towers"):
+        checks.check(micro.run_config("contrast", clip=None))
+    checks.check(micro.run_config("contrast", data={"sequence_length": 600}))  # which it does not read
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("variant", ["pre", "post"])
+def test_an_empty_row_has_the_fields_shapes_and_types_of_a_run_s_rows(stage, variant):
+    config = micro.run_config(stage, variant)
+    batch, row = micro.dataset(config)[0], STAGES[stage].batch.empty_row(config)
+    assert {name: (a.shape[1:], a.dtype) for name, a in batch.items()} == {
+        name: (a.shape, a.dtype) for name, a in row.items()
+    }
+
+
+def test_easy_vqa_refuses_a_kind_of_batch_that_it_does_not_give():
+    class Other(type(TEXT)):
+        pass
+
+    with pytest.raises(UserError, match="easy_vqa gives no batches of rewards; set data.source"):
+        micro.corpus().rows(micro.run_config("align"), Other("rewards"), micro.tokenizer())

@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hovle_jax.config import ModelConfig
 from hovle_jax.data.batch import Sample
+from hovle_jax.data.processor import Processor
+from hovle_jax.errors import UserError
 from hovle_jax.inference.generate import Answerer, answer, greedy, prompt_batch, prompt_samples, text_of
 from hovle_jax.model.hovle import HoVLE
+from hovle_jax.model.streams import embedding_stream
 from tests import micro
 
 VARIANTS = {
@@ -37,7 +41,9 @@ def make_answerer(variant="pre", special=0, normalize_output=False):
     # Random weights may say <IMG_CONTEXT>, which would stand for a picture that is not there.
     head = params["llm"]["head"]
     head["kernel"] = head["kernel"].at[:, micro.tokenizer().image_id].set(0)
-    return Answerer(HoVLE(model), params, micro.tokenizer(), "s")
+    return Answerer(
+        HoVLE(model), params, Processor.of(ModelConfig(model.embedding, system_message="s"), micro.tokenizer())
+    )
 
 
 def prompts():
@@ -75,7 +81,7 @@ def test_cached_decoding_is_the_full_forward(name):
     np.testing.assert_array_equal(tokens, full.argmax(-1))
 
     # The same logits, step by step, out of the caches.
-    L_embedding = batch.get("long_tokens", batch["tokens"]).shape[1]
+    L_embedding = embedding_stream(batch).tokens.shape[1]
     assert (L_embedding > batch["tokens"].shape[1]) == (hovle.config.embedding.pixel_shuffle == "post")
     cache = hovle.empty_cache(3, batch["tokens"].shape[1] + NEW, L_embedding + NEW)
     got, cache = jax.jit(hovle.prefill)(params, batch, cache)
@@ -137,3 +143,19 @@ def test_text_of_an_answer_ends_at_its_stop_token():
     assert text_of(tokenizer, np.asarray([*red, end, *red, end])) == "red"
     assert text_of(tokenizer, np.asarray([*red, tokenizer.eos, end])) == "red"
     assert text_of(tokenizer, np.asarray(red)) == "red" and text_of(tokenizer, np.asarray([end])) == ""
+
+
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused():
+    answerer = make_answerer()
+    with pytest.raises(UserError, match=r"and 600 new ones need \d+ positions and the LLM has 512"):
+        answer(answerer, [("hello", [])], max_new_tokens=600)
+
+
+def test_tiles_differ_in_number_from_prompt_to_prompt():
+    """A wide image has three tiles; alone and in a batch with others it gives the same answer."""
+    answerer = make_answerer()
+    wide = np.concatenate([picture.image for picture in micro.pictures()[:2]], axis=1)
+    asked = [("what is it?", [wide]), ("what is it?", [wide[:, :32]]), ("hello", [])]
+    assert [len(s.tiles) for s in prompt_samples(answerer, asked)] == [3, 1, 0]
+    together = answer(answerer, asked, NEW, batch_size=2)
+    assert together == [answer(answerer, [one], NEW)[0] for one in asked]

@@ -12,7 +12,7 @@ import pytest
 
 from hovle_jax.components import select
 from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig
-from hovle_jax.data.batch import KINDS, BatchShape, Sample, make_row, stack
+from hovle_jax.data.batch import BatchShape, Sample, stack
 from hovle_jax.data.text.conversation import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
 from hovle_jax.sharding.mesh import make_mesh
@@ -56,7 +56,7 @@ def random_texts(config):
 def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, variant):
     config = micro.run_config(stage, variant)
     models = micro.models(config)
-    kind = KINDS[stage]
+    kind = STAGES[stage].batch
     samples = (conversations if stage == "instruct" else random_texts)(config)
     longest = max(len(s.tokens) for s in samples)
 
@@ -72,7 +72,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_rows_of_their_own(stage, var
     for per_row in (1, 3):
         data = dataclasses.replace(config.data, sequence_length=per_row * longest, tiles=per_row)
         shape = BatchShape.of(data, config.model.embedding, micro.tokenizer().image_id)
-        batch = stack([make_row(samples[i : i + per_row], shape, kind) for i in range(0, len(samples), per_row)])
+        batch = stack([kind.row(samples[i : i + per_row], shape) for i in range(0, len(samples), per_row)])
         assert len(batch["tokens"]) == 6 // per_row
         results.append(losses(micro.params(config), batch))
     (grads, pairs), (packed_grads, packed_pairs) = results

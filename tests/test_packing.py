@@ -84,9 +84,9 @@ def write_corpus(folder):
 def epoch(config):
     """All rows of an epoch as one batch."""
     corpus = loading.load_corpus(config, "train")
-    plan, *_ = corpus.planned(config, micro.tokenizer())
+    plan, *_ = corpus.planned(config, STAGES[config.stage].batch, micro.tokenizer())
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=len(plan)))
-    return pipeline.build_dataset(config, micro.tokenizer(), corpus)[0]
+    return pipeline.build_dataset(config, STAGES[config.stage].batch, micro.tokenizer(), corpus)[0]
 
 
 @pytest.fixture
@@ -158,10 +158,10 @@ def test_weights_of_samples_sum_as_they_should(source):
 def test_distillation_is_packed_too(source):
     config = run_config(source, "distill", sequence_length=256, random_tokens=6)
     corpus = loading.load_corpus(config, "train")
-    plan, summary, events, _ = corpus.planned(config, micro.tokenizer())
+    plan, summary, events, _ = corpus.planned(config, STAGES[config.stage].batch, micro.tokenizer())
     assert summary.samples == 8 and len(plan) < 8  # those with a picture
     assert not events and "4 left out (no_image)" in str(summary)
-    batch = pipeline.build_dataset(config, micro.tokenizer(), corpus)[0]
+    batch = pipeline.build_dataset(config, STAGES[config.stage].batch, micro.tokenizer(), corpus)[0]
     assert batch["segment_ids"].max() > 1
     per_segment = [
         batch["text_weights"][row][batch["segment_ids"][row] == segment].sum()

@@ -13,8 +13,9 @@ from hovle_jax.data.files.sources import open_source
 from hovle_jax.data.images import Tiling
 from hovle_jax.data.rows import indexed
 from hovle_jax.data.rows.costs import costs_of
+from hovle_jax.training.stages import STAGES
 from tests import micro
-from tests.source_files import ALL, COUNT, jsonl, picture, quiet, samples_of, write_meta
+from tests.source_files import ALL, COUNT, jsonl, picture, quiet, reader_of, write_meta
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -25,17 +26,23 @@ def config_of(source, stage="instruct", **data):
 
 
 def dataset_of(config, **more):
-    return pipeline.build_dataset(config, micro.tokenizer(), loading.load_corpus(config, "train", quiet), **more)
+    return pipeline.build_dataset(
+        config, STAGES[config.stage].batch, micro.tokenizer(), loading.load_corpus(config, "train", quiet), **more
+    )
 
 
 def row_numbers(config, epochs):
     """Which of the planned rows come, epoch by epoch."""
     corpus = loading.load_corpus(config, "train", quiet)
-    plan, *_ = corpus.planned(config, micro.tokenizer())
-    rows, _ = corpus.rows(config, micro.tokenizer())
+    plan, *_ = corpus.planned(config, STAGES[config.stage].batch, micro.tokenizer())
+    rows, _ = corpus.rows(config, STAGES[config.stage].batch, micro.tokenizer())
     seen = {}
     for r in range(len(plan)):
-        seen[corpus.rows(config, micro.tokenizer(), held_out=True)[0][r].arrays["tokens"].tobytes()] = r
+        seen[
+            corpus.rows(config, STAGES[config.stage].batch, micro.tokenizer(), held_out=True)[0][r]
+            .arrays["tokens"]
+            .tobytes()
+        ] = r
     return [[seen[rows[e * len(plan) + i].arrays["tokens"].tobytes()] for i in range(len(plan))] for e in range(epochs)]
 
 
@@ -46,7 +53,9 @@ def test_each_epoch_has_every_row_once_in_an_order_of_its_own(path_of):
     plans = []
     for seed in (0, 1):
         corpus = loading.load_corpus(config, "train", quiet)
-        plan, made_of, events, _ = corpus.planned(dataclasses.replace(config, seed=seed), micro.tokenizer())
+        plan, made_of, events, _ = corpus.planned(
+            dataclasses.replace(config, seed=seed), STAGES[config.stage].batch, micro.tokenizer()
+        )
         assert sorted(plan.record.tolist()) == list(range(COUNT)) and not events
         assert made_of.samples == COUNT and 0.3 < made_of.token_fill <= 1
         plans.append(plan.record.tolist())
@@ -64,24 +73,21 @@ def test_a_step_far_ahead_is_found_without_those_before(path_of, monkeypatch):
 
 
 def test_an_index_is_of_one_tokenizer_and_one_template(path_of):
-    samples = samples_of()
+    samples = reader_of()
     other = pipeline.train_tokenizer(
         micro.run_config("pretrain"), loading.load_corpus(config_of(path_of("text")), "train")
     )
     templated = type(other)(samples.tokenizer.model)
     templated.chat_template = "{{ messages[0]['content'] }}"
-    keys = [samples.text_key()]
-    keys += [
-        dataclasses.replace(samples, **c).text_key()
-        for c in ({"tokenizer": other}, {"system": "x"}, {"stage": "align"})
-    ]
-    assert keys[0] == keys[3] and keys[0] not in keys[1:3]
-    assert dataclasses.replace(samples, tokenizer=templated)._vocabulary != samples._vocabulary
-    assert samples_of(tiles=9, sequence_length=99).text_key() == keys[0]  # neither matters to the index
+    changed = lambda **c: dataclasses.replace(samples, processor=dataclasses.replace(samples.processor, **c))
+    keys = [s.index_key() for s in (samples, changed(tokenizer=other), changed(system="x"), reader_of("distill"))]
+    assert keys[0] not in keys[1:] and reader_of("align").index_key() == keys[0]
+    assert changed(tokenizer=templated)._vocabulary != samples._vocabulary
+    assert reader_of(tiles=9, sequence_length=99).index_key() == keys[0]  # neither matters to the index
 
 
 def test_an_index_made_by_processes_is_the_same(path_of, monkeypatch, tmp_path):
-    source, samples = open_source(path_of("jsonl")), samples_of()
+    source, samples = open_source(path_of("jsonl")), reader_of()
     alone = costs_of(source, samples, quiet)
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
     monkeypatch.setattr("hovle_jax.data.rows.costs.MANY", 0)
@@ -156,7 +162,9 @@ def test_an_entry_s_own_number_of_tiles_is_planned_with(tmp_path):
     jsonl(tmp_path)
     entries = {"few": {"annotation": "rows.jsonl", "max_dynamic_patch": 1}, "many": {"annotation": "rows.jsonl"}}
     config = config_of(write_meta(tmp_path, **entries))
-    plan, *_ = loading.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    plan, *_ = loading.load_corpus(config, "train", quiet).planned(
+        config, STAGES[config.stage].batch, micro.tokenizer()
+    )
     assert set(plan.tiles[plan.entry == 0].tolist()) == {1} and max(plan.tiles[plan.entry == 1].tolist()) == 5
     batches = dataset_of(config).iterate()
     assert not any(events for _, events, _ in (next(batches) for _ in range(4)))
@@ -164,7 +172,9 @@ def test_an_entry_s_own_number_of_tiles_is_planned_with(tmp_path):
 
 def test_a_plan_is_the_same_in_another_process(path_of):
     config = config_of(path_of("jsonl"))
-    plan, *_ = loading.load_corpus(config, "train", quiet).planned(config, micro.tokenizer())
+    plan, *_ = loading.load_corpus(config, "train", quiet).planned(
+        config, STAGES[config.stage].batch, micro.tokenizer()
+    )
     copy = pickle.loads(pickle.dumps(plan))
     assert [copy.row(r) for r in range(len(copy))] == [plan.row(r) for r in range(len(plan))]
     assert indexed.Plan(plan.key).key == plan.key

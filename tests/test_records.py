@@ -10,7 +10,7 @@ from hovle_jax.data.files.records import Record, parse
 from hovle_jax.data.images import Tiling
 from hovle_jax.data.text.chat_template import IMAGE_MARK
 from tests import broken, micro
-from tests.source_files import picture, samples_of
+from tests.source_files import picture, reader_of
 
 
 def record(tmp_path=None, **row):
@@ -68,7 +68,7 @@ def shown(sample):
     (dict(image=[picture(0)] * 2, caption="a dog"), "user\n<img>....</img>\ndescribe the picture.<|im_end|>"),
 ])  # fmt: skip
 def test_internvl_s_rules_for_conversations(row, expected):
-    sample = samples_of().make(parse(row), np.random.default_rng(0))
+    sample = reader_of().make(parse(row), np.random.default_rng(0))
     assert expected in shown(sample)
     assert learned(sample) in ("yes<|im_end|>", "yes<|im_end|>no<|im_end|>", "a dog<|im_end|>")
     assert len(sample.tiles) == shown(sample).count("<img>")
@@ -77,7 +77,7 @@ def test_internvl_s_rules_for_conversations(row, expected):
 @pytest.mark.parametrize("images, tiles", [(1, 13), (2, 7), (3, 5), (5, 3), (12, 1), (40, 1)])
 def test_several_images_share_the_tiles(images, tiles):
     assert Tiling(32, 1, 12, True).shared_by(images).count(400, 100 * 12 // max(12 // images, 1)) <= tiles
-    sample = samples_of(sequence_length=4000, tiles=100, max_tiles=12)
+    sample = reader_of(sequence_length=4000, tiles=100, max_tiles=12)
     row = dict(image=[broken.encoded(0, size=(96, 72))] * images, conversations=broken.turns("hi", "yes"))
     made = sample.make(parse(row), np.random.default_rng(0))
     expected = Tiling(32, 1, max(1, 12 // images), True).count(96, 72)
@@ -109,11 +109,11 @@ def test_what_is_cut_is_never_an_image_and_never_all_that_is_learned():
     start, end, image_id = (tokenizer.special(token) for token in ("<img>", "</img>", "<IMG_CONTEXT>"))
     for _ in range(150):
         length, tiles = int(rng.integers(30, 200)), int(rng.integers(1, 12))
-        samples = samples_of(sequence_length=length, tiles=tiles)
+        samples = reader_of(sequence_length=length, tiles=tiles)
         record = random_record(rng, pictures)
         roomy = dataclasses.replace(samples, length=100_000, tiles=1000)
         whole, needs = roomy.make(record, rng), samples.needs(record)
-        counts = [samples.tiling.shared_by(len(record.images)).count(w, h) for w, h in needs.sizes]
+        counts = [samples.tiling().shared_by(len(record.images)).count(w, h) for w, h in needs.sizes]
         assert len(whole.tokens) == needs.text + 4 * sum(counts) and len(whole.tiles) == sum(counts)
         first = needs.first + 4 * sum(counts[: needs.images_before])
         assert np.flatnonzero(whole.supervised)[0] == first - 1
@@ -142,7 +142,7 @@ def test_what_is_cut_is_never_an_image_and_never_all_that_is_learned():
 
 
 def test_parts_of_a_long_text_hold_each_token_once():
-    samples = samples_of("pretrain", sequence_length=50)
+    samples = reader_of("pretrain", sequence_length=50)
     record = Record(text="a long text about nothing, " * 40)
     total = samples.needs(record).text
     parts = [samples.make(record, None, part).tokens for part in range(-(-(total - 1) // 49))]

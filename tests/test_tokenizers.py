@@ -183,7 +183,7 @@ def test_a_model_that_sees_over_that_llm(gguf_file, tmp_path, monkeypatch):
         micro.model_config().embedding, stack=llm.stack, vocab_size=llm.vocab_size, num_special_tokens=3, family="llama"
     )
     config = dataclasses.replace(
-        micro.run_config("align", steps=2, data=dict(sequence_length=120, turns=1)),
+        micro.run_config("align", steps=2, data=dict(sequence_length=120)),
         model=HoVLEConfig(embedding, llm),
         init=InitConfig(pass_through=True),
         execution=ExecutionConfig(dtype="auto"),

@@ -6,7 +6,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hovle_jax.config import RunConfig
-from hovle_jax.data.batch import empty_row
 from hovle_jax.errors import UserError
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training.checks import check
@@ -45,7 +44,7 @@ def batch_shapes(config: RunConfig, placement: Placement) -> dict[str, jax.Shape
     shape = lambda array: (config.data.batch_size, *np.shape(array))
     return {
         name: jax.ShapeDtypeStruct(shape(array), array.dtype, sharding=placement.batch_sharding)
-        for name, array in empty_row(config).items()
+        for name, array in find(config.stage).batch.empty_row(config).items()
     }
 
 

@@ -20,6 +20,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import hovle, internvl, llms
 from hovle_jax.formats.mapping import nested, public_shapes, public_tensors
 from hovle_jax.formats.source import INDEX
+from hovle_jax.formats.tiling import tiling_to_json
 from hovle_jax.model.config import HoVLEConfig
 from hovle_jax.system.files import whole_folder
 
@@ -106,6 +107,8 @@ def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=p
             leaf = {key: leaf}
         return jax.tree.leaves(load_component(source, component, leaf))[0]
 
+    if config.embedding:
+        public_config |= tiling_to_json(config)
     if config.system_message:
         public_config |= {"system_message": config.system_message}
     with whole_folder(folder) as partial:

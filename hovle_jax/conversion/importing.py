@@ -13,6 +13,7 @@ from hovle_jax.conversion.tokenizer_files import TOKENIZER_FILES, read_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llms
 from hovle_jax.formats.families import local, open_checkpoint
+from hovle_jax.formats.tiling import tiling_from_json
 from hovle_jax.system.files import whole_folder
 
 WANTED = {"hovle": ("embedding", "llm"), "llm": ("llm",), "teacher": ("teacher",)}
@@ -40,6 +41,7 @@ def import_checkpoint(source, folder, kind=None, say=print):
     config = ModelConfig(
         **{component: configs[component] for component in components},
         system_message=checkpoint.public_config.get("system_message") or "",  # our own exports have it
+        **tiling_from_json(checkpoint.public_config),
     )
     checkpoint.check({component: shapes(config, component) for component in components})
 

@@ -1,64 +1,60 @@
-"""Samples from a small corpus of pictures that is kept in memory, with questions about them: easy-VQA.
+"""easy-VQA as a corpus: its images in memory, and conversations about them drawn from their questions.
 
-What is asked about a picture is drawn anew each time it comes, so a row has a fixed number of samples.
+What is asked about an image is drawn anew each time it comes, so a row has a fixed number of samples.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import grain
 import numpy as np
 
 from hovle_jax.config import RunConfig
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.data.batch import KINDS, BatchShape, Found, Row, Sample, caption_row, make_row
+from hovle_jax.data.batch import Found, Row, Sample
 from hovle_jax.data.images import augment, single_tile
-from hovle_jax.data.text.conversation import CAPTION_REQUEST, IMAGE_MARK, encode_conversation, encode_random_text
+from hovle_jax.data.kinds import CAPTIONS, CONVERSATIONS, RANDOM_TEXT, TEXT, Kind
+from hovle_jax.data.kinds.captions import pair
+from hovle_jax.data.processor import Processor
+from hovle_jax.data.text.conversation import CAPTION_REQUEST, IMAGE_MARK
 from hovle_jax.data.text.tokenizer import Tokenizer
+from hovle_jax.errors import UserError
 
-CAPTION_REQUESTS = 0.1  # pretrain: the share of conversations that ask for the caption
-MORE_WORDS = 5  # pretrain: how many words of a told caption are repeated at most
-WHOLE_TEXTS = 0.02  # pretrain: the share of conversations of which every token is learned, not the answers alone
+CAPTION_REQUESTS = 0.1  # text: the share of conversations that ask for the caption
+MORE_WORDS = 5  # text: how many words of a told caption are repeated at most
+WHOLE_TEXTS = 0.02  # text: the share of conversations of which every token is learned, not the answers alone
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleMaker:
-    """Turns pictures into samples of one stage; `augmented` is off for held-out data."""
+    """Turns easy-VQA's pictures into samples; `augmented` is off for held-out data."""
 
     config: RunConfig
     tokenizer: Tokenizer
     pictures: list = dataclasses.field(repr=False)  # grain writes every transform's repr
     augmented: bool
 
-    @property
-    def embedding(self):
-        return self.config.model.embedding
+    @functools.cached_property
+    def processor(self) -> Processor:
+        return Processor.of_run(self.config, self.tokenizer)
 
-    def tile(self, picture, rng, size):
-        """[1, S, S, 3] uint8."""
-        tiles = single_tile(picture.image, size)
-        return augment(tiles[0], rng, max_shift=size // 8)[None] if self.augmented else tiles
+    def image(self, picture, rng) -> np.ndarray:
+        """[64, 64, 3] uint8, flipped and shifted where that is asked for."""
+        return augment(picture.image, rng, max_shift=len(picture.image) // 8) if self.augmented else picture.image
 
-    def questions(self, picture, rng):
-        """Up to `data.turns` different questions of a picture with their answers, in random order.
+    def questions(self, picture, rng) -> list:
+        """Up to `easy_vqa.turns` different questions of a picture with their answers, in random order.
 
         Where questions are balanced, the picture's first one was drawn already and comes first.
         """
         order = rng.permutation(len(picture.questions))
-        if self.config.data.balanced:
+        if self.config.easy_vqa.balanced:
             order = np.concatenate([[0], order[order != 0]])
-        return [picture.questions[i] for i in order[: self.config.data.turns]]
+        return [picture.questions[i] for i in order[: self.config.easy_vqa.turns]]
 
-    def conversation(self, turns, tiles):
-        encoded = encode_conversation(
-            self.tokenizer, turns, self.config.data.system_message, (1,) * len(tiles), self.embedding.tokens_per_tile
-        )
-        return Sample(encoded.tokens, encoded.supervised, tiles)
-
-    def no_tiles(self):
-        return np.zeros((0, self.embedding.tile_size, self.embedding.tile_size, 3), np.uint8)
-
-    def text(self, picture, rng):
-        """`pretrain`: a conversation about a picture that is told, not shown.
+    def text(self, picture, rng) -> Sample:
+        """A conversation about a picture that is told, not shown.
 
         Most samples teach the answers alone: what a caption implies is learned slowly beside the noise of which
         question was drawn.
@@ -68,7 +64,7 @@ class SampleMaker:
         all_tokens = rng.random() < WHOLE_TEXTS
         return self.told(turns, picture.caption, rng.integers(0, MORE_WORDS + 1), rng, all_tokens)
 
-    def told(self, turns, caption, repeats, rng, all_tokens=False):
+    def told(self, turns, caption, repeats, rng, all_tokens=False) -> Sample:
         """The caption's words stand in the image's place, in any order and number, as an image's tokens may do.
 
         The LLM so learns to find them there, wherever and however often they stand: `repeats` of them stand again.
@@ -76,72 +72,79 @@ class SampleMaker:
         words = self.tokenizer.encode(caption)
         words = [*words, *rng.choice(words, repeats)]
         turns = [(f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
-        encoded = encode_conversation(self.tokenizer, turns, self.config.data.system_message, (1,), len(words))
+        one_a_word = dataclasses.replace(self.processor, tokens_per_tile=len(words))
+        encoded = one_a_word.encode(turns, (1,))
         tokens, supervised = encoded.tokens.copy(), encoded.supervised
         tokens[tokens == self.tokenizer.image_id] = rng.permutation(words)
-        return Sample(tokens, np.ones_like(supervised) if all_tokens else supervised, self.no_tiles())
+        return Sample(tokens, np.ones_like(supervised) if all_tokens else supervised, self.processor.joined([]))
 
-    def caption_pair(self, picture, rng):
-        """`contrast`: the picture and its caption's ids."""
-        clip = self.config.clip
-        ids = [self.tokenizer.bos, *self.tokenizer.encode(picture.caption), clip.text.end_id]
-        tiles = self.tile(picture, rng, clip.vision.image_size)
-        return Sample(np.asarray(ids, np.int32), np.zeros(len(ids), bool), tiles)
+    def caption_pair(self, picture, rng) -> Sample:
+        """The picture and its caption's ids."""
+        shape = CAPTIONS.shape(self.config)
+        ids = [self.tokenizer.bos, *self.tokenizer.encode(picture.caption), shape.end_id]
+        return pair(single_tile(self.image(picture, rng), shape.image_size), ids)
 
-    def random_text(self, picture, rng):
-        """`distill`: the picture, with others up to `data.tiles` in all, and text of random ids.
+    def random_text(self, picture, rng) -> Sample:
+        """The picture, with others up to `data.tiles` in all, and text of random ids.
 
-        Small pictures give few visual tokens; several of them bring the share that a tiled picture would have.
+        Small pictures give few visual tokens; several of them bring the share that a tiled image would have.
         """
         data = self.config.data
         others = rng.integers(0, len(self.pictures), data.tiles - 1)
-        shown = [picture, *(self.pictures[i] for i in others)]
-        tiles = np.concatenate([self.tile(p, rng, self.embedding.tile_size) for p in shown])
-        counts = (1,) * len(shown)
-        encoded = encode_random_text(
-            self.tokenizer, rng, data.random_tokens, data.system_message, counts, self.embedding.tokens_per_tile
-        )
-        return Sample(encoded.tokens, encoded.supervised, tiles)
+        shown = [self.image(p, rng) for p in (picture, *(self.pictures[i] for i in others))]
+        tiles = self.processor.cut(shown)
+        encoded = self.processor.random_text(rng, data.random_tokens, tuple(map(len, tiles)))
+        return Sample(encoded.tokens, encoded.supervised, self.processor.joined(tiles))
 
-    def seen(self, picture, rng):
-        """`align`, `instruct`: the picture, questions about it, and a request for its caption, as one conversation."""
+    def seen(self, picture, rng) -> Sample:
+        """The picture, questions about it, and a request for its caption, as one conversation."""
         turns = self.questions(picture, rng)
-        if self.config.data.ask_caption and picture.caption:
+        if self.config.easy_vqa.ask_caption and picture.caption:
             turns.append((CAPTION_REQUEST, picture.caption))
         turns[0] = (f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1])
-        return self.conversation(turns, self.tile(picture, rng, self.embedding.tile_size))
+        return self.processor.sample(turns, [self.image(picture, rng)])
 
-    def longest(self, pictures):
+    def longest(self, recipe: "Recipe", pictures) -> Sample:
         """A sample at least as long as any that these pictures can give, so that a misfit shows before the compile."""
         length = lambda pair: sum(len(self.tokenizer.encode(text)) for text in pair)
         pairs = sorted({pair for p in pictures for pair in p.questions}, key=length)
         picture = dataclasses.replace(
             pictures[0],
-            questions=tuple(pairs[len(pairs) - self.config.data.turns :]),
+            questions=tuple(pairs[len(pairs) - self.config.easy_vqa.turns :]),
             caption=max((p.caption for p in pictures), key=lambda text: len(self.tokenizer.encode(text))),
         )
         rng = np.random.default_rng(0)
-        if self.config.stage == "pretrain":
-            choices = (self.questions(picture, rng), [(CAPTION_REQUEST, picture.caption)])
-            tellings = [self.told(turns, picture.caption, MORE_WORDS, rng) for turns in choices]
-            return max(tellings, key=lambda sample: len(sample.tokens))
-        return getattr(self, RECIPES[self.config.stage].make)(picture, rng)
+        if not recipe.tells:
+            return getattr(self, recipe.make)(picture, rng)
+        choices = (self.questions(picture, rng), [(CAPTION_REQUEST, picture.caption)])
+        tellings = [self.told(turns, picture.caption, MORE_WORDS, rng) for turns in choices]
+        return max(tellings, key=lambda sample: len(sample.tokens))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a stage reads a picture corpus: the maker's method, and which pictures it needs."""
+    """How a kind of batch is made of pictures.
+
+    Attributes:
+      make: the maker's method.
+      needs: what a picture must have: 'caption', 'questions' or nothing.
+      tells: the caption stands in the image's place, in a number of words that is drawn.
+    """
 
     make: str
-    needs: str = ""  # 'caption' or 'questions'
+    needs: str = ""
+    tells: bool = False
+
+    def takes(self, picture, only_captioned: bool) -> bool:
+        """Whether samples are made of a picture."""
+        return not self.needs or bool(picture.caption if only_captioned else getattr(picture, self.needs))
 
 
 RECIPES = {
-    "pretrain": Recipe("text", "caption"),
-    "contrast": Recipe("caption_pair", "caption"),
-    "distill": Recipe("random_text"),
-    "align": Recipe("seen", "caption"),
-    "instruct": Recipe("seen", "questions"),
+    TEXT: Recipe("text", "caption", tells=True),
+    CAPTIONS: Recipe("caption_pair", "caption"),
+    RANDOM_TEXT: Recipe("random_text"),
+    CONVERSATIONS: Recipe("seen", "questions"),
 }
 
 
@@ -152,44 +155,35 @@ class PictureCorpus:
     pictures: list = dataclasses.field(repr=False)
 
     @classmethod
-    def load(cls, split):
+    def load(cls, split) -> "PictureCorpus":
         return cls(easy_vqa.load(split))
 
     def texts(self):
         return easy_vqa.corpus(self.pictures)
 
-    def rows(self, config: RunConfig, tokenizer, held_out=False):
+    def rows(self, config: RunConfig, kind: Kind, tokenizer: Tokenizer, held_out=False) -> tuple:
         """-> (endless rows: grain.MapDataset of Row, Found). Raises UserError where a sample may not fit."""
-        recipe, data = RECIPES[config.stage], config.data
-        usable = [p for p in self.pictures if not recipe.needs or getattr(p, recipe.needs)]
-        maker = SampleMaker(config, tokenizer, usable, augmented=data.augment and not held_out)
-        join = _Joiner(config, tokenizer.image_id)
-        join([maker.longest(usable)] * join.samples)  # raises where it does not fit
-        groups = [(1.0, usable)]
-        if data.balanced:
-            groups = easy_vqa.balance_groups(usable, data.negated_share)
+        if kind not in RECIPES:
+            raise UserError(f"easy_vqa gives no batches of {kind.name}; set data.source to data that does")
+        recipe, choice = RECIPES[kind], config.easy_vqa
+        usable = [p for p in self.pictures if recipe.takes(p, choice.only_captioned)]
+        maker = SampleMaker(config, tokenizer, usable, augmented=config.data.augment and not held_out)
+        join = _Joiner(kind, kind.shape(config, tokenizer))
+        samples = max(kind.limits(config).samples, 1)
+        join([maker.longest(recipe, usable)] * samples)  # raises where it does not fit
+        groups = easy_vqa.balance_groups(usable, choice.negated_share) if choice.balanced else [(1.0, usable)]
         shuffled = [grain.MapDataset.source(group).seed(config.seed).shuffle().repeat() for _, group in groups]
         dataset = grain.MapDataset.mix(shuffled, [weight for weight, _ in groups])
         dataset = dataset.random_map(getattr(maker, recipe.make))
-        return dataset.batch(join.samples, drop_remainder=True, batch_fn=join), Found(len(usable))
+        return dataset.batch(samples, drop_remainder=True, batch_fn=join), Found(len(usable))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Joiner:
     """Samples -> Row."""
 
-    config: RunConfig
-    image_id: int
-
-    @property
-    def samples(self):
-        """How many a row has."""
-        return 1 if KINDS[self.config.stage] == "captions" else max(self.config.data.samples_per_row, 1)
+    kind: Kind
+    shape: Any
 
     def __call__(self, samples):
-        kind = KINDS[self.config.stage]
-        if kind == "captions":
-            text = self.config.clip.text
-            return Row(caption_row(samples[0], text.context, text.end_id), (), 1)
-        shape = BatchShape.of(self.config.data, self.config.model.embedding, self.image_id)
-        return Row(make_row(samples, shape, kind), (), len(samples))
+        return Row(self.kind.row(samples, self.shape), (), len(samples))

@@ -14,8 +14,8 @@ from hovle_jax.errors import UserError
 FILE_NAME = "bad_samples.jsonl"
 FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run of several hosts goes on
 OF_ALL_HOSTS = "bad_samples.host_*.jsonl"
-# Reasons that are no fault of a sample: text alone, in a stage of pictures. Such are left out, and counted apart.
-NOT_FOR_THE_STAGE = ("no_image",)
+# Reasons that are no fault of a sample: text alone, in batches of images. Such are left out, and counted apart.
+NOT_FOR_THE_KIND = ("no_image",)
 FEWEST_DRAWN = 1000  # a ceiling is a share: of fewer samples than these it says nothing
 SHARDS_NAMED = 5
 
@@ -28,7 +28,7 @@ class BadSample(Exception):
       detail: what exactly is wrong.
     """
 
-    def __init__(self, reason: str, detail: str | Exception = ""):
+    def __init__(self, reason: str, detail: object = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, printable(" ".join(str(detail).split())[:300])
 
@@ -155,5 +155,5 @@ def read_bad_samples(folder):
 def _read(path):
     if not path.is_file():
         return []
-    *lines, cut = path.read_text("utf-8").split("\n")  # behind the last line's end: what a killed run was writing
+    *lines, cut = path.read_text("utf-8").split("\n")  # after the last line's end: what a killed run was writing
     return [BadEvent(**json.loads(line)) for line in lines]

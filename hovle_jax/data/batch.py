@@ -1,18 +1,27 @@
 """The batch contract: fixed shapes and host-made integer maps, from samples laid side by side in rows.
 
-Letters: B rows, L tokens of a row, M tiles of a row, S tile side, T caption tokens.
+| field | shape, type | meaning |
+|---|---|---|
+| tokens, positions, segment_ids | [B, L] int32 | packed sequences; segment 0 is padding; positions start anew in each |
+| targets, loss_weights | [B, L] int32, float32 | the next token, and what it weighs in the loss; 0 = not supervised |
+| tiles | [B, M, S, S, 3] uint8 | of images; unused ones are zero |
+| image_positions | [B, M * P] int32 | where each visual token stands in the sequence; L = nowhere |
+| long_tokens, long_positions, long_segment_ids, long_image_positions | [B, L_long] ... | HD: the embedding's stream |
+| long_text_positions | [B, L] int32 | HD: where each text token of the short stream stands in the long one |
+| image_weights, text_weights | [B, M * P], [B, L] float32 | distillation: the positions that count |
+
+Letters: B rows, L tokens of a row, M tiles of a row, S side of a tile, P visual tokens of a tile, T caption tokens.
+Which of these fields a batch has is said by its kind (data/kinds).
 """
 
 import dataclasses
 
 import numpy as np
 
-from hovle_jax.config import DataConfig, RunConfig
+from hovle_jax.config import DataConfig
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import EmbeddingConfig
-
-# stage -> the kind of its batches
-KINDS = {"pretrain": "text", "contrast": "captions", "distill": "distill", "align": "images", "instruct": "images"}
+from hovle_jax.model.streams import Stream
 
 # What each supervised token of a sample weighs that has x of them; the loss is the weighted mean over the global batch.
 WEIGHTINGS = {"token": lambda x: 1.0, "sample": lambda x: 1 / x, "square": lambda x: x**-0.5}
@@ -24,13 +33,18 @@ class Sample:
 
     Attributes:
       tokens: [n] int32, image tokens included.
-      supervised: [n] bool; in `distill` the random ids, else the tokens that the model learns to produce.
+      supervised: [n] bool: the tokens that the model learns to produce; in distillation the random ids.
       tiles: [m, S, S, 3] uint8, in the order of their tokens.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     tiles: np.ndarray
+
+
+def no_tiles(size: int = 1) -> np.ndarray:
+    """The tiles of a sample without images; they go beside tiles of any size."""
+    return np.zeros((0, size, size, 3), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +67,7 @@ class BatchShape:
     weighting: str = "token"
 
     @classmethod
-    def of(cls, data: DataConfig, embedding: EmbeddingConfig, image_id):
+    def of(cls, data: DataConfig, embedding: EmbeddingConfig, image_id: int) -> "BatchShape":
         expansion = embedding.stack_tokens_per_tile // embedding.tokens_per_tile
         return cls(
             data.sequence_length, data.tiles, embedding.tile_size, embedding.tokens_per_tile, expansion, image_id,
@@ -61,27 +75,57 @@ class BatchShape:
         )  # fmt: skip
 
     @property
-    def long_length(self):
+    def long_length(self) -> int:
         """L of the embedding's stream."""
         return self.length + self.tiles * self.tokens_per_tile * (self.expansion - 1)
 
 
-def pack_row(samples, shape: BatchShape):
-    """Lays samples into one row, each a segment of its own -> dict of arrays without the batch axis.
+@dataclasses.dataclass(frozen=True)
+class PackedRow:
+    """Samples side by side in one row, each a segment of its own; no batch axis.
+
+    Attributes:
+      short: the stream that the LLM reads.
+      targets, loss_weights: [L] see the contract.
+      supervised: [L] bool, as the samples have it.
+      tiles: [M, S, S, 3] uint8.
+      long: HD: the stream of the embedding's layers; else None.
+      long_text_positions: HD: [L] where each text token of `short` stands in `long`; else None.
+    """
+
+    short: Stream
+    targets: np.ndarray
+    loss_weights: np.ndarray
+    supervised: np.ndarray
+    tiles: np.ndarray
+    long: Stream | None = None
+    long_text_positions: np.ndarray | None = None
+
+    def text_fields(self) -> dict:
+        """Tokens alone."""
+        return dataclasses.replace(self.short, image_positions=None).fields()
+
+    def image_fields(self) -> dict:
+        """Tokens, tiles, and all that says where these stand."""
+        fields = self.short.fields() | {"tiles": self.tiles}
+        if self.long is None:
+            return fields
+        return fields | self.long.fields(long=True) | {"long_text_positions": self.long_text_positions}
+
+    def target_fields(self) -> dict:
+        """What is learned of the next tokens."""
+        return {"targets": self.targets, "loss_weights": self.loss_weights}
+
+
+def pack_row(samples: list[Sample], shape: BatchShape) -> PackedRow:
+    """Lays samples into one row.
 
     Raises:
       UserError: the samples do not fit, or a sample's image tokens and tiles disagree.
     """
-    total, tiles = sum(len(s.tokens) for s in samples), sum(len(s.tiles) for s in samples)
-    if total > shape.length:
-        raise UserError(
-            f"{len(samples)} sample(s) of {total} tokens in all do not fit into a row of "
-            f"data.sequence_length={shape.length}; set it to at least {total}"
-        )
-    if tiles > shape.tiles:
-        raise UserError(f"{tiles} image tiles do not fit into a row of data.tiles={shape.tiles}; raise it to {tiles}")
+    _check_room(samples, shape)
     row = _empty_row(shape)
-    at = tile_at = 0
+    stream, at, tile_at = row.short, 0, 0
     for segment, sample in enumerate(samples, 1):
         n, m = len(sample.tokens), len(sample.tiles)
         is_image = sample.tokens == shape.image_id
@@ -90,80 +134,81 @@ def pack_row(samples, shape: BatchShape):
                 f"a sample has {is_image.sum()} image tokens for {m} tiles of {shape.tokens_per_tile} tokens each"
             )
         here = slice(at, at + n)
-        row["tokens"][here] = sample.tokens
-        row["positions"][here] = np.arange(n)
-        row["segment_ids"][here] = segment
-        row["targets"][at : at + n - 1] = sample.tokens[1:]
-        row["supervised"][here] = sample.supervised
-        row["tiles"][tile_at : tile_at + m] = sample.tiles
+        stream.tokens[here] = sample.tokens
+        stream.positions[here] = np.arange(n)
+        stream.segment_ids[here] = segment
+        row.targets[at : at + n - 1] = sample.tokens[1:]
+        row.supervised[here] = sample.supervised
+        row.tiles[tile_at : tile_at + m] = sample.tiles
         visual = slice(tile_at * shape.tokens_per_tile, (tile_at + m) * shape.tokens_per_tile)
-        row["image_positions"][visual] = at + np.flatnonzero(is_image)
+        stream.image_positions[visual] = at + np.flatnonzero(is_image)
         at, tile_at = at + n, tile_at + m
-    row["tiles"][tile_at:] = 0
-    # A supervised token is predicted from the one before it, never from another segment's.
-    same = row["segment_ids"][1:] == row["segment_ids"][:-1]
-    counts = row["supervised"][1:] & same
-    segments = row["segment_ids"][1:]
-    per_segment = np.bincount(segments[counts], minlength=len(samples) + 1).tolist()
-    weights = np.asarray([WEIGHTINGS[shape.weighting](x) if x else 0.0 for x in per_segment], np.float32)
-    row["loss_weights"][:-1] = np.where(counts, weights[segments], 0)
-    row["targets"][row["loss_weights"] == 0] = 0
-    return row
+    row.tiles[tile_at:] = 0
+    _weigh(row, len(samples), shape.weighting)
+    return lengthen(row, shape) if shape.expansion > 1 else row
+
+
+def _check_room(samples, shape):
+    total, tiles = sum(len(s.tokens) for s in samples), sum(len(s.tiles) for s in samples)
+    if total > shape.length:
+        raise UserError(
+            f"{len(samples)} sample(s) of {total} tokens in all do not fit into a row of "
+            f"data.sequence_length={shape.length}; set it to at least {total}"
+        )
+    if tiles > shape.tiles:
+        raise UserError(f"{tiles} image tiles do not fit into a row of data.tiles={shape.tiles}; raise it to {tiles}")
 
 
 def _empty_row(shape):
     L, visual = shape.length, shape.tiles * shape.tokens_per_tile
-    row = {name: np.zeros(L, np.int32) for name in ("tokens", "positions", "segment_ids", "targets")}
-    row["loss_weights"] = np.zeros(L, np.float32)
-    row["supervised"] = np.zeros(L, bool)
-    row["tiles"] = np.empty((shape.tiles, shape.tile_size, shape.tile_size, 3), np.uint8)  # filled by the caller
-    row["image_positions"] = np.full(visual, L, np.int32)
-    return row
+    zeros = lambda: np.zeros(L, np.int32)
+    return PackedRow(
+        short=Stream(zeros(), zeros(), zeros(), np.full(visual, L, np.int32)),
+        targets=zeros(),
+        loss_weights=np.zeros(L, np.float32),
+        supervised=np.zeros(L, bool),
+        tiles=np.empty((shape.tiles, shape.tile_size, shape.tile_size, 3), np.uint8),  # filled by the caller
+    )
 
 
-def lengthen(row, shape: BatchShape):
-    """The maps of HD's longer stream, in which each visual token stands `expansion` times: adds the long_* fields."""
-    L, L_long, k = shape.length, shape.long_length, shape.expansion
+def _weigh(row, samples, weighting):
+    """Fills in the loss weights: a supervised token is predicted from the one before it, never across segments."""
+    segments = row.short.segment_ids[1:]
+    counts = row.supervised[1:] & (segments == row.short.segment_ids[:-1])
+    per_segment = np.bincount(segments[counts], minlength=samples + 1).tolist()
+    weights = np.asarray([WEIGHTINGS[weighting](x) if x else 0.0 for x in per_segment], np.float32)
+    row.loss_weights[:-1] = np.where(counts, weights[segments], 0)
+    row.targets[row.loss_weights == 0] = 0
+
+
+def lengthen(row: PackedRow, shape: BatchShape) -> PackedRow:
+    """Adds HD's long stream, in which each visual token stands `expansion` times.
+
+    With an expansion of 4 (T text, I visual, . padding):
+
+        short             T  I  T  .          its positions   0 1 2 0
+        long              T  I  I  I  I  T  . ...             0 1 2 3 4 5 0 ...
+        long_text_positions  0  L_long  5  L_long             (nowhere, for what is no text)
+    """
+    L, L_long, k, short = shape.length, shape.long_length, shape.expansion, row.short
     is_image = np.zeros(L, bool)
-    is_image[row["image_positions"][row["image_positions"] < L]] = True
-    used = row["segment_ids"] > 0
+    is_image[short.image_positions[short.image_positions < L]] = True
+    used = short.segment_ids > 0
     width = np.where(is_image, k, 1) * used
     start = np.cumsum(width) - width  # where each short token begins in the long stream
     tokens, positions, segments = (np.zeros(L_long, np.int32) for _ in range(3))
-    source = np.repeat(np.arange(L), width)
+    source = np.repeat(np.arange(L), width)  # the short token that each long one comes from
     n = len(source)
-    tokens[:n], segments[:n] = row["tokens"][source], row["segment_ids"][source]
-    positions[:n] = np.arange(n) - start[np.arange(L) - row["positions"]][source]
-    image_positions = np.full(len(row["image_positions"]) * k, L_long, np.int32)
-    visual = np.flatnonzero(np.isin(source, np.flatnonzero(is_image)))
+    tokens[:n], segments[:n] = short.tokens[source], short.segment_ids[source]
+    positions[:n] = np.arange(n) - start[np.arange(L) - short.positions][source]
+    image_positions = np.full(len(short.image_positions) * k, L_long, np.int32)
+    visual = np.flatnonzero(is_image[source])
     image_positions[: len(visual)] = visual
-    return row | {
-        "long_tokens": tokens,
-        "long_positions": positions,
-        "long_segment_ids": segments,
-        "long_image_positions": image_positions,
-        "long_text_positions": np.where(used & ~is_image, start, L_long).astype(np.int32),
-    }
-
-
-LANGUAGE_FIELDS = ("tokens", "positions", "segment_ids", "targets", "loss_weights")
-IMAGE_FIELDS = ("tiles", "image_positions")
-
-
-def finish_row(row, shape: BatchShape, kind):
-    """Keeps the fields that a kind of batch has: 'text', 'images' or 'distill'."""
-    if shape.expansion > 1 and kind != "text":
-        row = lengthen(row, shape)
-    long_fields = tuple(name for name in row if name.startswith("long_"))
-    if kind == "text":
-        return {name: row[name] for name in LANGUAGE_FIELDS}
-    if kind == "images":
-        return {name: row[name] for name in LANGUAGE_FIELDS + IMAGE_FIELDS + long_fields}
-    weights = {
-        "image_weights": (row["image_positions"] < shape.length).astype(np.float32),
-        "text_weights": row["supervised"].astype(np.float32),
-    }
-    return {name: row[name] for name in ("tokens", "positions", "segment_ids") + IMAGE_FIELDS + long_fields} | weights
+    return dataclasses.replace(
+        row,
+        long=Stream(tokens, positions, segments, image_positions),
+        long_text_positions=np.where(used & ~is_image, start, L_long).astype(np.int32),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,31 +245,8 @@ class Found:
     digest: str = ""
 
 
-def make_row(samples, shape: BatchShape, kind):
-    """Samples -> the fields of a row of this kind."""
-    return finish_row(pack_row(samples, shape), shape, kind)
-
-
-def caption_row(sample, context, end_id):
-    """A captioned image -> {'tiles': [1, S, S, 3], 'tokens': [T]}, the caption padded with the end token."""
-    if len(sample.tokens) > context:
-        raise UserError(f"a caption has {len(sample.tokens)} tokens and the text tower's context is {context}")
-    tokens = np.full(context, end_id, np.int32)
-    tokens[: len(sample.tokens)] = sample.tokens
-    return {"tiles": sample.tiles, "tokens": tokens}
-
-
-def stack(rows):
+def stack(rows: list[dict]) -> dict:
     """Rows as dicts -> a batch."""
     if len(rows) == 1:  # tiles are large: no copy
         return {name: array[None] for name, array in rows[0].items()}
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def empty_row(config: RunConfig):
-    """A row of a run's batches in which nothing stands: its fields, shapes and types."""
-    if KINDS[config.stage] == "captions":
-        size = config.clip.vision.image_size
-        nothing = Sample(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros((1, size, size, 3), np.uint8))
-        return caption_row(nothing, config.clip.text.context, config.clip.text.end_id)
-    return make_row([], BatchShape.of(config.data, config.model.embedding, image_id=-1), KINDS[config.stage])

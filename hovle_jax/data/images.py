@@ -1,4 +1,4 @@
-"""Pictures: files in, square tiles out, and the augmentations.
+"""Images: files in, square tiles out, and the augmentations.
 
 Letters: S side of a tile, n number of tiles.
 """
@@ -11,12 +11,13 @@ import warnings
 
 import numpy as np
 
+from hovle_jax.config import grid_within
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.errors import UserError
 
 MAX_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb: half a gigabyte in RGB
 JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, both included
-# What files hold that people keep as pictures. Pillow knows more: documents, for which it starts other programs.
+# What files hold that people keep as images. Pillow knows more: documents, for which it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height
 TURNS = {  # what makes it upright, in Pillow's names
@@ -54,13 +55,13 @@ def _opened(data):
 
 
 def decode_image(data, upright=True):
-    """An encoded picture as Pillow's RGB of its first frame.
+    """An encoded image as Pillow's RGB of its first frame.
 
     Args:
       data: the file's bytes.
       upright: turn it as its EXIF orientation says.
     Raises:
-      BadSample: no picture, or a broken one.
+      BadSample: no image, or a broken one.
     """
     from PIL import Image
 
@@ -89,11 +90,11 @@ def image_size(data, upright=True):
 
 
 def _orientation(image, data):
-    """1 (upright) to 8, as the EXIF block says; 1 where there is none or a broken one, which harms no picture."""
+    """1 (upright) to 8, as the EXIF block says; 1 where there is none or a broken one, which harms no image."""
     if image.format == "TIFF":
         return 1  # Pillow turns these itself, and tells their size so
     if image.format == "PNG" and not any(mark in data for mark in PNG_EXIF):
-        return 1  # Pillow would decode the whole picture to see whether a block follows it
+        return 1  # Pillow would decode the whole image to see whether a block follows it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -122,12 +123,12 @@ def load_image(path):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a picture becomes square tiles (InternVL's dynamic resolution).
+    """How an image becomes square tiles (InternVL's dynamic resolution).
 
     Attributes:
       size: S.
       min_tiles, max_tiles: of the grid, without the thumbnail.
-      thumbnail: the whole picture follows as one more tile where there is more than one.
+      thumbnail: the whole image follows as one more tile where there is more than one.
     """
 
     size: int = 448
@@ -136,24 +137,23 @@ class Tiling:
     thumbnail: bool = True
 
     def shared_by(self, images):
-        """The tiling of each of several pictures of one sample, which share its tiles."""
+        """The tiling of each of several images of one sample, which share its tiles."""
         return dataclasses.replace(self, max_tiles=max(1, self.max_tiles // max(images, 1)))
 
     def within(self, tiles):
-        """A tiling of which no picture has more than so many tiles, its thumbnail included."""
-        most = tiles - 1 if self.thumbnail and tiles > 1 else max(tiles, 1)
-        most = min(self.max_tiles, most)
-        return dataclasses.replace(self, min_tiles=min(self.min_tiles, most), max_tiles=most)
+        """A tiling of which no image has more than so many tiles, its thumbnail included."""
+        fewest, most = grid_within(self.min_tiles, self.max_tiles, self.thumbnail, tiles)
+        return dataclasses.replace(self, min_tiles=fewest, max_tiles=most)
 
     def count(self, width, height):
-        """Number of tiles of a picture of this size, the thumbnail included."""
+        """Number of tiles of an image of this size, the thumbnail included."""
         columns, rows = self.grid(width, height)
         return columns * rows + (self.thumbnail and columns * rows > 1)
 
     def grid(self, width, height):
-        """(columns, rows) whose ratio is nearest to the picture's; of two as near, the later if the picture is large.
+        """(columns, rows) whose ratio is nearest to the image's; of two as near, the later if the image is large.
 
-        A picture is large for a grid that has no more than twice its pixels.
+        An image is large for a grid that has no more than twice its pixels.
         """
         ratio, area = width / height, width * height
         best, best_difference = (1, 1), float("inf")
@@ -187,7 +187,7 @@ def candidate_grids(min_tiles, max_tiles):
     """All (columns, rows) of min_tiles to max_tiles tiles, small ones first.
 
     Grids of as many tiles come in the order of a Python set that was filled in this order, as in InternVL's code: where
-    two are as near to a picture's ratio it decides between them.
+    two are as near to an image's ratio it decides between them.
     """
     sides = [(c, r) for n in range(min_tiles, max_tiles + 1) for c in range(1, n + 1) for r in range(1, n + 1)]
     return tuple(
@@ -195,15 +195,16 @@ def candidate_grids(min_tiles, max_tiles):
     )
 
 
-def single_tile(image, size):
-    """[1, size, size, 3] uint8: the whole picture, resized bicubically when it has another size."""
+def as_image(image):
+    """A Pillow image, of one or of [H, W, 3] uint8."""
     from PIL import Image
 
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.uint8)[None]
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def single_tile(image, size):
+    """[1, size, size, 3] uint8: the whole image, resized bicubically when it has another size."""
+    return Tiling(size, 1, 1).cut(as_image(image))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What each stage reads: batch = f(seed, step), on grain.
+"""The batches of a run: batch = f(seed, step), on grain.
 
 A corpus gives endless rows, each a function of (seed, its place in the global order) alone; here they become batches,
 or one host's part of them. So a batch does not depend on hosts, on workers, or on where a run was resumed.
@@ -11,8 +11,9 @@ import grain
 
 from hovle_jax.config import RunConfig
 from hovle_jax.data.batch import Found, stack
+from hovle_jax.data.kinds import Kind
 from hovle_jax.data.text.conversation import CAPTION_REQUEST
-from hovle_jax.data.text.tokenizer import SentencePieceTokenizer
+from hovle_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from hovle_jax.errors import UserError
 
 THREADS = min(os.cpu_count() or 1, 16)  # that make rows where no worker processes do
@@ -99,17 +100,18 @@ class _HostRows(grain.MapDataset):
         return f"_HostRows[{len(self._numbers)} of {self._batch_size}]"
 
 
-def build_dataset(config: RunConfig, tokenizer, corpus, held_out=False, numbers=None):
+def build_dataset(config: RunConfig, kind: Kind, tokenizer: Tokenizer, corpus, held_out=False, numbers=None) -> Batches:
     """The batches of a run, randomly accessible: dataset[step].
 
     Args:
+      kind: of `kinds`.
       corpus: what `load_corpus` gave for the training split, or for another one with held_out=True (no augmentation).
       numbers: which rows of each global batch, 0 to data.batch_size - 1, this host makes; None = all.
     Raises:
       UserError: a sample cannot fit into a row.
     """
     size = config.data.batch_size
-    rows, found = corpus.rows(config, tokenizer, held_out)
+    rows, found = corpus.rows(config, kind, tokenizer, held_out)
     if numbers is None or len(numbers) == size:
         return Batches(rows, size, found)
     return Batches(_HostRows(rows, tuple(numbers), size), len(numbers), found)

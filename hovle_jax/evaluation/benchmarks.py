@@ -22,13 +22,15 @@ BENCHMARKS = {
 }
 
 
-def evaluate(folder, name, limit=0):
+def evaluate(folder, name: str, limit: int = 0, max_tiles: int | None = None) -> tuple:
     """Scores a finished run, on the first `limit` items of the benchmark (0: all).
 
+    Args:
+      max_tiles: of the grid of an image; None = as the model was trained.
     Raises:
       UserError: an unknown benchmark, or a run without the needed components.
     """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
-    return benchmark.score(load_run(folder, benchmark.components), limit)
+    return benchmark.score(load_run(folder, benchmark.components).with_max_tiles(max_tiles), limit)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.data.batch import Sample, caption_row
 from hovle_jax.data.images import single_tile
+from hovle_jax.data.kinds.captions import caption_tokens
 from hovle_jax.data.text.conversation import IMAGE_MARK
 from hovle_jax.inference.generate import answer
 from hovle_jax.inference.load import Loaded
@@ -54,12 +54,8 @@ def caption_vectors(loaded: Loaded, captions):
     """Unit vectors [N, E] of captions."""
     clip = loaded.models["clip"]
     text, tokenizer = clip.config.text, loaded.tokenizer
-    no_tiles = np.zeros((0, 0, 0, 3), np.uint8)
-    samples = []
-    for caption in captions:
-        ids = np.asarray([tokenizer.bos, *tokenizer.encode(caption), text.end_id], np.int32)
-        samples.append(Sample(ids, np.zeros(len(ids), bool), no_tiles))
-    tokens = np.stack([caption_row(s, text.context, text.end_id)["tokens"] for s in samples])
+    ids = [[tokenizer.bos, *tokenizer.encode(caption), text.end_id] for caption in captions]
+    tokens = np.stack([caption_tokens(one, text.context, text.end_id) for one in ids])
     return clip.apply({"params": loaded.params["clip"]}, tokens, method="encode_texts")
 
 

@@ -7,22 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.data.batch import BatchShape, Sample, make_row, stack
-from hovle_jax.data.images import single_tile
-from hovle_jax.data.text.conversation import encode_conversation
+from hovle_jax.data.batch import BatchShape, Sample, pack_row, stack
+from hovle_jax.data.processor import Processor
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.model.hovle import HoVLE
+from hovle_jax.model.streams import Stream, embedding_stream
 
 
 @dataclasses.dataclass(frozen=True)
 class Answerer:
-    """What answers: a model, its parameters {'embedding', 'llm'}, and how text becomes tokens for it."""
+    """What answers: a model, its parameters {'embedding', 'llm'}, and how text and images become tokens for it."""
 
     hovle: HoVLE
     params: dict
-    tokenizer: Tokenizer
-    system_message: str = ""
+    processor: Processor
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.processor.tokenizer
 
 
 @functools.partial(jax.jit, static_argnames=("hovle", "max_new_tokens", "stop_ids"))
@@ -34,10 +37,10 @@ def greedy(params, batch, *, hovle, max_new_tokens, stop_ids):
       batch: right-padded prompts, one segment a row, after the batch contract.
       hovle: the model (static).
     Returns:
-      tokens [B, max_new_tokens] int32; behind a row's stop token (which is kept) stands that token again.
+      tokens [B, max_new_tokens] int32; after a row's stop token (which is kept) that token is repeated.
     """
     B, L = batch["tokens"].shape
-    L_embedding = batch.get("long_tokens", batch["tokens"]).shape[1]
+    L_embedding = embedding_stream(batch).tokens.shape[1]
     cache = hovle.empty_cache(B, L + max_new_tokens, L_embedding + max_new_tokens, hovle.execution.dtype)
     logits, cache = hovle.prefill(params, batch, cache)
     stops = jnp.asarray(stop_ids, jnp.int32)
@@ -63,54 +66,70 @@ def greedy(params, batch, *, hovle, max_new_tokens, stop_ids):
     return jnp.where(jnp.arange(max_new_tokens)[None] < step, tokens, token[:, None])
 
 
-def prompt_samples(answerer: Answerer, prompts):
+def prompt_samples(answerer: Answerer, prompts) -> list[Sample]:
     """[(question, [Pillow images or arrays])] -> [Sample]. Raises UserError when marks and images disagree."""
-    return [_prompt_sample(answerer, question, images) for question, images in prompts]
+    return [answerer.processor.sample([(question, None)], images) for question, images in prompts]
 
 
-def _prompt_sample(answerer, question, images):
+def prompt_batch(
+    answerer: Answerer, samples: list[Sample], length: int | None = None, tiles: int | None = None
+) -> dict:
+    """Right-padded prompts as a batch, one a row.
+
+    Args:
+      length, tiles: of a row, which fix the batch's shape; None = the most that one of the prompts has.
+    """
     embedding = answerer.hovle.config.embedding
-    if embedding is None and images:
-        raise UserError(f"this model is an LLM alone and sees no images; {len(images)} were given")
-    size, tokens_per_tile = (embedding.tile_size, embedding.tokens_per_tile) if embedding else (0, 0)
-    encoded = encode_conversation(
-        answerer.tokenizer, [(question, None)], answerer.system_message, (1,) * len(images), tokens_per_tile
-    )
-    empty = np.zeros((0, size, size, 3), np.uint8)
-    tiles = np.concatenate([empty, *(single_tile(image, size) for image in images)])
-    return Sample(encoded.tokens, encoded.supervised, tiles)
-
-
-def prompt_batch(answerer: Answerer, samples, length=None):
-    """Right-padded prompts as a batch; `length` (default: the longest prompt) fixes the shape."""
-    embedding = answerer.hovle.config.embedding
+    length = length or max(len(s.tokens) for s in samples)
     if embedding is None:
-        length = length or max(len(s.tokens) for s in samples)
-        index = np.broadcast_to(np.arange(length, dtype=np.int32), (len(samples), length))
-        tokens = np.stack([np.pad(s.tokens, (0, length - len(s.tokens))) for s in samples])
-        real = np.asarray([len(s.tokens) for s in samples])[:, None]
-        return {"tokens": tokens, "positions": index, "segment_ids": (index < real).astype(np.int32)}
+        return stack([_text_row(sample, length) for sample in samples])
     shape = BatchShape(
-        length=length or max(len(s.tokens) for s in samples),
-        tiles=max([1] + [len(s.tiles) for s in samples]),
+        length=length,
+        tiles=tiles or most_tiles(samples),
         tile_size=embedding.tile_size,
         tokens_per_tile=embedding.tokens_per_tile,
         expansion=embedding.stack_tokens_per_tile // embedding.tokens_per_tile,
         image_id=answerer.tokenizer.image_id,
     )
-    return stack([make_row([s], shape, "images") for s in samples])
+    return stack([pack_row([sample], shape).image_fields() for sample in samples])
 
 
-def answer(answerer: Answerer, prompts, max_new_tokens=32, batch_size=64):
-    """Answers to [(question, images)], in order. Batches have one shape, so the program compiles once."""
+def most_tiles(samples: list[Sample]) -> int:
+    """The most tiles that one of the samples has, and no less than 1."""
+    return max([1] + [len(s.tiles) for s in samples])
+
+
+def _text_row(sample, length):
+    n = len(sample.tokens)
+    index = np.arange(length, dtype=np.int32)
+    return Stream(np.pad(sample.tokens, (0, length - n)), index, (index < n).astype(np.int32)).fields()
+
+
+def _check_room(answerer, samples, max_new_tokens):
+    most, longest = answerer.hovle.config.llm.max_length, max(samples, key=lambda sample: len(sample.tokens))
+    total = len(longest.tokens) + max_new_tokens
+    if total > most:
+        raise UserError(
+            f"a prompt of {len(longest.tokens)} tokens ({len(longest.tiles)} tiles) and {max_new_tokens} new ones need "
+            f"{total} positions and the LLM has {most} (llm.max_length): ask for fewer new tokens or fewer tiles"
+        )
+
+
+def answer(answerer: Answerer, prompts, max_new_tokens: int = 32, batch_size: int = 64) -> list[str]:
+    """Answers to [(question, images)], in order. Batches have one shape, so the program compiles once.
+
+    Raises:
+      UserError: marks and images disagree, or a prompt with its answer exceeds the LLM's positions.
+    """
     samples = prompt_samples(answerer, prompts)
+    _check_room(answerer, samples, max_new_tokens)
     batch_size = min(batch_size, len(samples))
-    length = max(len(s.tokens) for s in samples)
+    length, tiles = max(len(s.tokens) for s in samples), most_tiles(samples)
     answers = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
         filler = [part[-1]] * (batch_size - len(part))
-        batch = prompt_batch(answerer, part + filler, length)
+        batch = prompt_batch(answerer, part + filler, length, tiles)
         tokens = greedy(
             answerer.params,
             batch,

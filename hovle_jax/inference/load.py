@@ -8,6 +8,7 @@ import jax
 from hovle_jax.checkpoints import abstract_component, load_component, load_model_config
 from hovle_jax.components import Models
 from hovle_jax.config import MeshConfig, ModelConfig
+from hovle_jax.data.processor import Processor
 from hovle_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.inference.generate import Answerer
@@ -26,7 +27,11 @@ class Loaded:
 
     @property
     def answerer(self):
-        return Answerer(self.models.hovle, self.params, self.tokenizer, self.config.system_message)
+        return Answerer(self.models.hovle, self.params, Processor.of(self.config, self.tokenizer))
+
+    def with_max_tiles(self, tiles: int | None) -> "Loaded":
+        """The same with another limit to the tiles of an image; None changes nothing."""
+        return dataclasses.replace(self, config=self.config.with_max_tiles(tiles))
 
 
 def load_run(folder, components=None):

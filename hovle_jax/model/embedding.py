@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from hovle_jax.model.config import EmbeddingConfig
 from hovle_jax.model.execution import Execution
+from hovle_jax.model.streams import Stream
 from hovle_jax.model.transformer import Stack, TokenTable, dense, partitioned
 from hovle_jax.model.vision import normalize_tiles, patchify, pixel_shuffle, resize_positions
 
@@ -86,8 +87,8 @@ class HolisticEmbedding(nn.Module):
     def __call__(self, batch, cache=None):
         """The embedding's output for the short stream, and its cache.
 
-        Without tiles in the batch, text alone. HD (pixel_shuffle='post') runs its layers over the `long_*`
-        stream: `encode` gives that stream's raw output.
+        Without tiles in the batch, text alone. HD (pixel_shuffle='post') runs its layers over the long stream:
+        `encode` gives that stream's raw output.
 
         Returns:
           ([B, L, D] before any normalisation, Cache or None).
@@ -97,11 +98,15 @@ class HolisticEmbedding(nn.Module):
 
     def encode(self, batch, cache=None):
         """The raw output of the layers over the stream that they see: [B, L or L_long, D]."""
-        prefix = "long_" if self.config.pixel_shuffle == "post" else ""
-        x = self.embed_text(batch[prefix + "tokens"])
+        stream = self.stream(batch)
+        x = self.embed_text(stream.tokens)
         if "tiles" in batch:
-            x = scatter_rows(x, self.embed_tiles(batch["tiles"]), batch[prefix + "image_positions"])
-        return self.stack(x, batch[prefix + "positions"], batch[prefix + "segment_ids"], cache)
+            x = scatter_rows(x, self.embed_tiles(batch["tiles"]), stream.image_positions)
+        return self.stack(x, stream.positions, stream.segment_ids, cache)
+
+    def stream(self, batch) -> Stream:
+        """The stream of a batch that the layers run over: HD's long one, else the short one."""
+        return Stream.of(batch, long=self.config.pixel_shuffle == "post")
 
     def shorten(self, x, batch):
         """HD: image outputs are shuffled and projected, and put back between the text outputs. Else x itself."""
@@ -114,10 +119,10 @@ class HolisticEmbedding(nn.Module):
 
     def image_outputs(self, x, batch):
         """The outputs at image positions as the LLM gets them: [B, M * tokens_per_tile, D], from `encode`'s result."""
+        images = gather_rows(x, self.stream(batch).image_positions)
         if self.config.pixel_shuffle != "post":
-            return gather_rows(x, batch["image_positions"])
+            return images
         B, M = batch["tiles"].shape[:2]
-        images = gather_rows(x, batch["long_image_positions"])
         images = images.reshape(B * M, -1, images.shape[-1])
         return self.pixel_shuffle_projection(images).reshape(B, -1, x.shape[-1])
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from hovle_jax.model.config import HoVLEConfig, LLMConfig
 from hovle_jax.model.embedding import HolisticEmbedding
 from hovle_jax.model.execution import Execution
+from hovle_jax.model.streams import Stream
 from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable, dense
 
 PADDING_LOGIT = -1e30  # not -inf, whose products with a probability of 0 are not numbers
@@ -125,13 +126,9 @@ class HoVLE:
           (logits [B, V], caches).
         """
         segments = active[:, None].astype(jnp.int32)
-        batch = {"tokens": tokens[:, None], "positions": cache.llm.length[:, None], "segment_ids": segments}
+        batch = Stream(tokens[:, None], cache.llm.length[:, None], segments).fields()
         if self.config.embedding and self.config.embedding.pixel_shuffle == "post":
-            batch |= {
-                "long_tokens": tokens[:, None],
-                "long_positions": cache.embedding.length[:, None],
-                "long_segment_ids": segments,
-                "long_text_positions": jnp.zeros_like(tokens)[:, None],
-            }
+            long = Stream(tokens[:, None], cache.embedding.length[:, None], segments)
+            batch |= long.fields(long=True) | {"long_text_positions": jnp.zeros_like(tokens)[:, None]}
         hidden, cache = self.hidden(params, batch, cache)
         return self.hidden_to_logits(params, hidden)[:, 0], cache

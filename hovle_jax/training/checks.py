@@ -14,33 +14,17 @@ from hovle_jax.training.stages import find
 
 def check(config: RunConfig):
     """Everything that can be known to be wrong before a device is touched."""
-    components = find(config.stage).components
+    stage = find(config.stage)
     check_numbers(config)
     config.model.check()
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
-    check_conversations(config)
+    config.easy_vqa.check()
     check_data(config)
-    if "teacher" in components:
+    if "teacher" in stage.components:
         config.teacher.check(config.model.llm.stack.width)
-    if "llm" in components and config.data.sequence_length > config.model.llm.max_length:
-        raise UserError(
-            f"data.sequence_length={config.data.sequence_length} exceeds the LLM's "
-            f"{config.model.llm.max_length} positions (model.llm.max_length)"
-        )
+    stage.batch.check(config)
     check_execution(config.execution)
-
-
-def check_conversations(config: RunConfig):
-    """Raises UserError where the questions and captions asked for leave nothing to be learned, or cannot be drawn."""
-    data = config.data
-    if not 0 <= data.negated_share <= 1:
-        raise UserError(f"data.negated_share={data.negated_share} is a share of questions; set it between 0 and 1")
-    if data.turns < (0 if config.stage == "align" and data.ask_caption else 1):
-        raise UserError(
-            f"data.turns={data.turns} leaves nothing to be learned in {config.stage}; "
-            "set it to at least 1 (align can do without questions where data.ask_caption is set)"
-        )
 
 
 def check_data(config: RunConfig):

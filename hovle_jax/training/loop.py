@@ -69,7 +69,7 @@ def run(config: RunConfig, folder, sources, say=print, profile=None, track=""):
     tokenizer = choose_tokenizer(config, [folder], list(sources.values()), corpus)
     check_tokenizer(config, tokenizer)
     numbers, lists_bad = distributed.host_rows(run.placement.batch_sharding, config.data.batch_size)
-    dataset = pipeline.build_dataset(config, tokenizer, corpus, numbers=numbers)
+    dataset = pipeline.build_dataset(config, stage.batch, tokenizer, corpus, numbers=numbers)
     held_out = held_out_batches(config, tokenizer, numbers, say)
     first = dataset[0]
     distributed.check_shared(folder)
@@ -210,7 +210,9 @@ def held_out_batches(config, tokenizer, numbers=None, say=print):
     corpus = held_out_corpus(config, say)
     if corpus is None:
         return []
-    dataset = pipeline.build_dataset(config, tokenizer, corpus, held_out=True, numbers=numbers)
+    dataset = pipeline.build_dataset(
+        config, find(config.stage).batch, tokenizer, corpus, held_out=True, numbers=numbers
+    )
     return [dataset[i] for i in range(HELD_OUT_BATCHES)]
 
 

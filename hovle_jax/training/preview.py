@@ -35,7 +35,7 @@ def open_dataset(config: RunConfig, tokenizer_place=""):
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=tokenizer_place))
     tokenizer = choose_tokenizer(config, [], [], corpus)
     check_tokenizer(config, tokenizer)
-    return pipeline.build_dataset(config, tokenizer, corpus), tokenizer
+    return pipeline.build_dataset(config, find(config.stage).batch, tokenizer, corpus), tokenizer
 
 
 def preview(config: RunConfig, folder, tokenizer_place=""):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from hovle_jax.components import COMPONENTS, Models, Params
 from hovle_jax.config import ModelConfig, RunConfig
+from hovle_jax.data.kinds import Kind
 from hovle_jax.sharding.layout import Path
 from hovle_jax.training.flops import Part, StepFlops, step_flops
 
@@ -23,6 +24,7 @@ class Stage:
       trained: path prefixes that are differentiated and have optimizer state, less those that nothing uses.
       through: components that are not trained and that gradients pass through on their way to others.
       held: path prefixes of components that it holds in part; of the others it holds everything.
+      batch: the kind of its batches.
       losses: (models, params, batch) -> Pairs; their quotients are added up.
       loss_weights: {name of a loss: field of the batch whose sum is its weight}. Empty for a loss that compares all
         rows of a batch with each other, which cannot be read in microbatches.
@@ -36,6 +38,7 @@ class Stage:
     trained: tuple[Path, ...]
     through: tuple[str, ...] = ()
     held: tuple[Path, ...] = ()
+    batch: Kind
     losses: Callable[[Models, Params, dict], Pairs]
     loss_weights: dict[str, str]
     flops: Callable[[RunConfig, int], list[Part]]

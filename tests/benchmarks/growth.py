@@ -26,7 +26,8 @@ import numpy as np
 
 from hovle_jax import recipes
 from hovle_jax.config import ExecutionConfig, MeshConfig, RunConfig
-from hovle_jax.data.batch import BatchShape, Sample, make_row, stack
+from hovle_jax.data.batch import BatchShape, Sample, stack
+from hovle_jax.data.kinds import CONVERSATIONS
 from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig, StackConfig
 from hovle_jax.system import malloc
 
@@ -110,7 +111,7 @@ def random_batch(config, rows):
         tokens[:visual] = image_id
         supervised = np.arange(shape.length) >= (visual + shape.length) // 2
         tiles = rng.integers(0, 256, (shape.tiles, TILE, TILE, 3), dtype=np.uint8)
-        made.append(make_row([Sample(tokens, supervised, tiles)], shape, "images"))
+        made.append(CONVERSATIONS.row([Sample(tokens, supervised, tiles)], shape))
     return stack(made)
 
 

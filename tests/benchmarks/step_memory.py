@@ -37,7 +37,8 @@ def measure(stage, keep):
 
     config = train.stage_config("configs", stage, "tiny")
     corpus = loading.load_corpus(config, "train")
-    batch = pipeline.build_dataset(config, pipeline.train_tokenizer(config, corpus), corpus)[0]
+    tokenizer = pipeline.train_tokenizer(config, corpus)
+    batch = pipeline.build_dataset(config, STAGES[stage].batch, tokenizer, corpus)[0]
     run, seconds = build(config, make_mesh(config.mesh)), []
     state = make_state(STAGES[stage], run, load_params(config, run, {}))
     batch = run.placement.put_batch(batch)

@@ -21,6 +21,7 @@ import time
 import numpy as np
 
 from hovle_jax.system import malloc
+from hovle_jax.training.stages import STAGES
 
 
 def resident():
@@ -106,7 +107,7 @@ def open_dataset(source):
     corpus = loading.load_corpus(config, "train")
     few = dataclasses.replace(corpus, entries=(dataclasses.replace(corpus.entries[0], repeat=0.01),))
     tokenizer = pipeline.train_tokenizer(config, few)
-    return pipeline.build_dataset(config, tokenizer, corpus)
+    return pipeline.build_dataset(config, STAGES[config.stage].batch, tokenizer, corpus)
 
 
 def stream(source, samples):

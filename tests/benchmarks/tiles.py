@@ -22,6 +22,7 @@ import numpy as np
 
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.system import malloc
+from hovle_jax.training.stages import STAGES
 
 SIZE = 448
 MAX_TILES = 12
@@ -158,7 +159,9 @@ def our_batches(folder, workers):
         system_message="s", max_tiles=MAX_TILES,
     )  # fmt: skip
     config = dataclasses.replace(config, data=data)
-    dataset = pipeline.build_dataset(config, PlainTokenizer(), loading.load_corpus(config, "train"))
+    dataset = pipeline.build_dataset(
+        config, STAGES[config.stage].batch, PlainTokenizer(), loading.load_corpus(config, "train")
+    )
     return dataset, (batch for batch, _, _ in dataset.iterate(0, workers))
 
 

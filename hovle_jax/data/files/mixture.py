@@ -26,7 +26,7 @@ class Entry:
     Attributes:
       repeat: how often an epoch has it; below 1 its leading fraction (InternVL's `repeat_time`).
       augment: one JPEG compression of each tile; None = as the run says.
-      max_tiles: of its pictures; None = as the run says.
+      max_tiles: of its images; None = as the run says.
     """
 
     source: Source

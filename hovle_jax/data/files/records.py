@@ -21,11 +21,11 @@ class Record:
     """A sample as its owner meant it.
 
     Attributes:
-      images: encoded pictures (bytes), or where they are (str), in the order of their marks.
-      sizes: ((width, height), ...) as the row states them; empty = to be read from the pictures.
+      images: encoded images (bytes), or where they are (str), in the order of their marks.
+      sizes: ((width, height), ...) as the row states them; empty = to be read from the images.
       turns: ((question, answer), ...); empty where there is no conversation.
       system: the system message; empty = the run's own.
-      caption, text: a description of the first picture; plain text.
+      caption, text: a description of the first image; plain text.
     """
 
     images: tuple = ()
@@ -98,7 +98,7 @@ def _image(value, root):
 
 
 def _sizes(row, count):
-    """The stated sizes, where they are there for each image and can be sizes of pictures."""
+    """The stated sizes, where they are there for each image and can be sizes of images."""
     sides = []
     for key in ("width", "height"):
         value = row.get(key, row.get(f"{key}_list"))  # the second is InternVL's name where there are several images
@@ -190,7 +190,7 @@ def _questions(row):
 
 
 def sizes_of(record, upright=True):
-    """((width, height), ...) of a record's pictures: as stated, else from their headers. Raises BadSample."""
+    """((width, height), ...) of a record's images: as stated, else from their headers. Raises BadSample."""
     if record.sizes or not record.images:
         return record.sizes
     return tuple(images.image_size(record.image_bytes(i), upright) for i in range(len(record.images)))

@@ -174,7 +174,7 @@ def _split_name(name):
 def _tar_index(path):
     """Where each member lies, in rows of members that follow each other under one key.
 
-    An archive that breaks off has one more row, whose size is -1: what is behind it is lost, and is to be reported.
+    An archive that breaks off has one more row, whose size is -1: what follows it is lost, and is to be reported.
     """
     import tarfile
 
@@ -305,7 +305,7 @@ class ArrayRecordShard(Shard):
 
 @dataclasses.dataclass(frozen=True)
 class TfdsShard(Shard):
-    """A split of a prepared TFDS data set (a folder with dataset_info.json), pictures left encoded."""
+    """A split of a prepared TFDS data set (a folder with dataset_info.json), images left encoded."""
 
     path: str
     split: str
@@ -333,18 +333,18 @@ def _tfds_source(path, split):
 
     try:
         builder = tfds.builder_from_directory(path)
-        pictures = {
+        encoded = {
             k: tfds.decode.SkipDecoding()
             for k, f in builder.info.features.items()
             if isinstance(f, tfds.features.Image)
         }
-        return builder.as_data_source(split, decoders=pictures)
+        return builder.as_data_source(split, decoders=encoded)
     except Exception as error:  # noqa: BLE001 (tfds raises anything)
         raise UserError(f"{path} has no split {split!r} that TFDS reads as ArrayRecord: {error}") from None
 
 
 def _plain(value):
-    """TFDS's numpy values as those of a row: texts as str, encoded pictures as bytes."""
+    """TFDS's numpy values as those of a row: texts as str, encoded images as bytes."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

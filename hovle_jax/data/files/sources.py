@@ -15,7 +15,7 @@ from hovle_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Shards one behind the other: a random-access source of rows.
+    """Shards one after the other: a random-access source of rows.
 
     Attributes:
       name: for reports.
@@ -42,7 +42,7 @@ class Source:
         shard, inner = self._find(index)
         return shard.row(inner)
 
-    def where(self, index):
+    def where(self, index) -> tuple[str, str]:
         """(shard's path, the row's name in it)."""
         shard, inner = self._find(index)
         return printable(shard.path), printable(shard.name(inner))

@@ -11,7 +11,7 @@ from hovle_jax.data.files.records import parse
 from hovle_jax.data.files.shard import cached_arrays
 from hovle_jax.data.files.sources import Source
 from hovle_jax.data.images import Tiling
-from hovle_jax.data.rows.samples import RecordSamples
+from hovle_jax.data.kinds import Reader
 from hovle_jax.system.progress import track
 
 CHUNK = 2048  # samples that a worker process looks at in one go
@@ -20,11 +20,11 @@ MANY = 20_000  # samples from which on it is worth starting processes
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Needs of the n samples of a source (`samples.Needs`), and those that cannot be used.
+    """Needs of the n samples of a source (`kinds.base.Needs`), and those that cannot be used.
 
     Attributes:
       text, first, images_before: [n]; text is 0 for a bad sample.
-      size_ends: [n]; the pictures of sample i are sizes[size_ends[i - 1] : size_ends[i]].
+      size_ends: [n]; the images of sample i are sizes[size_ends[i - 1] : size_ends[i]].
       sizes: [k, 2] width, height.
       bad: ((i, reason, detail), ...).
     """
@@ -37,7 +37,7 @@ class Costs:
     bad: tuple
 
     def tiles(self, tiling: Tiling):
-        """[n], [n] int64: tiles of each sample, and of its pictures in front of what is learned first."""
+        """[n], [n] int64: tiles of each sample, and of its images in front of what is learned first."""
         ends = np.asarray(self.size_ends, np.int64)
         images = np.diff(ends, prepend=0)
         owner = np.repeat(np.arange(len(images)), images)
@@ -60,17 +60,17 @@ class Costs:
         return [BadEvent(-1, source.name, *source.where(i), reason, detail) for i, reason, detail in self.bad]
 
 
-def costs_of(source: Source, samples: RecordSamples, say=print, workers=0):
+def costs_of(source: Source, reader: Reader, say=print, workers=0):
     """The index of a source, from the cache where it is there.
 
     Args:
       workers: processes that look at samples where there are many; 0 = this one alone.
     """
-    key = ("costs", source.fingerprint(), source.root, samples.text_key())
-    build = lambda: _build(source, samples, say, workers)
+    key = ("costs", source.fingerprint(), source.root, reader.index_key())
+    build = lambda: _build(source, reader, say, workers)
     costs = _load(cached_arrays(key, build))
-    # Pictures have files of their own, which people mend while that of the rows stays as it is.
-    mended = [i for i, *_ in costs.bad if look_at(source, samples, [i])[0][1] is None]
+    # Images have files of their own, which people mend while that of the rows stays as it is.
+    mended = [i for i, *_ in costs.bad if look_at(source, reader, [i])[0][1] is None]
     return _load(cached_arrays((*key, mended), build)) if mended else costs
 
 
@@ -79,9 +79,9 @@ def _load(arrays):
     return Costs(**{name: array for name, array in arrays.items() if name != "bad"}, bad=bad)
 
 
-def _build(source, samples, say, workers):
+def _build(source, reader, say, workers):
     spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-    found = _each(functools.partial(_chunk, source, samples), spans, workers if len(source) >= MANY else 0)
+    found = _each(functools.partial(_chunk, source, reader), spans, workers if len(source) >= MANY else 0)
     size = lambda chunk: len(chunk["text"])
     chunks = list(track(found, say, f"indexing {source.name}", "samples", len(source), size))
     bad = [one for chunk in chunks for one in chunk["bad"]]
@@ -93,9 +93,9 @@ def _build(source, samples, say, workers):
     }
 
 
-def _chunk(source, samples, span):
+def _chunk(source, reader, span):
     """`look_at` as arrays: what is kept of many samples, and sent between processes, is small."""
-    needs, reasons = zip(*look_at(source, samples, span))
+    needs, reasons = zip(*look_at(source, reader, span))
     text, first, images_before, sizes = zip(*needs)
     numbers = {"text": text, "first": first, "images_before": images_before, "images": list(map(len, sizes))}
     arrays = {name: np.asarray(values, np.int32) for name, values in numbers.items()}
@@ -115,12 +115,12 @@ def _each(function, spans, workers):
         yield from pool.map(function, spans)
 
 
-def look_at(source, samples, span):
+def look_at(source, reader, span):
     """[((text, first, images before, sizes), None or (reason, detail)), ...] of some samples."""
     found = []
     for i in span:
         try:
-            need = samples.needs(parse(source[i], source.root))
+            need = reader.needs(parse(source[i], source.root))
             found.append(((need.text, need.first, need.images_before, need.sizes), None))
         except BadSample as error:
             found.append(((0, 0, 0, ()), (error.reason, error.detail)))

@@ -13,17 +13,18 @@ import grain
 import numpy as np
 
 from hovle_jax.config import RunConfig
-from hovle_jax.data.bad_samples import NOT_FOR_THE_STAGE, BadEvent, BadSample
-from hovle_jax.data.batch import KINDS, BatchShape, Found, Row, caption_row, make_row
+from hovle_jax.data.bad_samples import NOT_FOR_THE_KIND, BadEvent, BadSample
+from hovle_jax.data.batch import Found, Row
 from hovle_jax.data.files.mixture import Entry, open_mixture
 from hovle_jax.data.files.records import parse
 from hovle_jax.data.files.shard import cached_arrays
+from hovle_jax.data.kinds import Kind, Reader
+from hovle_jax.data.kinds.base import RowLimits
 from hovle_jax.data.rows.costs import costs_of
 from hovle_jax.data.rows.packing import pack
-from hovle_jax.data.rows.samples import RecordSamples
 from hovle_jax.errors import UserError
 
-REPLACEMENTS = 64  # samples behind a bad one that are tried in its place
+REPLACEMENTS = 64  # samples after a bad one that are tried in its place
 TOKENIZER_TEXTS = 100_000  # samples that a tokenizer is trained on
 
 
@@ -36,7 +37,7 @@ class PlanSummary:
       token_fill, tile_fill: the used shares of what the rows hold.
       unpacked_token_fill, unpacked_tile_fill: the same with one sample a row.
       sources: ((name, samples, tokens) of an epoch, ...).
-      left_out: ((reason, number), ...) of samples that are not for this stage.
+      left_out: ((reason, number), ...) of samples that are not for this kind of batch.
     """
 
     samples: int
@@ -84,7 +85,7 @@ class Plan:
         """The same for the same samples in the same rows, wherever their files lie."""
         content = hashlib.sha256()
         for name in ("ends", "entry", "record", "part", "tokens", "tiles"):
-            content.update(np.ascontiguousarray(getattr(self, name)))
+            content.update(np.ascontiguousarray(getattr(self, name)).data)
         return content.hexdigest()[:24]
 
     def row(self, index):
@@ -115,45 +116,40 @@ class IndexedCorpus:
                     continue
                 yield from (line for line in _texts_of(record) if line.strip())
 
-    def planned(self, config: RunConfig, tokenizer):
-        """-> (Plan, PlanSummary, events of samples that cannot be used, RecordSamples)."""
-        samples = RecordSamples.of(config, tokenizer)
-        shape = _RowLimits.of(config)
-        costs = [costs_of(entry.source, samples, self.say, config.workers) for entry in self.entries]
+    def planned(self, config: RunConfig, kind: Kind, tokenizer) -> tuple:
+        """-> (Plan, PlanSummary, events of samples that cannot be used, Reader)."""
+        reader, limits = kind.reader(config, tokenizer), kind.limits(config)
+        costs = [costs_of(entry.source, reader, self.say, config.workers) for entry in self.entries]
         units, events = [], []
         for number, (entry, cost) in enumerate(zip(self.entries, costs)):
-            unit, found = _units(number, entry, cost, samples, shape)
+            unit, found = _units(number, entry, cost, reader, limits)
             units.append(unit)
             events += found
         units = {name: np.concatenate([unit[name] for unit in units]) for name in units[0]}
-        left_out = collections.Counter(event.reason for event in events if event.reason in NOT_FOR_THE_STAGE)
+        left_out = collections.Counter(event.reason for event in events if event.reason in NOT_FOR_THE_KIND)
         if not len(units["tokens"]):
             first = f"; the first: {events[0].reason}: {events[0].detail}" if events else ""
-            raise UserError(f"none of the samples of {config.data.source} can be used for {config.stage}{first}")
+            raise UserError(f"none of the samples of {config.data.source} gives batches of {kind.name}{first}")
         sources = [
             [e.source.fingerprint(), e.source.root, e.repeat, e.max_tiles, [i for i, *_ in cost.bad]]
             for e, cost in zip(self.entries, costs)
         ]
-        key = ("plan", sources, samples.text_key(), dataclasses.astuple(samples.tiling), list(shape), config.seed)
-        plan = Plan(key, lambda: _pack_units(units, shape, config.seed))
-        summary = dataclasses.replace(_summary(plan, shape, self.entries), left_out=tuple(left_out.most_common()))
-        return plan, summary, [event for event in events if event.reason not in left_out], samples
+        key = ("plan", sources, reader.index_key(), reader.plan_key(), list(limits), config.seed)
+        plan = Plan(key, lambda: _pack_units(units, limits, config.seed))
+        summary = dataclasses.replace(_summary(plan, limits, self.entries), left_out=tuple(left_out.most_common()))
+        return plan, summary, [event for event in events if event.reason not in left_out], reader
 
-    def rows(self, config: RunConfig, tokenizer, held_out=False):
+    def rows(self, config: RunConfig, kind: Kind, tokenizer, held_out=False) -> tuple:
         """-> (endless rows: grain.MapDataset of Row, Found)."""
-        plan, summary, events, samples = self.planned(config, tokenizer)
-        shape = BatchShape.of(config.data, config.model.embedding, _image_id(tokenizer, config))
-        maker = RowMaker(plan, self.entries, samples, shape, config, held_out)
+        plan, summary, events, reader = self.planned(config, kind, tokenizer)
+        shape = kind.shape(config, tokenizer)
+        maker = RowMaker(plan, self.entries, reader, shape, config.data.augment, held_out)
         numbers = grain.MapDataset.range(len(plan)).seed(config.seed)
         if not held_out:
             numbers = numbers.shuffle()
         total = sum(entry.used for entry in self.entries)
         found = Found(total, tuple(events), str(summary), summary.sources, plan.digest())
         return numbers.repeat().random_map(maker), found
-
-
-def _image_id(tokenizer, config):
-    return -1 if KINDS[config.stage] in ("text", "captions") else tokenizer.image_id
 
 
 def _texts_of(record):
@@ -166,49 +162,25 @@ def _texts_of(record):
 # The plan
 
 
-class _RowLimits(tuple):
-    """(tokens, tiles, samples) that a row holds at most."""
-
-    @classmethod
-    def of(cls, config):
-        if KINDS[config.stage] == "captions":
-            return cls((1, 1, 1))
-        data = config.data
-        return cls((data.sequence_length, data.tiles, data.samples_per_row))
-
-
-def _units(number, entry, cost, samples, limits):
+def _units(number, entry, cost, reader: Reader, limits: RowLimits):
     """What of an entry an epoch has, in its own order -> ({field: [n]}, events)."""
-    length, max_tiles, _ = limits
-    text, first = np.asarray(cost.text, np.int64), np.asarray(cost.first, np.int64)
-    copies = entry.copies()
-    used = copies > 0
+    room = reader.room(cost, entry.max_tiles)
+    used = entry.copies() > 0
     events = [event for event, (i, *_) in zip(cost.events(entry.source), cost.bad) if used[i]]
-    parts = np.ones(len(text), np.int64)
-    if samples.kind == "contrast":
-        tokens, tiles = np.minimum(text, 1), np.minimum(text, 1)
-    elif samples.kind == "pretrain":
-        parts = np.maximum(-(-(text - 1) // max(length - 1, 1)), 1)
-        tokens, tiles = np.minimum(text, length), np.zeros(len(text), np.int64)
-    else:
-        tiles, tiles_before = cost.tiles(samples.tiling_of(entry.max_tiles))
-        too_long = (first + tiles_before * samples.tokens_per_tile > length) | (tiles_before > max_tiles)
-        for i in np.flatnonzero(too_long & (text > 0) & used).tolist():
-            takes = f"{first[i] + tiles_before[i] * samples.tokens_per_tile} tokens and {tiles_before[i]} tiles"
-            detail = f"its first answer begins behind {takes}; a row has {length} and {max_tiles}"
-            events.append(BadEvent(-1, entry.source.name, *entry.source.where(i), "nothing_supervised", detail))
-        copies = np.where(too_long, 0, copies)
-        tokens = np.minimum(text + tiles * samples.tokens_per_tile, length)
-        tiles = np.minimum(tiles, max_tiles)
-    copies = np.where(text > 0, copies, 0)
-    record = np.repeat(np.arange(len(text)), parts * copies)
-    each = np.repeat(parts, parts * copies)  # parts of the record that a place belongs to
-    begin = np.cumsum(parts * copies) - parts * copies
-    part = (np.arange(len(record)) - begin[record]) % each
-    needed = tokens[record]
-    if samples.kind == "pretrain":
-        needed = np.minimum(text[record] - part * (length - 1), length)
-    unit = {"record": record, "part": part, "tokens": needed, "tiles": tiles[record]}
+    events += [
+        BadEvent(-1, entry.source.name, *entry.source.where(i), "nothing_supervised", detail)
+        for i, detail in room.unusable.items()
+        if used[i]
+    ]
+    copies = np.where(np.asarray(cost.text) > 0, entry.copies(), 0)
+    copies[list(room.unusable)] = 0
+    times = room.parts * copies
+    record = np.repeat(np.arange(len(times)), times)
+    begin = np.cumsum(times) - times
+    part = (np.arange(len(record)) - begin[record]) % room.parts[record]
+    # Parts share one token, so that each token but the first is learned once.
+    tokens = np.minimum(room.tokens[record] - part * (limits.tokens - 1), limits.tokens)
+    unit = {"record": record, "part": part, "tokens": tokens, "tiles": room.tiles[record]}
     return unit | {"entry": np.full(len(record), number)}, events
 
 
@@ -246,12 +218,12 @@ class RowMaker:
 
     plan: Plan = dataclasses.field(repr=False)
     entries: tuple[Entry, ...] = dataclasses.field(repr=False)
-    samples: RecordSamples = dataclasses.field(repr=False)
-    shape: BatchShape
-    config: RunConfig = dataclasses.field(repr=False)
+    reader: Reader = dataclasses.field(repr=False)
+    shape: object  # of its kind of batch
+    augment: bool  # where an entry does not say
     held_out: bool  # never augmented
 
-    def __call__(self, number, rng):
+    def __call__(self, number, rng) -> Row:
         places = self.plan.row(int(number))
         seeds = rng.integers(0, 2**63, len(places))  # one a place, so that a bad sample moves no other's
         made, events = [], []
@@ -259,16 +231,7 @@ class RowMaker:
             sample, found = self._fill(place, int(seed))
             made += [sample] if sample is not None else []
             events += found
-        return Row(self._join(made), tuple(events), len(places))
-
-    def _join(self, made):
-        kind = KINDS[self.config.stage]
-        if kind != "captions":
-            return make_row(made, self.shape, kind)
-        if not made:
-            raise UserError("no picture could be read in place of a bad one; see the source's files")
-        text = self.config.clip.text
-        return caption_row(made[0], text.context, text.end_id)
+        return Row(self.reader.kind.row(made, self.shape), tuple(events), len(places))
 
     def _fill(self, place, seed):
         """-> (Sample or None, events): the planned sample, or the next one of its source that fits in its place."""
@@ -279,13 +242,11 @@ class RowMaker:
             index = (record + k) % entry.used
             try:
                 sample = self._make(entry, index, part if k == 0 else 0, seed)
-                if KINDS[self.config.stage] != "captions" and (
-                    len(sample.tokens) > tokens or len(sample.tiles) > tiles
-                ):
+                if not self.reader.kind.fits(sample, tokens, tiles):
                     raise BadSample(
                         "size_differs",
                         f"it takes {len(sample.tokens)} tokens and {len(sample.tiles)} tiles, planned were {tokens} "
-                        f"and {tiles}: its row states another size than its picture has",
+                        f"and {tiles}: its row states another size than its image has",
                     )
             except BadSample as error:
                 first_error = first_error or error
@@ -296,10 +257,10 @@ class RowMaker:
         return None, [self._event(entry, record, first_error, "")]
 
     def _make(self, entry, index, part, seed):
-        augment = self.config.data.augment if entry.augment is None else entry.augment
-        tiling = self.samples.tiling_of(entry.max_tiles)
+        augment = self.augment if entry.augment is None else entry.augment
         record = parse(entry.source[index], entry.source.root)
-        return self.samples.make(record, np.random.default_rng(seed), part, tiling, augment and not self.held_out)
+        rng = np.random.default_rng(seed)
+        return self.reader.make(record, rng, part, entry.max_tiles, augment and not self.held_out)
 
     def _event(self, entry, record, error, replaced_by):
         shard, name = entry.source.where(record)

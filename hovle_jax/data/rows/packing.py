@@ -47,7 +47,7 @@ def pack(tokens, tiles, max_tokens, max_tiles, max_samples=0):
     members, ends = np.empty(n, np.int32), []
     order = np.arange(size)  # n = an empty place
     t, m = tokens[:size].copy(), tiles[:size].copy()
-    taken, behind = 0, size
+    taken, following = 0, size
     token_worth, tile_worth = 1 / max_tokens**2, 1 / max(max_tiles, 1) ** 2
     while taken < n:
         chosen, first = int(order.argmin()), taken
@@ -57,9 +57,9 @@ def pack(tokens, tiles, max_tokens, max_tiles, max_samples=0):
             taken += 1
             free_tokens -= t[chosen]
             free_tiles -= m[chosen]
-            if behind < n:
-                order[chosen], t[chosen], m[chosen] = behind, tokens[behind], tiles[behind]
-                behind += 1
+            if following < n:
+                order[chosen], t[chosen], m[chosen] = following, tokens[following], tiles[following]
+                following += 1
             else:
                 order[chosen], t[chosen] = n, max_tokens + 1
             if taken - first == max_samples:

@@ -76,7 +76,7 @@ def parts(tokenizer, turns, system=""):
       [(text or None, special token or None, is_answer)]; an image is the token `IMAGE_MARK`. An answer's end token is
       a part of it.
     Raises:
-      UserError: see `render`; also a template that changes answers, or puts no stop token behind one.
+      UserError: see `render`; also a template that changes answers, or puts no stop token after one.
     """
     template, specials = tokenizer.chat_template, tokenizer.specials
     texts = [template, system, *(text for turn in turns for text in turn if text)]

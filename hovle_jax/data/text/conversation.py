@@ -141,7 +141,7 @@ RANDOM = "\uf8ff"  # where the random ids of distillation go: Unicode's last pri
 
 
 def encode_random_text(tokenizer, rng, count, system="", tiles=(), tokens_per_tile=0):
-    """The text of distillation: `count` random ids behind the images in the query, `count` in the response.
+    """The text of distillation: `count` random ids after the images in the query, `count` in the response.
 
     Ids are uniform below the first special one; the rest is the template around them (paper, section 3.2).
 

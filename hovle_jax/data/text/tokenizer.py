@@ -101,7 +101,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def with_image_tokens(self):
-        """A tokenizer that also knows <img>, </img> and <IMG_CONTEXT>; those that are new stand behind all ids."""
+        """A tokenizer that also knows <img>, </img> and <IMG_CONTEXT>; those that are new follow all other ids."""
         new = [token for token in IMAGE_TOKENS if token not in self._special]
         if not new:
             return self
@@ -128,12 +128,12 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; chat and image tokens stand behind its own ids or, as InternLM2's, partly among them.
+    """A SentencePiece model; chat and image tokens follow its own ids or, as InternLM2's, partly among them.
 
     Args:
       model: the model file's bytes.
       added: {token: id} beside the model's pieces; None = ADDED_TOKENS, as InternLM2 has them: in the place of its
-        pieces `UNUSED_NAMES`, where the model has those, and the others behind its ids.
+        pieces `UNUSED_NAMES`, where the model has those, and the others after its ids.
     """
 
     bos, eos = 1, 2
@@ -223,8 +223,8 @@ class SentencePieceTokenizer(Tokenizer):
         pieces, size = self._pieces, self._pieces.vocab_size()
         ids = {token: pieces.piece_to_id(name) for token, name in UNUSED_NAMES.items()}
         inside = {token: i for token, i in ids.items() if not pieces.is_unknown(i)}
-        behind = [token for token in ADDED_TOKENS if token not in inside]
-        return inside | {token: size + i for i, token in enumerate(behind)}
+        others = [token for token in ADDED_TOKENS if token not in inside]
+        return inside | {token: size + i for i, token in enumerate(others)}
 
     def _with_special(self, tokens):
         return SentencePieceTokenizer(self.model, self.added | {t: self.vocab_size + i for i, t in enumerate(tokens)})

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from hovle_jax.data.kinds import CAPTIONS
 from hovle_jax.model import flops
 from hovle_jax.model.clip import MAX_LOG_SCALE
 from hovle_jax.model.flops import Work
@@ -42,6 +43,7 @@ def parts(config, rows):
 STAGE = Stage(
     components=("clip",),
     trained=(("clip",),),
+    batch=CAPTIONS,
     losses=losses,
     loss_weights={},
     flops=parts,

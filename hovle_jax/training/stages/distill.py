@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from hovle_jax.data.kinds import RANDOM_TEXT
 from hovle_jax.model import flops
 from hovle_jax.model.flops import Work
 from hovle_jax.training.flops import TRAINED, UNTOUCHED, Part, embedding_parts
@@ -51,6 +52,7 @@ STAGE = Stage(
     components=("embedding", "head", "teacher", "llm"),
     trained=(("embedding",), ("head",)),
     held=(LLM_TABLE,),
+    batch=RANDOM_TEXT,
     losses=losses,
     loss_weights={"image": "image_weights", "text": "text_weights"},
     flops=parts,

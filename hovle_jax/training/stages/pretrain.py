@@ -1,5 +1,6 @@
 """The LLM alone, on text: next-token cross-entropy."""
 
+from hovle_jax.data.kinds import TEXT
 from hovle_jax.training.flops import TRAINED, llm_parts
 from hovle_jax.training.losses import token_losses
 from hovle_jax.training.stage import Stage
@@ -15,6 +16,7 @@ def losses(models, params, batch):
 STAGE = Stage(
     components=("llm",),
     trained=(("llm",),),
+    batch=TEXT,
     losses=losses,
     loss_weights={"loss": "loss_weights"},
     flops=lambda config, rows: llm_parts(config, rows, TRAINED),

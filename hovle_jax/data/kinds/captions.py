@@ -1,0 +1,114 @@
+"""Images and texts about them in pairs, one a row: what is contrasted. The text is for a tower of its own."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from hovle_jax.data.bad_samples import BadSample
+from hovle_jax.data.batch import Sample
+from hovle_jax.data.files.records import sizes_of
+from hovle_jax.data.images import decode_image, single_tile
+from hovle_jax.data.kinds.base import Kind, Needs, Reader, Room, RowLimits
+from hovle_jax.data.processor import Processor
+from hovle_jax.errors import UserError
+from hovle_jax.model.config import CLIPConfig
+
+
+class PairShape(NamedTuple):
+    """The towers' inputs: side of the image, tokens of the text, and the id that ends and pads it."""
+
+    image_size: int
+    context: int
+    end_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PairReader(Reader):
+    """Attributes:
+    upright: turn images as their EXIF orientation says.
+    """
+
+    shape: PairShape
+    upright: bool
+
+    def needs(self, record):
+        _check_image(record)
+        if not _description(record):
+            raise BadSample("no_caption", "a pair is an image with a text about it")
+        return Needs(1, 1, 1, sizes_of(record, self.upright)[:1])
+
+    def make(self, record, rng, part=0, max_tiles=None, augment=False):
+        _check_image(record)
+        tiles = single_tile(decode_image(record.image_bytes(0), self.upright), self.shape.image_size)
+        ids = [*self._begin, *self.tokenizer.encode(_description(record))][: self.shape.context - 1]
+        return pair(tiles, [*ids, self.shape.end_id])
+
+    def room(self, costs, max_tiles=None):
+        one = np.minimum(np.asarray(costs.text, np.int64), 1)
+        return Room(one, one, np.ones_like(one), {})
+
+    def index_key(self):
+        return [*super().index_key(), self.upright]
+
+
+def _check_image(record):
+    if not record.images:
+        raise BadSample("no_image", "a pair has an image")
+
+
+def _description(record):
+    """A text about the image: its caption, or the first answer about it."""
+    return record.caption or (record.turns[0][1].strip() if record.turns else "")
+
+
+def pair(tiles: np.ndarray, ids: list) -> Sample:
+    """An image [1, S, S, 3] uint8 and its caption's ids, the end token included."""
+    return Sample(np.asarray(ids, np.int32), np.zeros(len(ids), bool), tiles)
+
+
+def caption_tokens(ids: np.ndarray | list, context: int, end_id: int) -> np.ndarray:
+    """A caption's ids -> [context] int32, padded with the end token. Raises UserError where it is longer."""
+    if len(ids) > context:
+        raise UserError(f"a caption has {len(ids)} tokens and the text tower's context is {context}")
+    tokens = np.full(context, end_id, np.int32)
+    tokens[: len(ids)] = ids
+    return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions(Kind):
+    """Rows {'tiles': [1, S, S, 3], 'tokens': [T]}."""
+
+    def check(self, config):
+        self._towers(config)
+
+    def _towers(self, config) -> CLIPConfig:
+        if config.clip is None:
+            raise UserError(f"batches of {self.name} need the sizes of two towers: set clip, or take the preset tiny")
+        return config.clip
+
+    def limits(self, config):
+        return RowLimits(1, 1, 1)
+
+    def reader(self, config, tokenizer):
+        return PairReader(self, Processor.of_run(config, tokenizer), self.shape(config), config.data.upright)
+
+    def shape(self, config, tokenizer=None):
+        towers = self._towers(config)
+        return PairShape(towers.vision.image_size, towers.text.context, towers.text.end_id)
+
+    def row(self, samples, shape):
+        if not samples:
+            raise UserError("no image could be read in place of a bad one; see the source's files")
+        return {"tiles": samples[0].tiles, "tokens": caption_tokens(samples[0].tokens, shape.context, shape.end_id)}
+
+    def fits(self, sample, tokens, tiles):
+        return True
+
+    def empty_row(self, config):
+        size = self.shape(config).image_size
+        return self.row([pair(np.zeros((1, size, size, 3), np.uint8), [])], self.shape(config))
+
+
+CAPTIONS = Captions("captions")

@@ -1,0 +1,96 @@
+"""Records with images, as token sequences in which the tiles of the images stand: decoded, tiled, cut to a row."""
+
+import abc
+import dataclasses
+
+import numpy as np
+
+from hovle_jax.data.bad_samples import BadSample
+from hovle_jax.data.batch import Sample
+from hovle_jax.data.files.records import Record, sizes_of
+from hovle_jax.data.images import Tiling, decode_image, recompress
+from hovle_jax.data.kinds.base import Needs, Reader, Room
+from hovle_jax.data.text.conversation import Encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledReader(Reader):
+    """Attributes:
+    length, tiles: what a row holds; no sample is larger.
+    upright: turn images as their EXIF orientation says.
+    """
+
+    length: int
+    tiles: int
+    upright: bool
+
+    @abc.abstractmethod
+    def encode(self, record: Record, counts: tuple, rng: np.random.Generator) -> Encoded:
+        """The record's tokens, for images of so many tiles. Raises BadSample."""
+
+    def check(self, record: Record) -> None:
+        """Raises BadSample for a record that is not to be read at all."""
+
+    def tiling(self, max_tiles: int | None = None) -> Tiling:
+        """The run's tiling, or with another limit; never more tiles than a row has."""
+        if max_tiles is None:
+            return self.processor.tiling
+        return dataclasses.replace(self.processor.tiling, max_tiles=max_tiles).within(self.tiles)
+
+    def needs(self, record):
+        self.check(record)
+        encoded = self.encode(record, (0,) * len(record.images), np.random.default_rng(0))
+        first = int(encoded.supervised.argmax())
+        images_before = int((encoded.tokens[:first] == self._image_start).sum())
+        return Needs(len(encoded.tokens), first + 1, images_before, sizes_of(record, self.upright))
+
+    def make(self, record, rng, part=0, max_tiles=None, augment=False):
+        self.check(record)
+        images = len(record.images)
+        # An image takes a tile at least, so of more images than a row has tiles the rest is cut off anyway.
+        seen = [decode_image(record.image_bytes(i), self.upright) for i in range(min(images, self.tiles))]
+        processor = dataclasses.replace(self.processor, tiling=self.tiling(max_tiles))
+        tiles = processor.cut(seen, images)
+        counts = (*map(len, tiles), *[1] * (images - len(seen)))
+        encoded = self.encode(record, counts, rng)
+        keep, kept_images = self._cut(encoded.tokens, counts)
+        if not encoded.supervised[1:keep].any():
+            raise BadSample(
+                "nothing_supervised",
+                f"its first answer starts after {keep} of {len(encoded.tokens)} tokens, where it is cut",
+            )
+        tiles = processor.joined(tiles[:kept_images])
+        return Sample(encoded.tokens[:keep], encoded.supervised[:keep], recompress(tiles, rng) if augment else tiles)
+
+    def _cut(self, tokens, counts):
+        """-> (how many tokens are kept, how many images): what a row holds, and never a part of an image."""
+        starts = np.flatnonzero(tokens == self._image_start)
+        tiles, keep = 0, min(len(tokens), self.length)
+        for image, (start, count) in enumerate(zip(starts.tolist(), counts)):
+            tiles += count
+            if tiles > self.tiles or start + count * self.processor.tokens_per_tile + 2 > keep:
+                return min(keep, start), image
+        return keep, min(len(counts), len(starts))  # a caption is about the first image alone
+
+    @property
+    def _image_start(self):
+        return self.tokenizer.special("<img>")
+
+    def room(self, costs, max_tiles=None):
+        each = self.processor.tokens_per_tile
+        text = np.asarray(costs.text, np.int64)
+        tiles, tiles_before = costs.tiles(self.tiling(max_tiles))
+        first = np.asarray(costs.first, np.int64) + tiles_before * each
+        too_late = (text > 0) & ((first > self.length) | (tiles_before > self.tiles))
+        unusable = {
+            i: f"its first answer starts after {first[i]} tokens and {tiles_before[i]} tiles; "
+            f"a row has {self.length} and {self.tiles}"
+            for i in np.flatnonzero(too_late).tolist()
+        }
+        return Room(text + tiles * each, np.minimum(tiles, self.tiles), np.ones_like(text), unusable)
+
+    def index_key(self):
+        return [*super().index_key(), self.upright]
+
+    def plan_key(self):
+        return list(dataclasses.astuple(self.processor.tiling))

@@ -1,0 +1,83 @@
+"""THE way from a conversation and its images to a sample: in training, in answers, in scores, in a server.
+
+Its settings are kept with a model (`ModelConfig`), so what a model is asked looks like what it was trained on.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from hovle_jax.config import ModelConfig, RunConfig
+from hovle_jax.data.batch import Sample, no_tiles
+from hovle_jax.data.images import Tiling, as_image
+from hovle_jax.data.text.conversation import Encoded, encode_conversation, encode_random_text
+from hovle_jax.data.text.tokenizer import Tokenizer
+from hovle_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """How text and images become tokens and tiles.
+
+    Attributes:
+      tokenizer: with its chat template; InternLM2's where it has none.
+      tiling: how an image becomes tiles.
+      tokens_per_tile: visual tokens of a tile, as the LLM reads them; 0 = an LLM alone, which sees no images.
+      system: the system message of conversations that bring none; empty = the template's own.
+    """
+
+    tokenizer: Tokenizer
+    tiling: Tiling = Tiling()
+    tokens_per_tile: int = 0
+    system: str = ""
+
+    @classmethod
+    def of(cls, model: ModelConfig, tokenizer: Tokenizer) -> "Processor":
+        """That of a finished model."""
+        if model.embedding is None:
+            return cls(tokenizer, system=model.system_message)
+        tiling = Tiling(model.embedding.tile_size, model.min_tiles, model.max_tiles, model.thumbnail)
+        return cls(tokenizer, tiling, model.embedding.tokens_per_tile, model.system_message)
+
+    @classmethod
+    def of_run(cls, config: RunConfig, tokenizer: Tokenizer) -> "Processor":
+        """That of a run, which is that of the model it will leave."""
+        return cls.of(config.model_config, tokenizer)
+
+    def sample(self, turns, images=(), system: str = "") -> Sample:
+        """A conversation with its images.
+
+        Args:
+          turns: ((question, answer), ...); the last answer may be None, to be generated. Each `<image>` in a question
+            takes one image, in order; without any mark they come first.
+          images: Pillow images or [H, W, 3] uint8, which share the tiling's budget.
+          system: instead of the processor's own message.
+        Raises:
+          UserError: more or fewer marks than images, images for an LLM alone, or a template that refuses the turns.
+        """
+        tiles = self.cut(images)
+        encoded = self.encode(turns, tuple(map(len, tiles)), system)
+        return Sample(encoded.tokens, encoded.supervised, self.joined(tiles))
+
+    def cut(self, images, sharing: int = 0) -> list[np.ndarray]:
+        """The tiles of each image, [n, S, S, 3] uint8.
+
+        Args:
+          sharing: how many images share the budget of tiles; 0 = these.
+        """
+        if len(images) and not self.tokens_per_tile:
+            raise UserError(f"this model is an LLM alone and sees no images; {len(images)} were given")
+        tiling = self.tiling.shared_by(sharing or len(images))
+        return [tiling.cut(as_image(image)) for image in images]
+
+    def joined(self, tiles: list[np.ndarray]) -> np.ndarray:
+        """The tiles of several images, or of none, as one array."""
+        return np.concatenate(tiles) if len(tiles) else no_tiles(self.tiling.size)
+
+    def encode(self, turns, counts=(), system: str = "") -> Encoded:
+        """The ids of a conversation whose images have so many tiles each; see `encode_conversation`."""
+        return encode_conversation(self.tokenizer, turns, system or self.system, counts, self.tokens_per_tile)
+
+    def random_text(self, rng: np.random.Generator, count: int, counts=()) -> Encoded:
+        """The ids of distillation; see `encode_random_text`."""
+        return encode_random_text(self.tokenizer, rng, count, self.system, counts, self.tokens_per_tile)
