@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,14 +11,11 @@ from hovle_jax.config import RunConfig
 from hovle_jax.data.batch import BatchShape, PackedRow, Sample, pack_row
 from hovle_jax.data.files.records import Record
 from hovle_jax.data.files.storage import key_of
+from hovle_jax.data.kinds.needs import Costs, Needs
 from hovle_jax.data.processor import Processor
 from hovle_jax.data.text.chat_template import IMAGE_MARK
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from hovle_jax.data.rows.costs import Costs
-
 
 NO_ID = -1  # no token's
 
@@ -29,23 +26,6 @@ class RowLimits(NamedTuple):
     tokens: int
     tiles: int
     samples: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Needs:
-    """What a record takes, whatever the tiling.
-
-    Attributes:
-      text: tokens beside those of its tiles; of plain text all of them, also where they fill several rows.
-      first: how many of these there are up to the first one that is learned, which is counted too.
-      images_before: images in front of that.
-      sizes: ((width, height), ...).
-    """
-
-    text: int
-    first: int = 0
-    images_before: int = 0
-    sizes: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +84,7 @@ class Reader(abc.ABC):
         """
 
     @abc.abstractmethod
-    def room(self, costs: "Costs", max_tiles: int | None = None) -> Room:
+    def room(self, costs: Costs, max_tiles: int | None = None) -> Room:
         """What the records of a source take in this run's rows."""
 
     def index_key(self) -> list:

@@ -9,7 +9,8 @@ from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.records import sizes_of
 from hovle_jax.data.images import decode_image, single_tile
-from hovle_jax.data.kinds.base import Kind, Needs, Reader, Room, RowLimits
+from hovle_jax.data.kinds.base import Kind, Reader, Room, RowLimits
+from hovle_jax.data.kinds.needs import Needs
 from hovle_jax.data.processor import Processor
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import CLIPConfig

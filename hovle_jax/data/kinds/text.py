@@ -6,7 +6,8 @@ import numpy as np
 
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample, no_tiles
-from hovle_jax.data.kinds.base import NO_ID, Needs, PackedKind, Reader, Room
+from hovle_jax.data.kinds.base import NO_ID, PackedKind, Reader, Room
+from hovle_jax.data.kinds.needs import Needs
 from hovle_jax.data.processor import Processor
 
 

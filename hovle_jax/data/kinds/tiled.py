@@ -9,7 +9,8 @@ from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.records import Record, sizes_of
 from hovle_jax.data.images import Tiling, decode_image, recompress
-from hovle_jax.data.kinds.base import Needs, Reader, Room
+from hovle_jax.data.kinds.base import Reader, Room
+from hovle_jax.data.kinds.needs import Needs
 from hovle_jax.data.text.conversation import Encoded
 
 

@@ -1,63 +1,20 @@
 """The index of a source: what each of its samples takes, built once, cached, and planned with."""
 
-import dataclasses
 import functools
 import json
 
 import numpy as np
 
-from hovle_jax.data.bad_samples import BadEvent, BadSample
+from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.files.records import parse
 from hovle_jax.data.files.shard import cached_arrays
 from hovle_jax.data.files.sources import Source
-from hovle_jax.data.images import Tiling
 from hovle_jax.data.kinds import Reader
+from hovle_jax.data.kinds.needs import Costs
 from hovle_jax.system.progress import track
 
 CHUNK = 2048  # samples that a worker process looks at in one go
 MANY = 20_000  # samples from which on it is worth starting processes
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """Needs of the n samples of a source (`kinds.base.Needs`), and those that cannot be used.
-
-    Attributes:
-      text, first, images_before: [n]; text is 0 for a bad sample.
-      size_ends: [n]; the images of sample i are sizes[size_ends[i - 1] : size_ends[i]].
-      sizes: [k, 2] width, height.
-      bad: ((i, reason, detail), ...).
-    """
-
-    text: np.ndarray
-    first: np.ndarray
-    images_before: np.ndarray
-    size_ends: np.ndarray
-    sizes: np.ndarray
-    bad: tuple
-
-    def tiles(self, tiling: Tiling):
-        """[n], [n] int64: tiles of each sample, and of its images in front of what is learned first."""
-        ends = np.asarray(self.size_ends, np.int64)
-        images = np.diff(ends, prepend=0)
-        owner = np.repeat(np.arange(len(images)), images)
-        shared = images[owner]
-        different, which = np.unique(
-            np.concatenate([np.asarray(self.sizes, np.int64).reshape(-1, 2), shared[:, None]], axis=1),
-            axis=0,
-            return_inverse=True,
-        )
-        counts = np.asarray([tiling.shared_by(k).count(w, h) for w, h, k in different.tolist()], np.int64)[
-            which.ravel()
-        ]
-        place = np.arange(len(owner)) - (ends - images)[owner]
-        before = counts * (place < np.asarray(self.images_before)[owner])
-        add = lambda values: np.bincount(owner, values, len(images)).astype(np.int64)
-        return add(counts), add(before)
-
-    def events(self, source: Source):
-        """The bad samples, as those that were found before any step."""
-        return [BadEvent(-1, source.name, *source.where(i), reason, detail) for i, reason, detail in self.bad]
 
 
 def costs_of(source: Source, reader: Reader, say=print, workers=0):
