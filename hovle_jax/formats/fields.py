@@ -1,5 +1,7 @@
 """Reading a public config.json: every value by name, nothing guessed."""
 
+import json
+
 from hovle_jax.errors import UserError
 
 REQUIRED = object()
@@ -15,6 +17,19 @@ def field(config, key, default=REQUIRED, where="config.json"):
     if value is REQUIRED:
         raise UserError(f"{where} lacks {key!r}, which has no public default")
     return value
+
+
+def read_object(path):
+    """The JSON object in a file. Raises UserError for anything else, whatever is in the file."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
 
 
 def count(config, key, default=REQUIRED, where="config.json", minimum=1):
@@ -33,6 +48,16 @@ def number(config, key, default=REQUIRED, where="config.json"):
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise UserError(f"{where}: {key}={value!r} must be a positive number")
     return float(value)
+
+
+def flag(config, key, default=REQUIRED, where="config.json"):
+    """config[key], true or false (null is false); a string or a number is neither, whatever Python makes of it."""
+    value = field(config, key, default, where)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key}={value!r} must be true or false")
+    return value
 
 
 def table(config, key, default=REQUIRED, where="config.json"):
