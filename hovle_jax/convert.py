@@ -22,7 +22,9 @@ from hovle_jax.system import command_line, malloc
 
 USAGE = "import SRC DST | export SRC DST | verify DIR"
 AS = flags.DEFINE_enum("as", None, ["hovle", "llm", "teacher"], "import: the part to take (default: all of it)")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: the type of the tensors")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "export: the type of the tensors (default: an import's own, else float32)"
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object")
 TOLERANCE = flags.DEFINE_float("tolerance", 2e-5, "verify: the largest absolute error allowed", lower_bound=0)
 

@@ -28,10 +28,15 @@ def main():
     with_image_marks([(prompt, None)], len(images))
 
     from hovle_jax.conversion.downloads import resolve
+    from hovle_jax.inference.folders import check_model_folder
+
+    folder = resolve(folder)
+    check_model_folder(folder)
+
     from hovle_jax.inference.generate import answer
     from hovle_jax.inference.load import load_run
 
-    loaded = load_run(resolve(folder))
+    loaded = load_run(folder)
     print(answer(loaded.answerer, [(prompt, images)], MAX_NEW_TOKENS.value)[0])
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import easy_vqa
+from hovle_jax.inference.folders import check_model_folder
 from hovle_jax.inference.load import load_run
 
 
@@ -30,5 +31,6 @@ def evaluate(folder, name, limit=0):
     """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
+    check_model_folder(folder)
     benchmark = BENCHMARKS[name]
     return benchmark.score(load_run(folder, benchmark.components), limit)

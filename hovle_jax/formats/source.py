@@ -20,6 +20,7 @@ class SafetensorsFolder:
 
     Attributes:
       shapes: {tensor name: shape}, from the headers alone.
+      dtype: the narrowest type that holds all tensors: 'bfloat16', or 'float32'.
 
     Raises:
       UserError: no such file, pickles instead, a file or tensor that the index lists is missing, a truncated file, a
@@ -29,7 +30,7 @@ class SafetensorsFolder:
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
         index = self._index()
-        self.shapes, self._files = {}, {}
+        self.shapes, self._files, dtypes = {}, {}, set()
         for path in self._paths(index):
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
@@ -43,8 +44,10 @@ class SafetensorsFolder:
                     if tensor.get_dtype() not in DTYPES:
                         kinds = ", ".join(DTYPES)
                         raise UserError(f"{path}: {name} has the type {tensor.get_dtype()}; supported: {kinds}")
+                    dtypes.add(tensor.get_dtype())
                     self._files[name] = path
                     self.shapes[name] = tuple(tensor.get_shape())
+        self.dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
         missing = sorted(name for name in set(index) - set(self.shapes) if not name.endswith(NOT_WEIGHTS))
         if missing:
             raise UserError(f"{self.folder}: the files lack tensors that {INDEX} lists: {', '.join(missing)}")

@@ -12,6 +12,7 @@ from hovle_jax.data.images import single_tile
 from hovle_jax.data.text.conversation import encode_conversation
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.inference.limits import check_lengths
 from hovle_jax.model.hovle import HoVLE
 
 
@@ -106,6 +107,7 @@ def answer(answerer: Answerer, prompts, max_new_tokens=32, batch_size=64):
     samples = prompt_samples(answerer, prompts)
     batch_size = min(batch_size, len(samples))
     length = max(len(s.tokens) for s in samples)
+    check_lengths(answerer.hovle.config.llm, length, max_new_tokens)
     answers = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import MeshConfig, ModelConfig
-from hovle_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from hovle_jax.data.text.fit import check_fit
+from hovle_jax.data.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.inference.generate import Answerer
 from hovle_jax.model.config import ExecutionConfig
@@ -38,7 +39,7 @@ def load_run(folder, components=None):
     Args:
       components: None = those that answer: the LLM, and the embedding where the model has one.
     Raises:
-      UserError: no such folder, not finished, or without these components.
+      UserError: no such folder, not finished, without these components or a tokenizer, or with another model's.
     """
     folder = pathlib.Path(folder)
     config = load_model_config(folder)
@@ -50,12 +51,27 @@ def load_run(folder, components=None):
             f"{folder} holds no {' and '.join(missing)}: give the folder of a finished run that does, as runs/instruct "
             "for answers or runs/contrast for zero-shot"
         )
+    tokenizer = own_tokenizer(folder, config, components)
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     models = Models(config, resolve_execution(config.execution, mesh.devices.flat[0].platform))
     params = {
         c: load_component(folder, c, abstract_component(models, c, example_batch(config, c), mesh)) for c in components
     }
-    return Loaded(config, models, params, load_tokenizer(folder))
+    return Loaded(config, models, params, tokenizer)
+
+
+def own_tokenizer(folder, config: ModelConfig, components):
+    """The tokenizer of a model's folder. Raises UserError where there is none, or it has ids that the model lacks."""
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer, so it cannot answer: copy the model's tokenizer.model or tokenizer.json "
+            "there, or import it again from a folder that has one"
+        )
+    tokenizer = load_tokenizer(folder)
+    known = config.clip.text.vocab_size if "clip" in components else config.model.num_tokens
+    is_llm_alone = "clip" not in components and config.embedding is None
+    check_fit(tokenizer, known, f"the tokenizer in {folder}", sees_images=not is_llm_alone)
+    return tokenizer
 
 
 def abstract_model(config: ModelConfig, component, mesh):
