@@ -52,7 +52,7 @@ def verify(folder):
     if JSON.value:
         finite = lambda error: error if error == error and abs(error) != float("inf") else str(error)
         errors = {name: finite(error) for name, error in report.errors.items()}
-        result = {"passed": not failed, "errors": errors, "tokens equal": report.tokens}
+        result = {"passed": report.passed(TOLERANCE.value), "errors": errors, "tokens equal": report.tokens}
         print(json.dumps(result | {"unknown": sorted(report.unknown), "tolerance": TOLERANCE.value}))
     else:
         for name, error in report.errors.items():
