@@ -59,7 +59,7 @@ WRONG = {  # arrays -> what the line says
     "labels of nothing": (dict(input_ids=IDS, labels=ONES * -100), "labels are -100 everywhere"),
     "a mask of nothing": (dict(input_ids=IDS, attention_mask=ONES * 0, logits=np.zeros((2, 6, 40))), "leaves nothing"),
     "a mask of fewer rows": (dict(input_ids=IDS, attention_mask=ONES[:1]), r"attention_mask of shape \[1, 6\] must"),
-    "a gradient of nothing": (dict(input_ids=IDS, labels=IDS, **{"grad.none": ONES}), "grad.none: the checkpoint has no"),
+    "a gradient of nothing": (dict(input_ids=IDS, labels=IDS, **{"grad.none": ONES}), "grad.none: the checkpoint"),
     "gradients without labels": (
         {"input_ids": IDS, "grad.output.weight": np.ones((40, 32))}, "grad.output.weight and no labels"
     ),
