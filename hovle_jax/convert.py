@@ -22,7 +22,9 @@ from hovle_jax.system import command_line, malloc
 
 USAGE = "import SRC DST | export SRC DST | verify DIR"
 AS = flags.DEFINE_enum("as", None, ["hovle", "llm", "teacher"], "import: the part to take (default: all of it)")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: the type of the tensors")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "export: the type of the tensors (default: an import's own, else float32)"
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object")
 TOLERANCE = flags.DEFINE_float("tolerance", 2e-5, "verify: the largest absolute error allowed", lower_bound=0)
 
@@ -50,7 +52,7 @@ def verify(folder):
     if JSON.value:
         finite = lambda error: error if error == error and abs(error) != float("inf") else str(error)
         errors = {name: finite(error) for name, error in report.errors.items()}
-        result = {"passed": not failed, "errors": errors, "tokens equal": report.tokens}
+        result = {"passed": report.passed(TOLERANCE.value), "errors": errors, "tokens equal": report.tokens}
         print(json.dumps(result | {"unknown": sorted(report.unknown), "tolerance": TOLERANCE.value}))
     else:
         for name, error in report.errors.items():

@@ -34,6 +34,11 @@ def main():
         with_image_marks([(prompt, None)], len(images))
 
     from hovle_jax.conversion.downloads import resolve
+    from hovle_jax.inference.folders import check_model_folder
+
+    folder = resolve(folder)
+    check_model_folder(folder)
+
     from hovle_jax.inference.generate import answer
     from hovle_jax.inference.load import load_run
 

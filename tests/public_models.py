@@ -1,14 +1,17 @@
 """Small models of every kind that public checkpoints hold, with random weights."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from hovle_jax.checkpoints import save_model
 from hovle_jax.components import shapes
 from hovle_jax.config import ModelConfig
+from hovle_jax.conversion.exporting import export_model
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig, TeacherConfig, ViTConfig
 from tests import micro
 
@@ -30,7 +33,9 @@ MODELS = {
     "internlm2": ModelConfig(llm=llm("internlm2")),
     "internlm2, biases": ModelConfig(llm=llm("internlm2", qkv_bias=True, output_bias=True, num_kv_heads=4)),
     "internlm2, linear": ModelConfig(llm=llm("internlm2", rope_scaling=RopeScaling("linear", 2.0, 64))),
+    "internlm2, dynamic": ModelConfig(llm=llm("internlm2", rope_scaling=RopeScaling("dynamic", 2.0, 64))),
     "llama": ModelConfig(llm=llm("llama", head_dim=12)),
+    "llama, dynamic": ModelConfig(llm=llm("llama", rope_scaling=RopeScaling("dynamic", 3.0, 64))),
     "llama, biases, tied": ModelConfig(
         llm=llm("llama", tied=True, qkv_bias=True, output_bias=True, mlp_bias=True, rope_scaling=LLAMA3)
     ),
@@ -51,6 +56,12 @@ MODELS = {
 }
 FORCED = dataclasses.replace(micro.model_config().embedding, force_image_size=48)
 MODELS["hovle, larger tiles"] = ModelConfig(embedding=FORCED, llm=micro.model_config().llm)
+for _kind in ("linear", "dynamic"):  # of the embedding alone
+    _stack = dataclasses.replace(micro.model_config().embedding.stack, rope_scaling=RopeScaling(_kind, 2.0, 64))
+    MODELS[f"hovle, {_kind}"] = ModelConfig(
+        embedding=dataclasses.replace(micro.model_config().embedding, stack=_stack),
+        llm=dataclasses.replace(micro.model_config().llm, max_length=64),
+    )
 QWEN3_STACK = dataclasses.replace(STACK, qk_norm=True, head_dim=12)
 MODELS["hovle over qwen3"] = ModelConfig(
     embedding=dataclasses.replace(micro.model_config().embedding, stack=QWEN3_STACK, family="qwen3"),
@@ -75,3 +86,27 @@ def made(folder, config):
     folder.mkdir()
     save_model(folder, config, {component: lambda c=component: params[c] for component in params})
     return params
+
+
+def public_folder(folder, name, **options):
+    """One of `MODELS` as a public checkpoint, made in `folder` -> its folder, FOLDER/public (ours is FOLDER/ours)."""
+    made(folder / "ours", MODELS[name])
+    export_model(folder / "ours", folder / "public", say=lambda _: None, **options)
+    return folder / "public"
+
+
+def change_config(folder, *path, **changes):
+    """Replaces keys of the object that lies at `path` in FOLDER/config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    part = config
+    for key in path:
+        part = part[key]
+    part |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_checkpoint(folder, config=None, **tensors):
+    """Replaces keys of config.json, and tensors (None: removes it)."""
+    change_config(folder, **(config or {}))
+    stored = load_file(folder / "model.safetensors") | tensors
+    save_file({k: x for k, x in stored.items() if x is not None}, folder / "model.safetensors")

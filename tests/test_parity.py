@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax.conversion.verify import TOLERANCE, HoVLEInputs, Report, verify
+from hovle_jax.conversion.verify import TOLERANCE, Report, verify
+from hovle_jax.conversion.verify.hovle import HoVLEInputs
 from hovle_jax.errors import UserError
 from hovle_jax.formats import hovle
 from hovle_jax.formats.families import open_checkpoint

@@ -13,7 +13,8 @@ import numpy as np
 from hovle_jax.checkpoints import load_component, load_model_config
 from hovle_jax.components import shapes
 from hovle_jax.config import ModelConfig
-from hovle_jax.conversion.importing import PUBLIC
+from hovle_jax.conversion.companions import settle_code
+from hovle_jax.conversion.importing import NOTE, PUBLIC
 from hovle_jax.conversion.tokenizer_files import BUILT_IN, OTHER, write_tokenizer
 from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
@@ -46,10 +47,8 @@ def scheme(config: ModelConfig, tokenizer=None):
     if config.teacher:
         if config.teacher.kind != "internvit":
             raise UserError("a CLIP teacher has no public format here; export the LLM or the HoVLE beside it")
-        if config.teacher.projector != "mlp1":
+        if config.teacher.projector != "mlp1" or not config.llm:
             return internvl.tower_rules(config.teacher.vision), internvl.vision_to_json(config.teacher.vision)
-        if not config.llm:
-            raise UserError("an InternVL2 projector is public only beside its LLM; import both (without --as)")
         whole = internvl.InternVLConfig(config.teacher.vision, config.llm)
         return internvl.rules(whole), internvl.config_to_json(whole)
     if config.llm:
@@ -80,11 +79,13 @@ def make_index(shapes, dtype, shard_bytes=SHARD_BYTES):
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
 
 
-def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=print):
+def export_model(source, folder, dtype=None, shard_bytes=SHARD_BYTES, say=print):
     """Writes the model of a finished run or an import as a public checkpoint; `folder` appears when it is whole.
 
     Parameters are read and written leaf by leaf: no more than one, with its layers, is in memory.
 
+    Args:
+      dtype: 'float32' or 'bfloat16'; None = that of the tensors that were imported, and of a trained model float32.
     Raises:
       UserError: no finished model, no public format for it, the folder exists, or the disk is full.
     """
@@ -92,10 +93,13 @@ def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=p
     config = load_model_config(source)
     held = [f.name for f in dataclasses.fields(config) if (source / "model" / f.name).is_dir()]
     config = dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - set(held)))
+    dtype = dtype or own_dtype(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     rules, public_config = scheme(config, tokenizer)
     components = dict.fromkeys(r.ours[0].split("/")[0] for r in rules)
     abstract = {c: shapes(config, c) for c in components}
+    if config.teacher and not config.llm and abstract["teacher"].pop("mlp1", None):
+        say("left out: mlp1, the teacher's projector, which is public only beside its LLM (import without --as)")
 
     def read(path):
         """One leaf, on the host."""
@@ -123,6 +127,13 @@ def export_model(source, folder, dtype="float32", shard_bytes=SHARD_BYTES, say=p
             write_tokenizer(tokenizer, partial)
         text = json.dumps(with_dtype(public_config | {"torch_dtype": dtype}, dtype), indent=2)
         (partial / "config.json").write_text(text + "\n")
+        settle_code(partial, say)
+
+
+def own_dtype(source):
+    """The type that holds a model without loss: of an import, its tensors' own."""
+    path = pathlib.Path(source) / NOTE
+    return json.loads(path.read_text())["dtype"] if path.is_file() else "float32"
 
 
 def with_dtype(config, dtype):

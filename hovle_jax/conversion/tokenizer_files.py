@@ -3,9 +3,18 @@
 import json
 
 from hovle_jax.data.text import chat_template
-from hovle_jax.data.text.tokenizer import CHAT_TEMPLATE, HuggingFaceTokenizer, SentencePieceTokenizer
+from hovle_jax.data.text.fit import check_fit
+from hovle_jax.data.text.tokenizer import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    SETTINGS,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    has_tokenizer,
+)
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf
+from hovle_jax.formats.fields import read_object
 
 # InternVL2's and HoVLE's config names the template; these two differ in their default system message alone. The
 # template in their tokenizer_config is InternLM2's own, which has more line ends.
@@ -18,33 +27,65 @@ TOKENIZER_FILES = (
 
 
 def read_tokenizer(source, checkpoint):
-    """-> Tokenizer of a checkpoint's folder or .gguf file, or None. Raises UserError for one that is not supported."""
+    """-> (Tokenizer of a checkpoint's folder or .gguf file, or None; why there is none).
+
+    Raises:
+      UserError: its files are broken, or are another model's.
+    """
     try:
-        tokenizer = (_from_folder if source.is_dir() else _from_gguf)(source, checkpoint)
-    except UserError:
-        raise
+        if not source.is_dir():
+            tokenizer = _from_gguf(checkpoint)
+        elif has_tokenizer(source):
+            tokenizer = _from_folder(source, checkpoint)
+        else:
+            return None, f"{source} has neither tokenizer.model nor tokenizer.json"
+        if tokenizer.chat_template is not None:
+            chat_template.compiled(tokenizer.chat_template)
+    except Unsupported as error:
+        return None, str(error)
     except Exception as error:  # the libraries' own errors, of many kinds
-        raise UserError(f"the tokenizer's files in {source} are broken ({error})") from None
-    if tokenizer is not None and tokenizer.chat_template is not None:
-        chat_template.compiled(tokenizer.chat_template)
-    return tokenizer
+        raise UserError(f"the tokenizer in {source} cannot be read ({error}); {REMEDY}") from None
+    try:
+        _check_fit(tokenizer, checkpoint, f"the tokenizer in {source}")
+    except UserError as error:
+        raise UserError(f"{error}; {REMEDY}") from None
+    return tokenizer, ""
 
 
-def _from_gguf(_, checkpoint):
+REMEDY = "put the model's own files there, or take them away to import the weights alone"
+
+
+class Unsupported(UserError):
+    """A tokenizer that is sound, and of a kind that is not read here."""
+
+
+def _check_fit(tokenizer, checkpoint, where):
+    """Raises UserError where ids are not those of the model."""
+    configs = checkpoint.components()
+    embedding, public = configs.get("embedding"), checkpoint.public_config.get("embedding_config") or {}
+    known = embedding.num_tokens if embedding else configs["llm"].vocab_size
+    check_fit(tokenizer, known, where, sees_images=embedding is not None)
+    expected = dict(public.get("special_token_maps") or {})
+    if public.get("img_context_token_id") is not None:
+        expected[IMAGE_TOKEN] = public["img_context_token_id"]
+    for token, index in expected.items():
+        found = tokenizer.specials.get(token)
+        if found != index and not (found is None and token.startswith("<special ")):  # our name for one without
+            raise UserError(f"{where} has the id {found} for {token!r}, the model's config {index!r}")
+
+
+def _from_gguf(checkpoint):
     metadata = checkpoint.public_config
-    tokenizer = gguf.tokenizer_from_metadata(metadata)
+    try:
+        tokenizer = gguf.tokenizer_from_metadata(metadata)
+    except UserError as error:
+        raise Unsupported(str(error)) from None
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer
 
 
 def _from_folder(folder, checkpoint):
-    def read(name):
-        path = folder / name
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        if not isinstance(found, dict):
-            raise UserError(f"{path} is not a JSON object")
-        return found
-
+    read = lambda name: read_object(folder / name) if (folder / name).is_file() else {}
     settings, generation = read("tokenizer_config.json"), read("generation_config.json")
     decoder = settings.get("added_tokens_decoder") or {}
     added = {token["content"]: int(i) for i, token in decoder.items() if token.get("special")}
@@ -52,11 +93,10 @@ def _from_folder(folder, checkpoint):
     if (folder / "tokenizer.model").is_file():
         added = {token: i for token, i in added.items() if token not in ("<s>", "</s>", "<unk>")}
         tokenizer = SentencePieceTokenizer((folder / "tokenizer.model").read_bytes(), added or None)
-    elif (folder / "tokenizer.json").is_file():
+    else:
         ends = generation.get("eos_token_id", checkpoint.public_config.get("eos_token_id"))
         tokenizer = _from_json((folder / "tokenizer.json").read_text(), settings, ends)
-    else:
-        return None
+    tokenizer.clean_up = settings.get("clean_up_tokenization_spaces") is True
     if checkpoint.kind == "llm" or checkpoint.public_config.get("template", BUILT_IN[0]) not in BUILT_IN:
         tokenizer.chat_template = _template(folder, settings)
     return tokenizer
@@ -93,10 +133,11 @@ def write_tokenizer(tokenizer, folder):
         "bos_token": names.get(tokenizer.bos),
         "eos_token": names.get(tokenizer.eos),
         "added_tokens_decoder": added,
+        "clean_up_tokenization_spaces": tokenizer.clean_up,
     }
     if tokenizer.chat_template is not None:
         settings |= {"chat_template": tokenizer.chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     stops = list(tokenizer.stop_ids)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}, indent=2) + "\n")
-    (folder / "tokenizer_settings.json").unlink(missing_ok=True)  # says less than these
+    (folder / SETTINGS).unlink(missing_ok=True)  # says less than these

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import easy_vqa
+from hovle_jax.inference.folders import check_model_folder
 from hovle_jax.inference.load import load_run
 
 
@@ -32,5 +33,6 @@ def evaluate(folder, name: str, limit: int = 0, max_tiles: int | None = None) ->
     """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
+    check_model_folder(folder)
     benchmark = BENCHMARKS[name]
     return benchmark.score(load_run(folder, benchmark.components).with_max_tiles(max_tiles), limit)

@@ -1,7 +1,6 @@
 """Which family a public checkpoint is of, and how its tensors become our parameters."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Callable
@@ -11,7 +10,9 @@ import numpy as np
 
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf, hovle, internvl, llms
+from hovle_jax.formats.fields import read_object
 from hovle_jax.formats.mapping import check, deferred, load, nested
+from hovle_jax.formats.sizes import check_sizes
 from hovle_jax.formats.source import SafetensorsFolder
 from hovle_jax.model.config import LLMConfig, TeacherConfig
 from hovle_jax.system.cache import cache_dir
@@ -109,7 +110,7 @@ def family_of(config, where="config.json"):
     return kind
 
 
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.py", "merges.txt")
 
 
 def local(source):
@@ -153,22 +154,25 @@ def open_checkpoint(path):
             f"{config_path} does not exist; a public checkpoint is a folder with config.json and .safetensors files, "
             "or one .gguf file"
         )
-    try:
-        public_config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise UserError(f"{config_path} is not JSON ({error})") from None
-    if not isinstance(public_config, dict):
-        raise UserError(f"{config_path} is not a JSON object")
+    public_config = read_object(config_path)
     family = FAMILIES[family_of(public_config, str(config_path))]
     source = SafetensorsFolder(path)
-    try:
-        config = family.config_from_json(_with_bias(public_config, source.shapes), str(config_path))
-    except UserError as error:
-        raise error if str(config_path) in str(error) else UserError(f"{config_path}: {error}") from None
-    except (TypeError, ValueError, AttributeError, KeyError) as error:  # a value of a type that none of its kind has
-        raise UserError(f"{config_path} cannot be read: {error}") from None
+    read = lambda: family.config_from_json(_with_bias(public_config, source.shapes), str(config_path))
+    config = _config(read, config_path, source.shapes)
     config = _with_stored_head(config, source)
     return Checkpoint(family.kind, config, public_config, family.rules(config), source)
+
+
+def _config(read, where, shapes):
+    """What `read` makes of a public config, with sizes that its tensors can have; all that is wrong is a UserError."""
+    try:
+        config = read()
+        check_sizes(config, shapes, str(where))
+    except UserError as error:
+        raise error if str(where) in str(error) else UserError(f"{where}: {error}") from None
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:  # a value that none has
+        raise UserError(f"{where} cannot be read: {error!r}") from None
+    return config
 
 
 def _with_stored_head(config, source):
@@ -202,6 +206,7 @@ def _with_bias(public_config, names):
 
 def _open_gguf(path):
     source = gguf.GGUFFile(path)
-    config = gguf.config_from_metadata(source.metadata, source.shapes, source.rope_factors, str(path))
+    read = lambda: gguf.config_from_metadata(source.metadata, source.shapes, source.rope_factors, str(path))
+    config = _config(read, path, source.shapes)
     rules = gguf.rules(config)
     return Checkpoint("llm", config, source.metadata, rules, source)

@@ -1,5 +1,6 @@
 """Reading a public config.json: every value by name, nothing guessed."""
 
+import json
 from typing import Any
 
 from hovle_jax.errors import UserError
@@ -19,6 +20,19 @@ def field(config, key, default=REQUIRED, where="config.json"):
     return value
 
 
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError for anything else, whatever is in the file."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
+
+
 def count(config, key, default=REQUIRED, where="config.json", minimum=1) -> int:
     """config[key], an integer of at least `minimum` (or the default, whatever it is)."""
     value: Any = field(config, key, default, where)
@@ -35,6 +49,16 @@ def number(config, key, default=REQUIRED, where="config.json") -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise UserError(f"{where}: {key}={value!r} must be a positive number")
     return float(value)
+
+
+def flag(config, key, default=REQUIRED, where="config.json"):
+    """config[key], true or false (null is false); a string or a number is neither, whatever Python makes of it."""
+    value = field(config, key, default, where)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key}={value!r} must be true or false")
+    return value
 
 
 def table(config, key, default=REQUIRED, where="config.json"):

@@ -12,7 +12,7 @@ import numpy as np
 
 from hovle_jax.data.text.tokenizer import HuggingFaceTokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.formats.fields import REQUIRED, field, only
+from hovle_jax.formats.fields import REQUIRED, count, field, number, only
 from hovle_jax.formats.mapping import LINEAR, SAME, Transform, nested, padded, rule
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.model.rotary import frequencies
@@ -54,11 +54,11 @@ class GGUFFile:
         self._gguf = gguf
         try:
             reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError) as error:
+            self.metadata = {key: entry.contents() for key, entry in reader.fields.items()}
+        except (ValueError, LookupError, OSError, ArithmeticError) as error:
             raise UserError(f"{path} is not a whole GGUF file ({error}); fetch it again") from None
         # Rotary factors are no weights: they belong to the config.
         self.rope_factors = next((np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS), None)
-        self.metadata = {key: entry.contents() for key, entry in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
         self.shapes = {name: tuple(int(size) for size in reversed(t.shape)) for name, t in self._tensors.items()}
 
@@ -88,30 +88,36 @@ def config_from_metadata(metadata, tensor_names, rope_factors=None, where="GGUF 
     def get(key, *default):
         return field(metadata, f"{arch}.{key}", *(default or (REQUIRED,)), where)
 
-    width, num_heads = get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length", width // num_heads)
+    def size(key, *default, minimum=1):
+        return count(metadata, f"{arch}.{key}", *(default or (REQUIRED,)), where, minimum)
+
+    width, num_heads = size("embedding_length"), size("attention.head_count")
+    head_dim = size("attention.key_length", width // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         only(metadata, f"{arch}.{key}", (head_dim,), head_dim, where)
-    theta = _float(get("rope.freq_base", 10000.0))
+    theta = _float(number(metadata, f"{arch}.rope.freq_base", 10000.0, where))
     stack = StackConfig(
-        num_layers=get("block_count"),
+        num_layers=size("block_count", minimum=0),
         width=width,
         num_heads=num_heads,
-        num_kv_heads=get("attention.head_count_kv", num_heads),
+        num_kv_heads=size("attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        mlp_width=get("feed_forward_length"),
+        mlp_width=size("feed_forward_length"),
         rope_theta=theta,
         rope_scaling=_rope_scaling(get, head_dim, theta, rope_factors, where),
-        norm_eps=_float(get("attention.layer_norm_rms_epsilon")),
+        norm_eps=_float(number(metadata, f"{arch}.attention.layer_norm_rms_epsilon", where=where)),
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         output_bias="blk.0.attn_output.bias" in tensor_names,
         mlp_bias="blk.0.ffn_gate.bias" in tensor_names,
         qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
     )
     stack.check(where)
-    vocab_size = metadata.get(f"{arch}.vocab_size") or len(field(metadata, "tokenizer.ggml.tokens", where=where))
+    if f"{arch}.vocab_size" in metadata:
+        vocab_size = size("vocab_size")
+    else:
+        vocab_size = len(field(metadata, "tokenizer.ggml.tokens", where=where))
     tied = "output.weight" not in tensor_names
-    return LLMConfig(stack=stack, vocab_size=vocab_size, max_length=get("context_length"), tied=tied, family=arch)
+    return LLMConfig(stack=stack, vocab_size=vocab_size, max_length=size("context_length"), tied=tied, family=arch)
 
 
 def _float(value):

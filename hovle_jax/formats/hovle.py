@@ -1,9 +1,11 @@
 """HoVLE and HoVLE-HD as published: the holistic embedding beside the LLM."""
 
+import dataclasses
+
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2, llms
-from hovle_jax.formats.fields import count, field, number, only, table
-from hovle_jax.formats.internvl import patch_rules
+from hovle_jax.formats.fields import count, field, flag, number, only, table
+from hovle_jax.formats.internvl import TILING, patch_rules
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
 from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig
 
@@ -11,10 +13,14 @@ from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig
 def config_from_json(config, where="config.json"):
     """-> HoVLEConfig; `image_size` is that of the learned positions, `force_image_size` that of tiles."""
     only(config, "ps_version", ("v2",), "v2", where)
+    is_shuffled = _is_shuffled(table(config, "embedding_config", where=where), f"{where} embedding_config")
+    # Of its square come the visual tokens that the public code puts into a prompt. (Early exports of ours said 0.5
+    # where nothing is shuffled.)
+    only(config, "downsample_ratio", (0.5,) if is_shuffled else (1.0, 0.5), 0.5, where)
     model = HoVLEConfig(
         embedding=_embedding_from_json(
             table(config, "embedding_config", where=where),
-            normalize_output=field(config, "normalize_encoder_output", False, where),
+            normalize_output=flag(config, "normalize_encoder_output", False, where),
             tile_size=count(config, "force_image_size", None, where) if config.get("force_image_size") else None,
             where=f"{where} embedding_config",
         ),
@@ -49,7 +55,11 @@ def _plain_stack(config, where):
     for key in ("attention_bias", "mlp_bias"):
         only(config, key, (False,), False, where)
     theta, eps = (number(config, key, where=where) for key in ("rope_theta", "rms_norm_eps"))
-    return internlm2.stack_from_json(config, rope_theta=theta, norm_eps=eps, where=where)
+    stack = internlm2.stack_from_json(config, rope_theta=theta, norm_eps=eps, where=where)
+    if not config.get("rope_scaling"):
+        return stack
+    bound = count(config, "max_position_embeddings", where=where)
+    return dataclasses.replace(stack, rope_scaling=internlm2.scaling_from_json(config, bound, where))
 
 
 def _other_stack(config, family, where):
@@ -58,8 +68,12 @@ def _other_stack(config, family, where):
     return llms.config_from_json(config | {"model_type": family, "vocab_size": 1}, where).stack
 
 
+def _is_shuffled(config, where):
+    return flag(config, "use_pixel_shuffle_proj", where=where)
+
+
 def _pixel_shuffle(config, where):
-    if not field(config, "use_pixel_shuffle_proj", where=where):
+    if not _is_shuffled(config, where):
         return "none"
     only(config, "downsample_ratio", (0.5,), 0.5, where)
     return only(config, "pixel_shuffle_loc", ("pre", "post"), where=where)
@@ -87,7 +101,9 @@ def config_to_json(config: HoVLEConfig, image_id, special_tokens):
         internlm2.check_plain(c.stack)
         if c.stack.qkv_bias:
             raise UserError("HoVLE's public embedding layer has no biases: give the embedding another family's layers")
+        scaling, max_length = internlm2.scaling_to_json(c.stack.rope_scaling, config.llm.max_length)
         layers = internlm2.stack_to_json(c.stack) | {"attention_bias": False, "mlp_bias": False}
+        layers |= {"max_position_embeddings": max_length, "rope_scaling": scaling}
     else:
         layers = llms.config_to_json(LLMConfig(c.stack, c.vocab_size, config.llm.max_length, family=c.family))
         layers = {k: x for k, x in layers.items() if k not in ("model_type", "vocab_size", "tie_word_embeddings")}
@@ -104,6 +120,7 @@ def config_to_json(config: HoVLEConfig, image_id, special_tokens):
         "image_size": c.image_size,
         "patch_size": c.patch_size,
         "use_ls": False,
+        "attn_implementation": "eager",  # the code's own default is flash attention, which needs a GPU
         "llm_vocab_size": c.vocab_size,
         "llm_hidden_size": c.stack.width,
         "img_context_token_id": image_id,
@@ -116,10 +133,11 @@ def config_to_json(config: HoVLEConfig, image_id, special_tokens):
         "embedding_config": embedding,
         "llm_config": llms.config_to_json(config.llm),
         "force_image_size": c.tile_size,
-        "downsample_ratio": 0.5,
+        "downsample_ratio": 1.0 if c.pixel_shuffle == "none" else 0.5,
         "ps_version": "v2",
         "select_layer": -1,
         "normalize_encoder_output": c.normalize_output,
+        **TILING,
     }
 
 

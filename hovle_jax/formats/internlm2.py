@@ -3,7 +3,7 @@
 import dataclasses
 
 from hovle_jax.errors import UserError
-from hovle_jax.formats.fields import count, field, number, only, table
+from hovle_jax.formats.fields import count, flag, number, only, table
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, packed_wqkv, padded, rule
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 
@@ -19,15 +19,15 @@ def config_from_json(config, where="config.json"):
         norm_eps=number(config, "rms_norm_eps", 1e-6, where),
         where=where,
     )
-    bias = field(config, "bias", True, where)
+    bias = flag(config, "bias", True, where)
     max_length = count(config, "max_position_embeddings", 2048, where)
     return LLMConfig(
         stack=dataclasses.replace(
-            stack, qkv_bias=bias, output_bias=bias, rope_scaling=_scaling(config, max_length, where)
+            stack, qkv_bias=bias, output_bias=bias, rope_scaling=scaling_from_json(config, max_length, where)
         ),
         vocab_size=count(config, "vocab_size", where=where),
         max_length=max_length,
-        tied=field(config, "tie_word_embeddings", False, where),
+        tied=flag(config, "tie_word_embeddings", False, where),
     )
 
 
@@ -37,16 +37,26 @@ def _check_supported(config, where):
     only(config, "rope_pos_id_version", ("default",), "default", where)
 
 
-def _scaling(config, max_length, where):
-    """-> RopeScaling or None."""
+SCALINGS = ("linear", "dynamic")
+
+
+def scaling_from_json(config, max_length, where):
+    """-> RopeScaling or None, of the LLM and of the embedding; `max_length` is where 'dynamic' begins to act."""
     scaling = table(config, "rope_scaling", {}, where) if config.get("rope_scaling") else {}
     kind = scaling.get("type", scaling.get("rope_type"))
-    if kind == "linear":
-        return RopeScaling("linear", number(scaling, "factor", where=f"{where} rope_scaling"), max_length)
-    # Dynamic NTK does nothing up to max_position_embeddings, which is our max_length.
-    if kind not in (None, "dynamic"):
+    if kind is None and not scaling:
+        return None
+    if kind not in SCALINGS:
         raise UserError(f"{where}: rope_scaling={scaling!r} is not supported; supported: null, 'linear', 'dynamic'")
-    return None
+    return RopeScaling(kind, number(scaling, "factor", where=f"{where} rope_scaling"), max_length)
+
+
+def scaling_to_json(scaling: RopeScaling | None, max_length):
+    """-> (`rope_scaling`, `max_position_embeddings`), the inverse: 'dynamic' acts beyond the latter."""
+    if scaling is None:
+        return None, max_length
+    public = {"type": scaling.kind, "factor": scaling.factor}
+    return public, scaling.original_length if scaling.kind == "dynamic" else max_length
 
 
 def stack_from_json(config, rope_theta, norm_eps, where="config.json"):
@@ -80,20 +90,16 @@ def config_to_json(config: LLMConfig):
       UserError: a layer type that InternLM2's code does not have.
     """
     stack = config.stack
-    is_linear = stack.rope_scaling is not None and stack.rope_scaling.kind == "linear"
-    check_plain(dataclasses.replace(stack, rope_scaling=None) if is_linear else stack)
+    check_plain(stack)
+    scaling, max_length = scaling_to_json(stack.rope_scaling, config.max_length)
     return {
         "architectures": ["InternLM2ForCausalLM"],
         "model_type": "internlm2",
-        "auto_map": {
-            "AutoConfig": "configuration_internlm2.InternLM2Config",
-            "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
-        },
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_length,
+        "max_position_embeddings": max_length,
         **stack_to_json(stack),
         "bias": stack.qkv_bias,
-        "rope_scaling": None if stack.rope_scaling is None else {"type": "linear", "factor": stack.rope_scaling.factor},
+        "rope_scaling": scaling,
         "tie_word_embeddings": config.tied,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -106,7 +112,8 @@ def check_plain(stack: StackConfig):
     extra = {
         "biases but those of all attention projections": stack.mlp_bias or stack.qkv_bias != stack.output_bias,
         "norms of queries and keys": stack.qk_norm,
-        "scaled rotary positions": stack.rope_scaling is not None,
+        "rotary positions scaled in this way": stack.rope_scaling is not None
+        and stack.rope_scaling.kind not in SCALINGS,
         f"a head_dim of {stack.head_dim}": stack.head_dim * stack.num_heads != stack.width,
     }
     if any(extra.values()):

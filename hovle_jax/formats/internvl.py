@@ -4,7 +4,7 @@ import dataclasses
 
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2, llms
-from hovle_jax.formats.fields import count, field, number, only, table
+from hovle_jax.formats.fields import count, flag, number, only, table
 from hovle_jax.formats.mapping import (
     CLASS_TOKEN,
     LINEAR,
@@ -54,17 +54,21 @@ def vision_from_json(config, where="config.json"):
         image_size=image_size,
         patch_size=patch_size,
         width=width,
-        num_layers=count(config, "num_hidden_layers", where=where, minimum=0),
+        num_layers=count(config, "num_hidden_layers", where=where),
         num_heads=num_heads,
         mlp_width=count(config, "intermediate_size", where=where),
         norm=only(config, "norm_type", ("layer_norm", "rms_norm"), "rms_norm", where),
         norm_eps=number(config, "layer_norm_eps", 1e-6, where),
         activation=only(config, "hidden_act", ("gelu",), "gelu", where),
-        qkv_bias=field(config, "qkv_bias", False, where),
-        qk_norm=field(config, "qk_normalization", True, where),
+        qkv_bias=flag(config, "qkv_bias", False, where),
+        qk_norm=flag(config, "qk_normalization", True, where),
         patch_bias=True,
         layer_scale=True,
     )
+
+
+# How an image is cut into tiles, as the published checkpoints say it; the code's own default is not to cut it.
+TILING = {"dynamic_image_size": True, "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 12}
 
 
 def config_to_json(config: InternVLConfig):
@@ -79,6 +83,7 @@ def config_to_json(config: InternVLConfig):
         "ps_version": "v2",
         "select_layer": -1,
         "template": "internlm2-chat",
+        **TILING,
     }
 
 

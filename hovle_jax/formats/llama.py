@@ -8,7 +8,7 @@ import math
 
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2
-from hovle_jax.formats.fields import REQUIRED, count, field, number, only, table
+from hovle_jax.formats.fields import REQUIRED, count, field, flag, number, only, table
 from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 
@@ -47,7 +47,7 @@ def config_from_json(config, where="config.json"):
     width, num_heads = (count(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
     num_layers = count(config, "num_hidden_layers", where=where, minimum=0)
     _check_window(config, num_layers, max_length, where)
-    qkv_bias, output_bias = family.biases or (field(config, "attention_bias", False, where),) * 2
+    qkv_bias, output_bias = family.biases or (flag(config, "attention_bias", False, where),) * 2
     given = {key: value for key, value in config.items() if value is not None}
     head_dim = count(given, "head_dim", family.head_dim, where) or internlm2.head_dim(width, num_heads, where)
     num_kv_heads = count(
@@ -67,7 +67,7 @@ def config_from_json(config, where="config.json"):
         rope_scaling=scaling,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
-        mlp_bias=family.mlp_bias and field(config, "mlp_bias", False, where),
+        mlp_bias=family.mlp_bias and flag(config, "mlp_bias", False, where),
         qk_norm=family.qk_norm,
     )
     stack.check(where)
@@ -75,7 +75,7 @@ def config_from_json(config, where="config.json"):
         stack=stack,
         vocab_size=count(config, "vocab_size", where=where),
         max_length=max_length,
-        tied=field(config, "tie_word_embeddings", False, where),
+        tied=flag(config, "tie_word_embeddings", False, where),
         family=kind,
     )
 
@@ -87,8 +87,10 @@ def _rope(config, max_length, head_dim, where):
     theta = number({"rope_theta": config.get("rope_theta", 10000.0)} | rope, "rope_theta", where=where)
     where = f"{where} {key}"
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", "dynamic"):  # dynamic NTK does nothing up to max_position_embeddings, our max_length
+    if kind == "default":
         return theta, None
+    if kind == "dynamic":  # acts beyond max_position_embeddings, whatever the original length is said to be
+        return theta, RopeScaling("dynamic", number(rope, "factor", where=where), max_length)
     if kind not in ROPE_KINDS:
         known = ", ".join(("default", "dynamic", *ROPE_KINDS))
         raise UserError(f"{where}: rope_type={kind!r} is not supported; supported: {known}")
@@ -135,7 +137,7 @@ ROPE_KINDS = {"linear": lambda scaling, *_: scaling, "llama3": _llama3, "yarn": 
 def _check_window(config, num_layers, max_length, where):
     """A sliding window is not supported where it would leave anything out (as transformers reads these keys)."""
     window = config.get("sliding_window", 4096)
-    if not config.get("use_sliding_window") or window is None or window >= max_length:
+    if not flag(config, "use_sliding_window", False, where) or window is None or window >= max_length:
         return
     kinds = config.get("layer_types") or []
     sliding = "sliding_attention" in kinds if kinds else config.get("max_window_layers", 28) < num_layers
@@ -161,7 +163,7 @@ def config_to_json(config: LLMConfig):
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_length,
+        "max_position_embeddings": internlm2.scaling_to_json(scaling, config.max_length)[1],
         **internlm2.stack_to_json(stack),
         "head_dim": stack.head_dim,
         **({} if family.biases else {"attention_bias": stack.qkv_bias}),

@@ -1,12 +1,13 @@
 """Where the tensors of a foreign checkpoint lie: described by their headers, read one at a time."""
 
-import json
 import pathlib
+import stat
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hovle_jax.errors import UserError
+from hovle_jax.formats.fields import read_object
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")  # which float32 holds exactly
@@ -19,6 +20,7 @@ class SafetensorsFolder:
 
     Attributes:
       shapes: {tensor name: shape}, from the headers alone.
+      dtype: the narrowest type that holds all tensors: 'bfloat16', or 'float32'.
 
     Raises:
       UserError: no such file, pickles instead, a file or tensor that the index lists is missing, a truncated file, a
@@ -28,7 +30,7 @@ class SafetensorsFolder:
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
         index = self._index()
-        self.shapes, self._files = {}, {}
+        self.shapes, self._files, dtypes = {}, {}, set()
         for path in self._paths(index):
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
@@ -42,8 +44,10 @@ class SafetensorsFolder:
                     if tensor.get_dtype() not in DTYPES:
                         kinds = ", ".join(DTYPES)
                         raise UserError(f"{path}: {name} has the type {tensor.get_dtype()}; supported: {kinds}")
+                    dtypes.add(tensor.get_dtype())
                     self._files[name] = path
                     self.shapes[name] = tuple(tensor.get_shape())
+        self.dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
         missing = sorted(name for name in set(index) - set(self.shapes) if not name.endswith(NOT_WEIGHTS))
         if missing:
             raise UserError(f"{self.folder}: the files lack tensors that {INDEX} lists: {', '.join(missing)}")
@@ -61,12 +65,12 @@ class SafetensorsFolder:
         path = self.folder / INDEX
         if not path.is_file():
             return {}
-        try:
-            files = json.loads(path.read_text())["weight_map"]
-            if not all(isinstance(name, str) for name in files.values()):
-                raise TypeError("weight_map names something that is no file")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not an index of safetensors files ({error!r})") from None
+        files = read_object(path).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+            raise UserError(f"{path} is not an index of safetensors files: its weight_map must be {{tensor: file}}")
+        outside = sorted({name for name in files.values() if pathlib.PurePosixPath(name).name != name or "\\" in name})
+        if outside:
+            raise UserError(f"{path} names {outside[0]!r}: a file beside it is meant, not one in another folder")
         return files
 
     def file_of(self, name):
@@ -74,12 +78,15 @@ class SafetensorsFolder:
         return self._files.get(name, self.folder)
 
     def _paths(self, index):
-        paths = [self.folder / name for name in sorted(set(index.values()))] or sorted(
-            self.folder.glob("*.safetensors")
-        )
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise UserError(f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names")
+        if index:
+            paths = [self.folder / name for name in sorted(set(index.values()))]
+            missing = [path.name for path in paths if not path.exists()]
+            if missing:
+                raise UserError(f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names")
+        else:
+            paths = sorted(self.folder.glob("*.safetensors"))
+        for path in paths:
+            _check_regular(path)
         if not paths:
             pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
             if pickles:
@@ -89,6 +96,16 @@ class SafetensorsFolder:
                 )
             raise UserError(f"{self.folder} lacks a .safetensors file")
         return paths
+
+
+def _check_regular(path):
+    """Raises UserError for what cannot be read as a file: opening a pipe would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:  # a link to itself, or to nothing
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is not a regular file (a folder, a pipe or a device); fetch it again")
 
 
 def _open(path):

@@ -11,6 +11,7 @@ from hovle_jax.data.batch import BatchShape, Sample, pack_row, stack
 from hovle_jax.data.processor import Processor
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.inference.limits import check_lengths
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.streams import Stream, embedding_stream
 
@@ -125,6 +126,7 @@ def answer(answerer: Answerer, prompts, max_new_tokens: int = 32, batch_size: in
     _check_room(answerer, samples, max_new_tokens)
     batch_size = min(batch_size, len(samples))
     length, tiles = max(len(s.tokens) for s in samples), most_tiles(samples)
+    check_lengths(answerer.hovle.config.llm, length, max_new_tokens)
     answers = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]

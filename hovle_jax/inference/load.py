@@ -9,7 +9,8 @@ from hovle_jax.checkpoints import abstract_component, load_component, load_model
 from hovle_jax.components import Models
 from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.data.processor import Processor
-from hovle_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from hovle_jax.data.text.fit import check_fit
+from hovle_jax.data.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.inference.generate import Answerer
 from hovle_jax.sharding.mesh import make_mesh
@@ -40,7 +41,7 @@ def load_run(folder, components=None):
     Args:
       components: None = those that answer: the LLM, and the embedding where the model has one.
     Raises:
-      UserError: no such folder, not finished, or without these components.
+      UserError: no such folder, not finished, without these components or a tokenizer, or with another model's.
     """
     folder = pathlib.Path(folder)
     config = load_model_config(folder)
@@ -52,8 +53,23 @@ def load_run(folder, components=None):
             f"{folder} holds no {' and '.join(missing)}: give the folder of a finished run that does, as runs/instruct "
             "for answers or runs/contrast for zero-shot"
         )
+    tokenizer = own_tokenizer(folder, config, components)
     placement = Placement(make_mesh(MeshConfig(), jax.local_devices()))
     platform = placement.mesh.devices.flat[0].platform
     config = dataclasses.replace(config, execution=config.execution.resolved(platform))
     params = {c: load_component(folder, c, abstract_component(config, c, placement)) for c in components}
-    return Loaded(config, Models(config, placement), params, load_tokenizer(folder))
+    return Loaded(config, Models(config, placement), params, tokenizer)
+
+
+def own_tokenizer(folder, config: ModelConfig, components):
+    """The tokenizer of a model's folder. Raises UserError where there is none, or it has ids that the model lacks."""
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer, so it cannot answer: copy the model's tokenizer.model or tokenizer.json "
+            "there, or import it again from a folder that has one"
+        )
+    tokenizer = load_tokenizer(folder)
+    known = config.clip.text.vocab_size if "clip" in components else config.model.num_tokens
+    is_llm_alone = "clip" not in components and config.embedding is None
+    check_fit(tokenizer, known, f"the tokenizer in {folder}", sees_images=not is_llm_alone)
+    return tokenizer

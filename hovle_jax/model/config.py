@@ -10,9 +10,9 @@ class RopeScaling:
     """Rotary frequencies for longer texts than `original_length`; see model/rotary.py.
 
     Attributes:
-      kind: 'linear', 'llama3', 'yarn' or 'factors'.
       factor: how many times longer the texts are.
       original_length: tokens of the texts that the frequencies were learned on.
+      kind: 'linear', 'llama3', 'yarn', 'factors', or 'dynamic' (NTK: the base grows with a text beyond the length).
       low_frequency_factor, high_frequency_factor: llama3: how many turns over `original_length` bound the blend.
       beta_fast, beta_slow: yarn: the same bounds.
       attention_factor: yarn: scales cos and sin; 0 = from `factor`.
@@ -70,6 +70,8 @@ class StackConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"{name}: head_dim={self.head_dim} must be even, rotary positions turn pairs")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and self.head_dim < 4:
+            raise UserError(f"{name}: dynamic rotary positions need a head_dim of at least 4, not {self.head_dim}")
 
 
 @dataclasses.dataclass(frozen=True)

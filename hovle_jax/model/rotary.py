@@ -56,18 +56,56 @@ def _factors(plain, scaling: RopeScaling, C, theta):
     return plain / np.asarray(scaling.factors, np.float32), scaling.attention_factor or 1.0
 
 
-SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _factors}
+def _dynamic(plain, scaling: RopeScaling, C, theta):
+    """Up to the original length; `stretch` is for what is longer."""
+    return plain, 1.0
 
 
-def rotary_angles(positions, config: StackConfig):
+SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _factors, "dynamic": _dynamic}
+
+
+def stretch(lengths, scaling: RopeScaling, C):
+    """Dynamic NTK: what the plain frequencies are multiplied by in a text of a certain length.
+
+    Public code raises the base to theta * r^(C / (C - 2)), r = factor * length / original - (factor - 1), for texts
+    beyond the original length; of pair i that multiplies the frequency by r^(-2 i / (C - 2)).
+
+    Args:
+      lengths: [B, L] int32: how long the text is that each token is read in.
+    Returns:
+      [B, L, C / 2] float32; 1 for texts within the original length.
+    """
+    longer = jnp.maximum(lengths, scaling.original_length).astype(jnp.float32) / scaling.original_length
+    ratio = scaling.factor * longer - (scaling.factor - 1)
+    return ratio[..., None] ** (-np.arange(0, C, 2, dtype=np.float32) / np.float32(C - 2))
+
+
+def text_lengths(positions, segment_ids):
+    """How long each token's text is so far, [B, L] int32: one more than the last position of its segment."""
+    rows = jnp.arange(positions.shape[0])[:, None]
+    ends = jnp.zeros((positions.shape[0], positions.shape[1] + 1), jnp.int32).at[rows, segment_ids].max(positions + 1)
+    return jnp.take_along_axis(ends, segment_ids, axis=1)
+
+
+def rotary_angles(positions, config: StackConfig, segment_ids=None, longest=0):
     """Angles in float32.
+
+    With dynamic NTK a token is turned by the frequencies of the text's length when it is read, and its cached key keeps
+    them: what public code does with one prompt. (In a padded batch it takes the longest row's length for all rows, and
+    it remembers the longest text that it has ever seen; here a row does not depend on its company.)
 
     Args:
       positions: [B, L] int32.
+      segment_ids: [B, L] int32; of dynamic NTK alone.
+      longest: how long a text can be at most, with what is cached; within the original length dynamic NTK does nothing.
     Returns:
       (cos, sin), each [B, L, 1, C / 2].
     """
     frequency, factor = frequencies(config)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and longest > scaling.original_length:
+        lengths = text_lengths(positions, segment_ids)
+        frequency = frequency * stretch(lengths, scaling, config.head_dim)[:, :, None]
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequency
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

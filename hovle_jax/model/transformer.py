@@ -193,7 +193,8 @@ class Stack(nn.Module):
             return x, cache
         mask = AttentionMask.for_rows(segment_ids) if cache is None else cache.mask(segment_ids)
         # Without the barrier the CPU backend computes sines and cosines anew for every head of every layer.
-        angles = jax.lax.optimization_barrier(rotary_angles(positions, self.config))
+        longest = x.shape[1] if cache is None else cache.key.shape[2]
+        angles = jax.lax.optimization_barrier(rotary_angles(positions, self.config, segment_ids, longest))
         layers = None if cache is None else (cache.key, cache.value)
         start = None if cache is None else cache.length
         constrain = lambda x: self.execution.placement.constrain(x, ("batch", "length", "embed_act"))

@@ -23,6 +23,12 @@ ADDED_TOKENS = (
 UNUSED_NAMES = {"<|im_end|>": "[UNUSED_TOKEN_145]", "<|im_start|>": "[UNUSED_TOKEN_146]"}  # InternLM2's pieces
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 IMAGE_TOKENS = ("<img>", "</img>", IMAGE_TOKEN)
+SETTINGS = "tokenizer_settings.json"  # beside a tokenizer: what its own file does not say
+# What public tokenizers with `clean_up_tokenization_spaces` put in the place of what, one after another.
+CLEAN_UP = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+    (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
 CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer: a public LLM's own; without it the template is InternLM2's
 
 
@@ -35,6 +41,7 @@ class Tokenizer:
       bos, eos: ids; bos may be None.
       stop_ids: what ends an answer.
       chat_template: Jinja source; None = InternLM2's template, which is built in.
+      clean_up: whether decoding removes blanks before punctuation, as some public tokenizers' settings ask for.
     """
 
     vocab_size: int
@@ -43,6 +50,7 @@ class Tokenizer:
     eos: int
     stop_ids: tuple[int, ...]
     chat_template: str | None = None
+    clean_up: bool = False
 
     def __init__(self, special):
         """special: {token: id}."""
@@ -94,11 +102,18 @@ class Tokenizer:
     def save(self, folder):
         """Writes the files that `load_tokenizer` reads."""
         self._save(folder)
+        settings = self._settings() | ({"clean_up": True} if self.clean_up else {})
+        if settings:
+            (folder / SETTINGS).write_text(json.dumps(settings) + "\n")
         if self.chat_template is not None:
             (folder / CHAT_TEMPLATE).write_text(self.chat_template)
 
     def _save(self, folder):
         raise NotImplementedError
+
+    def _settings(self):
+        """What is not in the tokenizer's own file."""
+        return {}
 
     def with_image_tokens(self):
         """A tokenizer that also knows <img>, </img> and <IMG_CONTEXT>; those that are new follow all other ids."""
@@ -106,7 +121,7 @@ class Tokenizer:
         if not new:
             return self
         more = self._with_special(new)
-        more.chat_template = self.chat_template
+        more.chat_template, more.clean_up = self.chat_template, self.clean_up
         return more
 
     def _with_special(self, tokens):
@@ -120,7 +135,10 @@ class Tokenizer:
                 parts.append(self._decode_text([i for i in run if i < self.vocab_size]))
             elif not skip_special:
                 parts.extend(self._names[i] for i in run)
-        return "".join(parts)
+        text = "".join(parts)
+        for found, cleaner in CLEAN_UP if self.clean_up else ():
+            text = text.replace(found, cleaner)
+        return text
 
     def pieces(self, ids):
         """Each id's own piece, for showing: ['▁a', '▁blue', '<img>', ...]."""
@@ -134,6 +152,8 @@ class SentencePieceTokenizer(Tokenizer):
       model: the model file's bytes.
       added: {token: id} beside the model's pieces; None = ADDED_TOKENS, as InternLM2 has them: in the place of its
         pieces `UNUSED_NAMES`, where the model has those, and the others after its ids.
+    Raises:
+      UserError: these bytes are no SentencePiece model.
     """
 
     bos, eos = 1, 2
@@ -142,7 +162,12 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self.model = model
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
+        except RuntimeError:
+            self._pieces = None
+        if self._pieces is None:
+            raise UserError(f"the SentencePiece model is {'broken' if model else 'empty'}; fetch the file again")
         size = self._pieces.vocab_size()
         added = self._usual_added() if added is None else dict(added)
         super().__init__(added | {"<s>": self.bos, "</s>": self.eos})
@@ -294,7 +319,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _save(self, folder):
         (folder / "tokenizer.json").write_text(self.text)
-        (folder / "tokenizer_settings.json").write_text(json.dumps(self.settings) + "\n")
+
+    def _settings(self):
+        return self.settings
 
 
 def load_tokenizer(place):
@@ -309,13 +336,15 @@ def load_tokenizer(place):
     if not has_tokenizer(place):
         raise UserError(f"no tokenizer at {place}; point tokenizer.path at a SentencePiece model")
     read_json = lambda path: json.loads(path.read_text()) if path.is_file() else None
+    settings = read_json(place / SETTINGS) or {}
+    clean_up = settings.pop("clean_up", False)
     if (place / "tokenizer.model").is_file():
         added = read_json(place / "added_tokens.json")
         tokenizer = SentencePieceTokenizer((place / "tokenizer.model").read_bytes(), added)
     else:
-        settings = read_json(place / "tokenizer_settings.json")
-        tokenizer = HuggingFaceTokenizer((place / "tokenizer.json").read_text(), **(settings or {}))
+        tokenizer = HuggingFaceTokenizer((place / "tokenizer.json").read_text(), **settings)
     template = place / CHAT_TEMPLATE
+    tokenizer.clean_up = clean_up
     tokenizer.chat_template = template.read_text() if template.is_file() else None
     return tokenizer
 

@@ -1,0 +1,22 @@
+"""How long a text a model reads: asked before anything is compiled."""
+
+from hovle_jax.errors import UserError
+from hovle_jax.model.config import LLMConfig
+
+
+def check_lengths(llm: LLMConfig, prompt: int, max_new_tokens: int) -> None:
+    """Raises UserError where a prompt of so many tokens and its answer go beyond the positions that the model knows.
+
+    Dynamic NTK is made for longer texts: such a model has no limit of its own (model/rotary.py).
+    """
+    scaling = llm.stack.rope_scaling
+    if prompt + max_new_tokens <= llm.max_length or (scaling is not None and scaling.kind == "dynamic"):
+        return
+    if prompt < llm.max_length:
+        remedy = f"ask for at most {llm.max_length - prompt:,} new tokens (max_new_tokens), or for less in the prompt"
+    else:
+        remedy = "shorten the prompt or give fewer images"
+    raise UserError(
+        f"the prompt has {prompt:,} tokens and its answer may have {max_new_tokens:,}: the model reads "
+        f"{llm.max_length:,} in all; {remedy}"
+    )
