@@ -1,6 +1,7 @@
 """Reading a public config.json: every value by name, nothing guessed."""
 
 import json
+import pathlib
 from typing import Any
 
 from hovle_jax.errors import UserError

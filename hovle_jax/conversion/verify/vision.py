@@ -5,6 +5,7 @@ import numpy as np
 
 from hovle_jax.conversion.verify.llm import EXECUTION, embed, text_inputs, with_loss
 from hovle_jax.errors import UserError
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.teacher import MLP1
 from hovle_jax.model.vision import pixel_shuffle
@@ -24,7 +25,7 @@ def verify_internvl(checkpoint, report):
     """The tower's and the projector's outputs; with input_ids logits, loss and gradients too."""
     config, params = checkpoint.config, checkpoint.load()
     tower, tiles = VisionTransformer(config.vision, EXECUTION), report.tiles(config.vision.patch_size)
-    projector = MLP1(config.llm.stack.width, "float32")
+    projector = MLP1(config.llm.stack.width, Execution())
 
     def see(params):
         teacher = params["teacher"]
