@@ -78,8 +78,8 @@ def test_the_report_of_a_run_on_own_data(tmp_path, monkeypatch):
     assert results["accuracy on held-out rows"] == 66.667 and results["held-out loss at step 2"] == 1.0
     text = (folder / "report.html").read_text()
     for part in (
-        "66.67%", "95% CI", "always &quot;yes&quot; would give 33.3%", "2.000 at step 0", "Samples: 1 mistake, and 2 right ones",
-        "parameters", "peak memory, host", "of 24 samples", "All stages",
+        "66.67%", "95% CI", "always &quot;yes&quot; would give 33.3%", "2.000 at step 0",
+        "Samples: 1 mistake, and 2 right ones", "parameters", "peak memory, host", "of 24 samples", "All stages",
     ):  # fmt: skip
         assert part in text, part
     assert text.count("data:image/png") == 4  # two samples, curves, the first batch
