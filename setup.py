@@ -53,7 +53,7 @@ setup(
         "data": ["pyarrow>=14", "gcsfs"],  # Parquet files; gs:// URLs
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "wandb": ["wandb>=0.17"],  # train --track wandb
-        "trackio": ["trackio>=0.4"],  # train --track trackio
+        "trackio": ["trackio>=0.20"],  # train --track trackio
         "benchmark": ["torch", "torchvision"],  # the peers of tests/benchmarks
         "reference": ["torch", "transformers>=5"],  # makes tests/golden, and is the peer in benchmarks
         "test": TEST,

@@ -60,7 +60,7 @@ class ExactMatch:
         low, high = self.interval
         return f"{self.percent:.2f}%", (
             f"95% CI {low:.1f} to {high:.1f}%; {self.right:,} of {self.count:,}; "
-            f'always "{self.commonest}": {self.baseline:.1f}%'
+            f'always "{self.commonest}" would give {self.baseline:.1f}%'
         )
 
 

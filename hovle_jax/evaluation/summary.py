@@ -167,13 +167,17 @@ def held_out_rows(result) -> dict[str, tuple[float, str]]:
 
 
 def choose_samples(records: Sequence[Record], count: int = NUM_SAMPLES) -> list[Sample]:
-    """Mistakes first, a third of them all where there are so many, then an even choice of right answers."""
+    """Mistakes first, a third of the samples where there are so many, then right answers, both from all over."""
     samples = [Sample(*record) for record in records]
     wrong = [sample for sample in samples if sample.right is False]
     rest = [sample for sample in samples if sample.right is not False]
-    wrong = wrong[: max(count // 3, count - len(rest))]
-    some = np.linspace(0, len(rest) - 1, min(count - len(wrong), len(rest))).astype(int)
-    return wrong + [rest[i] for i in some]
+    wrong = _spread(wrong, max(count // 3, count - len(rest)))
+    return wrong + _spread(rest, count - len(wrong))
+
+
+def _spread(items: Sequence, most: int) -> list:
+    """At most so many of them, at even distances."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(most, len(items))).astype(int)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -168,7 +168,8 @@ def _mean_text(line: Quantity, group: list[Column]) -> str:
     values = [value for column in group if (value := line.of(column.run)) is not None]
     if len(values) < 2:
         return "-"
-    return f"{line.text(statistics.mean(values))} ± {line.text(statistics.stdev(values))}"
+    mean, spread = statistics.mean(values), statistics.stdev(values)
+    return f"{line.text(mean)} ± {line.text(spread)}" if spread else line.text(mean)
 
 
 def _short(text: str) -> str:

@@ -26,7 +26,7 @@ a { color: var(--link); }
 .above { margin: 0 0 .4rem; font-size: .875rem; }
 table { border-collapse: collapse; }
 th, td { text-align: left; padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-th { font-weight: 400; color: var(--faint); }
+th { font-weight: 400; color: var(--faint); overflow-wrap: break-word; }
 td { font-variant-numeric: tabular-nums; }
 .results td:not(.faint) { font-weight: 600; white-space: nowrap; }
 .about th { white-space: nowrap; }
@@ -36,7 +36,8 @@ td { font-variant-numeric: tabular-nums; }
 .tall { max-height: 40rem; overflow-y: auto; border: 1px solid var(--rule); border-radius: 6px; }
 figure { margin: 0 0 1.25rem; }
 figure img { display: block; height: auto; background: #fff; max-width: 100%; }
-@media (max-width: 40rem) { figure img { max-width: none; width: 44rem; } }
+@media (max-width: 40rem) { figure img { max-width: none; width: 44rem; }
+  th, td { padding-right: .9rem; } .results td.faint { font-size: .8125rem; } }
 figcaption { color: var(--faint); font-size: .875rem; margin-top: .3rem; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .75rem; }
 .sample { display: flex; gap: .9rem; padding: .8rem; background: var(--panel); border-radius: 8px; min-width: 0; }
