@@ -99,59 +99,92 @@ def test_fresh_parameters_depend_on_seed_and_component_alone():
     assert (other["head/kernel"] != pretrain["head/kernel"]).any()
 
 
-def test_weights_move_from_stage_to_stage(tmp_path):
-    """CLIP's tower becomes the teacher without its last layer; a shape that does not fit is named."""
-    from hovle_jax.training.checkpoint import is_finished, save_run_model
+@pytest.fixture
+def contrasted(tmp_path):
+    """-> (folder, config) of a finished contrast stage."""
+    from hovle_jax.training.checkpoint import save_run_model
 
-    contrast, distill = micro.run_config("contrast"), micro.run_config("distill")
-    save_run_model(tmp_path, micro.params(contrast), contrast)
-    assert is_finished(tmp_path) and not (tmp_path / "model.partial").exists()
-    batch, mesh, models = micro.dataset(distill)[0], micro.one_device(), Models(distill, distill.execution)
-    got = loop.load_params(models, batch, mesh, {"teacher": tmp_path})["teacher"]["vision"]
-    tower = micro.params(contrast)["clip"]["vision"]
-    for path, leaf in host(got).items():
-        wanted = host(tower)[path]
-        np.testing.assert_array_equal(leaf, wanted[:1] if path.startswith("layers/") else wanted, err_msg=path)
-    larger = dataclasses.replace(contrast, clip=dataclasses.replace(contrast.clip, projection_width=24))
-    abstract = abstract_component(Models(larger, larger.execution), "clip", micro.dataset(larger)[0], mesh)
-    with pytest.raises(
-        UserError, match=r"another config: clip/\w+_projection/kernel has shape \(32, 16\).* \(32, 24\)"
-    ):
-        load_component(tmp_path, "clip", abstract)
+    config = micro.run_config("contrast")
+    save_run_model(tmp_path, micro.params(config), config)
+    return tmp_path, config
+
+
+def test_a_finished_stage_has_its_model_whole(contrasted):
+    from hovle_jax.training.checkpoint import is_finished
+
+    folder, _ = contrasted
+    assert is_finished(folder) and not (folder / "model.partial").exists()
     with pytest.raises(UserError, match="no finished 'llm' weights"):
-        load_component(tmp_path, "llm", {})
+        load_component(folder, "llm", {})
 
 
-def test_an_embedding_over_a_text_only_llm():
-    """Image tokens beyond the LLM's vocabulary; the layers start by adding nothing, so text is read as before."""
+def test_clip_s_tower_becomes_the_teacher_without_its_last_layer(contrasted):
+    folder, contrast = contrasted
+    distill = micro.run_config("distill")
+    models = Models(distill, distill.execution)
+    got = loop.load_params(models, micro.dataset(distill)[0], micro.one_device(), {"teacher": folder})
+    tower = host(micro.params(contrast)["clip"]["vision"])
+    for path, leaf in host(got["teacher"]["vision"]).items():
+        wanted = tower[path][:1] if path.startswith("layers/") else tower[path]
+        np.testing.assert_array_equal(leaf, wanted, err_msg=path)
+
+
+def test_weights_of_another_shape_are_named(contrasted):
+    folder, contrast = contrasted
+    larger = dataclasses.replace(contrast, clip=dataclasses.replace(contrast.clip, projection_width=24))
+    batch, models = micro.dataset(larger)[0], Models(larger, larger.execution)
+    abstract = abstract_component(models, "clip", batch, micro.one_device())
+    said = r"another config: clip/\w+_projection/kernel has shape \(32, 16\).* \(32, 24\)"
+    with pytest.raises(UserError, match=said):
+        load_component(folder, "clip", abstract)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An embedding over an LLM that has no image tokens: its table ends before them
+
+
+def over_a_text_only_llm(num_special_tokens=9, vocab_size=micro.VOCAB - 9):
+    """A distillation whose embedding has the image tokens in a table of its own, and starts by adding nothing."""
     config = micro.run_config("distill")
-    model = config.model
-    llm = dataclasses.replace(model.llm, vocab_size=micro.VOCAB - 9)  # its table ends before the image tokens
-    embedding = dataclasses.replace(model.embedding, vocab_size=llm.vocab_size, num_special_tokens=9)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(model, embedding=embedding, llm=llm),
-        init=dataclasses.replace(config.init, pass_through=True),
+    llm = dataclasses.replace(config.model.llm, vocab_size=micro.VOCAB - 9)
+    embedding = dataclasses.replace(
+        config.model.embedding, vocab_size=vocab_size, num_special_tokens=num_special_tokens
     )
-    checks.check(config)
-    checks.check_tokenizer(config, micro.tokenizer())
+    model = dataclasses.replace(config.model, embedding=embedding, llm=llm)
+    return dataclasses.replace(config, model=model, init=dataclasses.replace(config.init, pass_through=True))
+
+
+def fresh(config):
+    """-> (models, parameters, first batch)."""
     batch, models = micro.dataset(config)[0], Models(config, config.execution)
-    params = loop.load_params(models, batch, micro.one_device(), {})
+    return models, loop.load_params(models, batch, micro.one_device(), {}), batch
+
+
+def test_a_fresh_embedding_passes_text_on_as_the_llm_s_table_has_it():
+    models, params, batch = fresh(over_a_text_only_llm())
     tables = params["embedding"]["text_embedding"]["embedding"], params["llm"]["token_embedding"]["embedding"]
     np.testing.assert_array_equal(*tables)
     output, _ = models.hovle.embedding.apply({"params": params["embedding"]}, batch)
     text = batch["text_weights"] > 0
     np.testing.assert_array_equal(output[text], tables[1][batch["tokens"][text]])
+
+
+def test_layers_that_add_nothing_are_trained_all_the_same():
+    config = over_a_text_only_llm()
+    models, params, batch = fresh(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = make_state(models, params, batch, optimizer)
     state, metrics = train_step(state, batch, stage="distill", models=models, optimizer=optimizer)
     assert metrics["text_cosine"] == pytest.approx(1)
     moved = host(state.trained["embedding"])["stack/layers/output/kernel"]
     assert np.isfinite(moved).all() and moved.any()
-    few = dataclasses.replace(embedding, num_special_tokens=3)
-    few = dataclasses.replace(config, model=dataclasses.replace(config.model, embedding=few))
+
+
+def test_a_table_of_image_tokens_has_the_tokenizer_s_size():
+    config = over_a_text_only_llm()
+    checks.check(config)
+    checks.check_tokenizer(config, micro.tokenizer())
     with pytest.raises(UserError, match="320 ids and the model knows 314; set model.embedding.num_special_tokens=9"):
-        checks.check_tokenizer(few, micro.tokenizer())
-    less = dataclasses.replace(few.model, embedding=dataclasses.replace(few.model.embedding, vocab_size=300))
+        checks.check_tokenizer(over_a_text_only_llm(num_special_tokens=3), micro.tokenizer())
     with pytest.raises(UserError, match=r"knows 303 tokens .* raise model.embedding.num_special_tokens to 11"):
-        less.check()
+        over_a_text_only_llm(num_special_tokens=3, vocab_size=300).model.check()
