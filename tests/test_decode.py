@@ -16,6 +16,8 @@ from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.streams import embedding_stream
 from tests import micro
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VARIANTS = {
     "pre": dict(variant="pre"),
     "post (HD)": dict(variant="post"),
@@ -24,13 +26,6 @@ VARIANTS = {
     "normalized output": dict(variant="pre", normalize_output=True),
 }
 NEW = 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_answerer(variant="pre", special=0, normalize_output=False):

@@ -132,35 +132,50 @@ def test_a_shape_that_does_not_fit_is_named(contrast_folder):
         load_component(contrast_folder, "llm", {})
 
 
-def test_an_embedding_over_a_text_only_llm():
-    """Image tokens beyond the LLM's vocabulary; the layers start by adding nothing, so text is read as before."""
+# ---------------------------------------------------------------------------------------------------------------------
+# An embedding over an LLM that has no image tokens: its table ends before them
+
+
+def over_a_text_only_llm(num_special_tokens=9, vocab_size=micro.VOCAB - 9):
+    """A distillation whose embedding has the image tokens in a table of its own, and starts by adding nothing."""
     config = micro.run_config("distill")
-    model = config.model
-    llm = dataclasses.replace(model.llm, vocab_size=micro.VOCAB - 9)  # its table ends before the image tokens
-    embedding = dataclasses.replace(model.embedding, vocab_size=llm.vocab_size, num_special_tokens=9)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(model, embedding=embedding, llm=llm),
-        init=dataclasses.replace(config.init, pass_through=True),
+    llm = dataclasses.replace(config.model.llm, vocab_size=micro.VOCAB - 9)
+    embedding = dataclasses.replace(
+        config.model.embedding, vocab_size=vocab_size, num_special_tokens=num_special_tokens
     )
-    checks.check(config)
-    checks.check_tokenizer(config, micro.tokenizer())
-    batch, run = micro.dataset(config)[0], micro.run(config)
-    params = load_params(config, run, {})
+    model = dataclasses.replace(config.model, embedding=embedding, llm=llm)
+    return dataclasses.replace(config, model=model, init=dataclasses.replace(config.init, pass_through=True))
+
+
+def begun(config):
+    """-> (set-up, fresh parameters, first batch)."""
+    run = micro.run(config)
+    return run, load_params(config, run, {}), micro.dataset(config)[0]
+
+
+def test_a_fresh_embedding_passes_text_on_as_the_llm_s_table_has_it():
+    run, params, batch = begun(over_a_text_only_llm())
     tables = params["embedding"]["text_embedding"]["embedding"], params["llm"]["token_embedding"]["embedding"]
     np.testing.assert_array_equal(*tables)
     output, _ = run.models["embedding"].apply({"params": params["embedding"]}, batch)
     text = batch["text_weights"] > 0
     np.testing.assert_array_equal(output[text], tables[1][batch["tokens"][text]])
-    state = make_state(STAGES["distill"], run, params)
-    state, metrics = train_step(state, batch, stage="distill", run=run)
+
+
+def test_layers_that_add_nothing_are_trained_all_the_same():
+    config = over_a_text_only_llm()
+    run, params, batch = begun(config)
+    state, metrics = train_step(make_state(STAGES["distill"], run, params), batch, stage="distill", run=run)
     assert metrics["text_cosine"] == pytest.approx(1)
     moved = host(state.trained["embedding"])["stack/layers/output/kernel"]
     assert np.isfinite(moved).all() and moved.any()
-    few = dataclasses.replace(embedding, num_special_tokens=3)
-    few = dataclasses.replace(config, model=dataclasses.replace(config.model, embedding=few))
+
+
+def test_a_table_of_image_tokens_has_the_tokenizer_s_size():
+    config = over_a_text_only_llm()
+    checks.check(config)
+    checks.check_tokenizer(config, micro.tokenizer())
     with pytest.raises(UserError, match="320 ids and the model knows 314; set model.embedding.num_special_tokens=9"):
-        checks.check_tokenizer(few, micro.tokenizer())
-    less = dataclasses.replace(few.model, embedding=dataclasses.replace(few.model.embedding, vocab_size=300))
+        checks.check_tokenizer(over_a_text_only_llm(num_special_tokens=3), micro.tokenizer())
     with pytest.raises(UserError, match=r"knows 303 tokens .* raise model.embedding.num_special_tokens to 11"):
-        less.check()
+        over_a_text_only_llm(num_special_tokens=3, vocab_size=300).model.check()
