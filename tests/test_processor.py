@@ -1,12 +1,15 @@
 """The processor: what a model is asked has the tiles and the tokens that it was trained on."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from hovle_jax.config import EasyVQAConfig, ModelConfig
+from hovle_jax.conversion.exporting import export_model
+from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.corpora.in_memory import SampleMaker
 from hovle_jax.data.files.records import Record
 from hovle_jax.data.images import decode_image
@@ -14,6 +17,8 @@ from hovle_jax.data.kinds import CONVERSATIONS
 from hovle_jax.data.processor import Processor
 from hovle_jax.errors import UserError
 from hovle_jax.formats.tiling import tiling_from_json, tiling_to_json
+from hovle_jax.inference.load import load_run
+from hovle_jax.training.checkpoint import load_model_config, save_run_model
 from tests import broken, micro
 
 SIZES = [(96, 64), (32, 32), (70, 20), (64, 64)]
@@ -107,3 +112,16 @@ def test_public_configs_say_the_tiling_and_get_it_back(public, tiling):
 def test_public_tilings_that_cannot_be_are_refused(public, message):
     with pytest.raises(UserError, match=message):
         tiling_from_json(public)
+
+
+def test_an_export_and_its_import_keep_the_tiling(tmp_path):
+    config = micro.run_config("instruct", data={"tiles": 6, "max_tiles": 9, "min_tiles": 2, "thumbnail": False})
+    save_run_model(tmp_path / "run", micro.params(config), config)
+    micro.tokenizer().save(tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "public", say=lambda line: None)
+    public = json.loads((tmp_path / "public" / "config.json").read_text())
+    assert (public["min_dynamic_patch"], public["max_dynamic_patch"], public["use_thumbnail"]) == (2, 6, False)
+    import_checkpoint(tmp_path / "public", tmp_path / "import", say=lambda line: None)
+    read = load_model_config(tmp_path / "import")
+    assert (read.min_tiles, read.max_tiles, read.thumbnail) == (2, 6, False)
+    assert load_run(tmp_path / "import").with_max_tiles(3).answerer.processor.tiling.max_tiles == 3

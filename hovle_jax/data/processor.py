@@ -4,6 +4,7 @@ Its settings are kept with a model (`ModelConfig`), so what a model is asked loo
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -59,15 +60,18 @@ class Processor:
         encoded = self.encode(turns, tuple(map(len, tiles)), system)
         return Sample(encoded.tokens, encoded.supervised, self.joined(tiles))
 
-    def cut(self, images, sharing: int = 0) -> list[np.ndarray]:
+    def cut(self, images: Iterable, sharing: int | None = None) -> list[np.ndarray]:
         """The tiles of each image, [n, S, S, 3] uint8.
 
         Args:
-          sharing: how many images share the budget of tiles; 0 = these.
+          sharing: how many images share the budget of tiles; None = these.
         """
-        if len(images) and not self.tokens_per_tile:
-            raise UserError(f"this model is an LLM alone and sees no images; {len(images)} were given")
-        tiling = self.tiling.shared_by(sharing or len(images))
+        if sharing is None:
+            images = list(images)
+            sharing = len(images)
+        if sharing and not self.tokens_per_tile:
+            raise UserError(f"this model is an LLM alone and sees no images; {sharing} were given")
+        tiling = self.tiling.shared_by(sharing)
         return [tiling.cut(as_image(image)) for image in images]
 
     def joined(self, tiles: list[np.ndarray]) -> np.ndarray:

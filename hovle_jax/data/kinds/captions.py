@@ -26,8 +26,11 @@ class PairShape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PairReader(Reader):
-    """Attributes:
-    upright: turn images as their EXIF orientation says.
+    """Records with an image and a text about it.
+
+    Attributes:
+      shape: of the towers' inputs.
+      upright: turn images as their EXIF orientation says.
     """
 
     shape: PairShape

@@ -13,8 +13,10 @@ from hovle_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RandomTextReader(TiledReader):
-    """A record's own text is not read. Attributes:
-    count: random ids in the query and again in the response.
+    """Records with images; their own text is not read.
+
+    Attributes:
+      count: random ids in the query and again in the response.
     """
 
     count: int

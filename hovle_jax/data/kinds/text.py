@@ -13,8 +13,10 @@ from hovle_jax.data.processor import Processor
 
 @dataclasses.dataclass(frozen=True)
 class TextReader(Reader):
-    """Attributes:
-    length: of a row.
+    """Texts, and their parts that fill rows.
+
+    Attributes:
+      length: of a row.
     """
 
     length: int

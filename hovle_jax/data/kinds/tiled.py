@@ -16,9 +16,11 @@ from hovle_jax.data.text.conversation import Encoded
 
 @dataclasses.dataclass(frozen=True)
 class TiledReader(Reader):
-    """Attributes:
-    length, tiles: what a row holds; no sample is larger.
-    upright: turn images as their EXIF orientation says.
+    """Records with images, tiled and cut to a row.
+
+    Attributes:
+      length, tiles: what a row holds; no sample is larger.
+      upright: turn images as their EXIF orientation says.
     """
 
     length: int
@@ -49,10 +51,11 @@ class TiledReader(Reader):
         self.check(record)
         images = len(record.images)
         # An image takes a tile at least, so of more images than a row has tiles the rest is cut off anyway.
-        seen = [decode_image(record.image_bytes(i), self.upright) for i in range(min(images, self.tiles))]
+        seen = min(images, self.tiles)
+        decoded = (decode_image(record.image_bytes(i), self.upright) for i in range(seen))  # one at a time in memory
         processor = dataclasses.replace(self.processor, tiling=self.tiling(max_tiles))
-        tiles = processor.cut(seen, images)
-        counts = (*map(len, tiles), *[1] * (images - len(seen)))
+        tiles = processor.cut(decoded, images)
+        counts = (*map(len, tiles), *[1] * (images - seen))
         encoded = self.encode(record, counts, rng)
         keep, kept_images = self._cut(encoded.tokens, counts)
         if not encoded.supervised[1:keep].any():
