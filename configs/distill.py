@@ -28,6 +28,7 @@ def get_config(preset="tiny"):
     config.data.sequence_length = 260
     config.data.augment = True
     config.steps = 500
+    config.eval_rows = 256
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 40
     config.optimizer.b2 = 0.98

@@ -233,6 +233,7 @@ class RunConfig:
     stop_at_step: int = 0  # end early (0: never); the schedule keeps its length
     log_every: int = 20  # steps between two lines and two rows of metrics
     eval_every: int = 0  # held-out metrics between the first and the last step (0: only at both ends)
+    eval_rows: int = 0  # held-out rows that the held-out losses are of, the first so many (0: all)
     eval_limit: int = 0  # questions or pictures of the benchmark at the end (0: all)
     checkpoint_every: int = 500  # steps between two checkpoints
     keep_checkpoints: int = 2  # how many of the newest stay
@@ -331,6 +332,7 @@ RUN_ONLY_KEYS = (
     "stop_at_step",
     "log_every",
     "eval_every",
+    "eval_rows",
     "eval_limit",
     "checkpoint_every",
     "keep_checkpoints",

@@ -17,7 +17,7 @@ from hovle_jax.data import bad_samples
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.train import exit_status
-from hovle_jax.training import loop
+from hovle_jax.training import held_out, loop
 from tests import micro
 
 load_corpus = loading.load_corpus
@@ -65,7 +65,7 @@ def main(job, host):
     jax.config.update("jax_disable_most_optimizations", True)
     train_step_for = loop.train_step_for
     loop.train_step_for = lambda run: compiled_in_turn(train_step_for(run))
-    loop.eval_step = compiled_in_turn(loop.eval_step)
+    held_out.eval_step = compiled_in_turn(held_out.eval_step)
     distributed.HEARTBEAT_SECONDS = job["heartbeat"]
     distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
     with distributed.ending_together():

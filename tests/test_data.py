@@ -243,9 +243,8 @@ def test_pictures_stay_with_their_text():
 
 def test_held_out_data_is_not_augmented():
     config = micro.run_config("distill")
-    held_out = pipeline.build_dataset(
-        config, STAGES[config.stage].batch, micro.tokenizer(), micro.corpus(), held_out=True
-    )[0]
+    kind = STAGES[config.stage].batch
+    held_out, *_ = pipeline.build_held_out(config, kind, micro.tokenizer(), micro.corpus())
     originals = {p.image.tobytes() for p in micro.pictures()}
     assert all(tile.tobytes() in originals for tile in held_out["tiles"][:, 0])
     assert any(tile.tobytes() not in originals for tile in micro.dataset(config)[0]["tiles"][:, 0])

@@ -33,17 +33,13 @@ def dataset_of(config, **more):
 
 def row_numbers(config, epochs):
     """Which of the planned rows come, epoch by epoch."""
-    corpus = loading.load_corpus(config, "train", quiet)
-    plan, *_ = corpus.planned(config, STAGES[config.stage].batch, micro.tokenizer())
-    rows, _ = corpus.rows(config, STAGES[config.stage].batch, micro.tokenizer())
-    seen = {}
-    for r in range(len(plan)):
-        seen[
-            corpus.rows(config, STAGES[config.stage].batch, micro.tokenizer(), held_out=True)[0][r]
-            .arrays["tokens"]
-            .tobytes()
-        ] = r
-    return [[seen[rows[e * len(plan) + i].arrays["tokens"].tobytes()] for i in range(len(plan))] for e in range(epochs)]
+    corpus, kind = loading.load_corpus(config, "train", quiet), STAGES[config.stage].batch
+    plan, *_, reader = corpus.planned(config, kind, micro.tokenizer())
+    rows, _ = corpus.rows(config, kind, micro.tokenizer())
+    make = indexed.RowMaker(plan, corpus.entries, reader, kind.shape(config, micro.tokenizer()), augment=False)
+    name = lambda row: row.arrays["tokens"].tobytes()
+    seen = {name(make(r, np.random.default_rng(0))): r for r in range(len(plan))}
+    return [[seen[name(rows[e * len(plan) + i])] for i in range(len(plan))] for e in range(epochs)]
 
 
 def test_each_epoch_has_every_row_once_in_an_order_of_its_own(path_of):
@@ -146,10 +142,38 @@ def test_augmentation_is_what_the_entry_says_and_the_seed_draws(tmp_path):
     assert plain.shape == changed.shape and (plain != changed).any()
     np.testing.assert_array_equal(tiles(data_augment=True), changed)
     np.testing.assert_array_equal(tiles(data_augment=False), plain)
-    held_out = dataset_of(config_of(write_meta(tmp_path, a=entry | {"data_augment": True})), held_out=True)[0]
+    held_out, *_ = held_out_of(config_of(write_meta(tmp_path, a=entry | {"data_augment": True})))
     assert any(
         (held_out["tiles"][0, 0] == Tiling(32, 1, 4).cut(image)[0]).all() for image in map(decoded, range(COUNT))
     )
+
+
+def held_out_of(config, **more):
+    corpus, kind = loading.load_corpus(config, "train", quiet), STAGES[config.stage].batch
+    return list(pipeline.build_held_out(config, kind, micro.tokenizer(), corpus, **more))
+
+
+def rows_of(batches):
+    """The rows that are not empty, as bytes."""
+    return [tokens.tobytes() for b in batches for tokens, ids in zip(b["tokens"], b["segment_ids"]) if ids.any()]
+
+
+def test_held_out_rows_come_once_in_the_files_order_whatever_the_seed(path_of):
+    config = config_of(path_of("jsonl"))
+    batches = held_out_of(config)
+    size = config.data.batch_size
+    assert all(len(b["tokens"]) == size for b in batches)
+    rows = rows_of(batches)
+    assert len(set(rows)) == len(rows) and -(-len(rows) // size) == len(batches)
+    assert rows_of(held_out_of(dataclasses.replace(config, seed=5))) == rows
+    assert (
+        rows_of(held_out_of(dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=3)))) == rows
+    )
+    assert rows_of(held_out_of(dataclasses.replace(config, eval_rows=2))) == rows[:2]
+    # Two hosts make them together; a loss over pairs of rows leaves out what does not fill a batch.
+    halves = [held_out_of(config, numbers=range(h, size, 2)) for h in (0, 1)]
+    assert sorted(rows_of(halves[0]) + rows_of(halves[1])) == sorted(rows)
+    assert len(rows_of(held_out_of(config, may_fill=False))) == len(rows) // size * size
 
 
 def decoded(i):

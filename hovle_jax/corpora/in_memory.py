@@ -12,7 +12,7 @@ import numpy as np
 
 from hovle_jax.config import RunConfig
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.data.batch import Found, Row, Sample
+from hovle_jax.data.batch import HELD_OUT_SEED, Found, Row, Sample
 from hovle_jax.data.images import augment, single_tile
 from hovle_jax.data.kinds import CAPTIONS, CONVERSATIONS, RANDOM_TEXT, TEXT, Kind
 from hovle_jax.data.kinds.captions import pair
@@ -161,21 +161,32 @@ class PictureCorpus:
     def texts(self):
         return easy_vqa.corpus(self.pictures)
 
-    def rows(self, config: RunConfig, kind: Kind, tokenizer: Tokenizer, held_out=False) -> tuple:
+    def rows(self, config: RunConfig, kind: Kind, tokenizer: Tokenizer) -> tuple:
         """-> (endless rows: grain.MapDataset of Row, Found). Raises UserError where a sample may not fit."""
-        if kind not in RECIPES:
-            raise UserError(f"easy_vqa gives no batches of {kind.name}; set data.source to data that does")
-        recipe, choice = RECIPES[kind], config.easy_vqa
-        usable = [p for p in self.pictures if recipe.takes(p, choice.only_captioned)]
-        maker = SampleMaker(config, tokenizer, usable, augmented=config.data.augment and not held_out)
-        join = _Joiner(kind, kind.shape(config, tokenizer))
-        samples = max(kind.limits(config).samples, 1)
-        join([maker.longest(recipe, usable)] * samples)  # raises where it does not fit
+        usable, make, join, samples = self._makers(config, kind, tokenizer, config.data.augment)
+        choice = config.easy_vqa
         groups = easy_vqa.balance_groups(usable, choice.negated_share) if choice.balanced else [(1.0, usable)]
         shuffled = [grain.MapDataset.source(group).seed(config.seed).shuffle().repeat() for _, group in groups]
         dataset = grain.MapDataset.mix(shuffled, [weight for weight, _ in groups])
-        dataset = dataset.random_map(getattr(maker, recipe.make))
+        dataset = dataset.random_map(make)
         return dataset.batch(samples, drop_remainder=True, batch_fn=join), Found(len(usable))
+
+    def held_out_rows(self, config: RunConfig, kind: Kind, tokenizer: Tokenizer) -> grain.MapDataset:
+        """Every picture once, in its order, never augmented, its questions drawn alike whatever the seed."""
+        usable, make, join, samples = self._makers(config, kind, tokenizer, augmented=False)
+        dataset = grain.MapDataset.source(usable).seed(HELD_OUT_SEED).random_map(make)
+        return dataset.batch(samples, drop_remainder=False, batch_fn=join)
+
+    def _makers(self, config, kind, tokenizer, augmented):
+        """-> (usable pictures, picture -> sample, samples -> Row, samples of a row)."""
+        if kind not in RECIPES:
+            raise UserError(f"easy_vqa gives no batches of {kind.name}; set data.source to data that does")
+        recipe, samples = RECIPES[kind], max(kind.limits(config).samples, 1)
+        usable = [p for p in self.pictures if recipe.takes(p, config.easy_vqa.only_captioned)]
+        maker = SampleMaker(config, tokenizer, usable, augmented)
+        join = _Joiner(kind, kind.shape(config, tokenizer))
+        join([maker.longest(recipe, usable)] * samples)  # raises where it does not fit
+        return usable, getattr(maker, recipe.make), join, samples
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,8 @@ from hovle_jax.errors import UserError
 from hovle_jax.model.config import EmbeddingConfig
 from hovle_jax.model.streams import Stream
 
+HELD_OUT_SEED = 0  # of what is drawn for held-out samples: the same for all runs, so that their losses compare
+
 # What each supervised token of a sample weighs that has x of them; the loss is the weighted mean over the global batch.
 WEIGHTINGS = {"token": lambda x: 1.0, "sample": lambda x: 1 / x, "square": lambda x: x**-0.5}
 

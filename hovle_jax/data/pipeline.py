@@ -10,7 +10,7 @@ import os
 import grain
 
 from hovle_jax.config import RunConfig
-from hovle_jax.data.batch import Found, stack
+from hovle_jax.data.batch import Found, Row, stack
 from hovle_jax.data.kinds import Kind
 from hovle_jax.data.text.conversation import CAPTION_REQUEST
 from hovle_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -100,21 +100,85 @@ class _HostRows(grain.MapDataset):
         return f"_HostRows[{len(self._numbers)} of {self._batch_size}]"
 
 
-def build_dataset(config: RunConfig, kind: Kind, tokenizer: Tokenizer, corpus, held_out=False, numbers=None) -> Batches:
+class _Padded(grain.MapDataset):
+    """Rows, and after them as many empty ones as a length asks for."""
+
+    def __init__(self, parent, empty: Row, length: int):
+        super().__init__(parent)
+        self._empty, self._length = empty, length
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._parent[index] if index < len(self._parent) else self._empty
+
+    def __str__(self):
+        return f"_Padded[{self._length}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """One host's part of the batches of a run's held-out rows, each row once.
+
+    Attributes:
+      rows: grain.MapDataset of Row, of this host.
+      size: rows of a batch on this host.
+      count: rows of all hosts, without those that fill the last batch.
+    """
+
+    rows: grain.MapDataset
+    size: int
+    count: int
+
+    def __iter__(self):
+        """Batches as dicts of numpy arrays."""
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=ROWS_AHEAD * self.size)
+        rows = iter(self.rows.to_iter_dataset(options))
+        for _ in range(len(self.rows) // self.size):
+            yield stack([next(rows).arrays for _ in range(self.size)])
+
+
+def build_dataset(config: RunConfig, kind: Kind, tokenizer: Tokenizer, corpus, numbers=None) -> Batches:
     """The batches of a run, randomly accessible: dataset[step].
 
     Args:
       kind: of `kinds`.
-      corpus: what `load_corpus` gave for the training split, or for another one with held_out=True (no augmentation).
+      corpus: what `load_corpus` gave for the training split.
       numbers: which rows of each global batch, 0 to data.batch_size - 1, this host makes; None = all.
     Raises:
       UserError: a sample cannot fit into a row.
     """
-    size = config.data.batch_size
-    rows, found = corpus.rows(config, kind, tokenizer, held_out)
-    if numbers is None or len(numbers) == size:
-        return Batches(rows, size, found)
-    return Batches(_HostRows(rows, tuple(numbers), size), len(numbers), found)
+    rows, found = corpus.rows(config, kind, tokenizer)
+    return Batches(*_of_host(rows, config.data.batch_size, numbers), found)
+
+
+def build_held_out(
+    config: RunConfig, kind: Kind, tokenizer: Tokenizer, corpus, numbers=None, may_fill: bool = True
+) -> HeldOut:
+    """The first `config.eval_rows` held-out rows (0: all), in the order of the files.
+
+    Args:
+      corpus, numbers: as for `build_dataset`; the corpus of another split.
+      may_fill: whether empty rows fill the last batch; else its rows are left out, but for those of a single batch.
+    """
+    rows, size = corpus.held_out_rows(config, kind, tokenizer), config.data.batch_size
+    if config.eval_rows:
+        rows = rows[: config.eval_rows]
+    if not may_fill and len(rows) > size:
+        rows = rows[: len(rows) // size * size]
+    count = len(rows)
+    empty = Row(kind.empty_row(config), (), 0)
+    return HeldOut(*_of_host(_Padded(rows, empty, -(-count // size) * size), size, numbers), count)
+
+
+def _of_host(rows, batch_size, numbers):
+    """-> (the rows of this host, how many a batch has)."""
+    if numbers is None or len(numbers) == batch_size:
+        return rows, batch_size
+    return _HostRows(rows, tuple(numbers), batch_size), len(numbers)
 
 
 def train_tokenizer(config: RunConfig, corpus):

@@ -15,6 +15,7 @@ AT_LEAST = {
     "keep_checkpoints": (1, "checkpoints that stay"),
     "stop_at_step": (0, "a step; 0 never stops early"),
     "eval_every": (0, "steps between two evaluations; 0 evaluates at both ends"),
+    "eval_rows": (0, "held-out rows; 0 takes all"),
     "eval_limit": (0, "questions of the benchmark; 0 takes all"),
     "data.batch_size": (1, "rows of the global batch"),
     "data.sequence_length": (1, "tokens of a row"),

@@ -20,17 +20,16 @@ from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import profiling, resumable, run_folder
 from hovle_jax.training.checks import check, check_same_data_everywhere, check_tokenizer
+from hovle_jax.training.held_out import evaluate, open_held_out
 from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate
 from hovle_jax.training.setup import Run, build
 from hovle_jax.training.stage import Stage
 from hovle_jax.training.stages import find
 from hovle_jax.training.state import TrainState, make_state, wholly_frozen
-from hovle_jax.training.step import average, eval_step, train_step_for
+from hovle_jax.training.step import train_step_for
 from hovle_jax.training.tokenizer import choose_tokenizer
 from hovle_jax.training.weights import load_params, save_result
-
-HELD_OUT_BATCHES = 4
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def run(config: RunConfig, folder, sources, say=print, profile=None, track=""):
     check_tokenizer(config, tokenizer)
     numbers, lists_bad = distributed.host_rows(run.placement.batch_sharding, config.data.batch_size)
     dataset = pipeline.build_dataset(config, stage.batch, tokenizer, corpus, numbers=numbers)
-    held_out = held_out_batches(config, tokenizer, numbers, say)
+    held_out = open_held_out(config, tokenizer, numbers, say)
     first = dataset[0]
     distributed.check_shared(folder)
     check_same_data_everywhere(dataset.found, tokenizer)
@@ -120,14 +119,14 @@ class Steps:
     """The steps of one process.
 
     Attributes:
-      held_out: batches on the host.
+      held_out: rows that are never trained on, or None.
       save_model: takes the last state.
     """
 
     config: RunConfig
     run: Run
     dataset: pipeline.Batches
-    held_out: list
+    held_out: pipeline.HeldOut | None
     bad: BadSamples
     saved: resumable.RunCheckpoints
     monitor: Monitor
@@ -137,17 +136,16 @@ class Steps:
         """-> (step, whether the run is finished, held-out metrics {step: metrics})."""
         config, monitor, placement = self.config, self.monitor, self.run.placement
         first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
-        held_out = [placement.put_batch(batch) for batch in self.held_out]
         tokens = tokens_per_step(self.dataset[0]) * config.data.batch_size // self.dataset.size
         results, train_step = {}, train_step_for(self.run)
 
-        def evaluate(step):
-            if held_out:
-                results[step] = self.evaluate(state, step, held_out)
+        def evaluate_held_out(step):
+            if self.held_out:
+                results[step] = self.evaluate(state, step)
 
         with monitor.following(first_step, tokens, placement.mesh.devices.flat):
             if first_step == 0:
-                evaluate(0)
+                evaluate_held_out(0)
             for step, (batch, events, drawn) in enumerate(monitor.waits(self.batches(first_step)), first_step):
                 self.bad.add(events, drawn)
                 with monitor.step(step) as note:
@@ -158,7 +156,7 @@ class Steps:
                 if done % config.log_every == 0 or stops:
                     monitor.line(done, learning_rate=float(schedule(step)))
                 if config.eval_every and done % config.eval_every == 0 and not stops:
-                    evaluate(done)
+                    evaluate_held_out(done)
                 if done % config.checkpoint_every == 0 or stops:
                     with monitor.besides("checkpoints"):
                         self.saved.save(done, state, force=stops)
@@ -167,7 +165,7 @@ class Steps:
             done = int(state.step)
             finished = done >= config.steps
             if finished and config.steps not in results:
-                evaluate(config.steps)
+                evaluate_held_out(config.steps)
             with monitor.besides("checkpoints"):
                 self.saved.wait()
                 if finished:
@@ -180,12 +178,12 @@ class Steps:
         batches = self.dataset.iterate(first_step, self.config.workers, nobody_has=distributed.everyone_says)
         return prefetched(itertools.islice(batches, self.config.last_step - first_step), self.run.placement)
 
-    def evaluate(self, state: TrainState, step: int, held_out: list) -> dict[str, float]:
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """The held-out metrics at a step."""
+        stage, models = self.config.stage, self.run.models
         with self.monitor.besides("evaluation"):
-            stage, models = self.config.stage, self.run.models
-            metrics = average([eval_step(state.params, batch, stage=stage, models=models) for batch in held_out])
-        self.monitor.write(step, {f"held_out/{name}": value for name, value in metrics.items()})
+            metrics = evaluate(self.held_out, state.params, stage, models, self.run.placement)
+        self.monitor.held_out(step, metrics, self.held_out.count)
         return metrics
 
 
@@ -199,31 +197,6 @@ def prefetched(batches, placement: Placement):
         waiting = placed
     if waiting:
         yield waiting
-
-
-def held_out_batches(config, tokenizer, numbers=None, say=print):
-    """Batches of the stage's own loss on pictures that are never trained on; the later stages have benchmarks.
-
-    Args:
-      numbers: of the rows of each that this host makes; None = all.
-    """
-    corpus = held_out_corpus(config, say)
-    if corpus is None:
-        return []
-    dataset = pipeline.build_dataset(
-        config, find(config.stage).batch, tokenizer, corpus, held_out=True, numbers=numbers
-    )
-    return [dataset[i] for i in range(HELD_OUT_BATCHES)]
-
-
-def held_out_corpus(config, say=print):
-    """Samples that are never trained on: those that data.held_out names, or a known corpus' own."""
-    if config.data.held_out:
-        data = dataclasses.replace(config.data, source=config.data.held_out)
-        return loading.load_corpus(dataclasses.replace(config, data=data), "test", say)
-    if config.data.source in loading.IN_MEMORY and find(config.stage).has_held_out:
-        return loading.load_corpus(config, "test", say)
-    return None
 
 
 def tokens_per_step(batch):

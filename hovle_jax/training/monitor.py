@@ -12,7 +12,7 @@ from hovle_jax.hosts import distributed
 from hovle_jax.report import goodput
 from hovle_jax.report.facts import peak_memory, write_facts
 from hovle_jax.report.metrics import TIMES, WALL, MetricsWriter, NoMetrics
-from hovle_jax.report.progress import Progress
+from hovle_jax.report.progress import Progress, format_number
 from hovle_jax.report.seen import Seen
 from hovle_jax.report.speed import Speed
 from hovle_jax.report.tracking import open_tracker
@@ -128,6 +128,12 @@ class Monitor:
     def write(self, step, values):
         """Adds to the metrics of a step."""
         self._writer.write(step, values)
+
+    def held_out(self, step, metrics, rows):
+        """Writes and says the held-out metrics at a step, of so many rows."""
+        self.write(step, {f"held_out/{name}": value for name, value in metrics.items()})
+        values = "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
+        self._say_of_stage(f"held out at step {step}: {values}  ({rows:,} rows)")
 
     def ended(self, done):
         """Says and writes where the time went until here."""

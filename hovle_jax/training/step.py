@@ -10,6 +10,7 @@ import optax
 from hovle_jax.components import Models, Params, merge
 from hovle_jax.training.losses import divide
 from hovle_jax.training.setup import Run
+from hovle_jax.training.stage import Pairs
 from hovle_jax.training.stages import STAGES
 from hovle_jax.training.state import TrainState
 
@@ -52,7 +53,7 @@ def microbatch(batch: dict, i: jax.Array | int, count: int) -> dict:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(take(leaf), i, axis=1, keepdims=False), batch)
 
 
-def named_metrics(loss: jax.Array, means: Metrics) -> Metrics:
+def named_metrics(loss: Any, means: Metrics) -> Metrics:
     """'loss' and, for cosine terms, the cosine itself."""
     cosines = {f"{name}_cosine": -mean for name, mean in means.items() if name != "loss"}
     return {"loss": loss} | cosines
@@ -89,13 +90,6 @@ def train_step_for(run: Run):
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "models"))
-def eval_step(params: Params, batch: dict, *, stage: str, models: Models) -> Metrics:
-    """The stage's metrics on a batch, without an update."""
-    loss, means = total_loss(params, {}, batch, stage, models)
-    return named_metrics(loss, means)
-
-
-def average(metrics: list[Metrics]) -> dict[str, float]:
-    """The mean of a list of metric dicts, on the host."""
-    metrics = jax.device_get(metrics)
-    return {name: float(jnp.mean(jnp.stack([m[name] for m in metrics]))) for name in metrics[0]}
+def eval_step(params: Params, batch: dict, *, stage: str, models: Models) -> Pairs:
+    """The sums and weights of the stage's losses on a batch, without an update."""
+    return STAGES[stage].losses(models, params, batch)

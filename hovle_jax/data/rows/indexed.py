@@ -14,7 +14,7 @@ import numpy as np
 
 from hovle_jax.config import RunConfig
 from hovle_jax.data.bad_samples import NOT_FOR_THE_KIND, BadEvent, BadSample
-from hovle_jax.data.batch import Found, Row
+from hovle_jax.data.batch import HELD_OUT_SEED, Found, Row
 from hovle_jax.data.files.mixture import Entry, open_mixture
 from hovle_jax.data.files.records import parse
 from hovle_jax.data.files.shard import cached_arrays
@@ -116,8 +116,13 @@ class IndexedCorpus:
                     continue
                 yield from (line for line in _texts_of(record) if line.strip())
 
-    def planned(self, config: RunConfig, kind: Kind, tokenizer) -> tuple:
-        """-> (Plan, PlanSummary, events of samples that cannot be used, Reader)."""
+    def planned(self, config: RunConfig, kind: Kind, tokenizer, in_order: bool = False) -> tuple:
+        """-> (Plan, PlanSummary, events of samples that cannot be used, Reader).
+
+        Args:
+          in_order: samples as the files have them, not in the random order of the seed.
+        """
+        seed = None if in_order else config.seed
         reader, limits = kind.reader(config, tokenizer), kind.limits(config)
         costs = [costs_of(entry.source, reader, self.say, config.workers) for entry in self.entries]
         units, events = [], []
@@ -134,22 +139,25 @@ class IndexedCorpus:
             [e.source.fingerprint(), e.source.root, e.repeat, e.max_tiles, [i for i, *_ in cost.bad]]
             for e, cost in zip(self.entries, costs)
         ]
-        key = ("plan", sources, reader.index_key(), reader.plan_key(), list(limits), config.seed)
-        plan = Plan(key, lambda: _pack_units(units, limits, config.seed))
+        key = ("plan", sources, reader.index_key(), reader.plan_key(), list(limits), seed)
+        plan = Plan(key, lambda: _pack_units(units, limits, seed))
         summary = dataclasses.replace(_summary(plan, limits, self.entries), left_out=tuple(left_out.most_common()))
         return plan, summary, [event for event in events if event.reason not in left_out], reader
 
-    def rows(self, config: RunConfig, kind: Kind, tokenizer, held_out=False) -> tuple:
+    def rows(self, config: RunConfig, kind: Kind, tokenizer) -> tuple:
         """-> (endless rows: grain.MapDataset of Row, Found)."""
         plan, summary, events, reader = self.planned(config, kind, tokenizer)
-        shape = kind.shape(config, tokenizer)
-        maker = RowMaker(plan, self.entries, reader, shape, config.data.augment, held_out)
-        numbers = grain.MapDataset.range(len(plan)).seed(config.seed)
-        if not held_out:
-            numbers = numbers.shuffle()
+        maker = RowMaker(plan, self.entries, reader, kind.shape(config, tokenizer), config.data.augment)
+        numbers = grain.MapDataset.range(len(plan)).seed(config.seed).shuffle()
         total = sum(entry.used for entry in self.entries)
         found = Found(total, tuple(events), str(summary), summary.sources, plan.digest())
         return numbers.repeat().random_map(maker), found
+
+    def held_out_rows(self, config: RunConfig, kind: Kind, tokenizer) -> grain.MapDataset:
+        """Every row once, in the order of the files, never augmented, the same whatever the seed."""
+        plan, _, _, reader = self.planned(config, kind, tokenizer, in_order=True)
+        maker = RowMaker(plan, self.entries, reader, kind.shape(config, tokenizer), augment=False, held_out=True)
+        return grain.MapDataset.range(len(plan)).seed(HELD_OUT_SEED).random_map(maker)
 
 
 def _texts_of(record):
@@ -185,8 +193,9 @@ def _units(number, entry, cost, reader: Reader, limits: RowLimits):
 
 
 def _pack_units(units, limits, seed):
-    order = np.random.default_rng([seed, 0]).permutation(len(units["tokens"]))
-    units = {name: values[order] for name, values in units.items()}
+    if seed is not None:
+        order = np.random.default_rng([seed, 0]).permutation(len(units["tokens"]))
+        units = {name: values[order] for name, values in units.items()}
     packing = pack(units["tokens"], units["tiles"], *limits)
     arrays = {name: values[packing.members].astype(np.int32) for name, values in units.items()}
     return arrays | {"ends": packing.ends}
@@ -221,7 +230,7 @@ class RowMaker:
     reader: Reader = dataclasses.field(repr=False)
     shape: object  # of its kind of batch
     augment: bool  # where an entry does not say
-    held_out: bool  # never augmented
+    held_out: bool = False  # never augmented, whatever an entry says
 
     def __call__(self, number, rng) -> Row:
         places = self.plan.row(int(number))
