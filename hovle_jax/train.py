@@ -2,6 +2,8 @@
 
     python -m hovle_jax.train --config configs/distill.py
     python -m hovle_jax.train --config configs/instruct.py --workdir runs --config.optimizer.learning_rate=1e-4
+    python -m hovle_jax.train --config configs/instruct.py --from runs/instruct --workdir runs_mine \
+        --config.data.source=rows.jsonl                                 # goes on from a finished model, on own data
     python -m hovle_jax.train --config configs/instruct.py --show       # all keys, with values and meanings
     python -m hovle_jax.train --config configs/instruct.py --workdir runs_seeds --seeds 3    # mean and spread
 
@@ -39,6 +41,9 @@ HOSTS = flags.DEFINE_integer(
     "hosts", os.environ.get("HOVLE_HOSTS", 0), "How many hosts there are; 1 = this one alone, whatever jax finds"
 )
 HOST = flags.DEFINE_integer("host", os.environ.get("HOVLE_HOST", -1), "The index of this host, from 0")
+FROM = flags.DEFINE_string(
+    "from", "", "A finished model to start from: a folder; of what it has all that the stage holds"
+)
 PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST: traces these steps of the named stage into its folder")
 SHOW = flags.DEFINE_bool("show", False, "Print every key of --config, its value and what it means, and train nothing")
 TRACK = flags.DEFINE_enum(
@@ -63,6 +68,23 @@ def stage_config(folder, stage, preset):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return RunConfig.from_dict(module.get_config(preset).to_dict())
+
+
+def start_from(config: RunConfig, folder: str) -> RunConfig:
+    """The config with a finished model as the source of every component that it has."""
+    from hovle_jax.checkpoints import load_model_config
+    from hovle_jax.conversion.downloads import resolve
+    from hovle_jax.inference.folders import check_model_folder
+    from hovle_jax.training.stages import find
+
+    path = resolve(folder)
+    check_model_folder(path)
+    model = load_model_config(path)
+    wanted = [field.name for field in dataclasses.fields(InitConfig) if field.name in find(config.stage).components]
+    found = [component for component in wanted if getattr(model, component, None) is not None]
+    if not found:
+        raise UserError(f"--from={folder} has nothing that {config.stage} starts from: it needs {' or '.join(wanted)}")
+    return dataclasses.replace(config, init=dataclasses.replace(config.init, **dict.fromkeys(found, folder)))
 
 
 def plan(config: RunConfig, config_folder, workdir, seed=None):
@@ -116,6 +138,8 @@ def main():
         print(config_help.text_of(config))
         return
     workdir = command_line.local_folder("workdir")
+    if FROM.value:
+        config = start_from(config, FROM.value)
 
     from hovle_jax.hosts import distributed
     from hovle_jax.report.tracking import check_installed

@@ -7,6 +7,8 @@ import tempfile
 from hovle_jax.config import RUN_ONLY_KEYS, RunConfig, differences
 from hovle_jax.errors import UserError
 
+MOST_NAMED = 4  # keys that differ
+
 
 def open_run_folder(folder):
     """Makes a run's folder. Raises UserError when it cannot be written to."""
@@ -33,11 +35,9 @@ def check_same_config(folder: pathlib.Path, config: RunConfig, remedy: str = "or
     old, new = RunConfig.from_dict(json.loads(path.read_text())).to_dict(), config.to_dict()
     found = [d for d in differences(old, new) if d[0].split(".")[0] not in RUN_ONLY_KEYS]
     if found:
-        key, before, after = found[0]
-        more = f" (and {len(found) - 1} more keys)" if len(found) > 1 else ""
-        raise UserError(
-            f"{folder} holds a run with {key}={before!r}, not {after!r}{more}; choose another --workdir, {remedy}"
-        )
+        named = ", ".join(f"{key}={before!r}, not {after!r}" for key, before, after in found[:MOST_NAMED])
+        more = f" (and {len(found) - MOST_NAMED} more keys)" if len(found) > MOST_NAMED else ""
+        raise UserError(f"{folder} holds a run with {named}{more}; choose another --workdir, {remedy}")
 
 
 def check_same_data(folder, found):
