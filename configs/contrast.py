@@ -9,7 +9,7 @@ from hovle_jax import recipes
 
 
 def get_config(preset="tiny"):
-    config = recipes.base("contrast", preset)
+    config = recipes.base("contrast", preset, makes="clip")
     config.data.batch_size = 64
     config.data.augment = True
     config.steps = 400

@@ -10,7 +10,7 @@ from hovle_jax import recipes
 
 
 def get_config(preset="tiny"):
-    config = recipes.base("pretrain", preset)
+    config = recipes.base("pretrain", preset, makes="llm")
     config.data.batch_size = 64
     config.easy_vqa.balanced = True
     config.easy_vqa.negated_share = 0.25

@@ -17,51 +17,62 @@ from hovle_jax.config import (
 from hovle_jax.errors import UserError
 from hovle_jax.model.presets import CLIPS, MODELS, TEACHERS
 
-# preset -> (model sizes, CLIP sizes or None, teacher)
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Names of sizes in model/presets.py, and what is not trained here.
+
+    Attributes:
+      clip: None = the teacher is a public tower.
+      public: components that come as public weights, so that no stage makes them.
+    """
+
+    model: str
+    clip: str | None
+    teacher: str
+    public: tuple[str, ...] = ()
+
+
 PRESETS = {
-    "tiny": ("tiny", "tiny", "tiny"),
-    "tiny_no_distill": ("tiny", "tiny", "tiny"),
-    "smol": ("smol", "tiny", "tiny"),
-    "hovle": ("hovle", None, "hovle"),
-    "hovle_hd": ("hovle_hd", None, "hovle"),
+    "tiny": Preset("tiny", "tiny", "tiny"),
+    "tiny_no_distill": Preset("tiny", "tiny", "tiny"),
+    "smol": Preset("smol", "tiny", "tiny", public=("llm",)),
+    "hovle": Preset("hovle", None, "hovle", public=("llm", "clip")),
+    "hovle_hd": Preset("hovle_hd", None, "hovle", public=("llm", "clip")),
 }
 TINY_SYSTEM = "Answer."
 
 
-def is_paper(preset):
+def is_paper(preset: str) -> bool:
     """Whether the preset is one of the paper's models."""
     return preset.startswith("hovle")
 
 
-def no_stage(preset):
-    """Stages that a preset does not have, as it starts from public weights instead of what they would give."""
-    if is_paper(preset):
-        return ("pretrain", "contrast")
-    return ("pretrain",) if preset == "smol" else ()
-
-
-def base(stage, preset):
+def base(stage: str, preset: str, makes: str = "") -> ConfigDict:
     """The defaults of a stage under a preset, to be completed by its config file.
 
+    Args:
+      makes: the component that the stage makes from nothing, if any.
     Raises:
       UserError: an unknown preset, or one without this stage.
     """
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
-    if stage in no_stage(preset):
+    sizes = PRESETS[preset]
+    if makes in sizes.public:
         raise UserError(
             f"the preset {preset!r} has no {stage} stage: it starts from public weights; "
             "use configs/distill.py, or the preset tiny"
         )
-    model, clip, teacher = PRESETS[preset]
+    model, clip = MODELS[sizes.model](), CLIPS[sizes.clip]() if sizes.clip else None
     config = RunConfig(
         stage=stage,
         preset=preset,
-        model=MODELS[model](),
-        clip=CLIPS[clip]() if clip else None,
-        teacher=TEACHERS[teacher](),
+        model=model,
+        clip=clip,
+        teacher=TEACHERS[sizes.teacher](),
         # A tokenizer that is trained here; over a public LLM it is CLIP's alone.
-        tokenizer=TokenizerConfig(vocab_size=CLIPS[clip]().text.vocab_size if clip else MODELS[model]().llm.vocab_size),
+        tokenizer=TokenizerConfig(vocab_size=clip.text.vocab_size if clip else model.llm.vocab_size),
         data=DataConfig(system_message="" if is_paper(preset) else TINY_SYSTEM),
         easy_vqa=EasyVQAConfig(),
         optimizer=OptimizerConfig(),
