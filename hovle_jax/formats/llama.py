@@ -21,6 +21,7 @@ class Family:
       kv_heads, head_dim: None = the number of heads, hidden_size / heads.
       biases: (qkv, output) that the code fixes; None = both are the config's `attention_bias`.
       mlp_bias: whether the config may ask for it.
+      slides: whether a `sliding_window` in the config is used without being switched on.
     """
 
     max_length: int
@@ -29,6 +30,7 @@ class Family:
     biases: tuple[bool, bool] | None = None
     mlp_bias: bool = False
     qk_norm: bool = False
+    slides: bool = False
 
 
 FAMILIES = {
@@ -46,7 +48,7 @@ def config_from_json(config, where="config.json"):
     max_length = count(config, "max_position_embeddings", family.max_length, where)
     width, num_heads = (count(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
     num_layers = count(config, "num_hidden_layers", where=where, minimum=0)
-    _check_window(config, num_layers, max_length, where)
+    _check_window(config, family, num_layers, max_length, where)
     qkv_bias, output_bias = family.biases or (flag(config, "attention_bias", False, where),) * 2
     given = {key: value for key, value in config.items() if value is not None}
     head_dim = count(given, "head_dim", family.head_dim, where) or internlm2.head_dim(width, num_heads, where)
@@ -134,10 +136,14 @@ def _longrope(scaling, rope, head_dim, max_length, where):
 ROPE_KINDS = {"linear": lambda scaling, *_: scaling, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
 
 
-def _check_window(config, num_layers, max_length, where):
+def _check_window(config, family, num_layers, max_length, where):
     """A sliding window is not supported where it would leave anything out (as transformers reads these keys)."""
     window = config.get("sliding_window", 4096)
-    if not flag(config, "use_sliding_window", False, where) or window is None or window >= max_length:
+    if window is None or window >= max_length:
+        return
+    if family.slides:
+        raise UserError(f"{where}: sliding_window={window} is not supported")
+    if not flag(config, "use_sliding_window", False, where):
         return
     kinds = config.get("layer_types") or []
     sliding = "sliding_attention" in kinds if kinds else config.get("max_window_layers", 28) < num_layers

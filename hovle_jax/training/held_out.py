@@ -13,7 +13,7 @@ from hovle_jax.data import pipeline
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training.stages import find
-from hovle_jax.training.step import eval_step, named_metrics
+from hovle_jax.training.step import eval_step
 
 
 def open_held_out(
@@ -49,4 +49,4 @@ def evaluate(held_out: pipeline.HeldOut, params: Params, stage: str, models: Mod
         for name, pair in jax.device_get(pairs).items():
             total[name] = total.get(name, 0) + np.asarray(pair, np.float64)
     means = {name: float(value / weight) if weight else 0.0 for name, (value, weight) in total.items()}
-    return named_metrics(sum(means.values()), means)
+    return {"loss": sum(means.values())} | find(stage).metrics(means)

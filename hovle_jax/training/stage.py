@@ -15,6 +15,11 @@ LLM_TABLE = ("llm", "token_embedding")  # under an embedding nothing reads it, u
 Pairs = dict[str, tuple]
 
 
+def term_losses(means: dict) -> dict:
+    """What is shown beside the whole loss: {'NAME_loss': mean} of each term but one that is called 'loss' itself."""
+    return {f"{name}_loss": mean for name, mean in means.items() if name != "loss"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One row: everything that the rest of the project asks of a stage.
@@ -31,6 +36,7 @@ class Stage:
       flops: (config, rows) -> the parts of a step's FLOPs.
       benchmark: the benchmark that scores its result (evaluation/benchmarks.py); None: held-out losses alone.
       has_held_out: whether a corpus' own test split gives held-out losses; later stages have benchmarks.
+      metrics: the means of the loss's terms -> what is shown beside the whole loss.
       after_update: applied to the trained parameters after each step.
     """
 
@@ -44,6 +50,7 @@ class Stage:
     flops: Callable[[RunConfig, int], list[Part]]
     benchmark: str | None
     has_held_out: bool
+    metrics: Callable[[dict], dict] = term_losses
     after_update: Callable[[Params], Params] = lambda trained: trained
 
     def components_of(self, config: ModelConfig) -> tuple[str, ...]:

@@ -53,12 +53,6 @@ def microbatch(batch: dict, i: jax.Array | int, count: int) -> dict:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(take(leaf), i, axis=1, keepdims=False), batch)
 
 
-def named_metrics(loss: Any, means: Metrics) -> Metrics:
-    """'loss' and, for cosine terms, the cosine itself."""
-    cosines = {f"{name}_cosine": -mean for name, mean in means.items() if name != "loss"}
-    return {"loss": loss} | cosines
-
-
 _JIT = dict(static_argnames=("stage", "run"), donate_argnames="state")
 
 
@@ -77,7 +71,7 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, run)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.trained)
     trained = STAGES[stage].after_update(optax.apply_updates(state.trained, updates))
-    metrics = named_metrics(loss, means) | {"gradient_norm": optax.tree.norm(grads)}
+    metrics = {"loss": loss} | STAGES[stage].metrics(means) | {"gradient_norm": optax.tree.norm(grads)}
     # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
     trained, opt_state = run.layout.constrain(trained), run.layout.constrain(opt_state, "moments")
     return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics

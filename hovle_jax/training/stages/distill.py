@@ -56,6 +56,7 @@ STAGE = Stage(
     losses=losses,
     loss_weights={"image": "image_weights", "text": "text_weights"},
     flops=parts,
+    metrics=lambda means: {f"{name}_cosine": -mean for name, mean in means.items()},
     benchmark=None,
     has_held_out=True,
 )
