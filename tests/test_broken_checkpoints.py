@@ -120,7 +120,7 @@ def test_what_cannot_be_written_leaves_nothing(action, public, tmp_path):
     line = [*limited, action, source, tmp_path / "out"]
     result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert f"error: cannot write {tmp_path / 'out'}: File too large; nothing was left behind" in result.stderr
+    assert result.stderr == f"error: cannot write {tmp_path / 'out'}: File too large; nothing was left behind\n"
     assert not list(tmp_path.glob("out*"))
 
 

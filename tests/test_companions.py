@@ -4,13 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from hovle_jax.training.checkpoint import load_model_config
 from safetensors.numpy import load_file
 
+from hovle_jax.checkpoints import load_model_config
+from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.companions import settle_code
-from hovle_jax.conversion.exporting import export_model, own_dtype
+from hovle_jax.conversion.exporting import export_model, own_dtype, scheme
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.formats.families import open_checkpoint
+from hovle_jax.model.presets import hovle_model
 from tests.public_models import change_config, public_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -92,6 +94,15 @@ def test_what_the_config_tells_public_code(name, ratio, tmp_path):
     # The number of image tokens that the public `chat` puts into a prompt for a tile.
     expected = load_model_config(tmp_path / "ours").embedding.tokens_per_tile
     assert int(tile**2 * config["downsample_ratio"] ** 2) == expected
+
+
+def test_a_trained_model_keeps_the_dynamic_positions_of_its_llm():
+    model = hovle_model()
+    _, config = scheme(ModelConfig(embedding=model.embedding, llm=model.llm))
+    llm = config["llm_config"]
+    assert llm["rope_scaling"] == {"type": "dynamic", "factor": 2.0}  # of InternLM2-chat-1.8B
+    assert llm["max_position_embeddings"] == 32768
+    assert config["embedding_config"]["rope_scaling"] is None
 
 
 def test_the_way_back_of_a_teacher(tmp_path):

@@ -8,6 +8,7 @@ from hovle_jax.model.config import (
     EmbeddingConfig,
     HoVLEConfig,
     LLMConfig,
+    RopeScaling,
     StackConfig,
     TeacherConfig,
     TextTowerConfig,
@@ -56,7 +57,9 @@ def hovle_model(pixel_shuffle="pre"):
         stack=StackConfig(num_layers=8, **layer), image_size=448, patch_size=14, vocab_size=92553,
         pixel_shuffle=pixel_shuffle,
     )  # fmt: skip
-    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=StackConfig(num_layers=24, **layer), vocab_size=92553))
+    # As published; it does nothing up to 32,768 tokens.
+    stack = StackConfig(num_layers=24, rope_scaling=RopeScaling("dynamic", 2.0, 32768), **layer)
+    return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=stack, vocab_size=92553))
 
 
 def internvit_300m():

@@ -58,6 +58,7 @@ def _saying(line, call):
 def _call(main, rest):
     absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs with a stack trace what it raises anyway
     logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # the line above undoes it where absl's handler is the root's
     try:
         main(rest)
     except UserError as error:
