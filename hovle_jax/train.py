@@ -87,7 +87,7 @@ def start_from(config: RunConfig, folder: str) -> RunConfig:
     return dataclasses.replace(config, init=dataclasses.replace(config.init, **dict.fromkeys(found, folder)))
 
 
-def plan(config: RunConfig, config_folder, workdir, seed=None):
+def plan(config: RunConfig, config_folder: pathlib.Path, workdir: pathlib.Path, seed: int | None = None) -> list:
     """The runs to make, in order: [(config, folder, {component: folder of its source})]; finished ones are left out.
 
     Args:
@@ -130,7 +130,7 @@ def plan(config: RunConfig, config_folder, workdir, seed=None):
     return runs
 
 
-def main():
+def main() -> None:
     started = time.time()
     config_path = command_line.config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
@@ -161,7 +161,14 @@ def main():
     sys.exit(status)
 
 
-def train_seeds(config, config_folder, workdir, count, profile=None, track=""):
+def train_seeds(
+    config: RunConfig,
+    config_folder: pathlib.Path,
+    workdir: pathlib.Path,
+    count: int,
+    profile: range | None = None,
+    track: str = "",
+) -> int:
     """Trains the same chain with seeds 0 to count - 1, one after another, and compares them. -> the exit status."""
     import jax
 
@@ -180,7 +187,15 @@ def train_seeds(config, config_folder, workdir, count, profile=None, track=""):
     return 0
 
 
-def train(config, config_folder, workdir, started, profile=None, track="", seed=None):
+def train(
+    config: RunConfig,
+    config_folder: pathlib.Path,
+    workdir: pathlib.Path,
+    started: float,
+    profile: range | None = None,
+    track: str = "",
+    seed: int | None = None,
+) -> int:
     """Makes the runs that are missing, on all hosts; the first one speaks, and scores them. -> the exit status.
 
     Args:

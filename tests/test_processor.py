@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from hovle_jax.training.checkpoint import load_model_config, save_run_model
 from PIL import Image
 
+from hovle_jax.checkpoints import load_model_config
 from hovle_jax.config import EasyVQAConfig, ModelConfig
 from hovle_jax.conversion.exporting import export_model
 from hovle_jax.conversion.importing import import_checkpoint
@@ -116,7 +116,7 @@ def test_public_tilings_that_cannot_be_are_refused(public, message):
 
 def test_an_export_and_its_import_keep_the_tiling(tmp_path):
     config = micro.run_config("instruct", data={"tiles": 6, "max_tiles": 9, "min_tiles": 2, "thumbnail": False})
-    save_run_model(tmp_path / "run", micro.params(config), config)
+    save_result(tmp_path / "run", STAGES[config.stage], micro.params(config), config)
     micro.tokenizer().save(tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "public", say=lambda line: None)
     public = json.loads((tmp_path / "public" / "config.json").read_text())

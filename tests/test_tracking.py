@@ -1,7 +1,10 @@
 """What a run tells of itself while it goes: the counts of what it has read, TensorBoard's images, trackers."""
 
+import importlib.util
 import json
+import pathlib
 import shutil
+import subprocess
 import sys
 import types
 
@@ -18,6 +21,8 @@ from hovle_jax.report.metrics import MetricsWriter, is_measured, read_metrics
 from hovle_jax.report.speed import Speed
 from hovle_jax.training import loop
 from tests import micro
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def quiet(line):
@@ -213,6 +218,24 @@ def test_a_missing_package_and_an_unknown_service_are_said(tmp_path, monkeypatch
     with pytest.raises(UserError, match="--track=mlflow is not one of wandb, trackio"):
         tracking.check_installed("mlflow")
     tracking.check_installed("")
+
+
+MISTAKES = {
+    "--track=wandb": "error: --track=wandb needs the package wandb, which is not installed",
+    "--seeds=2 --hosts=2": "error: --seeds trains on one host",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_the_command_says_so_before_it_trains(arguments, tmp_path):
+    if "wandb" in arguments and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    command = [sys.executable, "-m", "hovle_jax.train", "--config=configs/contrast.py", f"--workdir={tmp_path / 'w'}"]
+    result = subprocess.run(
+        [*command, *arguments.split()], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 2 and result.stderr.startswith(MISTAKES[arguments]), result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "w").exists()
 
 
 def test_a_service_that_refuses_is_one_line(tmp_path, service, monkeypatch):
