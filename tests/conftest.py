@@ -24,8 +24,8 @@ if _CACHE not in os.environ:
 
 # Files whose tests have the mark `quick`: fast, of every part, together under a minute on two cores ...
 QUICK_FILES = """
-accelerators check_numbers chips config_help goodput hlo host launch launch_gke launch_tpu_vm main mixture
-packing progress project records report sources tiling
+accelerators check_numbers chips chunked_loss config_help configs goodput hlo host launch launch_gke launch_tpu_vm main
+mixture packing progress project records report sources tiling
 """.split()
 # ... but these, of seconds each.
 NOT_QUICK = (
@@ -33,6 +33,9 @@ NOT_QUICK = (
     "test_an_fsdp_step_on_",
     "test_answers_fill_rows_of_",
     "test_a_step_finds_its_memory_again",
+    "test_packed_samples_have_the_losses_and_gradients_of_rows_of_their_own[p",
+    "test_a_run_does_not_go_on_with_other_data",
+    "test_plots_are_",
 )
 
 

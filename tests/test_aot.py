@@ -182,6 +182,21 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 @libtpu
+def test_json_is_all_that_stdout_gets_and_stderr_says_how_long_it_takes():
+    small = [
+        "--program=decode",
+        "--new_tokens=8",
+        "--config.data.batch_size=4",
+        "--config.model.llm.stack.num_layers=1",
+    ]
+    small += ["--config.model.embedding.stack.num_layers=1", "--config.execution.unroll_layers=False"]
+    status, out, err = command("--config=configs/instruct.py", "--topology=v5e-4", "--json", *small)
+    assert status == 0 and json.loads(out)["program"] == "decode", err
+    lines = [line for line in err.splitlines() if line.startswith("compiling instruct:tiny decode for v5e-4")]
+    assert lines[0].endswith("...") and ": done in 0:0" in lines[-1]
+
+
+@libtpu
 @pytest.mark.slow
 def test_the_papers_step_on_a_pod_fits_and_is_bound_by_its_products():
     status, out, err = command(

@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import os
 import pathlib
+from collections.abc import Iterator
 
 
-def cache_dir(*parts):
+def cache_dir(*parts: str) -> pathlib.Path:
     """`HOVLE_CACHE`, by default hovle_jax under the user's cache, and a folder in it; made when missing."""
     default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "hovle_jax"
     path = pathlib.Path(os.environ.get("HOVLE_CACHE") or default).joinpath(*parts)
@@ -15,7 +16,7 @@ def cache_dir(*parts):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder: pathlib.Path) -> Iterator[None]:
     """Held by one process at a time, so that two that start together do not prepare the same thing at once."""
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -8,12 +8,13 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 
 from hovle_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def whole_folder(folder):
+def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A folder beside `folder` to write into; it takes that name when the block ends well, and is removed otherwise.
 
     Raises:

@@ -20,7 +20,7 @@ def computes() -> bool:
     return not has_other_plugins() and (importlib.util.find_spec("libtpu") is None or not has_tpu())
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> bool:
     """Lets the process keep what it frees, for the steps of a run to use again.
 
     XLA's CPU backend allocates a program's temporaries anew at every call. By default glibc maps such large blocks and
@@ -34,7 +34,7 @@ def keep_freed_memory():
     return computes() and _set(KEEP)
 
 
-def share_freed_memory():
+def share_freed_memory() -> bool:
     """Threads take from one pool what any of them has freed; large blocks go back to the system.
 
     For a process that passes files through: with a pool for each thread of the readers and writers it takes half as

@@ -3,13 +3,23 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
+T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_SIGNS = 10.0  # of work that cannot tell how far it is
 
 
-def track(items, say, name, unit, total, size=lambda item: 1, clock=time.monotonic):
+def track(
+    items: Iterable[T],
+    say: Callable[[str], None],
+    name: str,
+    unit: str,
+    total: int,
+    size: Callable[[T], int] = lambda item: 1,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
     """Passes items on, and says every few seconds how far they are.
 
     Args:
