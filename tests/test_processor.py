@@ -19,6 +19,8 @@ from hovle_jax.data.processor import Processor
 from hovle_jax.errors import UserError
 from hovle_jax.formats.tiling import tiling_from_json, tiling_to_json
 from hovle_jax.inference.load import load_run
+from hovle_jax.training.stages import STAGES
+from hovle_jax.training.weights import save_result
 from tests import broken, micro
 
 SIZES = [(96, 64), (32, 32), (70, 20), (64, 64)]
