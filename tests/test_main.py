@@ -50,7 +50,9 @@ def test_help_is_the_commands_own():
     assert hovle("evaluate", "--help").stdout.startswith("Scores a finished run on a benchmark.")
 
 
-@pytest.mark.parametrize("name, remedy", [("trian", "did you mean train?"), ("xyzzy", "use one of aot, compare, convert, ")])
+@pytest.mark.parametrize(
+    "name, remedy", [("trian", "did you mean train?"), ("xyzzy", "use one of aot, compare, convert, ")]
+)
 def test_an_unknown_command_is_one_line(name, remedy, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hovle", name])
     monkeypatch.setattr(runpy, "run_module", None)
