@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -42,11 +43,11 @@ class Deferred:
     read: Callable
 
     @property
-    def size(self):
+    def size(self) -> int:
         return math.prod(self.shape)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
 
@@ -65,11 +66,11 @@ REGISTRY = ocp.type_handlers.create_type_handler_registry(
 )
 
 
-def is_finished(folder):
+def is_finished(folder: str | os.PathLike) -> bool:
     return (pathlib.Path(folder) / "model").is_dir()
 
 
-def save_model(folder, config: ModelConfig, components):
+def save_model(folder: str | os.PathLike, config: ModelConfig, components: dict[str, Callable[[], Params]]) -> None:
     """Writes FOLDER/model whole: into a folder beside it first, then renamed. Called on all hosts.
 
     Args:
@@ -99,7 +100,7 @@ def save_model(folder, config: ModelConfig, components):
     wait("the model is there")
 
 
-def load_model_config(folder):
+def load_model_config(folder: str | os.PathLike) -> ModelConfig:
     """The ModelConfig of a finished run or an import. Raises UserError when the folder holds none."""
     path = pathlib.Path(folder) / "model" / "config.json"
     if not path.is_file():
@@ -115,7 +116,7 @@ def abstract_component(config: ModelConfig, component: str, placement: Placement
     return Layout.of(placement, {component: boxed}).abstract({component: unboxed(boxed)})[component]
 
 
-def load_component(folder, component, abstract):
+def load_component(folder: str | os.PathLike, component: str, abstract: Params) -> Params:
     """One component of a finished run, or the part of it that `abstract` has, onto its shardings (without: numpy).
 
     Called on the hosts whose devices are in these shardings.

@@ -245,7 +245,7 @@ class RunConfig:
         """Reads older files too (`MOVED`). Raises UserError for a key or a type that is not known."""
         return from_dict(cls, _renewed(mapping), "config")
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @property
@@ -265,7 +265,7 @@ class RunConfig:
         )
 
     @property
-    def last_step(self):
+    def last_step(self) -> int:
         """The step at which a process stops at the latest."""
         return min(self.stop_at_step or self.steps, self.steps)
 
@@ -343,7 +343,7 @@ RUN_ONLY_KEYS = (
 )
 
 
-def from_dict(cls, mapping, path="config"):
+def from_dict(cls, mapping: Any, path: str = "config") -> Any:
     """A frozen dataclass from a nested mapping.
 
     Raises:
@@ -380,7 +380,7 @@ def _convert(hint, value, path):
     return value
 
 
-def differences(old, new, path=""):
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted paths at which two nested dicts differ, with both values: [(path, old, new)]."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         as_list = lambda v: list(v) if isinstance(v, (list, tuple)) else v  # JSON has no tuples

@@ -29,21 +29,21 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object")
 TOLERANCE = flags.DEFINE_float("tolerance", 2e-5, "verify: the largest absolute error allowed", lower_bound=0)
 
 
-def import_(source, folder):
+def import_(source: str, folder: str) -> None:
     from hovle_jax.conversion.importing import import_checkpoint
 
     import_checkpoint(source, folder, AS.value)
     print(f"imported into {folder}")
 
 
-def export(source, folder):
+def export(source: str, folder: str) -> None:
     from hovle_jax.conversion.exporting import export_model
 
     export_model(source, folder, DTYPE.value)
     print(f"exported to {folder}")
 
 
-def verify(folder):
+def verify(folder: str) -> None:
     """Prints each array's error; raises UserError where one exceeds the tolerance."""
     from hovle_jax.conversion.verify import verify
 
@@ -70,7 +70,7 @@ def verify(folder):
 ACTIONS = {"import": (import_, 2), "export": (export, 2), "verify": (verify, 1)}
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     command_line.dispatch(ACTIONS, arguments, f"python -m hovle_jax.convert {USAGE}")
 
 

@@ -20,7 +20,7 @@ MAX_TILES = flags.DEFINE_integer(
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else")
 
 
-def main():
+def main() -> None:
     folder = command_line.local_folder("checkpoint")
     from hovle_jax.evaluation.benchmarks import evaluate
 

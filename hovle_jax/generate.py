@@ -23,7 +23,7 @@ MAX_TILES = flags.DEFINE_integer(
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer", lower_bound=1)
 
 
-def main():
+def main() -> None:
     folder, prompts = command_line.local_folder("checkpoint"), command_line.required("prompt")
     from hovle_jax.data.images import load_image
     from hovle_jax.data.text.conversation import with_image_marks

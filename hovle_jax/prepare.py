@@ -40,7 +40,7 @@ STEPS = flags.DEFINE_integer("steps", 20, "bench: how many steps", lower_bound=1
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object")
 
 
-def corpus(name):
+def corpus(name: str) -> None:
     from hovle_jax.corpora import prepare
 
     folder = prepare(name, say=print)
@@ -49,14 +49,14 @@ def corpus(name):
     print(f"read it with --config.data.source={name}, and --config.data.held_out={name}:{list(splits)[-1]}")
 
 
-def convert(source, folder):
+def convert(source: str, folder: str) -> None:
     from hovle_jax.corpora.converting import convert
 
     splits = convert(source, folder, ROOT.value, HELD_OUT.value, CEILING.value)
     print(f"{folder}: " + ", ".join(f"{split} {rows:,}" for split, rows in splits.items()))
 
 
-def run_config():
+def run_config() -> RunConfig:
     """--config as RunConfig, checked as `train` does. Raises UserError when it is missing."""
     from hovle_jax.training.checks import check
 
@@ -67,7 +67,7 @@ def run_config():
     return config
 
 
-def preview():
+def preview() -> None:
     from hovle_jax.training.preview import preview
 
     show(preview(run_config(), OUT.value, TOKENIZER.value))
@@ -75,13 +75,13 @@ def preview():
         print(f"pictures and page in {OUT.value}/report.html")
 
 
-def bench():
+def bench() -> None:
     from hovle_jax.training.preview import bench
 
     show(bench(run_config(), STEPS.value, TOKENIZER.value))
 
 
-def show(facts):
+def show(facts) -> None:
     if JSON.value:
         print(json.dumps(facts))
         return
@@ -99,7 +99,7 @@ ACTIONS = {
 }
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     command_line.dispatch(ACTIONS, arguments, f"python -m hovle_jax.prepare {USAGE}")
 
 

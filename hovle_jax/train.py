@@ -59,7 +59,7 @@ ONE_HOST = "--seeds trains on one host; on several, start a run for each with --
 TOLD_TO_END = 128 + signal.SIGTERM
 
 
-def stage_config(folder, stage, preset):
+def stage_config(folder: str | os.PathLike, stage: str, preset: str) -> RunConfig:
     """The config of another stage: the file of its name beside the one that was given."""
     path = pathlib.Path(folder) / f"{stage}.py"
     if not path.is_file():
@@ -241,7 +241,7 @@ def train(
     return 0
 
 
-def exit_status(config, result):
+def exit_status(config: RunConfig, result) -> int:
     """Of a run that has ended without an error: one that stops before it was to was told to end."""
     return 0 if result.step >= config.last_step else TOLD_TO_END
 

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 
 import jax
 
@@ -35,7 +36,9 @@ class SharedError(UserError):
     """A user's mistake that all hosts have found together, so that none needs to tell the others."""
 
 
-def start(coordinator="", hosts=0, host=-1, timeout=300, announcement=None):
+def start(
+    coordinator: str = "", hosts: int = 0, host: int = -1, timeout: float = 300, announcement: dict | None = None
+) -> None:
     """Makes this process one of a run's hosts, where there are several.
 
     On a TPU pod, in GKE, under Slurm and Open MPI jax finds out who they are; elsewhere all three arguments say it.
@@ -97,7 +100,7 @@ def _detected(timeout):
     return found if found[0] else ("", 1, 0, None)
 
 
-def software():
+def software() -> dict[str, str]:
     """Versions, and a digest of this package's code."""
     content = hashlib.sha256()
     package = pathlib.Path(__file__).parents[1]
@@ -107,12 +110,12 @@ def software():
     return versions | {"hovle_jax": content.hexdigest()[:12]}
 
 
-def several():
+def several() -> bool:
     """Whether there are other hosts; starts no backend."""
     return jax.distributed.is_initialized()
 
 
-def is_leader():
+def is_leader() -> bool:
     """Whether this process is host 0, which alone speaks and writes all but the arrays."""
     return not several() or jax.process_index() == 0
 
@@ -123,7 +126,7 @@ def _client():
     return global_state.client
 
 
-def wait(name):
+def wait(name: str) -> None:
     """All hosts wait here for each other."""
     if several():
         _client().wait_at_barrier(f"hovle_jax/{_once(name)}", WAIT_MS)
@@ -134,7 +137,7 @@ def _once(name):
     return f"{name}/{number}"
 
 
-def gather(name, value):
+def gather(name: str, value: object) -> list:
     """Every host's JSON value, in the order of hosts."""
     if not several():
         return [value]
@@ -145,7 +148,7 @@ def gather(name, value):
     return [values[host] for host in range(jax.process_count())]
 
 
-def check_same(what, value, remedy):
+def check_same(what: str, value: object, remedy: str) -> None:
     """Raises SharedError where one has another JSON value than host 0."""
     values = gather(what, value)
     others = {host for host, theirs in enumerate(values) if theirs != values[0]}
@@ -156,7 +159,7 @@ def check_same(what, value, remedy):
         )
 
 
-def check_shared(folder):
+def check_shared(folder: str | os.PathLike) -> None:
     """Raises SharedError where one does not see what host 0 writes into the run's folder."""
     if not several():
         return
@@ -174,7 +177,7 @@ def check_shared(folder):
         )
 
 
-def everyone_says(name):
+def everyone_says(name: object) -> bool:
     """Whether all hosts have called this with the name; for those that the others need not wait for."""
     if not several():
         return True
@@ -183,7 +186,7 @@ def everyone_says(name):
     return len(client.key_value_dir_get(folder)) == jax.process_count()
 
 
-def host_rows(sharding, batch_size):
+def host_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> tuple[tuple[int, ...], bool]:
     """Which rows of the global batch this host makes, and whether it is the first of those that make them.
 
     Hosts whose devices hold different shards of the same rows (a tensor or sequence axis between them) make them all.
@@ -207,7 +210,7 @@ def host_rows(sharding, batch_size):
     return rows, jax.process_index() == min(host for host, theirs in blocks.items() if theirs == own)
 
 
-def told_to_end():
+def told_to_end() -> bool:
     """Whether all hosts are to save and stop here, because one of them was told to end (SIGTERM).
 
     To be called on all hosts equally often, at steps: jax agrees on a step that none of them has passed.
@@ -224,7 +227,7 @@ def told_to_end():
 
 
 @contextlib.contextmanager
-def ending_together():
+def ending_together() -> Iterator[None]:
     """What is raised within ends the run on all hosts: the others would wait for this one in a collective forever."""
     if not several():
         yield

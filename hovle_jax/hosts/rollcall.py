@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Iterable
 
 from hovle_jax.config import differences
 from hovle_jax.errors import UserError
@@ -19,7 +20,7 @@ GRACE_SECONDS = 15  # a host waits so much longer than host 0, whose clock began
 MOST_BYTES = 2**20
 
 
-def roll_call(announcement, address, hosts, host, timeout):
+def roll_call(announcement: dict, address: tuple[str, int], hosts: int, host: int, timeout: float) -> None:
     """Returns when all hosts have announced themselves, and the same of what must be the same.
 
     Args:
@@ -36,7 +37,7 @@ def roll_call(announcement, address, hosts, host, timeout):
         raise UserError(error)
 
 
-def numbers(indices):
+def numbers(indices: Iterable[int]) -> str:
     """{0, 1, 2, 5} -> '0-2, 5'."""
     runs = []
     for index in sorted(indices):
@@ -47,7 +48,7 @@ def numbers(indices):
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
-def verdict(calls, hosts, timeout):
+def verdict(calls: dict[int, dict], hosts: int, timeout: float) -> str:
     """A user's message about the announcements {host: dict}, '' where all is well."""
     missing = set(range(hosts)) - calls.keys()
     if missing:

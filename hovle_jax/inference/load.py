@@ -1,7 +1,9 @@
 """From a run's folder to a model that answers."""
 
 import dataclasses
+import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 
@@ -27,7 +29,7 @@ class Loaded:
     tokenizer: Tokenizer
 
     @property
-    def answerer(self):
+    def answerer(self) -> Answerer:
         return Answerer(self.models.hovle, self.params, Processor.of(self.config, self.tokenizer))
 
     def with_max_tiles(self, tiles: int | None) -> "Loaded":
@@ -35,7 +37,7 @@ class Loaded:
         return dataclasses.replace(self, config=self.config.with_max_tiles(tiles))
 
 
-def load_run(folder, components=None):
+def load_run(folder: str | os.PathLike, components: Sequence[str] | None = None) -> Loaded:
     """Loads components ('embedding', 'llm', 'clip') of a finished run or an import onto this machine's devices.
 
     Args:
@@ -61,7 +63,7 @@ def load_run(folder, components=None):
     return Loaded(config, Models(config, placement), params, tokenizer)
 
 
-def own_tokenizer(folder, config: ModelConfig, components):
+def own_tokenizer(folder: str | os.PathLike, config: ModelConfig, components: Sequence[str]) -> Tokenizer:
     """The tokenizer of a model's folder. Raises UserError where there is none, or it has ids that the model lacks."""
     if not has_tokenizer(folder):
         raise UserError(

@@ -3,6 +3,8 @@
 Dimension letters: B batch, L queries, S keys, H heads, K kv heads, G = H / K, C head dim.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -41,12 +43,12 @@ class AttentionMask:
     whole: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def for_rows(cls, segment_ids, causal=True):
+    def for_rows(cls, segment_ids: jax.Array, causal: bool = True) -> "AttentionMask":
         """The mask of whole rows (training, prefill without a cache): segment_ids is [B, L]."""
         index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
         return cls(segment_ids, segment_ids, index, index, causal, whole=True)
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         """-> [B, L, S] bool, True where attention is allowed."""
         allowed = self.query_segments[:, :, None] == self.key_segments[:, None, :]
         if self.causal:
@@ -61,7 +63,9 @@ class CausalRows:
     allowed: jax.Array
 
 
-def choose(implementation, head_dim, masked=True, whole=True, causal=True):
+def choose(
+    implementation: str, head_dim: int, masked: bool = True, whole: bool = True, causal: bool = True
+) -> tuple[str, str]:
     """What will really run, and why not what was asked for.
 
     Args:
@@ -82,7 +86,7 @@ def choose(implementation, head_dim, masked=True, whole=True, causal=True):
     return implementation, ""
 
 
-def prepare(mask: AttentionMask, implementation, head_dim):
+def prepare(mask: AttentionMask, implementation: str, head_dim: int) -> Any:
     """What `attend` needs of a mask, made once for all layers of a stack."""
     chosen, _ = choose(implementation, head_dim, whole=mask.whole, causal=mask.causal)
     if chosen == "splash":
@@ -90,7 +94,14 @@ def prepare(mask: AttentionMask, implementation, head_dim):
     return CausalRows(mask.dense()) if chosen == "blocks" else mask.dense()
 
 
-def attend(query, key, value, mask=None, implementation="xla", placement=OneDevice()):
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: Any = None,
+    implementation: str = "xla",
+    placement: OneDevice = OneDevice(),
+) -> jax.Array:
     """Softmax attention in float32 with grouped key and value heads.
 
     Args:
@@ -198,7 +209,7 @@ def _splash_kernel(heads, length, causal, head_shards, length_shards):
     return kernels.make_splash_mha(mask, head_shards=head_shards, q_seq_shards=length_shards, block_sizes=sizes)
 
 
-def splash_block(length):
+def splash_block(length: int) -> int:
     """The largest multiple of 128 that divides the length and is at most SPLASH_BLOCK."""
     return max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
 

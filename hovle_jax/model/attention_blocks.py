@@ -12,7 +12,7 @@ SHORTEST = 2 * BLOCK  # rows for which blocks pay
 BLOCKS = 4  # at most; halves of halves gain little
 
 
-def attend_causal(query, key, value, allowed):
+def attend_causal(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
     """Softmax attention of whole causal rows, in float32 with grouped key and value heads.
 
     A block of queries meets only the keys up to its last one, so that three eighths of the scores are never computed.
@@ -33,7 +33,7 @@ def attend_causal(query, key, value, allowed):
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, C)
 
 
-def blocks(length):
+def blocks(length: int) -> list[tuple[int, int]]:
     """[(first, end)] of the blocks of queries; a block of queries sees the keys up to `end`."""
     size = max(BLOCK, -(-length // BLOCKS))
     return [(first, min(first + size, length)) for first in range(0, length, size)]

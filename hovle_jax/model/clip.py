@@ -44,7 +44,7 @@ class CLIP(nn.Module):
     config: CLIPConfig
     execution: Execution
 
-    def setup(self):
+    def setup(self) -> None:
         c, how = self.config, self.execution
         self.vision = VisionTransformer(c.vision, self.execution)
         self.text = TextTower(c.text, self.execution)
@@ -52,11 +52,11 @@ class CLIP(nn.Module):
         self.text_projection = dense(c.projection_width, ("embed", "embed_out"), "text_projection", how)
         self.log_scale = self.param("log_scale", nn.initializers.constant(c.logit_scale_init), ())
 
-    def encode_images(self, tiles):
+    def encode_images(self, tiles: jax.Array) -> jax.Array:
         """[N, S, S, 3] -> unit vectors [N, E], float32."""
         return normalize(self.vision_projection(self.vision(tiles)[1]))
 
-    def encode_texts(self, tokens):
+    def encode_texts(self, tokens: jax.Array) -> jax.Array:
         """[N, T] -> unit vectors [N, E], float32."""
         return normalize(self.text_projection(self.text(tokens)))
 
@@ -65,7 +65,7 @@ class CLIP(nn.Module):
         return self.encode_images(tiles), self.encode_texts(tokens), self.log_scale
 
 
-def normalize(x):
+def normalize(x: jax.Array) -> jax.Array:
     """L2-normalises the last axis in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))

@@ -63,7 +63,7 @@ class StackConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
 
-    def check(self, name):
+    def check(self, name: str) -> None:
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"{name}: num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -97,11 +97,11 @@ class LLMConfig:
     head_stored: bool = False
 
     @property
-    def table_rows(self):
+    def table_rows(self) -> int:
         return round_up(self.vocab_size, self.vocab_multiple)
 
 
-def round_up(size, multiple):
+def round_up(size: int, multiple: int) -> int:
     """The smallest multiple that is no less than `size`."""
     return -(-size // multiple) * multiple
 
@@ -138,41 +138,41 @@ class EmbeddingConfig:
     force_image_size: int = 0
 
     @property
-    def table_rows(self):
+    def table_rows(self) -> int:
         """Of the text table."""
         return round_up(self.vocab_size, self.vocab_multiple)
 
     @property
-    def num_tokens(self):
+    def num_tokens(self) -> int:
         """All ids that it knows."""
         return self.vocab_size + self.num_special_tokens
 
     @property
-    def tile_size(self):
+    def tile_size(self) -> int:
         """Pixels along one side of a tile."""
         return self.force_image_size or self.image_size
 
     @property
-    def grid(self):
+    def grid(self) -> int:
         """Patches along one side of a tile."""
         return self.tile_size // self.patch_size
 
     @property
-    def position_grid(self):
+    def position_grid(self) -> int:
         """Learned positions along one side."""
         return self.image_size // self.patch_size
 
     @property
-    def tokens_per_tile(self):
+    def tokens_per_tile(self) -> int:
         """Visual tokens of one tile as the LLM sees them."""
         return self.grid**2 if self.pixel_shuffle == "none" else (self.grid // 2) ** 2
 
     @property
-    def stack_tokens_per_tile(self):
+    def stack_tokens_per_tile(self) -> int:
         """Visual tokens of one tile inside the embedding's layers (HD: four times as many)."""
         return self.grid**2 if self.pixel_shuffle == "post" else self.tokens_per_tile
 
-    def check(self):
+    def check(self) -> None:
         self.stack.check("model.embedding.stack")
         if self.pixel_shuffle not in PIXEL_SHUFFLE:
             raise UserError(f"model.embedding.pixel_shuffle={self.pixel_shuffle!r}: use one of {PIXEL_SHUFFLE}")
@@ -196,11 +196,11 @@ class HoVLEConfig:
     llm: LLMConfig
 
     @property
-    def num_tokens(self):
+    def num_tokens(self) -> int:
         """All ids that the model reads."""
         return self.embedding.num_tokens if self.embedding else self.llm.vocab_size
 
-    def check(self):
+    def check(self) -> None:
         self.llm.stack.check("model.llm.stack")
         if self.embedding is None:
             return
@@ -257,12 +257,12 @@ class ViTConfig:
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     @property
-    def grid(self):
+    def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
 
     @property
-    def num_tokens(self):
+    def num_tokens(self) -> int:
         """The tokens that its layers see."""
         return self.grid**2 + self.class_token
 
@@ -350,11 +350,11 @@ class TeacherConfig:
     projector_width: int = 0
 
     @property
-    def num_layers(self):
+    def num_layers(self) -> int:
         """Layers that the teacher runs."""
         return self.vision.num_layers - TEACHER_KINDS[self.kind].unused_layers
 
-    def check(self, width):
+    def check(self, width: int) -> None:
         """Whether it can teach a student of this width."""
         if self.kind not in TEACHER_KINDS:
             raise UserError(f"teacher.kind={self.kind!r}: use one of {', '.join(TEACHER_KINDS)}")

@@ -3,6 +3,8 @@
 Dimension letters: B batch, L tokens (short stream), M tiles, P visual tokens of a tile, D width.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,13 @@ from hovle_jax.model.transformer import Stack, TokenTable, dense, partitioned
 from hovle_jax.model.vision import normalize_tiles, patchify, pixel_shuffle, resize_positions
 
 
-def scatter_rows(sequence, values, positions):
+def scatter_rows(sequence: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
     """Puts values [B, K, D] at positions [B, K] of sequence [B, L, D]; a position of L or more means nowhere."""
     set_row = lambda row, value, at: row.at[at].set(value.astype(row.dtype), mode="drop")
     return jax.vmap(set_row)(sequence, values, positions)
 
 
-def gather_rows(sequence, positions):
+def gather_rows(sequence: jax.Array, positions: jax.Array) -> jax.Array:
     """Takes [B, K, D] from sequence [B, L, D] at positions [B, K]; nowhere (L or more) gives zeros."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(sequence, positions)
 
@@ -46,7 +48,7 @@ class HolisticEmbedding(nn.Module):
     config: EmbeddingConfig
     execution: Execution
 
-    def setup(self):
+    def setup(self) -> None:
         c, how = self.config, self.execution
         width = c.stack.width
         table_init = partitioned(nn.initializers.normal(width**-0.5), "positions", "embed")
@@ -62,7 +64,7 @@ class HolisticEmbedding(nn.Module):
             self.pixel_shuffle_projection = PixelShuffleProjection(width, how)
         self.stack = Stack(c.stack, self.execution)
 
-    def embed_text(self, tokens):
+    def embed_text(self, tokens: jax.Array) -> jax.Array:
         """[B, L] ids -> [B, L, D]; ids at and above `vocab_size` are rows of the special table."""
         x = self.text_embedding(tokens)
         if self.config.num_special_tokens:
@@ -70,7 +72,7 @@ class HolisticEmbedding(nn.Module):
             x = jnp.where((tokens >= self.config.vocab_size)[..., None], special, x)
         return x
 
-    def embed_tiles(self, tiles):
+    def embed_tiles(self, tiles: jax.Array) -> jax.Array:
         """[B, M, S, S, 3] -> [B, M * P, D]: patches with positions, shuffled where the variant says 'pre'.
 
         The same positions serve every tile; a tile of another size than the table's gets resized positions.
@@ -96,7 +98,7 @@ class HolisticEmbedding(nn.Module):
         x, cache = self.encode(batch, cache)
         return self.shorten(x, batch), cache
 
-    def encode(self, batch, cache=None):
+    def encode(self, batch: dict, cache: Any = None) -> tuple[jax.Array, Any]:
         """The raw output of the layers over the stream that they see: [B, L or L_long, D]."""
         stream = self.stream(batch)
         x = self.embed_text(stream.tokens)
@@ -108,7 +110,7 @@ class HolisticEmbedding(nn.Module):
         """The stream of a batch that the layers run over: HD's long one, else the short one."""
         return Stream.of(batch, long=self.config.pixel_shuffle == "post")
 
-    def shorten(self, x, batch):
+    def shorten(self, x: jax.Array, batch: dict) -> jax.Array:
         """HD: image outputs are shuffled and projected, and put back between the text outputs. Else x itself."""
         if self.config.pixel_shuffle != "post":
             return x
@@ -117,7 +119,7 @@ class HolisticEmbedding(nn.Module):
             return short
         return scatter_rows(short, self.image_outputs(x, batch), batch["image_positions"])
 
-    def image_outputs(self, x, batch):
+    def image_outputs(self, x: jax.Array, batch: dict) -> jax.Array:
         """The outputs at image positions as the LLM gets them: [B, M * tokens_per_tile, D], from `encode`'s result."""
         images = gather_rows(x, self.stream(batch).image_positions)
         if self.config.pixel_shuffle != "post":
@@ -126,7 +128,7 @@ class HolisticEmbedding(nn.Module):
         images = images.reshape(B * M, -1, images.shape[-1])
         return self.pixel_shuffle_projection(images).reshape(B, -1, x.shape[-1])
 
-    def for_llm(self, x):
+    def for_llm(self, x: jax.Array) -> jax.Array:
         """Optional L2 normalisation, in float32."""
         if not self.config.normalize_output:
             return x

@@ -6,6 +6,7 @@ here, sharded over a mesh by `sharding.placement.Placement`, which has the same 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -31,7 +32,9 @@ class OneDevice:
         """In how many shards each dimension of an array lies."""
         return (1,) * len(shape)
 
-    def per_shard(self, local: Callable, inputs: Sequence[tuple], out_axes: LogicalAxes, out_shape: Sequence[int]):
+    def per_shard(
+        self, local: Callable, inputs: Sequence[tuple], out_axes: LogicalAxes, out_shape: Sequence[int]
+    ) -> Any:
         """local(*arrays) on each device's shards of its inputs.
 
         Args:

@@ -46,17 +46,17 @@ class Work:
         return Work(*(a * times for a in dataclasses.astuple(self)))
 
     @property
-    def forward(self):
+    def forward(self) -> float:
         """Model FLOPs of a forward pass."""
         return self.dense + self.first + self.attention
 
 
-def product(rows, inputs, outputs):
+def product(rows: float, inputs: float, outputs: float) -> float:
     """[rows, inputs] @ [inputs, outputs]."""
     return 2 * rows * inputs * outputs
 
 
-def decoder_stack(c: StackConfig, length):
+def decoder_stack(c: StackConfig, length: int) -> Work:
     """The layers over one row of `length` tokens: GQA attention and SwiGLU."""
     heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     projections = product(length, c.width, 2 * heads + 2 * kv_heads)
@@ -70,7 +70,7 @@ def decoder_stack(c: StackConfig, length):
     return layer * c.num_layers
 
 
-def encoder_stack(c: ViTConfig | TextTowerConfig, num_layers, tokens, causal=False):
+def encoder_stack(c: ViTConfig | TextTowerConfig, num_layers: int, tokens: int, causal: bool = False) -> Work:
     """The layers of a tower over one sequence."""
     down = product(tokens, c.mlp_width, c.width)
     square = 2 * product(tokens**2, 1, c.width)
@@ -79,17 +79,17 @@ def encoder_stack(c: ViTConfig | TextTowerConfig, num_layers, tokens, causal=Fal
     return Work(dense=dense, last=down, attention=square * visible, square=square) * num_layers
 
 
-def patch_embedding(patches, patch_size, width):
+def patch_embedding(patches: int, patch_size: int, width: int) -> Work:
     """P patches of S x S pixels in three colours."""
     return Work(first=product(patches, 3 * patch_size**2, width))
 
 
-def projector(tokens, inputs, width):
+def projector(tokens: int, inputs: int, width: int) -> Work:
     """Linear(inputs, width), activation, Linear(width, width)."""
     return Work(dense=product(tokens, inputs, width) + product(tokens, width, width))
 
 
-def embedding_ends(c: EmbeddingConfig, tiles):
+def embedding_ends(c: EmbeddingConfig, tiles: int) -> Work:
     """What the holistic embedding does to a row's tiles besides its layers: patches and pixel-shuffle projector."""
     work = patch_embedding(tiles * c.grid**2, c.patch_size, c.stack.width)
     if c.pixel_shuffle == "none":
@@ -97,12 +97,12 @@ def embedding_ends(c: EmbeddingConfig, tiles):
     return work + projector(tiles * c.tokens_per_tile, 4 * c.stack.width, c.stack.width)
 
 
-def llm_head(c: LLMConfig, tokens):
+def llm_head(c: LLMConfig, tokens: int) -> Work:
     """Logits over the vocabulary, without its padding."""
     return Work(dense=product(tokens, c.stack.width, c.vocab_size))
 
 
-def teacher(c: TeacherConfig, tokens_per_tile):
+def teacher(c: TeacherConfig, tokens_per_tile: int) -> Work:
     """One tile through the tower and, where it has one, InternVL2's projector."""
     v = c.vision
     work = patch_embedding(v.grid**2, v.patch_size, v.width) + encoder_stack(v, c.num_layers, v.num_tokens)
@@ -111,12 +111,12 @@ def teacher(c: TeacherConfig, tokens_per_tile):
     return work + projector(tokens_per_tile, 4 * v.width, c.projector_width)
 
 
-def clip_vision_ends(c: CLIPConfig):
+def clip_vision_ends(c: CLIPConfig) -> Work:
     """Of one image, besides the layers: patches and the projection of the class token."""
     v = c.vision
     return patch_embedding(v.grid**2, v.patch_size, v.width) + Work(dense=product(1, v.width, c.projection_width))
 
 
-def clip_text_ends(c: CLIPConfig):
+def clip_text_ends(c: CLIPConfig) -> Work:
     """Of one text, besides the layers: its projection."""
     return Work(dense=product(1, c.text.width, c.projection_width))

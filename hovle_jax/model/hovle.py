@@ -4,9 +4,11 @@ Parameters are a dict of components, {'embedding': ..., 'llm': ...}, so that a s
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.config import HoVLEConfig, LLMConfig
@@ -24,7 +26,7 @@ class LanguageModel(nn.Module):
     config: LLMConfig
     execution: Execution
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         self.token_embedding = TokenTable(c.table_rows, c.stack.width, self.execution)
         self.stack = Stack(c.stack, self.execution)
@@ -37,15 +39,17 @@ class LanguageModel(nn.Module):
         hidden, _ = self.run(self.token_embedding(tokens), positions, segment_ids)
         return self.logits(hidden)
 
-    def run(self, x, positions, segment_ids, cache=None):
+    def run(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
         """From input vectors [B, L, D] to hidden states before the final norm, and the cache."""
         return self.stack(x, positions, segment_ids, cache)
 
-    def normalize(self, hidden):
+    def normalize(self, hidden: jax.Array) -> jax.Array:
         """The final norm: what the head reads."""
         return self.norm(hidden)
 
-    def logits(self, hidden):
+    def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V], V with its padding (which is never likely)."""
         c = self.config
         head = self.token_embedding.attend if c.tied else self.head
@@ -71,18 +75,18 @@ class HoVLE:
     execution: Execution = Execution()
 
     @property
-    def embedding(self):
+    def embedding(self) -> HolisticEmbedding:
         return HolisticEmbedding(self.config.embedding, self.execution)
 
     @property
-    def llm(self):
+    def llm(self) -> LanguageModel:
         return LanguageModel(self.config.llm, self.execution)
 
-    def logits(self, params, batch):
+    def logits(self, params: dict, batch: dict) -> jax.Array:
         """Full forward over the batch's short stream -> float32 [B, L, V]."""
         return self.hidden_to_logits(params, self.hidden(params, batch)[0])
 
-    def hidden(self, params, batch, cache: HoVLECache | None = None):
+    def hidden(self, params: dict, batch: dict, cache: HoVLECache | None = None) -> tuple[jax.Array, HoVLECache | None]:
         """-> (hidden states [B, L, D] before the final norm, caches or None)."""
         caches = (None, None) if cache is None else (cache.embedding, cache.llm)
         llm = self.llm.bind({"params": params["llm"]})
@@ -95,28 +99,30 @@ class HoVLE:
         hidden, llm_cache = llm.run(x, batch["positions"], batch["segment_ids"], caches[1])
         return hidden, None if cache is None else HoVLECache(embedding_cache, llm_cache)
 
-    def head_kernel(self, params):
+    def head_kernel(self, params: dict) -> jax.Array:
         """The head's weights [D, V], for a loss that multiplies by them itself."""
         llm = params["llm"]
         return llm["token_embedding"]["embedding"].T if self.config.llm.tied else llm["head"]["kernel"]
 
-    def hidden_to_logits(self, params, hidden):
+    def hidden_to_logits(self, params: dict, hidden: jax.Array) -> jax.Array:
         return self.llm.apply({"params": params["llm"]}, hidden, method="logits")
 
-    def empty_cache(self, slots, capacity, embedding_capacity, dtype=jnp.float32):
+    def empty_cache(self, slots: int, capacity: int, embedding_capacity: int, dtype: Any = jnp.float32) -> HoVLECache:
         """Caches for `slots` rows; HD needs more room in the embedding's."""
         c = self.config
         embedding = c.embedding and Cache.empty(c.embedding.stack, slots, embedding_capacity, dtype)
         return HoVLECache(embedding, Cache.empty(c.llm.stack, slots, capacity, dtype))
 
-    def prefill(self, params, batch, cache):
+    def prefill(self, params: dict, batch: dict, cache: HoVLECache) -> tuple[jax.Array, HoVLECache]:
         """Reads right-padded prompts into the caches -> (logits [B, V] behind each row's last token, caches)."""
         hidden, cache = self.hidden(params, batch, cache)
         last = jnp.sum(batch["segment_ids"] > 0, axis=1) - 1
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         return self.hidden_to_logits(params, hidden)[:, 0], cache
 
-    def decode(self, params, tokens, active, cache):
+    def decode(
+        self, params: dict, tokens: jax.Array, active: jax.Array, cache: HoVLECache
+    ) -> tuple[jax.Array, HoVLECache]:
         """One more token per row.
 
         Args:

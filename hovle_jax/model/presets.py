@@ -16,7 +16,7 @@ from hovle_jax.model.config import (
 )
 
 
-def tiny_model():
+def tiny_model() -> HoVLEConfig:
     """HoVLE for 64-pixel images and two CPU cores."""
     layer: dict[str, Any] = dict(width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
     # Distillation fixes directions, not lengths. Unit outputs are about as long as the LLM's token vectors, so that
@@ -28,7 +28,7 @@ def tiny_model():
     return HoVLEConfig(embedding=embedding, llm=llm)
 
 
-def tiny_clip():
+def tiny_clip() -> CLIPConfig:
     vision = ViTConfig(
         image_size=64, patch_size=8, width=96, num_layers=5, num_heads=3, mlp_width=384, norm_eps=1e-5,
         layer_scale=False, patch_bias=False, pre_norm=True, post_norm=True,
@@ -37,7 +37,7 @@ def tiny_clip():
     return CLIPConfig(vision=vision, text=text, projection_width=64)
 
 
-def smol_model():
+def smol_model() -> HoVLEConfig:
     """HoVLE for 64-pixel images over SmolLM2-135M-Instruct, whose vocabulary ends before the three image tokens."""
     stack = StackConfig(
         num_layers=30, width=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_width=1536, rope_theta=1e5
@@ -50,7 +50,7 @@ def smol_model():
     return HoVLEConfig(embedding=embedding, llm=llm)
 
 
-def hovle_model(pixel_shuffle="pre"):
+def hovle_model(pixel_shuffle: str = "pre") -> HoVLEConfig:
     """The paper's sizes: 2,606,327,808 parameters over InternLM2-chat-1.8B (pixel_shuffle='post': HoVLE-HD)."""
     layer: dict[str, Any] = dict(width=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=8192)
     embedding = EmbeddingConfig(
@@ -62,7 +62,7 @@ def hovle_model(pixel_shuffle="pre"):
     return HoVLEConfig(embedding=embedding, llm=LLMConfig(stack=stack, vocab_size=92553))
 
 
-def internvit_300m():
+def internvit_300m() -> ViTConfig:
     """InternViT-300M-448px, the teacher's tower."""
     return ViTConfig(image_size=448, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096)
 

@@ -5,13 +5,14 @@ Dimension letters: B batch, L tokens, H heads, C head dim.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.model.config import RopeScaling, StackConfig
 
 
-def frequencies(config: StackConfig):
+def frequencies(config: StackConfig) -> tuple[np.ndarray, float]:
     """-> (angle per position of each pair [C / 2] float32, factor of cos and sin).
 
     Made on the host in float32, in the order of operations of the public code.
@@ -64,7 +65,7 @@ def _dynamic(plain, scaling: RopeScaling, C, theta):
 SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _factors, "dynamic": _dynamic}
 
 
-def stretch(lengths, scaling: RopeScaling, C):
+def stretch(lengths: jax.Array, scaling: RopeScaling, C: int) -> jax.Array:
     """Dynamic NTK: what the plain frequencies are multiplied by in a text of a certain length.
 
     Public code raises the base to theta * r^(C / (C - 2)), r = factor * length / original - (factor - 1), for texts
@@ -80,14 +81,16 @@ def stretch(lengths, scaling: RopeScaling, C):
     return ratio[..., None] ** (-np.arange(0, C, 2, dtype=np.float32) / np.float32(C - 2))
 
 
-def text_lengths(positions, segment_ids):
+def text_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """How long each token's text is so far, [B, L] int32: one more than the last position of its segment."""
     rows = jnp.arange(positions.shape[0])[:, None]
     ends = jnp.zeros((positions.shape[0], positions.shape[1] + 1), jnp.int32).at[rows, segment_ids].max(positions + 1)
     return jnp.take_along_axis(ends, segment_ids, axis=1)
 
 
-def rotary_angles(positions, config: StackConfig, segment_ids=None, longest=0):
+def rotary_angles(
+    positions: jax.Array, config: StackConfig, segment_ids: jax.Array | None = None, longest: int = 0
+) -> tuple[jax.Array, jax.Array]:
     """Angles in float32.
 
     With dynamic NTK a token is turned by the frequencies of the text's length when it is read, and its cached key keeps
@@ -110,7 +113,7 @@ def rotary_angles(positions, config: StackConfig, segment_ids=None, longest=0):
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x, cos, sin):
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns [B, L, H, C] by the angles; the first half of C is paired with the second."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

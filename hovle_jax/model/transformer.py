@@ -3,6 +3,9 @@
 Dimension letters: B batch, L tokens, D width, H heads, K kv heads, C head dim, F ffn width, N layers, S cache capacity.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -15,7 +18,7 @@ from hovle_jax.model.execution import Execution
 from hovle_jax.model.rotary import rotary_angles, rotate
 
 
-def partitioned(init, *names):
+def partitioned(init: Callable, *names) -> Callable:
     """An initialiser whose parameter carries logical axis names; sharding/rules.py maps them to the mesh."""
     return nn.with_logical_partitioning(init, names)
 
@@ -64,11 +67,11 @@ class Cache:
     length: jax.Array
 
     @classmethod
-    def empty(cls, config: StackConfig, slots, capacity, dtype=jnp.float32):
+    def empty(cls, config: StackConfig, slots: int, capacity: int, dtype: Any = jnp.float32) -> "Cache":
         shape = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((slots,), jnp.int32))
 
-    def mask(self, segment_ids):
+    def mask(self, segment_ids: jax.Array) -> AttentionMask:
         """The mask of new tokens [B, L] (segment 1, padding 0) that are appended to what is cached."""
         B, L = segment_ids.shape
         S = self.key.shape[2]
@@ -79,13 +82,13 @@ class Cache:
             key_index=jnp.arange(S, dtype=jnp.int32)[None],
         )
 
-    def advanced(self, layers, segment_ids):
+    def advanced(self, layers: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> "Cache":
         """The cache after its layers were written: lengths grow by each row's real tokens."""
         key, value = layers
         return Cache(key, value, self.length + jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
 
 
-def write_rows(cache, new, start):
+def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes new [B, L, K, C] into cache [B, S, K, C], each row from its own start [B]."""
     return jax.vmap(lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (at, 0, 0)))(
         cache, new.astype(cache.dtype), start
@@ -104,7 +107,9 @@ class DecoderLayer(nn.Module):
         x, cache = self.attention(checkpoint_name(x, LAYER_INPUT), cache, angles, mask, start)
         return self.feed_forward(x), cache
 
-    def attention(self, x, cache, angles, mask, start):
+    def attention(
+        self, x: jax.Array, cache: Any, angles: tuple[jax.Array, jax.Array], mask: Any, start: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
         c, dtype = self.config, self.execution.dtype
         B, L = x.shape[:2]
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
@@ -126,7 +131,7 @@ class DecoderLayer(nn.Module):
         output = dense(c.width, ("heads", "embed"), "output", self.execution, c.output_bias, branches=2 * c.num_layers)
         return x + output(out.reshape(B, L, c.num_heads * c.head_dim)), cache
 
-    def feed_forward(self, x):
+    def feed_forward(self, x: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
         c, how = self.config, self.execution
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
@@ -151,7 +156,7 @@ REMAT_POLICIES = {
 }
 
 
-def scanned(layer, execution: Execution, num_layers, broadcast):
+def scanned(layer: type[nn.Module], execution: Execution, num_layers: int, broadcast: int) -> Any:
     """The layer class repeated by scan: parameters [N, ...], the first argument after x scanned, the rest shared.
 
     Unrolling changes the program alone, never the parameter tree, so checkpoints do not depend on it.
@@ -217,13 +222,13 @@ class TokenTable(nn.Module):
     execution: Execution
     axis: str = "vocab"
 
-    def setup(self):
+    def setup(self) -> None:
         init = partitioned(nn.initializers.normal(self.width**-0.5), self.axis, "embed")
         self.embedding = self.param("embedding", init, (self.size, self.width))
 
     def __call__(self, tokens):
         return jnp.take(self.embedding.astype(self.execution.dtype), tokens, axis=0, mode="clip")
 
-    def attend(self, x):
+    def attend(self, x: jax.Array) -> jax.Array:
         """The table as a tied head: [..., D] -> [..., V]."""
         return self.execution.placement.matmul(x, self.embedding.astype(self.execution.dtype).T, ("embed", "vocab"))

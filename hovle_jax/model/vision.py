@@ -3,6 +3,8 @@
 Dimension letters: M tiles, S tile side, P patches, D width.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def normalize_tiles(tiles, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def normalize_tiles(
+    tiles: jax.Array, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> jax.Array:
     """uint8 [..., S, S, 3] -> float32 normalised; float tiles are taken as normalised already."""
     if tiles.dtype != jnp.uint8:
         return tiles
@@ -19,7 +23,7 @@ def normalize_tiles(tiles, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def patchify(tiles, patch_size):
+def patchify(tiles: jax.Array, patch_size: int) -> jax.Array:
     """[M, S, S, 3] -> [M, P, patch_size^2 * 3], patches row-major, each flattened as (row, column, channel).
 
     A convolution whose stride is its kernel is a matrix product over these vectors.
@@ -30,7 +34,7 @@ def patchify(tiles, patch_size):
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(M, side * side, patch_size * patch_size * channels)
 
 
-def pixel_shuffle(x):
+def pixel_shuffle(x: jax.Array) -> jax.Array:
     """Each 2x2 block of tokens becomes one: [M, P, D] on a square grid -> [M, P / 4, 4 D].
 
     Channel blocks are in the order (r0c0, r0c1, r1c0, r1c1), tokens row-major: InternVL's `ps_version=v2`.
@@ -56,7 +60,7 @@ def _bicubic_weights(source, target):
     return weights
 
 
-def resize_positions(table, side):
+def resize_positions(table: jax.Array, side: int) -> jax.Array:
     """Learned positions [P, D] of a square grid, brought to side x side in float32 -> [side^2, D].
 
     PyTorch's bicubic kernel, as the public weights were used with; `jax.image.resize('cubic')` has another one.
@@ -70,7 +74,7 @@ def resize_positions(table, side):
     return resized.reshape(side * side, -1).astype(table.dtype)
 
 
-def resize_features(x, side):
+def resize_features(x: jax.Array, side: int) -> jax.Array:
     """Bilinear resize of token features [M, P, D] on a square grid to side x side, in float32."""
     M, P, D = x.shape
     source = int(P**0.5)

@@ -6,10 +6,11 @@ Dimension letters: M tiles, T tokens of a tower, D width, H heads, C head dim, P
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.attention import attend
-from hovle_jax.model.config import ViTConfig
+from hovle_jax.model.config import TextTowerConfig, ViTConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import RMSNorm, dense, partitioned, scanned
 from hovle_jax.model.vision import normalize_tiles, patchify, resize_positions
@@ -82,14 +83,21 @@ class EncoderLayer(nn.Module):
         )
         return x + self.scaled(y, "scale2"), None
 
-    def scaled(self, y, name):
+    def scaled(self, y: jax.Array, name: str) -> jax.Array:
         if not self.layer_scale:
             return y
         init = partitioned(nn.initializers.constant(0.1), "embed_vector")
         return y * self.param(name, init, (self.width,)).astype(y.dtype)
 
 
-def run_encoder(config, num_layers, execution, x, allowed=None, **options):
+def run_encoder(
+    config: ViTConfig | TextTowerConfig,
+    num_layers: int,
+    execution: Execution,
+    x: jax.Array,
+    allowed: jax.Array | None = None,
+    **options,
+) -> jax.Array:
     """Runs `num_layers` scanned encoder layers named 'layers' over x [M, T, D]; call inside a compact method."""
     layer = scanned(EncoderLayer, execution, num_layers, broadcast=1)(
         width=config.width,

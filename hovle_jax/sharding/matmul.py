@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def _dimension_of_fsdp(spec):
     return next((i for i, axis in enumerate(spec) if FSDP in as_axes(axis)), None)
 
 
-def axis_index(axes: Sequence[str]):
+def axis_index(axes: Sequence[str]) -> Any:
     """The index of this device along mesh axes taken as one; 0 along none."""
     return jax.lax.axis_index(axes) if axes else 0
 

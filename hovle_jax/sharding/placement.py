@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -44,7 +45,9 @@ class Placement(OneDevice):
         """Of an array with these logical axes; a dimension that its shards do not divide stays whole."""
         return self.spec_and_refused(axes, shape, use)[0]
 
-    def spec_and_refused(self, axes: LogicalAxes, shape: Sequence[int], use: str = "parameters"):
+    def spec_and_refused(
+        self, axes: LogicalAxes, shape: Sequence[int], use: str = "parameters"
+    ) -> tuple[PartitionSpec, list[tuple]]:
         """-> (PartitionSpec, rules that cannot apply: see `partition_spec`)."""
         return partition_spec(axes, shape, dict(self.mesh.shape), self.rules(use))
 
@@ -80,7 +83,9 @@ class Placement(OneDevice):
         sizes = [math.prod(self.mesh.shape[axis] for axis in as_axes(entry)) for entry in spec]
         return (*sizes, *[1] * (len(shape) - len(sizes)))
 
-    def per_shard(self, local: Callable, inputs: Sequence[tuple], out_axes: LogicalAxes, out_shape: Sequence[int]):
+    def per_shard(
+        self, local: Callable, inputs: Sequence[tuple], out_axes: LogicalAxes, out_shape: Sequence[int]
+    ) -> Any:
         if self.mesh.size == 1:
             return local(*(array for array, *_ in inputs))
         specs = tuple(self._spec_of(*each) for each in inputs)
@@ -112,7 +117,7 @@ class Placement(OneDevice):
     def batch_sharding(self) -> NamedSharding:
         return self.sharding(PartitionSpec(*(self.rules()[axis] for axis in BATCH_AXES)))
 
-    def cache_shardings(self, cache):
+    def cache_shardings(self, cache: Any) -> Any:
         """NamedShardings of a tree of caches."""
         return jax.tree.map(lambda leaf: self.sharding(self.spec(CACHE_AXES[leaf.ndim], leaf.shape)), cache)
 
@@ -128,7 +133,7 @@ class Placement(OneDevice):
                     f"{key}={size} must divide by {shards} devices (mesh {over}): use {-(-size // shards) * shards}"
                 )
 
-    def put_batch(self, batch):
+    def put_batch(self, batch: Any) -> Any:
         """The global batch on the devices, from a host's numpy rows of it (`hosts.distributed.host_rows`)."""
         return jax.make_array_from_process_local_data(self.batch_sharding, batch)
 

@@ -3,7 +3,8 @@
 import hashlib
 
 from hovle_jax.config import ExecutionConfig, RunConfig
-from hovle_jax.data.batch import WEIGHTINGS
+from hovle_jax.data.batch import WEIGHTINGS, Found
+from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
@@ -12,7 +13,7 @@ from hovle_jax.training.check_numbers import check_numbers
 from hovle_jax.training.stages import find
 
 
-def check(config: RunConfig):
+def check(config: RunConfig) -> None:
     """Everything that can be known to be wrong before a device is touched."""
     stage = find(config.stage)
     check_numbers(config)
@@ -27,7 +28,7 @@ def check(config: RunConfig):
     check_execution(config.execution)
 
 
-def check_data(config: RunConfig):
+def check_data(config: RunConfig) -> None:
     """Raises UserError for values of the data config that mean nothing."""
     data = config.data
     if data.loss_weights not in WEIGHTINGS:
@@ -42,7 +43,7 @@ def check_data(config: RunConfig):
         raise UserError(f"bad_ceiling={config.bad_ceiling} is a share of samples; set it between 0 and 1")
 
 
-def check_execution(execution: ExecutionConfig):
+def check_execution(execution: ExecutionConfig) -> None:
     choices = {"dtype": ("auto", "float32", "bfloat16"), "attention": IMPLEMENTATIONS, "remat": tuple(REMAT_POLICIES)}
     for name, allowed in choices.items():
         if getattr(execution, name) not in allowed:
@@ -53,7 +54,7 @@ def check_execution(execution: ExecutionConfig):
         raise UserError(f"execution.vocab_chunk={execution.vocab_chunk} is a number of columns; 0 takes all at once")
 
 
-def check_tokenizer(config: RunConfig, tokenizer):
+def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises UserError where it has ids that the model does not know."""
     components = find(config.stage).components
     known = config.clip.text.vocab_size if "clip" in components else config.model.llm.vocab_size
@@ -66,7 +67,7 @@ def check_tokenizer(config: RunConfig, tokenizer):
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids and the model knows {known}; {remedy}")
 
 
-def check_same_data_everywhere(found, tokenizer):
+def check_same_data_everywhere(found: Found, tokenizer: Tokenizer) -> None:
     """Raises UserError where a host has planned other rows, or reads text otherwise."""
     pieces = hashlib.sha256(repr(tokenizer.pieces(range(tokenizer.vocab_size))).encode()).hexdigest()[:12]
     seen = f"data {found.digest or 'in memory'} of {found.samples:,} samples, tokenizer {pieces}"

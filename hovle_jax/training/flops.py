@@ -73,10 +73,10 @@ class Part:
     decoder: bool = False
     again: int = 0
 
-    def model(self):
+    def model(self) -> float:
         return self.work.forward + self._backward(self.work.attention * 2)
 
-    def hardware(self, attention: Attention, remat):
+    def hardware(self, attention: Attention, remat: str) -> float:
         w = self.work
         pairs = w.attention if attention.skips_masked else w.square
         backward = self._backward(pairs * attention.backward_products / 2)

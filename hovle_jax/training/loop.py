@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 import logging
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 
+from hovle_jax.components import Params
 from hovle_jax.config import RunConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
@@ -29,7 +31,7 @@ from hovle_jax.training.stages import find
 from hovle_jax.training.state import TrainState, make_state, wholly_frozen
 from hovle_jax.training.step import train_step_for
 from hovle_jax.training.tokenizer import choose_tokenizer
-from hovle_jax.training.weights import load_params, save_result
+from hovle_jax.training.weights import Sources, load_params, save_result
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,14 @@ class Result:
     held_out: dict  # step -> metrics
 
 
-def run(config: RunConfig, folder, sources, say=print, profile=None, track=""):
+def run(
+    config: RunConfig,
+    folder: str | os.PathLike,
+    sources: Sources,
+    say: Callable = print,
+    profile: range | None = None,
+    track: str = "",
+) -> Result:
     """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
     Args:
@@ -132,7 +141,7 @@ class Steps:
     monitor: Monitor
     save_model: Callable[[TrainState], None]
 
-    def train(self, state: TrainState):
+    def train(self, state: TrainState) -> tuple[int, bool, dict]:
         """-> (step, whether the run is finished, held-out metrics {step: metrics})."""
         config, monitor, placement = self.config, self.monitor, self.run.placement
         first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
@@ -173,7 +182,7 @@ class Steps:
             monitor.ended(done)
         return done, finished, results
 
-    def batches(self, first_step: int):
+    def batches(self, first_step: int) -> Iterator[tuple]:
         """Those from `first_step` on, on the devices: (batch, events, samples drawn)."""
         batches = self.dataset.iterate(first_step, self.config.workers, nobody_has=distributed.everyone_says)
         return prefetched(itertools.islice(batches, self.config.last_step - first_step), self.run.placement)
@@ -187,7 +196,7 @@ class Steps:
         return metrics
 
 
-def prefetched(batches, placement: Placement):
+def prefetched(batches: Iterable[tuple], placement: Placement) -> Iterator[tuple]:
     """(batch, *rest) -> (batch on the devices, *rest): each is put there while the step before it runs."""
     waiting = None
     for batch, *rest in batches:
@@ -199,16 +208,16 @@ def prefetched(batches, placement: Placement):
         yield waiting
 
 
-def tokens_per_step(batch):
+def tokens_per_step(batch: dict) -> int:
     """Real tokens of a batch; for a contrastive one, its pairs' caption tokens."""
     return int(np.sum(batch["segment_ids"] > 0)) if "segment_ids" in batch else batch["tokens"].size
 
 
-def count(tree):
+def count(tree: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def shapes_of_whole(rows, batch_size):
+def shapes_of_whole(rows: dict, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a global batch, from some of its rows."""
     return {name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for name, array in rows.items()}
 
@@ -224,7 +233,7 @@ def note_layout(folder: pathlib.Path, stage: Stage, run: Run, batch: dict) -> No
         log.warning(warning)
 
 
-def describe(config, state, batch):
+def describe(config: RunConfig, state: TrainState, batch: dict) -> str:
     """One line: what is trained, what is read, the batch."""
     shape = " x ".join(map(str, batch["tokens"].shape))
     return (

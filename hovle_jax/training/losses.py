@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from hovle_jax.components import Models
 from hovle_jax.model.hovle import PADDING_LOGIT
 from hovle_jax.sharding.matmul import MatmulSharding, axis_index, gather, reduce_gradient
 
+Pair = tuple[jax.Array, jax.Array]  # (sum, weight)
 
-def cosine(prediction, target, weights, epsilon=1e-8):
+
+def cosine(prediction: jax.Array, target: jax.Array, weights: jax.Array, epsilon: float = 1e-8) -> Pair:
     """The negative cosine between vectors, at weighted positions (paper, section 3.2).
 
     Args:
@@ -31,7 +34,7 @@ def cosine(prediction, target, weights, epsilon=1e-8):
     return -jnp.sum(weights * dot / (norms[0] * norms[1])), jnp.sum(weights)
 
 
-def cross_entropy(logits, targets, weights):
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Pair:
     """Next-token cross-entropy.
 
     Args:
@@ -45,7 +48,15 @@ def cross_entropy(logits, targets, weights):
     return jnp.sum(losses * weights), jnp.sum(weights)
 
 
-def chunked_cross_entropy(x, kernel, targets, weights, vocab_size, chunk, sharding=MatmulSharding()):
+def chunked_cross_entropy(
+    x: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    sharding: MatmulSharding = MatmulSharding(),
+) -> Pair:
     """`cross_entropy` of the logits x @ kernel, which never exist but for `chunk` of the vocabulary at a time.
 
     The backward pass makes each chunk again from the rows' log-sum-exp: one matmul more than with kept logits. The
@@ -169,7 +180,7 @@ def _chunked_backward(chunks: _Chunks, saved, g):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def contrastive(images, texts, log_scale):
+def contrastive(images: jax.Array, texts: jax.Array, log_scale: jax.Array) -> Pair:
     """CLIP's symmetric softmax loss over the global batch (Radford et al. 2021, figure 3).
 
     Args:
@@ -185,7 +196,7 @@ def contrastive(images, texts, log_scale):
     return jnp.sum(rows + columns) / 2, jnp.float32(logits.shape[0])
 
 
-def token_losses(models, params, hidden, batch):
+def token_losses(models: Models, params: dict, hidden: jax.Array, batch: dict) -> dict[str, Pair]:
     """Cross-entropy of the tokens that follow, from the LLM's hidden states before the final norm.
 
     Returns:
@@ -201,12 +212,12 @@ def token_losses(models, params, hidden, batch):
     return {"loss": chunked_cross_entropy(x, kernel, targets, weights, llm.vocab_size, chunk, sharding)}
 
 
-def answer_losses(models, params, batch):
+def answer_losses(models: Models, params: dict, batch: dict) -> dict[str, Pair]:
     """`token_losses` of the whole model: embedding and LLM."""
     return token_losses(models, params, models.hovle.hidden(params, batch)[0], batch)
 
 
-def divide(pair):
+def divide(pair: Pair) -> jax.Array:
     """sum / weight, 0 where nothing counts."""
     total, weight = pair
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0.0)

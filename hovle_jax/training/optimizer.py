@@ -9,7 +9,7 @@ from hovle_jax.config import OptimizerConfig
 NO_DECAY = ("bias", "scale", "scale1", "scale2", "log_scale")
 
 
-def learning_rate(config: OptimizerConfig, steps):
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The schedule: linear from 0 over `warmup_steps`, then a cosine to `final_fraction` of the peak."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
@@ -21,12 +21,12 @@ def learning_rate(config: OptimizerConfig, steps):
     )
 
 
-def decay_mask(params):
+def decay_mask(params: dict) -> dict:
     """True for parameters under weight decay."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
 
 
-def make_optimizer(config: OptimizerConfig, steps):
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import time
 
@@ -12,6 +13,7 @@ from hovle_jax.config import RunConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import count_reasons
+from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.report.batch_images import batch_picture
 from hovle_jax.report.facts import versions
 from hovle_jax.report.page import write_page
@@ -28,7 +30,7 @@ from hovle_jax.training.weights import load_params
 PREVIEW_ROWS = 256  # rows that the figures are about, at least
 
 
-def open_dataset(config: RunConfig, tokenizer_place=""):
+def open_dataset(config: RunConfig, tokenizer_place: str = "") -> tuple[pipeline.Batches, Tokenizer]:
     """-> (Batches, tokenizer), as `loop.run` would have them."""
     corpus = loading.load_corpus(config, config.data.split)
     if tokenizer_place:
@@ -38,7 +40,7 @@ def open_dataset(config: RunConfig, tokenizer_place=""):
     return pipeline.build_dataset(config, find(config.stage).batch, tokenizer, corpus), tokenizer
 
 
-def preview(config: RunConfig, folder, tokenizer_place=""):
+def preview(config: RunConfig, folder: str | os.PathLike, tokenizer_place: str = "") -> dict:
     """Writes pictures and a page about the first batches into `folder` -> the figures, as a dict."""
     folder = pathlib.Path(folder)
     dataset, tokenizer = open_dataset(config, tokenizer_place)
@@ -68,7 +70,7 @@ def preview(config: RunConfig, folder, tokenizer_place=""):
     return facts
 
 
-def row_figures(row):
+def row_figures(row: dict) -> dict:
     """What a row of a batch holds -> {name: number, or one for each of its samples}."""
     if "segment_ids" not in row:
         return {"tokens of a caption": np.count_nonzero(np.diff(row["tokens"])) + 1}
@@ -93,7 +95,7 @@ def row_figures(row):
     return figures
 
 
-def bench(config: RunConfig, steps, tokenizer_place=""):
+def bench(config: RunConfig, steps: int, tokenizer_place: str = "") -> dict:
     """Times the pipeline alone, and then beside the stage's own step with fresh parameters -> figures, as a dict."""
     dataset, tokenizer = open_dataset(config, tokenizer_place)
     batches = dataset.iterate(0, config.workers)

@@ -8,7 +8,7 @@ from hovle_jax.hosts import distributed
 FOLDER = "profile"
 
 
-def parse_steps(text):
+def parse_steps(text: str) -> range | None:
     """'10:15' -> range(10, 15), the steps that are counted from 0; '' -> None. Raises UserError for anything else."""
     if not text:
         return None
@@ -18,7 +18,7 @@ def parse_steps(text):
     return range(int(first), int(last))
 
 
-def check_steps(steps, first_step, last_step):
+def check_steps(steps: range | None, first_step: int, last_step: int) -> None:
     """Raises UserError where a run from `first_step` to before `last_step` does not make all of these steps."""
     if steps and not (first_step <= steps.start and steps.stop <= last_step):
         raise UserError(
@@ -50,13 +50,13 @@ class Profile:
         if self._running:  # the run ends within the traced steps
             self._stop()
 
-    def before(self, step):
+    def before(self, step: int) -> None:
         if self._steps and step == self._steps.start:
             with self._besides("profile"):
                 jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def after(self, step):
+    def after(self, step: int) -> None:
         """A step was dispatched: the trace ends when the last one has."""
         if self._running and step + 1 == self._steps.stop:
             with self._besides("profile"):

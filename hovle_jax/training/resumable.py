@@ -5,6 +5,8 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from hovle_jax.training.state import TrainState
+
 
 class RunCheckpoints:
     """The resumable checkpoints of one run."""
@@ -21,20 +23,20 @@ class RunCheckpoints:
             self._manager.close()
 
     @property
-    def latest(self):
+    def latest(self) -> int | None:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step, state, force=False):
+    def save(self, step: int, state: TrainState, force: bool = False) -> None:
         """Saves what the stage changes (asynchronously); `force` also between the regular steps."""
         if step != self.latest:
             self._manager.save(step, args=ocp.args.StandardSave(_changing(state)), force=force)
 
-    def wait(self):
+    def wait(self) -> None:
         """Until all that was saved is written."""
         self._manager.wait_until_finished()
 
-    def restore(self, state):
+    def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint, with the frozen parameters of `state`; arrays take the shardings of `state`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _changing(state))
         restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))

@@ -1,16 +1,18 @@
 """A run's folder: its config, and whether what lies there belongs to this run."""
 
 import json
+import os
 import pathlib
 import tempfile
 
 from hovle_jax.config import RUN_ONLY_KEYS, RunConfig, differences
+from hovle_jax.data.batch import Found
 from hovle_jax.errors import UserError
 
 MOST_NAMED = 4  # keys that differ
 
 
-def open_run_folder(folder):
+def open_run_folder(folder: str | os.PathLike) -> pathlib.Path:
     """Makes a run's folder. Raises UserError when it cannot be written to."""
     folder = pathlib.Path(folder).absolute()
     try:
@@ -21,12 +23,14 @@ def open_run_folder(folder):
     return folder
 
 
-def save_config(folder, config: RunConfig):
+def save_config(folder: pathlib.Path, config: RunConfig) -> None:
     text = json.dumps(config.to_dict(), indent=2)
     (folder / "config.json").write_text(text + "\n")
 
 
-def check_same_config(folder: pathlib.Path, config: RunConfig, remedy: str = "or remove that folder to start over"):
+def check_same_config(
+    folder: pathlib.Path, config: RunConfig, remedy: str = "or remove that folder to start over"
+) -> None:
     """Raises UserError when the folder holds a run of another config: to go on with it would mix two."""
     path = folder / "config.json"
     if not path.is_file():
@@ -40,7 +44,7 @@ def check_same_config(folder: pathlib.Path, config: RunConfig, remedy: str = "or
         raise UserError(f"{folder} holds a run with {named}{more}; choose another --workdir, {remedy}")
 
 
-def check_same_data(folder, found):
+def check_same_data(folder: pathlib.Path, found: Found) -> None:
     """Notes what a run reads; raises UserError where it went on with other data than it began with.
 
     Args:

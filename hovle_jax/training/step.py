@@ -1,6 +1,7 @@
 """The one train step, for every stage."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,9 @@ from hovle_jax.training.state import TrainState
 Metrics = dict[str, Any]
 
 
-def total_loss(trained: Params, frozen: Params, batch: dict, stage: str, models: Models, totals: dict | None = None):
+def total_loss(
+    trained: Params, frozen: Params, batch: dict, stage: str, models: Models, totals: dict | None = None
+) -> tuple[jax.Array, Metrics]:
     """-> (scalar loss, {name: mean}); the pairs are divided here, once, by weights of the whole global batch.
 
     Args:
@@ -28,7 +31,9 @@ def total_loss(trained: Params, frozen: Params, batch: dict, stage: str, models:
     return sum(means.values()), means
 
 
-def gradients(trained: Params, frozen: Params, batch: dict, stage: str, run: Run):
+def gradients(
+    trained: Params, frozen: Params, batch: dict, stage: str, run: Run
+) -> tuple[tuple[jax.Array, Metrics], Params]:
     """-> ((loss, {name: mean}), gradients in the parameters' type), accumulated over `run.accumulate` microbatches."""
     loss_and_gradients = jax.value_and_grad(total_loss, has_aux=True)
     constrained = lambda tree: run.layout.constrain(tree, "gradients")
@@ -77,7 +82,7 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
     return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
 
 
-def train_step_for(run: Run):
+def train_step_for(run: Run) -> Callable:
     """`train_step`, compiled with the options for the mesh's devices."""
     options = run.compiler_options()
     return jax.jit(train_step.__wrapped__, **_JIT, compiler_options=options) if options else train_step

@@ -2,28 +2,30 @@
 
 import jax.numpy as jnp
 
+from hovle_jax.components import Models, Params
+from hovle_jax.config import RunConfig
 from hovle_jax.data.kinds import CAPTIONS
 from hovle_jax.model import flops
 from hovle_jax.model.clip import MAX_LOG_SCALE
 from hovle_jax.model.flops import Work
 from hovle_jax.training.flops import TRAINED, Part
 from hovle_jax.training.losses import contrastive
-from hovle_jax.training.stage import Stage
+from hovle_jax.training.stage import Pairs, Stage
 
 
-def losses(models, params, batch):
+def losses(models: Models, params: dict, batch: dict) -> Pairs:
     """The symmetric contrastive loss."""
     images, texts, log_scale = models["clip"].apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
     return {"loss": contrastive(images, texts, log_scale)}
 
 
-def clamp_scale(trained):
+def clamp_scale(trained: Params) -> Params:
     """The logit scale never exceeds 100."""
     clip = trained["clip"]
     return trained | {"clip": clip | {"log_scale": jnp.minimum(clip["log_scale"], MAX_LOG_SCALE)}}
 
 
-def parts(config, rows):
+def parts(config: RunConfig, rows: int) -> list[Part]:
     """Both towers and the similarities of all pairs."""
     c = config.clip
     v, t = c.vision, c.text

@@ -3,15 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from hovle_jax.components import Models
+from hovle_jax.config import RunConfig
 from hovle_jax.data.kinds import RANDOM_TEXT
 from hovle_jax.model import flops
 from hovle_jax.model.flops import Work
 from hovle_jax.training.flops import TRAINED, UNTOUCHED, Part, embedding_parts
 from hovle_jax.training.losses import cosine
-from hovle_jax.training.stage import LLM_TABLE, Stage
+from hovle_jax.training.stage import LLM_TABLE, Pairs, Stage
 
 
-def losses(models, params, batch):
+def losses(models: Models, params: dict, batch: dict) -> Pairs:
     """-cos(image) - cos(text), each a mean over its own positions."""
     embedding = models["embedding"].bind({"params": params["embedding"]})
     raw, _ = embedding.encode(batch)
@@ -27,7 +29,7 @@ def losses(models, params, batch):
     }
 
 
-def image_targets(models, params, tiles):
+def image_targets(models: Models, params: dict, tiles: jax.Array) -> jax.Array:
     """[B, M, S, S, 3] -> the teacher's features [B, M * tokens per tile, width of the target]."""
     B, M = tiles.shape[:2]
     features = models["teacher"].apply(
@@ -38,7 +40,7 @@ def image_targets(models, params, tiles):
     return jax.lax.stop_gradient(features).reshape(B, -1, features.shape[-1])
 
 
-def parts(config, rows):
+def parts(config: RunConfig, rows: int) -> list[Part]:
     """The embedding, the teacher, and the head that some teachers need."""
     tiles, tokens = config.data.tiles * rows, config.model.embedding.tokens_per_tile
     made = embedding_parts(config, rows) + [Part("teacher", flops.teacher(config.teacher, tokens) * tiles, UNTOUCHED)]

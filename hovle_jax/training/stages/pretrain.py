@@ -1,12 +1,13 @@
 """The LLM alone, on text: next-token cross-entropy."""
 
+from hovle_jax.components import Models
 from hovle_jax.data.kinds import TEXT
 from hovle_jax.training.flops import TRAINED, llm_parts
 from hovle_jax.training.losses import token_losses
-from hovle_jax.training.stage import Stage
+from hovle_jax.training.stage import Pairs, Stage
 
 
-def losses(models, params, batch):
+def losses(models: Models, params: dict, batch: dict) -> Pairs:
     """Cross-entropy of the tokens that follow, from the LLM's own token vectors."""
     llm = models["llm"].bind({"params": params["llm"]})
     hidden, _ = llm.run(llm.token_embedding(batch["tokens"]), batch["positions"], batch["segment_ids"])
