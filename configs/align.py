@@ -1,4 +1,4 @@
-"""Stage 2: the embedding learns to speak to the frozen LLM, on pictures with captions (paper, section 3.2).
+"""Stage 2: the embedding learns to speak to the frozen LLM, on images with captions (paper, section 3.2).
 
     python -m hovle_jax.train --config configs/align.py
 

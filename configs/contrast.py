@@ -2,7 +2,7 @@
 
     python -m hovle_jax.train --config configs/contrast.py
 
-tiny: 24 captions over 3,578 pictures of easy-VQA; two and a half minutes on two CPU cores.
+tiny: 24 captions over 3,578 images of easy-VQA; two and a half minutes on two CPU cores.
 """
 
 from hovle_jax import recipes

@@ -1,12 +1,12 @@
 """Stage 1: the holistic embedding learns to see from a frozen teacher, and to pass text through, on unpaired
-pictures and random text (paper, section 3.2).
+images and random text (paper, section 3.2).
 
     python -m hovle_jax.train --config configs/distill.py
     python -m hovle_jax.train --config configs/distill.py:hovle --config.init.llm=DIR --config.init.teacher=DIR
 
-tiny: the pictures of easy-VQA, the CLIP tower of `contrast`; three minutes on two CPU cores.
+tiny: the images of easy-VQA, the CLIP tower of `contrast`; three minutes on two CPU cores.
 smol: the same over SmolLM2-135M-Instruct; a quarter of an hour.
-hovle, hovle_hd: the paper's 122k steps of 4096 pictures, peak learning rate 3e-4.
+hovle, hovle_hd: the paper's 122k steps of 4096 images, peak learning rate 3e-4.
 """
 
 from hovle_jax import recipes

@@ -1,4 +1,4 @@
-"""Stage 3: everything is trained on questions and answers about pictures (paper, section 3.2).
+"""Stage 3: everything is trained on questions and answers about images (paper, section 3.2).
 
     python -m hovle_jax.train --config configs/instruct.py
 

@@ -134,13 +134,13 @@ def load_component(folder: str | os.PathLike, component: str, abstract: Params) 
     with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         _check_shapes(folder, component, stored, abstract)
-        restore_args = jax.tree.map(_restore_args, abstract)  # which cut off the padding of a vocabulary or add it
+        restore_args = jax.tree.map(_restore_args, abstract)  # which crop the padding of a vocabulary or add it
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         return checkpointer.restore(path, args=args)
 
 
 def _options_of(abstract):
-    """Orbax waits for every process of the run, unless told which take part."""
+    """Orbax waits for every process of the run, unless it is given those that take part."""
     shardings = [leaf.sharding for leaf in jax.tree.leaves(abstract) if leaf.sharding is not None]
     taking_part = {device.process_index for sharding in shardings for device in sharding.device_set}
     if jax.process_count() == 1 or len(taking_part) == jax.process_count():

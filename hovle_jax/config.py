@@ -234,7 +234,7 @@ class RunConfig:
     log_every: int = 20  # steps between two lines and two rows of metrics
     eval_every: int = 0  # held-out metrics between the first and the last step (0: only at both ends)
     eval_rows: int = 0  # held-out rows that the held-out losses are of, the first so many (0: all)
-    eval_limit: int = 0  # questions or pictures of the benchmark at the end (0: all)
+    eval_limit: int = 0  # questions or images of the benchmark at the end (0: all)
     checkpoint_every: int = 500  # steps between two checkpoints
     keep_checkpoints: int = 2  # how many of the newest stay
     workers: int = 0  # processes that prepare batches (0: threads of this one)

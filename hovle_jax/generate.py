@@ -1,6 +1,6 @@
 """Answers a question about an image.
 
-    python -m hovle_jax.generate --checkpoint runs/instruct --image picture.png --prompt "what color is the shape?"
+    python -m hovle_jax.generate --checkpoint runs/instruct --image photo.png --prompt "what color is the shape?"
     python -m hovle_jax.generate --checkpoint smol-llm --prompt "What is the capital of France?"
 
 Each `<image>` in the prompt takes one --image, in order; without any mark the images come first.

@@ -10,10 +10,10 @@
 emoji, tuxpaint: fetched by package, version and sha256, drawn and written into the cache; data.source=emoji reads it.
 
 jsonl, webdataset: any source that data.source may name (jsonl, meta .json, a JSON list, tar, Parquet, text) becomes a
-folder of ArrayRecord files with the pictures inside, each of which was decoded once. Bad samples are left out and
+folder of ArrayRecord files with the images inside, each of which was decoded once. Bad samples are left out and
 listed in CORPUS/bad_samples.jsonl.
 
-preview: the first batch as a picture, and how full rows are, tiles of samples, tokens of sources, in OUT.
+preview: the first batch as an image, and how full rows are, tiles of samples, tokens of sources, in OUT.
 
 bench: images, tiles and tokens a second of the pipeline alone, and the share of time that training waits for it.
 """
@@ -32,7 +32,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "preview, bench: a stag
 ROOT = flags.DEFINE_string("root", "", "jsonl, webdataset: the folder that image paths are relative to")
 HELD_OUT = flags.DEFINE_float("held_out", 0.0, "jsonl, webdataset: the share of samples that goes to the split 'test'")
 CEILING = flags.DEFINE_float("bad_ceiling", 0.01, "jsonl, webdataset: the share of samples that may be unusable")
-OUT = flags.DEFINE_string("out", "preview", "preview: the folder of the pictures")
+OUT = flags.DEFINE_string("out", "preview", "preview: the folder of what is written")
 TOKENIZER = flags.DEFINE_string(
     "tokenizer", "", "preview, bench: a run's folder or a tokenizer file (default: as train)"
 )
@@ -72,7 +72,7 @@ def preview() -> None:
 
     show(preview(run_config(), OUT.value, TOKENIZER.value))
     if not JSON.value:
-        print(f"pictures and page in {OUT.value}/report.html")
+        print(f"images and page in {OUT.value}/report.html")
 
 
 def bench() -> None:

@@ -7,12 +7,12 @@
     python -m hovle_jax.train --config configs/instruct.py --show       # all keys, with values and meanings
     python -m hovle_jax.train --config configs/instruct.py --workdir runs_seeds --seeds 3    # mean and spread
 
-A stage that is finished in the work folder is used as it is; one that was cut off goes on from its newest checkpoint.
+A stage that is finished in the work folder is used as it is; one that was interrupted resumes from its newest checkpoint.
 
 On a TPU pod the same command is started on every host (docs/multihost.md).
 
 Ends with status 0 where all is done that was asked for, 2 at a user's mistake, and 143 (128 + SIGTERM, as a process
-that the signal kills) where the run was told to end: the same command goes on.
+that the signal kills) where the run was preempted: the same command resumes it.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ HOST_TIMEOUT = flags.DEFINE_float("host_timeout", 300, "Seconds in which all hos
 
 
 ONE_HOST = "--seeds trains on one host; on several, start a run for each with --config.seed and compare them after"
-TOLD_TO_END = 128 + signal.SIGTERM
+PREEMPTED = 128 + signal.SIGTERM
 
 
 def stage_config(folder: str | os.PathLike, stage: str, preset: str) -> RunConfig:
@@ -242,8 +242,8 @@ def train(
 
 
 def exit_status(config: RunConfig, result) -> int:
-    """Of a run that has ended without an error: one that stops before it was to was told to end."""
-    return 0 if result.step >= config.last_step else TOLD_TO_END
+    """Of a run that has ended without an error: one that stops before its last step was preempted."""
+    return 0 if result.step >= config.last_step else PREEMPTED
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_seeds_on_several_hosts_are_refused(tmp_path, monkeypatch):
         train.train_seeds(config, ROOT / "configs", tmp_path, 2)
 
 
-def test_seeds_stop_where_a_run_was_told_to_end(tmp_path, monkeypatch):
+def test_seeds_stop_where_a_run_was_preempted(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *rest: 143)
     config = train.stage_config(ROOT / "configs", "contrast", "tiny")
     assert train.train_seeds(config, ROOT / "configs", tmp_path, 2) == 143

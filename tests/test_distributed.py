@@ -149,7 +149,7 @@ def test_half_of_what_start_must_know_is_an_error(said, message):
 def test_one_process_needs_nothing():
     distributed.start()
     distributed.start(hosts=1)
-    assert not distributed.several() and distributed.is_leader() and not distributed.told_to_end()
+    assert not distributed.several() and distributed.is_leader() and not distributed.preempted()
     with distributed.ending_together():
         assert distributed.gather("value", 7) == [7]
     assert distributed.host_rows(Placement(make_mesh(MeshConfig())).batch_sharding, 16) == (tuple(range(16)), True)
@@ -325,7 +325,7 @@ def test_other_data_and_a_failing_host_end_the_run_everywhere(tmp_path, half_bro
     assert "stopped: UserError: the disk of this host is full" in failing.err(0)
 
 
-def test_one_host_that_is_told_to_end_lets_all_of_them_save(tmp_path, start_hosts):
+def test_one_host_that_is_preempted_lets_all_of_them_save(tmp_path, start_hosts):
     job = start_hosts("job", 2, 4, [run_of(tmp_path / "run")])
     job.until(" 2/5000")
     job.processes[1].send_signal(signal.SIGTERM)

@@ -236,7 +236,7 @@ def test_steps_to_trace():
         profiling.check_steps(range(0, 5), 0, 4)
 
 
-def test_a_run_that_was_told_to_end_is_not_done():
+def test_a_run_that_was_preempted_is_not_done():
     config = dataclasses.replace(RUN, stop_at_step=0)
     ended = lambda step: loop.Result(pathlib.Path(), step, step == config.steps, {})
     assert train.exit_status(config, ended(6)) == 0 and train.exit_status(config, ended(4)) == 143

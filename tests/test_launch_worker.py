@@ -143,7 +143,7 @@ def test_a_pod_ends_as_its_training_does(checkout, code):
     assert process.returncode == code
 
 
-def test_a_pod_that_is_told_to_end_saves_and_asks_to_be_started_again(checkout):
+def test_a_pod_that_is_preempted_saves_and_asks_to_be_started_again(checkout):
     with pod(checkout, "--config", "a") as process:
         process.stdout.readline()
         time.sleep(0.2)  # the stand-in is ready for the signal behind its first line

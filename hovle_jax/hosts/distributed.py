@@ -210,8 +210,8 @@ def host_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> tuple[tu
     return rows, jax.process_index() == min(host for host, theirs in blocks.items() if theirs == own)
 
 
-def told_to_end() -> bool:
-    """Whether all hosts are to save and stop here, because one of them was told to end (SIGTERM).
+def preempted() -> bool:
+    """Whether all hosts are to save and stop here, because one of them was preempted (SIGTERM).
 
     To be called on all hosts equally often, at steps: jax agrees on a step that none of them has passed.
     """

@@ -164,7 +164,7 @@ def _read_line(line):
 
 
 def _is_closed(line):
-    """Whether the other end has gone: it sends nothing behind its call."""
+    """Whether the other end has gone: it sends nothing after its call."""
     line.settimeout(0)
     try:
         return not line.recv(1, socket.MSG_PEEK)

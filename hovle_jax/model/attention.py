@@ -127,7 +127,7 @@ def _blocks(query, key, value, mask: CausalRows, placement):
 def _xla(query, key, value, allowed, placement):
     B, L, H, C = query.shape
     K = key.shape[2]
-    # Heads in front: on the CPU each (batch, kv head) is then one contiguous matrix product, with the
+    # Heads in front: on the CPU each (batch, kv head) is then one contiguous matmul, with the
     # queries that share a kv head as rows of one matrix.
     query = query.reshape(B, L, K, H // K, C).transpose(0, 2, 3, 1, 4)  # [B, K, G, L, C]
     key = key.transpose(0, 2, 1, 3)  # [B, K, S, C]

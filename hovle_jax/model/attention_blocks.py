@@ -1,4 +1,4 @@
-"""Causal attention in blocks of queries: what XLA's CPU backend does fastest, as plain matrix products.
+"""Causal attention in blocks of queries: what XLA's CPU backend does fastest, as plain matmuls.
 
 Dimension letters: B batch, L tokens, H heads, K kv heads, G = H / K, C head dim, S keys that a block may see.
 """
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier
 
-BLOCK = 64  # the fewest queries of a block: smaller products lose more than the masked scores cost
+BLOCK = 64  # the fewest queries of a block: smaller matmuls lose more than the masked scores cost
 SHORTEST = 2 * BLOCK  # rows for which blocks pay
 BLOCKS = 4  # at most; halves of halves gain little
 
@@ -17,12 +17,12 @@ def attend_causal(query: jax.Array, key: jax.Array, value: jax.Array, allowed: j
 
     A block of queries meets only the keys up to its last one, so that three eighths of the scores are never computed.
     The gradient is written out: it keeps the exponentials (not the probabilities and the scores) and is made of
-    products whose left side needs no transposition, which the CPU backend would do element by element.
+    matmuls whose left side needs no transposition, which the CPU backend would do element by element.
 
     Args:
       query: [B, L, H, C].
       key, value: [B, L, K, C]; H is a multiple of K.
-      allowed: [B, L, L] bool, False behind the diagonal.
+      allowed: [B, L, L] bool, False above the diagonal.
     Returns:
       [B, L, H, C] in the type of `query`.
     """

@@ -17,7 +17,7 @@ from hovle_jax.model.execution import Execution
 from hovle_jax.model.streams import Stream
 from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable, dense
 
-PADDING_LOGIT = -1e30  # not -inf, whose products with a probability of 0 are not numbers
+PADDING_LOGIT = -1e30  # not -inf, which times a probability of 0 is not a number
 
 
 class LanguageModel(nn.Module):
@@ -114,7 +114,7 @@ class HoVLE:
         return HoVLECache(embedding, Cache.empty(c.llm.stack, slots, capacity, dtype))
 
     def prefill(self, params: dict, batch: dict, cache: HoVLECache) -> tuple[jax.Array, HoVLECache]:
-        """Reads right-padded prompts into the caches -> (logits [B, V] behind each row's last token, caches)."""
+        """Reads right-padded prompts into the caches -> (logits [B, V] after each row's last token, caches)."""
         hidden, cache = self.hidden(params, batch, cache)
         last = jnp.sum(batch["segment_ids"] > 0, axis=1) - 1
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)

@@ -142,7 +142,7 @@ class DecoderLayer(nn.Module):
 
 LAYER_INPUT = "layer_input"  # what 'offload' keeps in the host's memory
 
-# What the backward pass of a layer finds kept: everything, products, its input, or its input in the host's memory.
+# What the backward pass of a layer finds kept: everything, matmuls, its input, or its input in the host's memory.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -1,4 +1,4 @@
-"""What every tower does to an image: normalise, cut into patches, place them, shuffle pixels into channels.
+"""What every tower does to an image: normalise, split into patches, place them, shuffle pixels into channels.
 
 Dimension letters: M tiles, S tile side, P patches, D width.
 """
@@ -26,7 +26,7 @@ def normalize_tiles(
 def patchify(tiles: jax.Array, patch_size: int) -> jax.Array:
     """[M, S, S, 3] -> [M, P, patch_size^2 * 3], patches row-major, each flattened as (row, column, channel).
 
-    A convolution whose stride is its kernel is a matrix product over these vectors.
+    A convolution whose stride is its kernel is a matmul over these vectors.
     """
     M, S, _, channels = tiles.shape
     side = S // patch_size

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Result:
-    """What a run leaves behind for its report."""
+    """What a run leaves for its report."""
 
     folder: pathlib.Path
     step: int
@@ -161,7 +161,7 @@ class Steps:
                     state, metrics = train_step(state, batch, stage=config.stage, run=self.run)
                     note(metrics)
                 done = step + 1
-                stops = done == config.last_step or distributed.told_to_end()
+                stops = done == config.last_step or distributed.preempted()
                 if done % config.log_every == 0 or stops:
                     monitor.line(done, learning_rate=float(schedule(step)))
                 if config.eval_every and done % config.eval_every == 0 and not stops:

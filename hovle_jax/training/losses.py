@@ -65,9 +65,9 @@ def chunked_cross_entropy(
 
     Args:
       x: [B, L, D], normalised.
-      kernel: [D, V] with logical axes ('embed', 'vocab'), in the type of the product.
+      kernel: [D, V] with logical axes ('embed', 'vocab'), in the type of the matmul.
       targets, weights: as above.
-      vocab_size: real tokens; the columns behind them are padding.
+      vocab_size: real tokens; the columns after them are padding.
       chunk: columns.
       sharding: how x @ kernel lies on the mesh (`Placement.matmul_sharding`).
     Returns:

@@ -1,4 +1,4 @@
-"""What a stage will read before anything is trained: its first batches in pictures and figures, and their speed."""
+"""What a stage will read before anything is trained: its first batches as images and figures, and their speed."""
 
 import dataclasses
 import json
@@ -41,12 +41,12 @@ def open_dataset(config: RunConfig, tokenizer_place: str = "") -> tuple[pipeline
 
 
 def preview(config: RunConfig, folder: str | os.PathLike, tokenizer_place: str = "") -> dict:
-    """Writes pictures and a page about the first batches into `folder` -> the figures, as a dict."""
+    """Writes images and a page about the first batches into `folder` -> the figures, as a dict."""
     folder = pathlib.Path(folder)
     dataset, tokenizer = open_dataset(config, tokenizer_place)
     folder.mkdir(parents=True, exist_ok=True)
     first = dataset[0]
-    pictures = [batch_picture(first, tokenizer.pieces, folder / "batch.png")]
+    images = [batch_picture(first, tokenizer.pieces, folder / "batch.png")]
     rows, events = [], list(dataset.found.bad)
     for batch, found, _ in dataset.iterate():
         rows += [row_figures({name: array[i] for name, array in batch.items()}) for i in range(len(batch["tokens"]))]
@@ -58,15 +58,15 @@ def preview(config: RunConfig, folder: str | os.PathLike, tokenizer_place: str =
         facts["plan"] = dataset.found.summary
     columns = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
     facts |= {f"mean {name}": round(float(values.mean()), 4) for name, values in columns.items()}
-    pictures.append(plot_histograms(columns, folder / "rows.png", f"{len(rows)} rows"))
+    images.append(plot_histograms(columns, folder / "rows.png", f"{len(rows)} rows"))
     if dataset.found.sources:
         by_source = {name: tokens for name, _, tokens in dataset.found.sources}
-        pictures.append(plot_bars(by_source, folder / "sources.png", "tokens an epoch"))
+        images.append(plot_bars(by_source, folder / "sources.png", "tokens an epoch"))
         facts |= {f"tokens of {name}": tokens for name, tokens in by_source.items()}
     facts |= {f"bad samples: {reason}": number for reason, number in count_reasons(events).items()}
     (folder / "preview.json").write_text(json.dumps(facts, indent=2) + "\n")
     title = f"hovle_jax: what {config.stage} ({config.preset}) reads"
-    write_page(folder, title, config.to_dict(), versions(), facts, [], pictures, events)
+    write_page(folder, title, config.to_dict(), versions(), facts, [], images, events)
     return facts
 
 
