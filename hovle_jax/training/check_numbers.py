@@ -40,7 +40,7 @@ def check_numbers(config: RunConfig) -> None:
     if warmup and warmup >= config.steps > 1:
         warn(
             f"optimizer.warmup_steps={warmup} is not below steps={config.steps}: the learning rate rises to the end; "
-            f"--config.optimizer.warmup_steps={config.steps // 10} leaves nine tenths for its decay"
+            f"--config.optimizer.warmup_steps={config.steps // 10} leaves the rest for its decay"
         )
 
 
