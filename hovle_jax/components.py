@@ -38,8 +38,8 @@ class Component:
       unused: paths that public checkpoints have and nothing reads: never trained, decayed or changed.
     """
 
-    module: Callable[[ModelConfig, Execution], nn.Module]
-    inputs: Callable[[ModelConfig], tuple]
+    module: Callable[[Any, Execution], Any]
+    inputs: Callable[[Any], tuple]
     has_sizes: Callable[[ModelConfig], bool]
     handed_on: bool = False
     vocabulary: dict[Path, int] = dataclasses.field(default_factory=dict)
@@ -121,7 +121,8 @@ class Models:
         e = self.config.execution
         return Execution(e.dtype, e.attention, e.unroll_layers, e.remat, self.placement)
 
-    def __getitem__(self, component: str) -> nn.Module:
+    def __getitem__(self, component: str) -> Any:
+        """The Linen module of a component."""
         return COMPONENTS[component].module(self.config, self.execution)
 
     @property

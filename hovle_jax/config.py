@@ -300,6 +300,7 @@ class ModelConfig:
     @property
     def model(self) -> HoVLEConfig:
         """The embedding over the LLM; the LLM alone where there is no embedding."""
+        assert self.llm is not None
         return HoVLEConfig(self.embedding, self.llm)
 
     def with_max_tiles(self, tiles: int | None) -> "ModelConfig":
@@ -370,7 +371,7 @@ def _convert(hint, value, path):
             return None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_dict(hint, value, path)
+        return value if isinstance(value, typing.cast(type, hint)) else from_dict(typing.cast(type, hint), value, path)
     if typing.get_origin(hint) is tuple:
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -7,7 +7,7 @@
     python -m hovle_jax.train --config configs/instruct.py --show       # all keys, with values and meanings
     python -m hovle_jax.train --config configs/instruct.py --workdir runs_seeds --seeds 3    # mean and spread
 
-A stage that is finished in the work folder is used as it is; one that was interrupted resumes from its newest checkpoint.
+A stage that is finished in the work folder is used as it is; an interrupted one resumes from its newest checkpoint.
 
 On a TPU pod the same command is started on every host (docs/multihost.md).
 
@@ -65,6 +65,7 @@ def stage_config(folder: str | os.PathLike, stage: str, preset: str) -> RunConfi
     if not path.is_file():
         raise UserError(f"the stage {stage!r} is needed first and {path} does not exist; give its run's folder instead")
     spec = importlib.util.spec_from_file_location(f"hovle_config_{stage}", path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return RunConfig.from_dict(module.get_config(preset).to_dict())

@@ -138,13 +138,11 @@ class VisionTransformer(nn.Module):
         patches = patchify(normalize_tiles(tiles, c.image_mean, c.image_std), c.patch_size)
         x = dense(c.width, ("patch", "embed"), "patch_embedding", self.execution, use_bias=c.patch_bias)(patches)
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
-        if c.class_token:
-            class_embedding = self.param("class_embedding", init, (1, c.width))
-            class_position = self.param("class_position", init, (1, c.width))
         positions = self.param("position_embedding", init, (c.grid**2, c.width))
         x = x + resize_positions(positions, S // c.patch_size).astype(x.dtype)
         if c.class_token:
-            first = jnp.broadcast_to((class_embedding + class_position).astype(x.dtype), (M, 1, c.width))
+            vectors = [self.param(f"class_{name}", init, (1, c.width)) for name in ("embedding", "position")]
+            first = jnp.broadcast_to(sum(vectors).astype(x.dtype), (M, 1, c.width))
             x = jnp.concatenate([first, x], axis=1)
         if c.pre_norm:
             x = LayerNorm(c.norm_eps, name="pre_norm")(x)

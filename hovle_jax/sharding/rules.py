@@ -72,7 +72,9 @@ def partition_spec(
     """
     spec, refused, used = [], [], set()
     for name, size in zip(names, shape, strict=True):
-        axes = tuple(a for a in as_axes(table.get(name)) if mesh_shape.get(a, 1) > 1 and a not in used)
+        axes = tuple(
+            a for a in as_axes(table.get(name) if name else None) if mesh_shape.get(a, 1) > 1 and a not in used
+        )
         shards = math.prod(mesh_shape[a] for a in axes)
         if size % shards:
             refused.append((name, size, axes, shards))

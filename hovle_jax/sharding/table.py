@@ -25,7 +25,8 @@ def describe(layout: Layout, batch: dict, trains: Callable[[Path], bool]) -> tup
     ]  # fmt: skip
     for use in ("parameters", "gradients", "moments"):
         lines.append(f"rules of {use}: " + ", ".join(f"{n} -> {_axes(a)}" for n, a in placement.rules(use).items()))
-    rows, warnings = [HEADER], []
+    rows: list[tuple[str, ...]] = [HEADER]
+    warnings = []
     for path, leaf in layout.leaves:
         name = "/".join(path)
         others = [_spec(leaf.spec(use)) if trains(path) else "frozen" for use in ("gradients", "moments")]

@@ -5,6 +5,7 @@ Dimension letters: B batch, L tokens, T = B L, D width, V vocabulary, N pairs, E
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +207,7 @@ def token_losses(models: Models, params: dict, hidden: jax.Array, batch: dict) -
     chunk = models.config.execution.vocab_chunk
     if not chunk:
         return {"loss": cross_entropy(models.hovle.hidden_to_logits(params, hidden), targets, weights)}
-    x = models["llm"].apply({"params": params["llm"]}, hidden, method="normalize")
+    x: Any = models["llm"].apply({"params": params["llm"]}, hidden, method="normalize")
     kernel = models.hovle.head_kernel(params).astype(x.dtype)
     sharding = models.placement.matmul_sharding(x.shape, kernel.shape, ("embed", "vocab"))
     return {"loss": chunked_cross_entropy(x, kernel, targets, weights, llm.vocab_size, chunk, sharding)}

@@ -15,7 +15,7 @@ from hovle_jax.training.stage import Stage
 class TrainState:
     """`trained` and `frozen` are disjoint parts of one parameter tree."""
 
-    step: jax.Array
+    step: Any
     trained: dict
     frozen: dict
     opt_state: Any

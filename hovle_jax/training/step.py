@@ -58,7 +58,7 @@ def microbatch(batch: dict, i: jax.Array | int, count: int) -> dict:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(take(leaf), i, axis=1, keepdims=False), batch)
 
 
-_JIT = dict(static_argnames=("stage", "run"), donate_argnames="state")
+_JIT: dict[str, Any] = dict(static_argnames=("stage", "run"), donate_argnames="state")
 
 
 @functools.partial(jax.jit, **_JIT)
