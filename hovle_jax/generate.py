@@ -42,7 +42,7 @@ def main() -> None:
     from hovle_jax.inference.generate import answer
     from hovle_jax.inference.load import load_run
 
-    loaded = load_run(resolve(folder)).with_max_tiles(MAX_TILES.value)
+    loaded = load_run(folder).with_max_tiles(MAX_TILES.value)
     for said in answer(loaded.answerer, [(prompt, images) for prompt in prompts], MAX_NEW_TOKENS.value):
         print(said)
 

