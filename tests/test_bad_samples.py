@@ -252,7 +252,9 @@ def test_a_batch_without_a_supervised_token_is_an_error(tmp_path):
 
 def test_a_corpus_without_a_good_sample_says_what_is_wrong_with_the_first(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": \n' * 20)
-    with pytest.raises(UserError, match="none of the samples .* for instruct; the first: broken_json"):
+    with pytest.raises(
+        UserError, match="none of the samples .* gives batches of conversations; the first: broken_json"
+    ):
         dataset_of(config_of(tmp_path / "rows.jsonl"))
 
 

@@ -8,6 +8,7 @@ from hovle_jax.config import MeshConfig, OptimizerConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.training.stages import STAGES
 from tests import micro
 from tests.source_files import quiet
 from tests.trees import assert_close, host
@@ -25,7 +26,8 @@ def config_of(path, stage, variant):
 
 
 def batches_of(config, count):
-    dataset = pipeline.build_dataset(config, micro.tokenizer(), loading.load_corpus(config, "train", quiet))
+    corpus = loading.load_corpus(config, "train", quiet)
+    dataset = pipeline.build_dataset(config, STAGES[config.stage].batch, micro.tokenizer(), corpus)
     return [dataset[i] for i in range(count)]
 
 

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from hovle_jax.config import ExecutionConfig
 from hovle_jax.evaluation import summary
 from hovle_jax.evaluation.intervals import ExactMatch, wilson_interval
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.training import loop
 from tests import micro

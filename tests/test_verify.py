@@ -8,7 +8,7 @@ import pytest
 from hovle_jax.conversion.verify import verify
 from hovle_jax.errors import UserError
 from hovle_jax.formats.families import open_checkpoint
-from hovle_jax.model.config import ExecutionConfig
+from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import LanguageModel
 from tests.public_models import change_config, public_folder
 from tests.test_commands import command
@@ -26,7 +26,7 @@ def test_verify_tells_right_from_wrong(public):
     checkpoint = open_checkpoint(public)
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     index, ones = np.broadcast_to(np.arange(6, dtype=np.int32), tokens.shape), np.ones_like(tokens)
-    model = LanguageModel(checkpoint.config, ExecutionConfig())
+    model = LanguageModel(checkpoint.config, Execution())
     logits = np.array(model.apply({"params": checkpoint.load()}, tokens, index, ones))
     np.savez(public / "expected.npz", input_ids=tokens, logits=logits, other=ones)
     good = command("convert", "verify", public, "--json")
