@@ -15,6 +15,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,8 @@ class _DeferredHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
-            for writing in await super().serialize([value.read()], [info], arg and [arg]):
+            deferred: Any = value  # typed as an array, as its base class has it
+            for writing in await super().serialize([deferred.read()], [info], arg and [arg]):
                 await asyncio.to_thread(writing.result)
         return []
 
@@ -86,9 +88,8 @@ def save_model(folder: str | os.PathLike, config: ModelConfig, components: dict[
         params = make()
         # Bytes in flight are limited: on a CPU they are a second copy of parameters that lie in the same memory.
         limit = max(SAVE_CONCURRENT_BYTES, *(leaf.nbytes for leaf in jax.tree.leaves(params)))
-        handler = ocp.PyTreeCheckpointHandler(
-            save_concurrent_gb=(limit + 10**6) / 10**9, type_handler_registry=REGISTRY
-        )
+        gigabytes: Any = (limit + 10**6) / 10**9  # a fraction is as good as the int of its type
+        handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, type_handler_registry=REGISTRY)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / component, args=ocp.args.PyTreeSave(params))
         del params

@@ -3,6 +3,8 @@
 Dimension letters: B batch, L tokens, H heads, K kv heads, G = H / K, C head dim, S keys that a block may see.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier
@@ -65,7 +67,9 @@ def _forward(query, key, value, allowed):
 def _backward(saved, gradient):
     query, key, value, out, scales, exponentials = saved
     L = key.shape[2]
-    d_query, d_key, d_value = [], 0, 0
+    d_query: list = []
+    d_key: Any = 0
+    d_value: Any = 0
     for (first, end), scale, powers in zip(blocks(L), scales, exponentials):
         rows, d_out = _rows(query, first, end), _rows(gradient, first, end)
         # Probabilities are powers * scale: the scale goes into the narrow [rows, C], not into the wide [rows, S].

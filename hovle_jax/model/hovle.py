@@ -76,6 +76,7 @@ class HoVLE:
 
     @property
     def embedding(self) -> HolisticEmbedding:
+        assert self.config.embedding is not None, "an LLM alone"
         return HolisticEmbedding(self.config.embedding, self.execution)
 
     @property
@@ -86,7 +87,7 @@ class HoVLE:
         """Full forward over the batch's short stream -> float32 [B, L, V]."""
         return self.hidden_to_logits(params, self.hidden(params, batch)[0])
 
-    def hidden(self, params: dict, batch: dict, cache: HoVLECache | None = None) -> tuple[jax.Array, HoVLECache | None]:
+    def hidden(self, params: dict, batch: dict, cache: HoVLECache | None = None) -> tuple[jax.Array, Any]:
         """-> (hidden states [B, L, D] before the final norm, caches or None)."""
         caches = (None, None) if cache is None else (cache.embedding, cache.llm)
         llm = self.llm.bind({"params": params["llm"]})
@@ -97,14 +98,15 @@ class HoVLE:
             x, embedding_cache = embedding(batch, caches[0])
             x = embedding.for_llm(x)
         hidden, llm_cache = llm.run(x, batch["positions"], batch["segment_ids"], caches[1])
-        return hidden, None if cache is None else HoVLECache(embedding_cache, llm_cache)
+        return hidden, None if llm_cache is None else HoVLECache(embedding_cache, llm_cache)
 
     def head_kernel(self, params: dict) -> jax.Array:
         """The head's weights [D, V], for a loss that multiplies by them itself."""
         llm = params["llm"]
         return llm["token_embedding"]["embedding"].T if self.config.llm.tied else llm["head"]["kernel"]
 
-    def hidden_to_logits(self, params: dict, hidden: jax.Array) -> jax.Array:
+    def hidden_to_logits(self, params: dict, hidden: jax.Array) -> Any:
+        """Hidden states before the final norm -> float32 logits [..., V]."""
         return self.llm.apply({"params": params["llm"]}, hidden, method="logits")
 
     def empty_cache(self, slots: int, capacity: int, embedding_capacity: int, dtype: Any = jnp.float32) -> HoVLECache:

@@ -107,6 +107,7 @@ def rotary_angles(
     frequency, factor = frequencies(config)
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "dynamic" and longest > scaling.original_length:
+        assert segment_ids is not None
         lengths = text_lengths(positions, segment_ids)
         frequency = frequency * stretch(lengths, scaling, config.head_dim)[:, :, None]
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequency

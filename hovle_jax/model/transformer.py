@@ -108,7 +108,7 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(x), cache
 
     def attention(
-        self, x: jax.Array, cache: Any, angles: tuple[jax.Array, jax.Array], mask: Any, start: jax.Array | None
+        self, x: jax.Array, cache: Any, angles: tuple[jax.Array, jax.Array], mask: Any, start: Any
     ) -> tuple[jax.Array, Any]:
         c, dtype = self.config, self.execution.dtype
         B, L = x.shape[:2]
@@ -164,11 +164,12 @@ def scanned(layer: type[nn.Module], execution: Execution, num_layers: int, broad
     policy = REMAT_POLICIES[execution.remat]
     if policy is not None:
         layer = nn.remat(layer, policy=policy, prevent_cse=False)
+    in_axes: Any = (0,) + (nn.broadcast,) * broadcast
     return nn.scan(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0,) + (nn.broadcast,) * broadcast,
+        in_axes=in_axes,
         out_axes=0,
         length=num_layers,
         unroll=num_layers if execution.unroll_layers else 1,

@@ -142,7 +142,7 @@ class VisionTransformer(nn.Module):
         x = x + resize_positions(positions, S // c.patch_size).astype(x.dtype)
         if c.class_token:
             vectors = [self.param(f"class_{name}", init, (1, c.width)) for name in ("embedding", "position")]
-            first = jnp.broadcast_to(sum(vectors).astype(x.dtype), (M, 1, c.width))
+            first = jnp.broadcast_to((vectors[0] + vectors[1]).astype(x.dtype), (M, 1, c.width))
             x = jnp.concatenate([first, x], axis=1)
         if c.pre_norm:
             x = LayerNorm(c.norm_eps, name="pre_norm")(x)

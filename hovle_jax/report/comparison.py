@@ -5,7 +5,7 @@ import itertools
 import os
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hovle_jax.errors import UserError
 from hovle_jax.report.facts import HOST_PEAK
@@ -47,13 +47,13 @@ class Quantity:
     text: Callable[[float], str] = format_number
 
 
-def compare(paths: list[str | os.PathLike], out: str | os.PathLike) -> str:
+def compare(paths: Sequence[str | os.PathLike], out: str | os.PathLike) -> str:
     """The tables of these runs, one for each stage, as text; draws `out/compare.png`. Errors: see `open_runs`."""
     stages = open_runs(paths)
     return f"{text_of(stages)}\n\ncurves: {plot(stages, out)}"
 
 
-def open_runs(paths: list[str | os.PathLike]) -> dict[str, list[Column]]:
+def open_runs(paths: Sequence[str | os.PathLike]) -> dict[str, list[Column]]:
     """{stage: its runs}, of folders of runs (runs/instruct), of work folders (runs) and of folders of these (--seeds).
 
     Raises:

@@ -39,8 +39,8 @@ class TimeSheet:
 
     def __init__(self, clock=time.monotonic):
         self.clock = clock
-        self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
-        self._activity = "start"
+        self._seconds: dict[str, float] = dict.fromkeys(ACTIVITIES, 0.0)
+        self._activity: str = "start"
         self._since = clock()
 
     def enter(self, activity):

@@ -122,6 +122,7 @@ def llm_parts(config: RunConfig, rows: int, gradient: str) -> list[Part]:
 def embedding_parts(config: RunConfig, rows: int) -> list[Part]:
     """The holistic embedding's layers and ends over `rows` rows, trained."""
     c, data = config.model.embedding, config.data
+    assert c is not None
     length = BatchShape.of(data, c, image_id=0).long_length
     return [
         Part("embedding layers", flops.decoder_stack(c.stack, length) * rows, TRAINED, layers=True, decoder=True),

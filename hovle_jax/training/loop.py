@@ -163,7 +163,7 @@ class Steps:
                 done = step + 1
                 stops = done == config.last_step or distributed.preempted()
                 if done % config.log_every == 0 or stops:
-                    monitor.line(done, learning_rate=float(schedule(step)))
+                    monitor.line(done, learning_rate=float(np.asarray(schedule(step))))
                 if config.eval_every and done % config.eval_every == 0 and not stops:
                     evaluate_held_out(done)
                 if done % config.checkpoint_every == 0 or stops:
@@ -191,6 +191,7 @@ class Steps:
         """The held-out metrics at a step."""
         stage, models = self.config.stage, self.run.models
         with self.monitor.besides("evaluation"):
+            assert self.held_out is not None
             metrics = evaluate(self.held_out, state.params, stage, models, self.run.placement)
         self.monitor.held_out(step, metrics, self.held_out.count)
         return metrics

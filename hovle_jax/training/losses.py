@@ -5,7 +5,7 @@ Dimension letters: B batch, L tokens, T = B L, D width, V vocabulary, N pairs, E
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from hovle_jax.components import Models
 from hovle_jax.model.hovle import PADDING_LOGIT
 from hovle_jax.sharding.matmul import MatmulSharding, axis_index, gather, reduce_gradient
+from hovle_jax.sharding.placement import Placement
 
 Pair = tuple[jax.Array, jax.Array]  # (sum, weight)
 
@@ -209,7 +210,8 @@ def token_losses(models: Models, params: dict, hidden: jax.Array, batch: dict) -
         return {"loss": cross_entropy(models.hovle.hidden_to_logits(params, hidden), targets, weights)}
     x: Any = models["llm"].apply({"params": params["llm"]}, hidden, method="normalize")
     kernel = models.hovle.head_kernel(params).astype(x.dtype)
-    sharding = models.placement.matmul_sharding(x.shape, kernel.shape, ("embed", "vocab"))
+    placement = cast(Placement, models.placement)
+    sharding = placement.matmul_sharding(x.shape, kernel.shape, ("embed", "vocab"))
     return {"loss": chunked_cross_entropy(x, kernel, targets, weights, llm.vocab_size, chunk, sharding)}
 
 

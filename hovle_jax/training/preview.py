@@ -53,7 +53,7 @@ def preview(config: RunConfig, folder: str | os.PathLike, tokenizer_place: str =
         events += found
         if len(rows) >= PREVIEW_ROWS:
             break
-    facts = {"samples": dataset.found.samples}
+    facts: dict = {"samples": dataset.found.samples}
     if dataset.found.summary:
         facts["plan"] = dataset.found.summary
     columns = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}

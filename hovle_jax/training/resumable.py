@@ -1,5 +1,6 @@
 """What a run can be resumed from, by Orbax: RUN/checkpoints/STEP, with trained parameters, optimizer state and step."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -40,7 +41,7 @@ class RunCheckpoints:
         """The newest checkpoint, with the frozen parameters of `state`; arrays take the shardings of `state`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _changing(state))
         restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
-        return state.replace(**restored)
+        return dataclasses.replace(state, **restored)
 
 
 def _changing(state):

@@ -1,5 +1,6 @@
 """A run's state: abstract shapes -> shardings -> values; optimizer state for the trained parameters only."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -44,7 +45,8 @@ def make_state(stage: Stage, run: Run, params: Params) -> TrainState:
     """The state at step 0 around given parameters."""
     state = abstract_state(stage, run, params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         step=jax.device_put(jnp.zeros((), jnp.int32), state.step.sharding),
         opt_state=jax.jit(run.optimizer.init, out_shardings=shardings)(state.trained),
     )

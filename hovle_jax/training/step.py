@@ -1,5 +1,6 @@
 """The one train step, for every stage."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ def total_loss(
     """
     pairs = STAGES[stage].losses(models, merge(trained, frozen), batch)
     means = {name: divide((total, totals[name] if totals else weight)) for name, (total, weight) in pairs.items()}
-    return sum(means.values()), means
+    return functools.reduce(jnp.add, means.values()), means
 
 
 def gradients(
@@ -75,17 +76,18 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
     """
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, run)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.trained)
-    trained = STAGES[stage].after_update(optax.apply_updates(state.trained, updates))
+    updated: Any = optax.apply_updates(state.trained, updates)
+    trained = STAGES[stage].after_update(updated)
     metrics = {"loss": loss} | STAGES[stage].metrics(means) | {"gradient_norm": optax.tree.norm(grads)}
     # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
     trained, opt_state = run.layout.constrain(trained), run.layout.constrain(opt_state, "moments")
-    return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
+    return dataclasses.replace(state, step=state.step + 1, trained=trained, opt_state=opt_state), metrics
 
 
 def train_step_for(run: Run) -> Callable:
     """`train_step`, compiled with the options for the mesh's devices."""
     options = run.compiler_options()
-    return jax.jit(train_step.__wrapped__, **_JIT, compiler_options=options) if options else train_step
+    return jax.jit(getattr(train_step, "__wrapped__"), **_JIT, compiler_options=options) if options else train_step
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "models"))

@@ -28,6 +28,7 @@ def clamp_scale(trained: Params) -> Params:
 def parts(config: RunConfig, rows: int) -> list[Part]:
     """Both towers and the similarities of all pairs."""
     c = config.clip
+    assert c is not None
     v, t = c.vision, c.text
     vision, text = (
         flops.encoder_stack(v, v.num_layers, v.num_tokens),

@@ -42,6 +42,7 @@ def image_targets(models: Models, params: dict, tiles: jax.Array) -> jax.Array:
 
 def parts(config: RunConfig, rows: int) -> list[Part]:
     """The embedding, the teacher, and the head that some teachers need."""
+    assert config.teacher is not None
     tiles, tokens = config.data.tiles * rows, config.model.embedding.tokens_per_tile
     made = embedding_parts(config, rows) + [Part("teacher", flops.teacher(config.teacher, tokens) * tiles, UNTOUCHED)]
     if config.teacher.projector == "linear":
