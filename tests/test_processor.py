@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from hovle_jax.training.checkpoint import load_model_config, save_run_model
 from PIL import Image
 
 from hovle_jax.config import EasyVQAConfig, ModelConfig
@@ -18,7 +19,6 @@ from hovle_jax.data.processor import Processor
 from hovle_jax.errors import UserError
 from hovle_jax.formats.tiling import tiling_from_json, tiling_to_json
 from hovle_jax.inference.load import load_run
-from hovle_jax.training.checkpoint import load_model_config, save_run_model
 from tests import broken, micro
 
 SIZES = [(96, 64), (32, 32), (70, 20), (64, 64)]

@@ -1,4 +1,4 @@
-"""Each scorer against small cases of its paper, and against the public rule sets where those lie beside the repository."""
+"""Each scorer against small cases of its paper, and against the public rule sets where those are at hand."""
 
 import json
 
