@@ -21,7 +21,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished r
 BENCHMARK = flags.DEFINE_string(
     "benchmark", None, "easy_vqa (the default), easy_vqa_captions, or easy_vqa_zero_shot for a contrast run"
 )
-DATA = flags.DEFINE_string("data", None, "In place of a benchmark: any source that training reads, as rows.jsonl")
+DATA = flags.DEFINE_string("data", "", "In place of a benchmark: any source that training reads, as rows.jsonl")
 SCORER = flags.DEFINE_string("scorer", "exact", "How --data is scored: exact, relaxed, anls, choice or vqa")
 OUT = flags.DEFINE_string("out", "", "The folder for predictions.jsonl; default: the checkpoint's")
 LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many items, of --data rows (0: all)", lower_bound=0)
@@ -66,7 +66,9 @@ def main():
     folder = command_line.local_folder("checkpoint")
     if DATA.value and BENCHMARK.value:
         raise UserError("--benchmark and --data exclude each other: a benchmark has data of its own")
-    started = time.time()
+    from hovle_jax.conversion.downloads import resolve
+
+    started, folder = time.time(), str(resolve(folder))
     about, scored, path = on_data(folder) if DATA.value else on_benchmark(folder)
     result = about | scored.scores | scored.details() | {"predictions": str(path)}
     result["seconds"] = round(time.time() - started, 1)

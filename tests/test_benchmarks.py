@@ -107,7 +107,7 @@ def test_questions_of_easy_vqa_keep_their_words(monkeypatch):
 def test_a_benchmark_that_cannot_be_asked_is_an_error(run_folder, monkeypatch):
     long = Item.of(PICTURE, "what " * 600, "x")
     monkeypatch.setitem(benchmarks.BENCHMARKS, "own", Benchmark(items=lambda: [long]))
-    with pytest.raises(UserError, match=r"cannot be asked: the prompt has \d+ tokens"):
+    with pytest.raises(UserError, match=r"cannot be asked: the prompt has [\d,]+ tokens, those of 1 tile included"):
         benchmarks.evaluate(run_folder, "own")
 
 
@@ -223,6 +223,7 @@ def test_own_rows_are_scored(run_folder, tmp_path):
     assert scored.scores == {"score": 0.0, "questions": 3}
     assert scored.details()["bad rows"] == {"cannot_be_asked": 1, "missing_image": 1}
     bad = lines(run_folder / "bad_rows_mine_v2.jsonl")
+    assert said == [f"2 rows or questions could not be asked; they are listed in {run_folder}/bad_rows_mine_v2.jsonl"]
     assert [one["reason"] for one in bad] == ["missing_image", "cannot_be_asked"] and "tokens" in bad[1]["detail"]
 
     rows = [*ROWS_OF_MINE[:1], {"question": "hello?", "answers": ["x", written[2]["answer"]]}]

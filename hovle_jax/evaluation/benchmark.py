@@ -102,7 +102,8 @@ class Benchmark:
 
     def _scored(self, item, answer):
         if isinstance(answer, BadSample):
-            return BadEvent(-1, "", *item.where, answer.reason, answer.detail)
+            file, row = item.where
+            return BadEvent(-1, "", file, row, answer.reason, answer.detail)
         return Answered(item, answer, self.scorer(answer, item.references, item.options))
 
     def means(self, answered: Sequence[Answered]) -> dict[str, MeanScore]:

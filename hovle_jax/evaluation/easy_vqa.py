@@ -1,7 +1,8 @@
 """easy-VQA's official test split: questions, captions, and zero-shot classification with CLIP."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def _image_vectors(params, tiles, *, clip):
     return clip.apply({"params": params}, tiles, method="encode_images")
 
 
-def caption_vectors(loaded: Loaded, captions) -> jax.Array:
+def caption_vectors(loaded: Loaded, captions: Sequence[str]) -> Any:
     """Unit vectors [N, E] of captions."""
     clip = loaded.models["clip"]
     text, tokenizer = clip.config.text, loaded.tokenizer
@@ -61,7 +62,7 @@ def caption_vectors(loaded: Loaded, captions) -> jax.Array:
     return clip.apply({"params": loaded.params["clip"]}, tokens, method="encode_texts")
 
 
-def classified(loaded: Loaded, prompt, max_new_tokens: int, batch_size: int) -> Ask:
+def classified(loaded: Loaded, prompt: Callable, max_new_tokens: int, batch_size: int) -> Ask:
     """What gives an image the one of the 24 colour x shape captions whose vector is nearest."""
     classes, clip = caption_vectors(loaded, easy_vqa.CAPTIONS), loaded.models["clip"]
 

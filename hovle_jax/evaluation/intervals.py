@@ -35,8 +35,9 @@ class MeanScore:
         scorer: Scorer,
     ) -> "MeanScore":
         """Of at least one answer; the references and options are those of each question."""
+        spelled = {plain(reference): reference for several in references for reference in several}
         times = collections.Counter(plain(reference) for several in references for reference in several)
-        commonest = max(times.items(), key=lambda pair: (pair[1], pair[0]))[0]
+        commonest = spelled[max(times.items(), key=lambda pair: (pair[1], pair[0]))[0]]
         baseline = (scorer(commonest, right, among) for right, among in zip(references, options, strict=True))
         return cls(sum(scores), len(scores), commonest, sum(baseline))
 

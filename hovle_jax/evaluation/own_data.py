@@ -63,7 +63,8 @@ def read_items(entry: Entry, indices, scorer: Scorer) -> Iterator[Item | BadEven
         try:
             yield from items_of(parse(source[index], source.root), scorer, source.where(index))
         except BadSample as error:
-            yield BadEvent(-1, source.name, *source.where(index), error.reason, error.detail)
+            file, row = source.where(index)
+            yield BadEvent(-1, source.name, file, row, error.reason, error.detail)
 
 
 def small(answered: Answered, keep_images: bool) -> Answered:
@@ -141,9 +142,11 @@ def evaluate_data(
         if not answered:
             raise UserError(_nothing_asked(data, bad))
     if bad:
-        with lines_into(path.with_name(path.name.replace("predictions", "bad_rows", 1))) as write:
+        listed = path.with_name(path.name.replace("predictions", "bad_rows", 1))
+        with lines_into(listed) as write:
             for event in bad:
                 write(dataclasses.asdict(event))
+        say(f"{len(bad):,} rows or questions could not be asked; they are listed in {listed}")
     return Scored(benchmark, tuple(answered), tuple(bad)), path
 
 

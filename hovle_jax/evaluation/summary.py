@@ -84,9 +84,8 @@ def score_run(config: RunConfig, folder: pathlib.Path, benchmark: str | None) ->
 
     None where there is nothing to be asked, or nothing that answers.
     """
-    row = find(benchmark) if benchmark else None
-    if row and row.source == config.data.source:
-        return evaluate(folder, benchmark, config.eval_limit or row.at_the_end)
+    if benchmark and find(benchmark).source == config.data.source:
+        return evaluate(folder, benchmark, config.eval_limit or find(benchmark).at_the_end)
     answers = all((folder / "model" / component).is_dir() for component in ANSWERING)
     if not answers or not config.data.held_out or config.data.held_out in IN_MEMORY:
         return None
@@ -105,7 +104,7 @@ def scores_of(scored: Scored | None) -> dict[str, float]:
 
 def write_scores(config: RunConfig, folder: pathlib.Path, step: int, scores: dict[str, float], track: str) -> None:
     """Adds scores and answers to the metrics of the last step: JSON line, TensorBoard, the service that follows."""
-    values = {f"{SCORES}{name}": value for name, value in scores.items() if isinstance(value, numbers.Real)}
+    values = {f"{SCORES}{name}": float(value) for name, value in scores.items() if isinstance(value, numbers.Real)}
     if not values:
         return
     with MetricsWriter(folder, step, open_tracker(track, folder, config.to_dict())) as writer:

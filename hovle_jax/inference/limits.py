@@ -19,7 +19,7 @@ def check_lengths(llm: LLMConfig, prompt: int, max_new_tokens: int, tiles: int =
         remedy = f"ask for at most {llm.max_length - prompt:,} new tokens (max_new_tokens), or for less in the prompt"
     else:
         remedy = "shorten the prompt, or give fewer images or tiles (max_tiles)"
-    of_tiles = f", those of {tiles} tiles included," if tiles else ""
+    of_tiles = f", those of {tiles} tile{'s' * (tiles != 1)} included," if tiles else ""
     raise UserError(
         f"the prompt has {prompt:,} tokens{of_tiles} and its answer may have {max_new_tokens:,}: the model reads "
         f"{llm.max_length:,} in all; {remedy}"
