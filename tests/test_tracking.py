@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hovle_jax.config import ExecutionConfig
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.report import seen, tracking
 from hovle_jax.report.facts import HOST_PEAK, read_facts
 from hovle_jax.report.metrics import MetricsWriter, is_measured, read_metrics

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from hovle_jax.config import ExecutionConfig
 from hovle_jax.conversion.verify import verify
 from hovle_jax.errors import UserError
 from hovle_jax.formats.families import open_checkpoint
-from hovle_jax.model.config import ExecutionConfig
 from hovle_jax.model.hovle import LanguageModel
 from tests.public_models import change_config, public_folder
 from tests.test_commands import command
