@@ -42,7 +42,8 @@ class DataConfig:
       source: 'easy_vqa', another corpus by name, or data of one's own: a file, pattern or URL of one of the kinds in
         data/files/shard_kinds.py, or a meta .json that names several (docs/data.md).
       split: 'train'; the test split is never trained on.
-      held_out: a source of samples that are not trained on, for held-out losses; empty = the corpus' own, if any.
+      held_out: a source of samples that are not trained on, for held-out losses and answers in the report; empty = the
+        corpus' own, if any.
       batch_size: rows of the global batch.
       sequence_length: L, tokens of a row (HD: of the short stream).
       tiles: M, image tiles of a row, at most.

@@ -39,11 +39,11 @@ def main() -> None:
     folder = resolve(folder)
     check_model_folder(folder)
 
-    from hovle_jax.inference.generate import answer
+    from hovle_jax.inference.generate import Prompt, answer
     from hovle_jax.inference.load import load_run
 
     loaded = load_run(folder).with_max_tiles(MAX_TILES.value)
-    for said in answer(loaded.answerer, [(prompt, images) for prompt in prompts], MAX_NEW_TOKENS.value):
+    for said in answer(loaded.answerer, [Prompt.of(prompt, *images) for prompt in prompts], MAX_NEW_TOKENS.value):
         print(said)
 
 

@@ -208,6 +208,7 @@ def train(
     from hovle_jax.hosts import distributed
     from hovle_jax.system.progress import format_duration
     from hovle_jax.training import checks, loop, run_folder
+    from hovle_jax.training.stages import find
 
     say = print if distributed.is_leader() else lambda line: None
     run_folder.open_run_folder(workdir)
@@ -234,7 +235,7 @@ def train(
             say(f"stopped at step {result.step} of {stage.steps}; the same command{without} goes on")
             return exit_status(stage, result)
         if distributed.is_leader():
-            for name, value in summarize(stage, result, track).items():
+            for name, value in summarize(stage, result, find(stage.stage).benchmark, track).items():
                 say(f"{stage.stage}: {name} {value}")
         distributed.wait("the report is written")
     page = workdir / config.stage / "report.html"

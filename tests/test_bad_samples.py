@@ -93,7 +93,7 @@ def test_a_corpus_of_broken_samples_trains_to_the_end(corpus, quick_start, tmp_p
     result = loop.run(config, tmp_path / "whole", {}, say=quiet)
     assert (result.step, result.finished) == (9, True)
     each_kind_is_listed_with_its_reason(tmp_path / "whole", found)
-    summary.summarize(config, result)
+    summary.summarize(config, result, None)
     the_report_counts_and_names_them(tmp_path / "whole", found)
     a_resumed_run_replaces_and_lists_the_same(config, tmp_path / "whole", tmp_path / "cut")
 

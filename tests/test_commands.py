@@ -114,6 +114,11 @@ MISTAKES = {
     ),
     "unfinished run": ("evaluate --checkpoint TMP/other/pretrain", ["TMP/other/pretrain holds no finished model"]),
     "unknown benchmark": ("evaluate --checkpoint TMP --benchmark mmlu", ["'mmlu'", "easy_vqa_zero_shot"]),
+    "unknown scorer": ("evaluate --checkpoint TMP --data rows.jsonl --scorer bleu", ["'bleu'", "exact, relaxed, anls"]),
+    "absent data": ("evaluate --checkpoint TMP --data TMP/rows.jsonl", ["no file at TMP/rows.jsonl"]),
+    "benchmark and data": (
+        "evaluate --checkpoint TMP --data TMP/rows.jsonl --benchmark easy_vqa", ["--benchmark and --data exclude"]
+    ),
 }  # fmt: skip
 
 
@@ -184,7 +189,8 @@ def test_the_chain_of_stages(tmp_path):
         "evaluate", "--checkpoint", workdir / "contrast", "--benchmark", "easy_vqa_zero_shot", "--json", "--limit=64"
     )
     scores = json.loads(scored.stdout)
-    assert scores["split"] == "test" and scores["pictures"] == 64 and 0 <= scores["accuracy"] <= 100
+    assert scores["split"] == "test" and scores["images"] == 64 and 0 <= scores["accuracy"] <= 100
+    assert len((workdir / "contrast" / "predictions_easy_vqa_zero_shot.jsonl").read_text().splitlines()) == 64
     stored = json.loads((workdir / "contrast" / "results.json").read_text())
     assert stored["accuracy"] == scores["accuracy"]
     questions = json.loads((workdir / "instruct" / "results.json").read_text())

@@ -151,7 +151,7 @@ def test_seeds_train_the_whole_chain_each_in_its_folder_and_compare(tmp_path, mo
         return loop.Result(folder, config.steps, finished=True, held_out={})
 
     monkeypatch.setattr(loop, "run", run)
-    monkeypatch.setattr(summary, "summarize", lambda config, result, track: {})
+    monkeypatch.setattr(summary, "summarize", lambda config, result, benchmark, track: {})
     config = train.stage_config(ROOT / "configs", "distill", "tiny")
     assert train.train_seeds(config, ROOT / "configs", tmp_path, 2) == 0
     stages = ("pretrain", "contrast", "distill")

@@ -11,7 +11,7 @@ from hovle_jax.config import ModelConfig
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.processor import Processor
 from hovle_jax.errors import UserError
-from hovle_jax.inference.generate import Answerer, answer, greedy, prompt_batch, prompt_samples, text_of
+from hovle_jax.inference.generate import Answerer, Prompt, answer, greedy, prompt_batch, prompt_samples, text_of
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.streams import embedding_stream
 from tests import micro
@@ -44,7 +44,11 @@ def make_answerer(variant="pre", special=0, normalize_output=False):
 def prompts():
     """Of different lengths: one picture, none, two."""
     images = [picture.image for picture in micro.pictures()[3:6]]
-    return [("what color is the shape?", images[:1]), ("hello", []), ("<image> or <image>?", images[1:])]
+    return [
+        Prompt.of("what color is the shape?", images[0]),
+        Prompt.of("hello"),
+        Prompt.of("<image> or <image>?", *images[1:]),
+    ]
 
 
 def longer(sample, tokens):
@@ -101,7 +105,7 @@ def test_the_answer_depends_on_the_picture():
     answerer = make_answerer()
     logits = jax.jit(answerer.hovle.logits)
     first, second = (
-        logits(answerer.params, prompt_batch(answerer, prompt_samples(answerer, [("what is it?", [p.image])])))
+        logits(answerer.params, prompt_batch(answerer, prompt_samples(answerer, [Prompt.of("what is it?", p.image)])))
         for p in micro.pictures()[:2]
     )
     assert np.abs(first[0, -1] - second[0, -1]).max() > 1e-3
@@ -142,15 +146,28 @@ def test_text_of_an_answer_ends_at_its_stop_token():
 
 def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused():
     answerer = make_answerer()
-    with pytest.raises(UserError, match=r"and 600 new ones need \d+ positions and the LLM has 512"):
-        answer(answerer, [("hello", [])], max_new_tokens=600)
+    with pytest.raises(
+        UserError, match=r"its answer may have 600: the model reads 512 in all; ask for at most \d+ new"
+    ):
+        answer(answerer, [Prompt.of("hello")], max_new_tokens=600)
+    image = micro.pictures()[0].image
+    with pytest.raises(UserError, match=r"tokens, those of 200 tiles included, .* give fewer images or tiles"):
+        answer(answerer, [Prompt.of("what?", *[image] * 200)])
+
+
+def test_a_conversation_goes_on_after_its_earlier_answers():
+    answerer = make_answerer()
+    first, second = ("what is it?", "a circle"), ("and its color?", None)
+    (sample,) = prompt_samples(answerer, [Prompt((first, second), (micro.pictures()[0].image,), "be kind")])
+    text = micro.tokenizer().decode(sample.tokens, skip_special=False)
+    assert "be kind" in text and "assistant\na circle<|im_end|>" in text and text.endswith("assistant\n")
 
 
 def test_tiles_differ_in_number_from_prompt_to_prompt():
     """A wide image has three tiles; alone and in a batch with others it gives the same answer."""
     answerer = make_answerer()
     wide = np.concatenate([picture.image for picture in micro.pictures()[:2]], axis=1)
-    asked = [("what is it?", [wide]), ("what is it?", [wide[:, :32]]), ("hello", [])]
+    asked = [Prompt.of("what is it?", wide), Prompt.of("what is it?", wide[:, :32]), Prompt.of("hello")]
     assert [len(s.tiles) for s in prompt_samples(answerer, asked)] == [3, 1, 0]
     together = answer(answerer, asked, NEW, batch_size=2)
     assert together == [answer(answerer, [one], NEW)[0] for one in asked]

@@ -252,7 +252,7 @@ def test_only_the_named_stage_is_traced(tmp_path, monkeypatch):
         return loop.Result(folder, config.steps, finished=True, held_out={})
 
     monkeypatch.setattr(loop, "run", run)
-    monkeypatch.setattr(summary, "summarize", lambda config, result, track: {})
+    monkeypatch.setattr(summary, "summarize", lambda config, result, benchmark, track: {})
     config = train.stage_config(ROOT / "configs", "distill", "tiny")
     train.train(config, ROOT / "configs", tmp_path, time.time(), range(3, 5))
     assert traced.pop("distill") == range(3, 5)

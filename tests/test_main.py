@@ -47,7 +47,9 @@ def test_a_command_runs_as_its_module_does(line):
 
 
 def test_help_is_the_commands_own():
-    assert hovle("evaluate", "--help").stdout.startswith("Scores a finished run on a benchmark.")
+    assert hovle("evaluate", "--help").stdout.startswith(
+        "Scores a finished run on a benchmark, or on data of your own."
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from hovle_jax.checkpoints import is_finished
 from hovle_jax.data.text.conversation import encode_conversation
-from hovle_jax.inference.generate import answer
+from hovle_jax.inference.generate import Prompt, answer
 from hovle_jax.inference.load import load_run
 from hovle_jax.model.presets import smol_model
 from hovle_jax.system.cache import cache_dir
@@ -53,4 +53,4 @@ def test_logits(smol):
 
 
 def test_it_knows_paris(smol):
-    assert "Paris" in answer(smol.answerer, [("What is the capital of France?", [])], max_new_tokens=12)[0]
+    assert "Paris" in answer(smol.answerer, [Prompt.of("What is the capital of France?")], max_new_tokens=12)[0]

@@ -20,7 +20,7 @@ from hovle_jax.data.text.conversation import encode_conversation
 from hovle_jax.data.text.tokenizer import ADDED_TOKENS, SentencePieceTokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf as ours
-from hovle_jax.inference.generate import answer
+from hovle_jax.inference.generate import Prompt, answer
 from hovle_jax.inference.load import load_run
 from hovle_jax.model.config import HoVLEConfig, LLMConfig, StackConfig
 from hovle_jax.training import loop
@@ -168,11 +168,11 @@ def test_an_imported_llm_answers_alone_as_in_a_batch(gguf_file, tmp_path):
     loaded = load_run(tmp_path / "llm")
     assert set(loaded.params) == {"llm"}
     assert loaded.tokenizer.chat_template == CHATML
-    prompts = [("What is the capital of France?", []), ("It's 2026", [])]
+    prompts = [Prompt.of("What is the capital of France?"), Prompt.of("It's 2026")]
     together = answer(loaded.answerer, prompts, max_new_tokens=6)
     assert together == [answer(loaded.answerer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     with pytest.raises(UserError, match="sees no images"):
-        answer(loaded.answerer, [("What?", [micro.draw("red", "circle")])])
+        answer(loaded.answerer, [Prompt.of("What?", micro.draw("red", "circle"))])
 
 
 def test_a_model_that_sees_over_that_llm(gguf_file, tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_a_model_that_sees_over_that_llm(gguf_file, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
     loop.run(config, tmp_path / "run", {"llm": tmp_path / "llm"}, say=lambda _: None)
-    prompts = [("<image>\nWhat is it?", [micro.draw("red", "circle")]), ("It's 2026", [])]
+    prompts = [Prompt.of("<image>\nWhat is it?", micro.draw("red", "circle")), Prompt.of("It's 2026")]
     answers = answer(load_run(tmp_path / "run").answerer, prompts, max_new_tokens=6)
 
     export_model(tmp_path / "run", tmp_path / "public", say=lambda _: None)

@@ -13,7 +13,11 @@ def load_corpus(config: RunConfig, split, say=print):
     source = config.data.source
     if source in IN_MEMORY:
         return IN_MEMORY[source].load(split)
+    return IndexedCorpus.load(source_path(source, split, say), split, say)
+
+
+def source_path(source: str, split: str, say=print) -> str:
+    """A corpus by package as the folder and split where it is kept, fetched and prepared the first time; others as they
+    are."""
     name, _, named_split = source.partition(":")
-    if name in corpora.CORPORA:  # fetched and prepared the first time
-        source = f"{corpora.prepare(name, say)}:{named_split or split}"
-    return IndexedCorpus.load(source, split, say)
+    return f"{corpora.prepare(name, say)}:{named_split or split}" if name in corpora.CORPORA else source

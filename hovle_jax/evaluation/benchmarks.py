@@ -1,38 +1,51 @@
-"""Benchmarks by name: what they need of a run, and how they are scored."""
+"""THE table of benchmarks. Another one is a file beside this one and a row here."""
 
-import dataclasses
+import itertools
 from collections.abc import Callable
 
+from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import easy_vqa
+from hovle_jax.evaluation.benchmark import Benchmark
+from hovle_jax.evaluation.results import Scored
 from hovle_jax.inference.folders import check_model_folder
 from hovle_jax.inference.load import load_run
+from hovle_jax.system.progress import track
 
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """`score(loaded, limit)` returns (scores, records [(picture, question, answer, expected)])."""
-
-    components: tuple[str, ...]
-    score: Callable
-
-
-BENCHMARKS = {
-    "easy_vqa": Benchmark(("embedding", "llm"), easy_vqa.question_answering),
-    "easy_vqa_zero_shot": Benchmark(("clip",), easy_vqa.zero_shot),
+BENCHMARKS: dict[str, Benchmark] = {
+    "easy_vqa": easy_vqa.QUESTIONS,
+    "easy_vqa_captions": easy_vqa.CAPTIONS,
+    "easy_vqa_zero_shot": easy_vqa.ZERO_SHOT,
 }
 
 
-def evaluate(folder, name: str, limit: int = 0, max_tiles: int | None = None) -> tuple:
+def find(name: str) -> Benchmark:
+    """A row by its name. Raises UserError where there is none."""
+    if name not in BENCHMARKS:
+        raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def evaluate(
+    folder, name: str, limit: int = 0, max_tiles: int | None = None, say: Callable[[str], None] | None = None
+) -> Scored:
     """Scores a finished run, on the first `limit` items of the benchmark (0: all).
 
     Args:
       max_tiles: of the grid of an image; None = as the model was trained.
+      say: takes a line of progress now and then.
     Raises:
-      UserError: an unknown benchmark, or a run without the needed components.
+      UserError: an unknown benchmark, a run without the needed components, or an item that cannot be asked.
     """
-    if name not in BENCHMARKS:
-        raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
+    benchmark = find(name)
     check_model_folder(folder)
-    benchmark = BENCHMARKS[name]
-    return benchmark.score(load_run(folder, benchmark.components).with_max_tiles(max_tiles), limit)
+    loaded = load_run(folder, benchmark.components).with_max_tiles(max_tiles)
+    items = list(itertools.islice(benchmark.items(), limit or None))
+    answered = benchmark.answered(loaded, track(items, say, name, benchmark.unit, len(items)) if say else items)
+    return Scored(benchmark, tuple(map(_of_a_sound_item, answered)))
+
+
+def _of_a_sound_item(answered):
+    if isinstance(answered, BadEvent):
+        raise UserError(f"a question of the benchmark cannot be asked: {answered.detail or answered.reason}")
+    return answered

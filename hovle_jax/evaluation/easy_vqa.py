@@ -1,6 +1,8 @@
-"""easy-VQA's official test split: generated answers, and zero-shot classification with CLIP."""
+"""easy-VQA's official test split: questions, captions, and zero-shot classification with CLIP."""
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,40 +11,41 @@ import numpy as np
 from hovle_jax.corpora import easy_vqa
 from hovle_jax.data.images import single_tile
 from hovle_jax.data.kinds.captions import caption_tokens
-from hovle_jax.data.text.conversation import IMAGE_MARK
-from hovle_jax.inference.generate import answer
+from hovle_jax.data.text.conversation import CAPTION_REQUEST
+from hovle_jax.evaluation.asking import Ask
+from hovle_jax.evaluation.benchmark import Benchmark, Item
 from hovle_jax.inference.load import Loaded
 
-MAX_NEW_TOKENS = 8
-BATCH_SIZE = 256
+SOURCE = "easy_vqa"
 
 
-def answer_kind(expected):
+def answer_kind(expected: str) -> str:
     """'yes/no', 'colour' or 'shape'."""
     if expected in ("yes", "no"):
         return "yes/no"
     return "shape" if expected in easy_vqa.SHAPES else "colour"
 
 
-def question_answering(loaded: Loaded, limit=0):
-    """Exact match of greedy answers over the official test questions.
+def questions() -> Iterator[Item]:
+    """All 9,673 test questions, in groups by their kind of answer."""
+    for picture in easy_vqa.load("test"):
+        for question, answer in picture.questions:
+            yield Item.of(picture.image, question, answer, group=answer_kind(answer))
 
-    Args:
-      limit: only the first so many questions (0: all 9,673).
-    Returns:
-      (scores, records): scores in percent, in all and by kind of answer; records are
-      [(picture, question, answer, expected)].
-    """
-    asked = [(p, q, a) for p in easy_vqa.load("test") for q, a in p.questions]
-    asked = asked[:limit] if limit else asked
-    prompts = [(f"{IMAGE_MARK}\n{question}", [picture.image]) for picture, question, _ in asked]
-    answers = answer(loaded.answerer, prompts, MAX_NEW_TOKENS, BATCH_SIZE)
-    records = [(picture, question, got, expected) for (picture, question, expected), got in zip(asked, answers)]
-    right = {"accuracy": []}
-    for _, _, got, expected in records:
-        for name in ("accuracy", f"accuracy {answer_kind(expected)}"):
-            right.setdefault(name, []).append(got == expected)
-    return {name: round(100 * float(np.mean(r)), 3) for name, r in right.items()} | {"questions": len(records)}, records
+
+def captions() -> Iterator[Item]:
+    """The 888 test images whose caption is determined."""
+    return (Item.of(p.image, CAPTION_REQUEST, p.caption) for p in easy_vqa.load("test") if p.caption)
+
+
+def unasked() -> Iterator[Item]:
+    """The same without a question: CLIP is not asked."""
+    return (Item.of(p.image, "", p.caption) for p in easy_vqa.load("test") if p.caption)
+
+
+def word(index: int, caption: str) -> str:
+    """A word of 'a blue triangle'; empty where a caption is shorter."""
+    return "".join(caption.split()[index : index + 1])
 
 
 @functools.partial(jax.jit, static_argnames="clip")
@@ -50,7 +53,7 @@ def _image_vectors(params, tiles, *, clip):
     return clip.apply({"params": params}, tiles, method="encode_images")
 
 
-def caption_vectors(loaded: Loaded, captions):
+def caption_vectors(loaded: Loaded, captions: Sequence[str]) -> Any:
     """Unit vectors [N, E] of captions."""
     clip = loaded.models["clip"]
     text, tokenizer = clip.config.text, loaded.tokenizer
@@ -59,31 +62,39 @@ def caption_vectors(loaded: Loaded, captions):
     return clip.apply({"params": loaded.params["clip"]}, tokens, method="encode_texts")
 
 
-def zero_shot(loaded: Loaded, limit=0):
-    """Accuracy over the 24 colour x shape captions, on the test pictures whose caption is determined.
+def classified(loaded: Loaded, prompt: Callable, max_new_tokens: int, batch_size: int) -> Ask:
+    """What gives an image the one of the 24 colour x shape captions whose vector is nearest."""
+    classes, clip = caption_vectors(loaded, easy_vqa.CAPTIONS), loaded.models["clip"]
 
-    Args:
-      limit: only the first so many pictures (0: all 888).
+    def best(items):
+        tiles = np.concatenate([single_tile(item.images[0], clip.config.vision.image_size) for item in items])
+        padded = np.concatenate([tiles, np.zeros((batch_size - len(tiles), *tiles.shape[1:]), np.uint8)])
+        vectors = _image_vectors(loaded.params["clip"], padded, clip=clip)
+        return np.asarray(jnp.argmax(vectors[: len(tiles)] @ classes.T, axis=1))
 
-    Returns:
-      (scores in percent, records [(picture, '', best caption, caption)]).
-    """
-    pictures = [p for p in easy_vqa.load("test") if p.caption]
-    pictures = pictures[:limit] if limit else pictures
-    classes = caption_vectors(loaded, easy_vqa.CAPTIONS)
-    clip, size = loaded.models["clip"], loaded.config.clip.vision.image_size
-    tiles = np.concatenate([single_tile(p.image, size) for p in pictures])
-    padded = np.concatenate([tiles, np.zeros((-len(tiles) % BATCH_SIZE, *tiles.shape[1:]), np.uint8)])
-    vectors = [
-        _image_vectors(loaded.params["clip"], padded[i : i + BATCH_SIZE], clip=clip)
-        for i in range(0, len(padded), BATCH_SIZE)
-    ]
-    best = np.asarray(jnp.argmax(jnp.concatenate(vectors)[: len(tiles)] @ classes.T, axis=1))
-    records = [(picture, "", easy_vqa.CAPTIONS[i], picture.caption) for picture, i in zip(pictures, best)]
-    parts = [(got.split(), expected.split()) for _, _, got, expected in records]
-    scores = {
-        "accuracy": np.mean([got == expected for got, expected in parts]),
-        "accuracy colour": np.mean([got[1] == expected[1] for got, expected in parts]),
-        "accuracy shape": np.mean([got[2] == expected[2] for got, expected in parts]),
-    }
-    return {name: round(100 * float(value), 3) for name, value in scores.items()} | {"pictures": len(pictures)}, records
+    def ask(items):
+        parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+        return [easy_vqa.CAPTIONS[index] for part in parts for index in best(part)]
+
+    return ask
+
+
+QUESTIONS = Benchmark(items=questions, max_new_tokens=8, batch_size=256, source=SOURCE)
+CAPTIONS = Benchmark(
+    items=captions,
+    max_new_tokens=8,
+    batch_size=64,
+    metric="accuracy of captions",
+    unit="test images",
+    source=SOURCE,
+    at_the_end=240,
+)
+ZERO_SHOT = Benchmark(
+    items=unasked,
+    components=("clip",),
+    ask=classified,
+    batch_size=256,
+    parts={"colour": functools.partial(word, 1), "shape": functools.partial(word, 2)},
+    unit="images",
+    source=SOURCE,
+)

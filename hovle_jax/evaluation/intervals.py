@@ -1,43 +1,54 @@
-"""How sure a share of right answers is, and what one would get without looking at the image."""
+"""How sure a mean of scores is, and what one would get without looking at the image."""
 
 import collections
 import dataclasses
 import math
 from collections.abc import Sequence
 
+from hovle_jax.evaluation.scorers import Scorer
+from hovle_jax.report.page import plain
+
 Z95 = 1.959964  # of the standard normal distribution, two-sided
 
 
 @dataclasses.dataclass(frozen=True)
-class ExactMatch:
-    """Answers that are right or wrong.
+class MeanScore:
+    """The mean of answers' scores, each from 0 to 1.
 
     Attributes:
-      right, count: how many answers are the expected ones, of how many.
-      commonest: the commonest expected answer; always to give it is the baseline.
-      commonest_count: how often it is expected.
+      total, count: the sum of the scores, of how many answers; of right and wrong ones the sum is how many are right.
+      commonest: the commonest reference; always to give it is the baseline.
+      commonest_total: the sum of its scores.
     """
 
-    right: int
+    total: float
     count: int
     commonest: str
-    commonest_count: int
+    commonest_total: float
 
     @classmethod
-    def of(cls, answers: Sequence[str], expected: Sequence[str]) -> "ExactMatch":
-        """Compares answers with the expected ones, at least one."""
-        right = sum(answer == other for answer, other in zip(answers, expected, strict=True))
-        commonest, times = max(collections.Counter(expected).items(), key=lambda pair: (pair[1], pair[0]))
-        return cls(right, len(expected), commonest, times)
+    def of(
+        cls,
+        scores: Sequence[float],
+        references: Sequence[Sequence[str]],
+        options: Sequence[Sequence[str]],
+        scorer: Scorer,
+    ) -> "MeanScore":
+        """Of at least one answer; the references and options are those of each question."""
+        spelled = {plain(reference): reference for several in references for reference in several}
+        times = collections.Counter(plain(reference) for several in references for reference in several)
+        commonest = spelled[max(times.items(), key=lambda pair: (pair[1], pair[0]))[0]]
+        baseline = (scorer(commonest, right, among) for right, among in zip(references, options, strict=True))
+        return cls(sum(scores), len(scores), commonest, sum(baseline))
 
     @property
     def percent(self) -> float:
-        return 100 * self.right / self.count
+        return 100 * self.total / self.count
 
     @property
     def standard_error(self) -> float:
-        """Of the percentage, in percentage points: sqrt(p (1 - p) / n)."""
-        share = self.right / self.count
+        """Of the percentage, in percentage points: sqrt(p (1 - p) / n), of scores between 0 and 1 an upper bound."""
+        share = self.total / self.count
         return 100 * math.sqrt(share * (1 - share) / self.count)
 
     @property
@@ -45,26 +56,28 @@ class ExactMatch:
         """The 95% confidence interval in percent, Wilson's, which holds near 0% and 100% too.
 
         Wilson, "Probable inference, the law of succession, and statistical inference", 1927. It takes the answers as
-        independent; questions about one image are not quite, so the truth is a little wider.
+        independent; questions about one image are not quite, so the truth is a little wider. Scores between 0 and 1
+        vary less than right and wrong ones of the same mean, so for them it is rather too wide.
         """
-        low, high = wilson_interval(self.right, self.count)
+        low, high = wilson_interval(self.total, self.count)
         return 100 * low, 100 * high
 
     @property
     def baseline(self) -> float:
-        """Percent right of always giving the commonest answer."""
-        return 100 * self.commonest_count / self.count
+        """Percent that always giving the commonest answer would score."""
+        return 100 * self.commonest_total / self.count
 
     def text(self) -> tuple[str, str]:
         """('98.36%', '95% CI 98.1 to 98.6; ...') for a report."""
         low, high = self.interval
+        right = f"{self.total:,.0f}" if self.total == int(self.total) else f"{self.total:,.1f}"
         return f"{self.percent:.2f}%", (
-            f"95% CI {low:.1f} to {high:.1f}%; {self.right:,} of {self.count:,}; "
+            f"95% CI {low:.1f} to {high:.1f}%; {right} of {self.count:,}; "
             f'always "{self.commonest}" would give {self.baseline:.1f}%'
         )
 
 
-def wilson_interval(right: int, count: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(right: float, count: int, z: float = Z95) -> tuple[float, float]:
     """The interval of a share of successes, as fractions; z: how many standard deviations it reaches."""
     share = right / count
     scale = 1 + z**2 / count

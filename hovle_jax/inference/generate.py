@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ import numpy as np
 from hovle_jax.data.batch import BatchShape, Sample, pack_row, stack
 from hovle_jax.data.processor import Processor
 from hovle_jax.data.text.tokenizer import Tokenizer
-from hovle_jax.errors import UserError
 from hovle_jax.inference.limits import check_lengths
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.streams import Stream, embedding_stream
@@ -27,6 +27,27 @@ class Answerer:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.processor.tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is asked.
+
+    Attributes:
+      turns: ((question, answer), ...), the last answer None. Each `<image>` in a question takes one image, in order;
+        without any mark they come first.
+      images: Pillow images or [H, W, 3] uint8.
+      system: the system message; empty = the model's own.
+    """
+
+    turns: tuple[tuple[str, str | None], ...]
+    images: tuple = ()
+    system: str = ""
+
+    @classmethod
+    def of(cls, question: str, *images) -> "Prompt":
+        """One question about images."""
+        return cls(((question, None),), images)
 
 
 @functools.partial(jax.jit, static_argnames=("hovle", "max_new_tokens", "stop_ids"))
@@ -67,9 +88,9 @@ def greedy(params, batch, *, hovle, max_new_tokens, stop_ids):
     return jnp.where(jnp.arange(max_new_tokens)[None] < step, tokens, token[:, None])
 
 
-def prompt_samples(answerer: Answerer, prompts) -> list[Sample]:
-    """[(question, [Pillow images or arrays])] -> [Sample]. Raises UserError when marks and images disagree."""
-    return [answerer.processor.sample([(question, None)], images) for question, images in prompts]
+def prompt_samples(answerer: Answerer, prompts: Sequence[Prompt]) -> list[Sample]:
+    """The tokens and tiles of each prompt. Raises UserError when marks and images disagree."""
+    return [answerer.processor.sample(p.turns, p.images, p.system) for p in prompts]
 
 
 def prompt_batch(
@@ -106,27 +127,26 @@ def _text_row(sample, length):
     return Stream(np.pad(sample.tokens, (0, length - n)), index, (index < n).astype(np.int32)).fields()
 
 
-def _check_room(answerer, samples, max_new_tokens):
-    most, longest = answerer.hovle.config.llm.max_length, max(samples, key=lambda sample: len(sample.tokens))
-    total = len(longest.tokens) + max_new_tokens
-    if total > most:
-        raise UserError(
-            f"a prompt of {len(longest.tokens)} tokens ({len(longest.tiles)} tiles) and {max_new_tokens} new ones need "
-            f"{total} positions and the LLM has {most} (llm.max_length): ask for fewer new tokens or fewer tiles"
-        )
-
-
-def answer(answerer: Answerer, prompts, max_new_tokens: int = 32, batch_size: int = 64) -> list[str]:
-    """Answers to [(question, images)], in order. Batches have one shape, so the program compiles once.
+def answer(answerer: Answerer, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[str]:
+    """The answer to each prompt, at least one. Batches have one shape, so the program compiles once.
 
     Raises:
       UserError: marks and images disagree, or a prompt with its answer exceeds the LLM's positions.
     """
     samples = prompt_samples(answerer, prompts)
-    _check_room(answerer, samples, max_new_tokens)
-    batch_size = min(batch_size, len(samples))
-    length, tiles = max(len(s.tokens) for s in samples), most_tiles(samples)
-    check_lengths(answerer.hovle.config.llm, length, max_new_tokens)
+    longest = max(samples, key=lambda sample: len(sample.tokens))
+    check_lengths(answerer.hovle.config.llm, len(longest.tokens), max_new_tokens, len(longest.tiles))
+    shape = len(longest.tokens), most_tiles(samples)
+    return answer_samples(answerer, samples, max_new_tokens, min(batch_size, len(samples)), *shape)
+
+
+def answer_samples(
+    answerer: Answerer, samples: list[Sample], max_new_tokens: int, batch_size: int, length: int, tiles: int
+) -> list[str]:
+    """The answer to each prompt, in batches of `batch_size` rows of `length` tokens and `tiles` tiles.
+
+    These numbers fix the program: calls that agree in them compile once. The last batch is filled up.
+    """
     answers = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
@@ -143,7 +163,7 @@ def answer(answerer: Answerer, prompts, max_new_tokens: int = 32, batch_size: in
     return answers
 
 
-def text_of(tokenizer, tokens):
+def text_of(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     """The answer's text up to its first stop token."""
     stops = np.flatnonzero(np.isin(tokens, tokenizer.stop_ids))
     return tokenizer.decode(tokens[: stops[0]] if len(stops) else tokens).strip()

@@ -26,6 +26,8 @@ class Record:
       turns: ((question, answer), ...); empty where there is no conversation.
       system: the system message; empty = the run's own.
       caption, text: a description of the first image; plain text.
+      references: for each turn all answers that are right, the learned one among them.
+      options: the texts of a multiple choice, A first.
     """
 
     images: tuple = ()
@@ -34,6 +36,8 @@ class Record:
     system: str = ""
     caption: str = ""
     text: str = ""
+    references: tuple = ()
+    options: tuple = ()
 
     def image_bytes(self, index):
         """Raises BadSample where the file is missing or cannot be read."""
@@ -50,7 +54,8 @@ def parse(row, root=""):
     """A row -> Record. Raises BadSample with a reason.
 
     Args:
-      row: a dict with `conversations` or `messages`, `question` and `answer`, a caption, or a text; and `image`.
+      row: a dict with `conversations` or `messages`, `question` and `answer`, a caption, or a text; and `image`. One
+        question may have several `answers`, and `options` (or `choices`).
       root: the folder that image paths are relative to.
     """
     if not isinstance(row, dict):
@@ -72,7 +77,8 @@ def parse(row, root=""):
     text = row.get("text") if not found else None
     if text is not None and not isinstance(text, str):
         raise BadSample("not_text", f"'text' is a {type(text).__name__}")
-    record = Record(found, _sizes(row, len(found)), turns, system, caption, _sound(text or ""))
+    sizes = _sizes(row, len(found))
+    record = Record(found, sizes, turns, system, caption, _sound(text or ""), _references(row, turns), _options(row))
     if not (record.images or record.turns or record.caption or record.text.strip()):
         raise BadSample(
             "empty_row", f"neither images nor text under any known key; it has {', '.join(map(str, row))}"[:200]
@@ -187,6 +193,23 @@ def _questions(row):
     if not all(isinstance(text, str) for pair in pairs for text in pair):
         raise BadSample("not_text", "a question or an answer is no text")
     return _answered(tuple((_sound(question), _sound(answer)) for question, answer in pairs))
+
+
+def _references(row, turns):
+    """The right answers of each turn: of a single one all that are under `answers`."""
+    several = row.get("answers")
+    if len(turns) == 1 and isinstance(several, (list, tuple)):
+        texts = tuple(text for text in several if isinstance(text, str))
+        if texts:
+            return (texts,)
+    return tuple((answer,) for _, answer in turns)
+
+
+def _options(row):
+    """`options` or `choices`: a list, or a dict of letters."""
+    options = row.get("options", row.get("choices"))
+    options = list(options.values()) if isinstance(options, dict) else options
+    return tuple(map(str, options)) if isinstance(options, (list, tuple)) else ()
 
 
 def sizes_of(record, upright=True):
