@@ -76,6 +76,24 @@ def a_sharding_rule(folder):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
 
 
+def a_benchmark(folder):
+    """It is found by its name, asks a model, and leaves scores and predictions."""
+    from hovle_jax.corpora import easy_vqa
+    from hovle_jax.evaluation.benchmarks import evaluate
+    from hovle_jax.evaluation.results import write_predictions
+    from hovle_jax.training.weights import save_result
+
+    config = micro.run_config("instruct")
+    save_result(folder, STAGES["instruct"], micro.params(config), config)
+    micro.tokenizer().save(folder)
+    easy_vqa.load = lambda split: micro.pictures()
+    scored = evaluate(folder, "shapes", limit=6)
+    assert scored.scores["questions"] == 6 and 0 <= scored.scores["accuracy"] <= 100
+    write_predictions(folder / "predictions.jsonl", scored.answered)
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and all("one word" not in row["question"] for row in rows)
+
+
 def an_llm_family(folder):
     """Its folder is written, read back to the bit, and refused where it has what the row says is not supported."""
     from hovle_jax.conversion.exporting import export_model
@@ -105,6 +123,7 @@ def an_llm_family(folder):
 CHECKS = {
     "A stage of training": a_stage,
     "A teacher tower": a_teacher_tower,
+    "A benchmark": a_benchmark,
     "A sharding rule": a_sharding_rule,
     "An LLM family": an_llm_family,
 }
