@@ -16,12 +16,13 @@ def least_traffic(stage: Stage, run: Run) -> dict[str, float]:
       {'fsdp': to gather parameters and to sum gradients within a copy of the model, 'data': to sum them over copies, on
       several slices through the data-centre network}.
 
-    A parameter that fsdp shards n ways is gathered once for the forward pass and once for the backward pass of each
-    microbatch, and its gradient is reduce-scattered: (n - 1) / n of its bytes each time. What gradients do not reach is
-    gathered once; what they only pass through has no reduce-scatter. A gradient that is whole on n devices is summed
-    over them once a step, 2 (n - 1) / n of its bytes, and so is a shard of it over d copies. Nothing is counted for
-    parameters that nobody reads, for token tables, of which the rows that are looked up move and not the table, and for
-    collectives of a tensor or sequence axis, which move activations.
+    A kernel that fsdp shards n ways is gathered once for the forward pass and once for the backward pass of each
+    microbatch, and its gradient is reduce-scattered: (n - 1) / n of its bytes each time. What no gradient passes
+    through (a vector, what reads pixels, a teacher) is not gathered again; what is not trained has no gradient. A
+    gradient that is whole on n devices is summed over them once a step, 2 (n - 1) / n of its bytes, and so is a shard
+    of it over d copies. Nothing is counted for parameters that nobody reads, for token tables, of which the rows that
+    are looked up move and not the table (a tied one is a head too), and for a tensor or sequence axis, which moves
+    activations.
     """
     placement, config = run.placement, run.models.config
     width = jnp.dtype(run.models.execution.dtype).itemsize
@@ -32,11 +33,11 @@ def least_traffic(stage: Stage, run: Run) -> dict[str, float]:
             continue
         trained, is_sharded = stage.trains(path, config), run.layout.is_sharded_by(path, FSDP)
         shard = math.prod(placement.sharding(leaf.spec()).shard_shape(leaf.shape)) * width
-        is_looked_up = leaf.axes[:1] == ("vocab",) and not (
-            path[0] == "llm" and config.llm.tied
-        )  # a tied one is a head
-        if is_sharded and not is_looked_up:
-            fsdp += (1 + (trained or path[0] in stage.through) + trained) * (n - 1) * shard * run.accumulate
+        is_table, is_head = leaf.axes[:1] == ("vocab",), path[0] == "llm" and config.llm.tied
+        multiplies = is_table or path[-1] == "kernel" and "patch_embedding" not in path  # which reads pixels
+        passes_on = multiplies and (trained or path[0] in stage.through)
+        if is_sharded and (is_head or not is_table):
+            fsdp += (1 + passes_on + trained) * (n - 1) * shard * run.accumulate
         if trained:
             fsdp += 0 if is_sharded else 2 * (n - 1) / n * shard
             data += 2 * (copies - 1) / copies * (shard if is_sharded else shard / n)

@@ -18,23 +18,15 @@ ROWS = (1, 2, 4)  # of a device in a microbatch
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way, and what is known of it.
+    """One way, and what is known of it."""
 
-    Attributes:
-      flags: that ask for it.
-      hardware: FLOPs of a step; least: bytes that a device must send in it.
-      outcome: 'fits', 'too large' or 'not compiled'.
-      memory: bytes of a device; None where the compiler has not said.
-      report: of one that compiles.
-    """
-
-    flags: str
+    flags: str  # that ask for it
     config: RunConfig
-    hardware: float
-    least: float
-    outcome: str = "not compiled"
-    memory: float | None = None
-    report: Report | None = None
+    hardware: float  # FLOPs of a step
+    least: float  # bytes that a device must send in it
+    outcome: str = "not compiled"  # or 'fits' or 'too large'
+    memory: float | None = None  # bytes of a device, where the compiler has said them
+    report: Report | None = None  # of one that compiles
 
 
 def candidates(config: RunConfig, target: Topology) -> list[Candidate]:

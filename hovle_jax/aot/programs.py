@@ -25,11 +25,9 @@ from hovle_jax.training.step import train_step
 
 
 class TooLarge(UserError):
-    """A program needs more memory than a device has: `needed` bytes, where the compiler tells them."""
+    """A program needs more memory than a device has."""
 
-    def __init__(self, message: str, needed: float | None = None):
-        super().__init__(message)
-        self.needed = needed
+    needed: float | None = None  # bytes, where the compiler tells them
 
 
 def set_up(config: RunConfig, target: Topology) -> Run:
@@ -96,7 +94,9 @@ def compile_for(config: RunConfig, target: Topology, program: str = "train", new
         size = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB" if needed else "more memory than there is"
         ways = "; ".join(remedies(config, run, target, program, sizes))
         what = f"{config.stage}:{config.preset} {program} on {target.name} needs {size} a device"
-        raise TooLarge(f"{what}. What takes less: {ways}", needed) from None
+        too_large = TooLarge(f"{what}. What takes less: {ways}")
+        too_large.needed = needed
+        raise too_large from None
     return read(compiled, config, run, target, program, sizes, time.perf_counter() - started)
 
 

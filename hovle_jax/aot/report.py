@@ -133,11 +133,9 @@ def _attention(config, run, program, operations):
     stage, made = find(config.stage), {}
     asked, whole = run.models.execution.attention, program == "train"  # over caches a mask is not whole
     for component in (c for c in stage.components if c in STACKS and c not in stage.partial):
-        if component == "teacher":
-            vision = config.teacher.vision
-            chosen, reason = choose(asked, vision.width // vision.num_heads, masked=False)
-        else:
-            chosen, reason = choose(asked, getattr(config.model, component).stack.head_dim, whole=whole)
+        is_decoder, vision = component != "teacher", config.teacher and config.teacher.vision
+        head_dim = getattr(config.model, component).stack.head_dim if is_decoder else vision.width // vision.num_heads
+        chosen, reason = choose(asked, head_dim, masked=is_decoder, whole=whole)
         calls = sum(STACKS[component] in operation for operation in operations)
         if chosen == "splash" and not calls:
             chosen, reason = "xla", "splash attention was chosen, and the program has none of its kernels"

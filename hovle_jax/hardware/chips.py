@@ -16,25 +16,15 @@ from hovle_jax.hardware.topology import GENERATIONS
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
-
-    Attributes:
-      bf16_flops: dense, a second.
-      hbm_bytes: of memory.
-      hbm_bandwidth: bytes a second.
-      ici_bandwidth: bytes a second that it can send to its neighbours over all links together, one way.
-      dcn_bandwidth: bytes a second that it can send to another slice (or host, for a GPU), one way: its share of the
-        host's network interfaces.
-      source: where the figures are published.
-    """
+    """One chip; bandwidths are bytes a second, those of networks one way."""
 
     name: str
-    bf16_flops: float
+    bf16_flops: float  # dense, a second
     hbm_bytes: float
     hbm_bandwidth: float
-    ici_bandwidth: float
-    dcn_bandwidth: float
-    source: str
+    ici_bandwidth: float  # to its neighbours, over all links together
+    dcn_bandwidth: float  # to another slice (of a GPU, host): its share of the host's network interfaces
+    source: str  # where the figures are published
 
 
 GB, GIB, TERA = 1e9, 2**30, 1e12

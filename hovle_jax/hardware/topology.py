@@ -26,24 +26,15 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What the slices of a TPU generation have in common.
+    """What the slices of a TPU generation have in common."""
 
-    Attributes:
-      cores_per_chip: as its names count them; devices_per_chip: as JAX sees them.
-      max_chips: of the largest slice.
-      dimensions: of its torus.
-      ring: an axis of a multiple of it is a ring, a shorter one a line.
-      chip_config: libtpu's name for how the cores of a chip work together; 'megacore': as one device.
-      aliases: other spellings of its name.
-    """
-
-    cores_per_chip: int
-    devices_per_chip: int
-    max_chips: int
-    dimensions: int
-    ring: int
-    chip_config: str = "default"
-    aliases: tuple[str, ...] = ()
+    cores_per_chip: int  # as its names count them
+    devices_per_chip: int  # as JAX sees them
+    max_chips: int  # of the largest slice
+    dimensions: int  # of its torus
+    ring: int  # an axis of a multiple of it is a ring, a shorter one a line
+    chip_config: str = "default"  # libtpu's name for how a chip's cores work together; 'megacore': as one device
+    aliases: tuple[str, ...] = ()  # other spellings of its name
 
     @functools.cached_property
     def shapes(self) -> dict[int, tuple[int, ...]]:

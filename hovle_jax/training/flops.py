@@ -22,16 +22,11 @@ TRAINED, THROUGH, UNTOUCHED = "trained", "through", "untouched"
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one step over the global batch, all devices together.
-
-    Attributes:
-      model, hardware: see above.
-      parts: {name: model FLOPs}.
-    """
+    """FLOPs of one step over the global batch, all devices together: see above."""
 
     model: float
     hardware: float
-    parts: dict[str, float]
+    parts: dict[str, float]  # model FLOPs by name
 
 
 # Matmuls of the L x L x C kind in the backward pass of an implementation of attention; the forward pass has two. Fused
@@ -42,21 +37,13 @@ BACKWARD_MATMULS = {"xla": 4, "splash": 5, "cudnn": 5}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a step.
-
-    Attributes:
-      gradient: how gradients treat it.
-      layers: whether it is rematerialised.
-      decoder: whether its attention is that of the decoder stacks; towers attend in XLA's plain way.
-      again: how many more times its matmuls are made.
-    """
+    """A part of a step."""
 
     name: str
     work: Work
-    gradient: str
-    layers: bool = False
-    decoder: bool = False
-    again: int = 0
+    gradient: str  # how gradients treat it
+    layers: bool = False  # whether it is rematerialised
+    decoder: bool = False  # whether its attention is that of the decoder stacks; towers attend in XLA's plain way
 
     def model(self) -> float:
         return self.work.forward + self._backward(self.work.attention * 2)
@@ -70,7 +57,7 @@ class Part:
             return forward
         repeated = {"none": 0, "dots": pairs}.get(remat, w.dense - w.last + pairs) if self.layers else 0
         backward = self._backward(pairs * BACKWARD_MATMULS[attention] / 2)
-        return forward + backward + repeated + self.again * w.dense
+        return forward + backward + repeated
 
     def _backward(self, attention):
         if self.gradient == UNTOUCHED:
@@ -86,11 +73,10 @@ def step_flops(config: RunConfig, parts: list[Part], attention: str = "xla", log
       attention: of `BACKWARD_MATMULS`: how the decoder stacks do it ("xla" for the towers).
       logits_kept: whether the loss keeps the logits for its backward pass; else their matmul is made twice.
     """
-    if not logits_kept:
-        parts = [dataclasses.replace(part, again=1) if part.name == "head" else part for part in parts]
+    again = 0 if logits_kept else sum(part.work.dense for part in parts if part.name == "head")
     return StepFlops(
         model=sum(part.model() for part in parts),
-        hardware=sum(part.hardware(attention, config.execution.remat) for part in parts),
+        hardware=sum(part.hardware(attention, config.execution.remat) for part in parts) + again,
         parts={part.name: part.model() for part in parts},
     )
 

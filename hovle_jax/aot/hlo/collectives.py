@@ -39,28 +39,18 @@ _PALLAS = "tpu_custom_call"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program, as each device runs it.
+    """One collective of a program, as each device runs it."""
 
-    Attributes:
-      kind: of `KINDS`.
-      dtype: of its first operand.
-      operand_bytes: what a device puts in.
-      group_size: devices that take part together.
-      crosses_slices: whether a group has devices of several slices, whose traffic goes over the data-centre network.
-      times: how often it runs in one execution of the program; None = in a loop whose trip count cannot be told.
-      beside: whether other work can go on meanwhile: it starts and ends in two instructions, is a part of fusions that
-        multiply, or runs on another core.
-      name: of the instruction.
-    """
-
-    kind: str
-    dtype: str
-    operand_bytes: int
-    group_size: int
-    crosses_slices: bool
-    times: int | None
+    kind: str  # of KINDS
+    dtype: str  # of its first operand
+    operand_bytes: int  # what a device puts in
+    group_size: int  # devices that take part together
+    crosses_slices: bool  # a group has devices of several slices: its traffic goes over the data-centre network
+    times: int | None  # that it runs in one execution of the program; None: in a loop whose trip count cannot be told
+    # Whether other work can go on meanwhile: it starts and ends in two instructions, is a part of fusions that
+    # multiply, or runs on another core.
     beside: bool
-    name: str
+    name: str  # of the instruction
 
     @property
     def wire_bytes(self) -> float:
@@ -75,21 +65,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """All collectives of a kind.
+    """All collectives of a kind."""
 
-    Attributes:
-      count: executions.
-      bytes: that each device sends, those between slices included.
-      beside: of these, while other work can go on.
-      dcn_bytes: of these, by collectives that cross slices.
-      unknown: how many have an unknown trip count, and were counted once.
-    """
-
-    count: int
-    bytes: float
-    beside: float
-    dcn_bytes: float
-    unknown: int
+    count: int  # executions
+    bytes: float  # that each device sends, those between slices included
+    beside: float  # of these, while other work can go on
+    dcn_bytes: float  # of these, by collectives that cross slices
+    unknown: int  # how many have an unknown trip count, and were counted once
 
     @classmethod
     def of(cls, found: list[Collective]) -> "Total":

@@ -17,9 +17,7 @@ from hovle_jax.aot.hlo.text import Computation, Instruction, Program
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TRANSPARENT = ("copy", "bitcast", "convert", "reshape", "optimization-barrier", "copy-start", "copy-done")
 _BINARY = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
-_DIRECTIONS = {
-    "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "NE": operator.ne, "EQ": operator.eq,
-}  # fmt: skip
+_DIRECTIONS = {name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "NE", "EQ")}
 _MOST = 1 << 16  # iterations that are followed
 
 
