@@ -31,7 +31,7 @@ PLAN = flags.DEFINE_bool("plan", False, "Try remat and microbatches, and recomme
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of text")
 
 
-def main():
+def main() -> None:
     command_line.config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
     if SLICES.value < 1:
@@ -45,8 +45,10 @@ def main():
     from hovle_jax.hardware import topology
 
     target = topology.find(command_line.required("topology"), SLICES.value)
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    say(f"compiling for {target.name}; a program of the paper's size takes one to five minutes on a free core")
     if PLAN.value:
-        found = plan.make(config, target, say=lambda line: print(line, file=sys.stderr, flush=True))
+        found = plan.make(config, target, say)
         made, text, fits = plan.to_dict(found), plan.plan_text(found), plan.recommended(found) is not None
     else:
         report = programs.compile_for(config, target, PROGRAM.value, NEW_TOKENS.value)

@@ -92,7 +92,7 @@ def compile_for(config: RunConfig, target: Topology, program: str = "train", new
             raise
         needed, available = _sizes(str(error))
         size = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB" if needed else "more memory than there is"
-        ways = "; ".join(remedies(config, run, target, program, sizes))
+        ways = "; ".join(remedies(config, run, target, program, sizes)) or "nothing that a flag could change"
         what = f"{config.stage}:{config.preset} {program} on {target.name} needs {size} a device"
         too_large = TooLarge(f"{what}. What takes less: {ways}")
         too_large.needed = needed
