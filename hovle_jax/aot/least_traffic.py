@@ -33,7 +33,7 @@ def least_traffic(stage: Stage, run: Run) -> dict[str, float]:
             continue
         trained, is_sharded = stage.trains(path, config), run.layout.is_sharded_by(path, FSDP)
         shard = math.prod(placement.sharding(leaf.spec()).shard_shape(leaf.shape)) * width
-        is_table, is_head = leaf.axes[:1] == ("vocab",), path[0] == "llm" and config.llm.tied
+        is_table, is_head = leaf.axes[:1] == ("vocab",), path[0] == "llm" and config.llm and config.llm.tied
         multiplies = is_table or path[-1] == "kernel" and "patch_embedding" not in path  # which reads pixels
         passes_on = multiplies and (trained or path[0] in stage.through)
         if is_sharded and (is_head or not is_table):

@@ -88,5 +88,6 @@ def plan_text(listed: list[Candidate]) -> str:
         memory, sent = gb(c.memory) if c.memory else "", gb(c.report.sent) if c.report else ""
         lines.append(f"{c.hardware:>14.3g} {memory:>11} {sent:>11}  {c.flags} [{c.outcome}]")
     best = recommended(listed)
-    says = [f"recommended: {best.flags}", text_of(best.report)] if best else ["none of these fits: take more chips"]
-    return "\n".join(lines + says)
+    if best is None or best.report is None:
+        return "\n".join([*lines, "none of these fits: take more chips"])
+    return "\n".join([*lines, f"recommended: {best.flags}", text_of(best.report)])

@@ -91,9 +91,11 @@ def compile_for(config: RunConfig, target: Topology, program: str = "train", new
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, available = _sizes(str(error))
-        size = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB" if needed else "more memory than there is"
+        told = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB" if needed and available else ""
         ways = "; ".join(remedies(config, run, target, program, sizes)) or "nothing that a flag could change"
-        what = f"{config.stage}:{config.preset} {program} on {target.name} needs {size} a device"
+        what = (
+            f"{config.stage}:{config.preset} {program} on {target.name} needs {told or 'more than the memory'} a device"
+        )
         too_large = TooLarge(f"{what}. What takes less: {ways}")
         too_large.needed = needed
         raise too_large from None

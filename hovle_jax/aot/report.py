@@ -72,7 +72,7 @@ def read(
       run: that it was lowered for.
       arguments: bytes of each of its arguments on a device.
     """
-    text, mesh, data = compiled.as_text(), run.placement.mesh, config.data
+    text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
     found = collectives.collectives(text, mesh.size // target.slices)
     chip, step, hbm = chip_of(target.generation), None, None
     if program == "train":
@@ -124,7 +124,7 @@ def step_of(flops: StepFlops, least: dict[str, float], target: Topology, found: 
     seconds = {"compute": flops.hardware / peak}
     seconds |= {"ici": ici * per_chip / links, "dcn": dcn * per_chip / chip.dcn_bandwidth}
     made = {"flops": dataclasses.asdict(flops), "least": least, "excess": (ici + dcn) / total if total else None}
-    made |= {"seconds": seconds, "bottleneck": max(seconds, key=seconds.get)}
+    made |= {"seconds": seconds, "bottleneck": max(seconds, key=lambda name: seconds[name])}
     return made | {"mfu": flops.model / (peak * max(seconds.values()))}
 
 

@@ -75,6 +75,6 @@ def total_bf16_flops(names: Iterable[str]) -> float | None:
     Args:
       names: of each device, as for `key_of`.
     """
-    keys = [key_of(name) for name in names]
+    keys = [key_of(name) or "" for name in names]
     devices = lambda key: GENERATIONS[key].devices_per_chip if key in GENERATIONS else 1  # of a chip
-    return None if None in keys else sum(CHIPS[key].bf16_flops / devices(key) for key in keys)
+    return None if "" in keys else sum(CHIPS[key].bf16_flops / devices(key) for key in keys)

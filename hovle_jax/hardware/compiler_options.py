@@ -19,4 +19,4 @@ COMPILER_OPTIONS = {"v5p": _TO_SPARSE_CORES, "v6e": _TO_SPARSE_CORES}
 
 def compiler_options(device_kind: str) -> dict[str, str]:
     """{option: value} for `jax.jit` by what JAX calls the device ('TPU v6 lite'); empty where the default is best."""
-    return COMPILER_OPTIONS.get(key_of(device_kind), {})
+    return COMPILER_OPTIONS.get(key_of(device_kind) or "", {})

@@ -99,7 +99,7 @@ class Topology:
     def larger(self) -> "Topology | None":
         """The next larger slices of the same generation."""
         more = min((chips for chips in self.kind.shapes if chips > self.chips), default=None)
-        return more and Topology(self.generation, self.kind.shapes[more], self.slices)
+        return None if more is None else Topology(self.generation, self.kind.shapes[more], self.slices)
 
     def devices(self) -> list:
         """The abstract devices, one slice after the other. Raises UserError where libtpu is not installed."""
@@ -121,14 +121,14 @@ def find(name: str, slices: int = 1) -> Topology:
     """'v5e-256', 'v5litepod-256' or 'v5e:16x16'. Raises UserError for what does not exist."""
     found = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)+))", name.strip().lower())
     spellings = {alias: key for key, g in GENERATIONS.items() for alias in (key, *g.aliases)}
-    generation = found and spellings.get(found.group(1))
-    if not generation:
+    generation = spellings.get(found.group(1)) if found else None
+    if found is None or generation is None:
         raise UserError(f"{name!r} is no TPU slice; name one as 'v5e-256' or 'v5e:16x16', of {', '.join(GENERATIONS)}")
     if found.group(3):
         return _checked(Topology(generation, tuple(map(int, found.group(3).split("x"))), slices))
     shapes, chips = GENERATIONS[generation].shapes, int(found.group(2)) / GENERATIONS[generation].cores_per_chip
     if chips in shapes:
-        return Topology(generation, shapes[chips], slices)
+        return Topology(generation, shapes[int(chips)], slices)
     raise UserError(f"{name!r} is no slice that {generation} has; the nearest are {_nearest(generation, chips)}")
 
 

@@ -105,7 +105,7 @@ def summary(found: list[Collective]) -> dict[str, Total]:
 def kernels(text: str) -> list[str]:
     """The JAX operation of each call of a Pallas kernel in a program for TPUs."""
     instructions = (run.instruction for run in _executions(parse(text)))
-    return [x.attribute("op_name") or "" for x in instructions if x.attribute("custom_call_target") == _PALLAS]
+    return [x.attribute("op_name") for x in instructions if x.attribute("custom_call_target") == _PALLAS]
 
 
 class _Execution(NamedTuple):
@@ -178,6 +178,6 @@ def _between_slices(x):
     Its target "{1,3:4}x{0:255}" names the slices, then the devices.
     """
     kind = x.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
-    slices = re.match(r"\{([^}]*)\}", x.attribute("_xla_megascale_target") or "{0:1}").group(1)
-    spans = [list(map(int, part.split(":"))) for part in slices.split(",")]
+    slices, _, _ = x.attribute("_xla_megascale_target").partition("x")
+    spans = [list(map(int, part.split(":"))) for part in re.findall(r"[\d:]+", slices or "{0:1}")]
     return kind.replace("one-to-one", "collective-permute"), sum(span[-1] - span[0] + 1 for span in spans)

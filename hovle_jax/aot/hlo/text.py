@@ -46,10 +46,10 @@ class Instruction:
         """Computations that run once each time that this instruction does; of a `conditional`'s one does."""
         return _names(" ".join(_CALLED.findall(self.attributes)))
 
-    def attribute(self, name: str) -> str | None:
-        """The value of `name=%value`, `name=value` or `name="value"`, or None."""
+    def attribute(self, name: str) -> str:
+        """The value of `name=%value`, `name=value` or `name="value"`; empty without."""
         found = re.search(rf'\b{name}=(?:"([^"]*)"|%?([\w.\-]+))', self.attributes)
-        return found and (found.group(1) or found.group(2))
+        return (found.group(1) or found.group(2) or "") if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,10 @@ def parse(text: str) -> Program:
 
 
 def _computation(name, lines):
-    found = [_INSTRUCTION.match(line).groups() for line in lines]
+    found = []
+    for line in lines:
+        if not (match := _INSTRUCTION.match(line)):
+            raise ValueError(f"this is no instruction of a compiled program: {line[:120]}")
+        found.append(match.groups())
     root = next((of for is_root, of, *_ in found if is_root), "")
     return Computation(name, {of: Instruction(of, *rest) for _, of, *rest in found}, root)

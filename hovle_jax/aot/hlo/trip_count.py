@@ -62,9 +62,9 @@ def value(scope: Scope, name: str, element: int | None = None) -> Any:
         return value(scope, x.operands[0], int(x.attribute("index")))
     if x.opcode == "constant" and re.fullmatch(r"-?\d+", x.arguments):
         return int(x.arguments)
-    apply = _BINARY.get(x.opcode) or (x.opcode == "compare" and _DIRECTIONS[x.attribute("direction")])
+    apply = _DIRECTIONS[x.attribute("direction")] if x.opcode == "compare" else _BINARY.get(x.opcode)
     found = [value(scope, operand) for operand in x.operands] if apply else []
-    return apply(*found) if found and all(isinstance(each, int) for each in found) else None
+    return apply(*found) if apply and all(isinstance(each, int) for each in found) else None
 
 
 def _carried(scope, loop, element):
