@@ -91,12 +91,11 @@ def compile_for(config: RunConfig, target: Topology, program: str = "train", new
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, available = _sizes(str(error))
-        told = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB" if needed and available else ""
+        told = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB a device" if needed and available else ""
         ways = "; ".join(remedies(config, run, target, program, sizes)) or "nothing that a flag could change"
-        what = (
-            f"{config.stage}:{config.preset} {program} on {target.name} needs {told or 'more than the memory'} a device"
-        )
-        too_large = TooLarge(f"{what}. What takes less: {ways}")
+        what = f"{config.stage}:{config.preset} {program} on {target.name}"
+        message = f"{what} needs {told or 'more memory than a device has'}. What takes less: {ways}"
+        too_large = TooLarge(message)
         too_large.needed = needed
         raise too_large from None
     return read(compiled, config, run, target, program, sizes, time.perf_counter() - started)
