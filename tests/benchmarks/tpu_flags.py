@@ -1,6 +1,6 @@
 """Which options let collectives run beside matmuls: libtpu's defaults, this project's, those that are often set.
 
-    python tests/benchmarks/tpu_flags.py [--topologies v5e-256 v5p-128 v6e-256]
+    python -m tests.benchmarks.tpu_flags [--topologies v5e-256 v5p-128 v6e-256]
 
 Compiles the training step of a small HoVLE, sharded over all chips, with each of them, and counts in the programs; or
 says what libtpu objects to. Needs the extra `tpu` and no TPU.
