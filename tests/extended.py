@@ -19,6 +19,7 @@ from hovle_jax.model.config import TeacherConfig
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.training import checks, loop
 from hovle_jax.training.stages import STAGES
+from hovle_jax.training.step import train_step
 from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,8 +44,8 @@ def a_stage(folder):
         row["z_loss"] > 0 for row in rows if "loss" in row
     )
     assert STAGES["zloss"].step_flops(small).model == STAGES["pretrain"].step_flops(small).model
-    run = programs.set_up(small, make_mesh(MeshConfig(data=1, fsdp=8)))
-    assert "reduce_scatter" in programs.lower(small, run).as_text()
+    run = micro.run(small, make_mesh(MeshConfig(data=1, fsdp=8)))
+    assert "reduce_scatter" in train_step.lower(**programs.arguments(small, run), stage="zloss", run=run).as_text()
 
 
 def a_teacher_tower(folder):

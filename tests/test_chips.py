@@ -1,13 +1,11 @@
 """TPU slices by name, published peaks, and the bounds that follow from them."""
 
-import dataclasses
 import importlib.util
 
-import micro
 import pytest
 
 from hovle_jax.aot.hlo.collectives import Collective
-from hovle_jax.aot.roofline import hbm_bytes, network_bytes, roofline
+from hovle_jax.aot.report import step_of
 from hovle_jax.errors import UserError
 from hovle_jax.hardware import topology
 from hovle_jax.hardware.chips import CHIPS, chip_of
@@ -20,27 +18,27 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 
 @pytest.mark.parametrize(
-    "name, libtpu, chips, hosts",
+    "name, libtpu, chips",
     [
-        ("v5e-16", "v5e:4x4", 16, 4),
-        ("v5e-256", "v5e:16x16", 256, 64),
-        ("v5litepod-8", "v5e:2x4", 8, 1),
-        ("V5P-128", "v5p:4x4x4", 64, 16),
-        ("v5p-12288", "v5p:16x16x24", 6144, 1536),
-        ("v6e-64", "v6e:8x8", 64, 16),
-        ("v6e-1", "v6e:1x1", 1, 1),
-        ("v4-8", "v4:2x2x1", 4, 1),
-        ("v4-32", "v4:2x2x4", 16, 4),
-        ("tpu7x-128", "tpu7x:4x4x4", 64, 16),
-        ("v5e:4x8", "v5e:4x8", 32, 8),
-        ("v5p:4x4x12", "v5p:4x4x12", 192, 48),
+        ("v5e-16", "v5e:4x4", 16),
+        ("v5e-256", "v5e:16x16", 256),
+        ("v5litepod-8", "v5e:2x4", 8),
+        ("V5P-128", "v5p:4x4x4", 64),
+        ("v5p-12288", "v5p:16x16x24", 6144),
+        ("v6e-64", "v6e:8x8", 64),
+        ("v6e-1", "v6e:1x1", 1),
+        ("v4-8", "v4:2x2x1", 4),
+        ("v4-32", "v4:2x2x4", 16),
+        ("tpu7x-128", "tpu7x:4x4x4", 64),
+        ("v5e:4x8", "v5e:4x8", 32),
+        ("v5p:4x4x12", "v5p:4x4x12", 192),
     ],
 )
-def test_names_of_slices(name, libtpu, chips, hosts):
+def test_names_of_slices(name, libtpu, chips):
     found = topology.find(name)
-    assert (found.libtpu_name, found.chips, found.hosts) == (libtpu, chips, hosts)
+    assert (found.libtpu_name, found.chips) == (libtpu, chips)
     assert topology.find(found.libtpu_name) == found
-    assert topology.find(found.cloud_name).chips == chips
+    assert topology.find(found.name).chips == chips
 
 
 @pytest.mark.parametrize(
@@ -62,22 +60,30 @@ def test_slices_that_do_not_exist(name, said):
 
 
 def test_an_axis_is_a_ring_where_it_is_whole():
-    links = {name: topology.find(name).links for name in ("v5e-256", "v5e-128", "v5e-64", "v5e-1", "v5p-128", "v5p-32")}
-    assert links == {"v5e-256": 4, "v5e-128": 3, "v5e-64": 2, "v5e-1": 0, "v5p-128": 6, "v5p-32": 3}
+    busy = {"v5e-256": 1, "v5e-128": 3 / 4, "v5e-64": 1 / 2, "v5e-1": 0, "v5p-128": 1, "v5p-32": 1 / 2}
+    assert {name: topology.find(name).busy_links for name in busy} == busy
+
+
+def test_the_next_larger_slice():
+    names = ("v5e-4", "v5e:16x16", "v5p-8", "v5p-64", "v5e:2x8")
+    assert [(more := topology.find(name).larger()) and more.name for name in names] == [
+        "v5e-8", None, "v5p-16", "v5p-128", "v5e-32",
+    ]  # fmt: skip
+    assert topology.find("v5e-16", 2).larger().name == "2 x v5e-32"
 
 
 @needs_libtpu
 def test_libtpu_has_these_devices():
-    for name in ("v4-32", "v5e-1", "v5e-256", "v5p-8", "v5p-128", "v6e-64", "tpu7x-16"):
-        assert len(topology.devices(name)) == topology.find(name).devices, name
-    two = topology.devices("v5e-16", slices=2)
+    devices = {"v4-32": 16, "v5e-1": 1, "v5e-256": 256, "v5p-8": 4, "v5p-128": 64, "v6e-64": 64, "tpu7x-16": 16}
+    assert {name: len(topology.find(name).devices()) for name in devices} == devices
+    two = topology.find("v5e-16", slices=2).devices()
     assert [d.slice_index for d in two] == [0] * 16 + [1] * 16
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"v5e-16 needs libtpu.*hovle_jax\[tpu\]"):
-        topology.devices("v5e-16")
+        topology.find("v5e-16").devices()
 
 
 # Chips
@@ -110,57 +116,36 @@ def test_every_generation_has_peaks_and_their_source():
     assert set(topology.GENERATIONS) <= set(CHIPS)
     for key, chip in CHIPS.items():
         assert chip.source.startswith("https://"), key
-        axes = topology.GENERATIONS[key].dimensions if key in topology.GENERATIONS else 0
-        assert chip.ici_links == 2 * axes
-
-
-def test_a_slice_without_rings_has_half_of_its_links():
-    chip = CHIPS["v5e"]
-    assert chip.slice_bandwidth(topology.find("v5e-256")) == 200e9
-    assert chip.slice_bandwidth(topology.find("v5e-16")) == 100e9
-    assert CHIPS["h100"].slice_bandwidth() == 450e9
 
 
 # Bounds
 
 
-def bounds(**bytes_moved):
-    """Of a step of a second's hardware FLOPs on 4 v5e, three quarters of them the model's."""
-    second = 4 * 197e12
-    return roofline(StepFlops(0.75 * second, second, {}), CHIPS["v5e"], 4, **bytes_moved)
+def seconds_and_ceiling(name="v5e-256", **sent):
+    """Of a step of a second of hardware FLOPs, three quarters of them the model's, and bytes that each chip sends."""
+    target = topology.find(name)
+    second = target.chips * target.slices * chip_of(target.generation).bf16_flops
+    found = [
+        Collective("collective-permute", "bf16", bytes, 2, axis == "dcn", 1, False, "") for axis, bytes in sent.items()
+    ]
+    step = step_of(StepFlops(0.75 * second, second, {}), {"fsdp": 1e9}, target, found)
+    return step["seconds"], step["bottleneck"], step["mfu"], step["excess"]
 
 
 def test_what_bounds_a_step():
-    free = bounds()
-    assert (free.bottleneck, free.seconds, free.mfu) == ("compute", 1.0, 0.75)
-    assert bounds(hbm=819e9 / 2, ici=100e9, dcn=3e9).bottleneck == "compute"
-    for name, full in dict(hbm=819e9, ici=200e9, dcn=3.125e9).items():
-        found = bounds(**{name: 3 * full})
-        assert found.bottleneck == {"hbm": "memory"}.get(name, name)
-        assert (found.seconds, found.mfu) == (pytest.approx(3), pytest.approx(0.25))
+    assert seconds_and_ceiling() == ({"compute": 1, "ici": 0, "dcn": 0}, "compute", 0.75, 0)
+    assert seconds_and_ceiling(ici=100e9, dcn=3e9)[1:] == ("compute", 0.75, 103)
+    for name, full in dict(ici=200e9, dcn=3.125e9).items():
+        seconds, bottleneck, ceiling, _ = seconds_and_ceiling(**{name: 3 * full})
+        assert (seconds[name], bottleneck, ceiling) == (pytest.approx(3), name, pytest.approx(0.25))
 
 
-def test_a_slice_of_lines_doubles_the_time_of_its_network():
-    whole, lines = (bounds(ici=1e11, topology=topology.find(name)).ici for name in ("v5e-256", "v5e-16"))
-    assert lines == 2 * whole
+def test_a_slice_of_lines_doubles_the_time_of_its_network_and_a_single_chip_has_none():
+    whole, lines, alone = (seconds_and_ceiling(name, ici=1e11)[0]["ici"] for name in ("v5e-256", "v5e-16", "v5e-1"))
+    assert lines == 2 * whole and alone == 0
 
 
-def test_bytes_within_and_between_slices():
-    made = [
-        Collective("all-gather", "bf16", 100, 4, False, 3, False, "", ""),
-        Collective("all-reduce", "f32", 100, 2, True, 2, True, "", ""),
-    ]
-    assert network_bytes(made) == (900, 200)
-    assert network_bytes(made, devices_per_chip=2) == (1800, 400)
-
-
-def test_memory_traffic():
-    config = micro.run_config("align", data=dict(batch_size=8, sequence_length=64))
-    # Of 1000 parameters in bf16, two gathers, written and read; of 1000 trained ones on a quarter of the chips four
-    # float32 numbers (the parameter, two moments, the gradient), read and written.
-    assert hbm_bytes(config, 4, 1000, 0, rows=0) == 8_000
-    assert hbm_bytes(config, 4, 0, 1000, rows=0) == 8_000
-    rematerialised = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat="full"))
-    once = hbm_bytes(config, 4, 0, 0)
-    assert hbm_bytes(rematerialised, 4, 0, 0) == pytest.approx(4 / 3 * once)  # a second forward pass to the three
-    assert hbm_bytes(config, 8, 0, 0) == once / 2 and hbm_bytes(config, 4, 0, 0, rows=16) == 2 * once
+def test_a_chip_of_two_devices_sends_for_both():
+    v4, tpu7x = (seconds_and_ceiling(name, ici=1e11, dcn=1e9)[0] for name in ("v4-128", "tpu7x-128"))
+    assert tpu7x["ici"] == 2 * v4["ici"] * CHIPS["v4"].ici_bandwidth / CHIPS["tpu7x"].ici_bandwidth
+    assert tpu7x["dcn"] == pytest.approx(2e9 / CHIPS["tpu7x"].dcn_bandwidth)

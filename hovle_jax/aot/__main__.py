@@ -1,4 +1,4 @@
-"""Compiles a run's program for TPUs that are not there, and says whether it fits and how fast it can be.
+"""Compiles a run's program for TPUs that are not there, and says whether it fits and what it sends.
 
     python -m hovle_jax.aot --config configs/instruct.py:hovle --topology v5e-256
     python -m hovle_jax.aot --config configs/instruct.py:hovle --topology v5e-256 --slices 2 --json
@@ -7,7 +7,8 @@
         --config.data.batch_size=64
 
 It is the real program of `hovle_jax.train`, compiled by libtpu from shapes alone: no weights, no data, no TPU. Needs
-the extra: pip install 'hovle_jax[tpu]'. What is reported is described in docs/performance.md.
+the extra: pip install 'hovle_jax[tpu]'. What is reported is described in docs/performance.md. The exit status is 1
+where nothing fits, 2 where the program cannot be compiled.
 """
 
 import functools
@@ -22,20 +23,18 @@ from hovle_jax.errors import UserError
 from hovle_jax.system import command_line, malloc
 from hovle_jax.system.progress import waiting
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A stage's config file, with a preset: configs/instruct.py:hovle"
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "A stage's config file: configs/instruct.py:hovle")
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as 'v5e-256', 'v5p-128' or 'v5e:16x16'")
 SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, connected by the data-centre network")
 PROGRAM = flags.DEFINE_enum("program", "train", ("train", "prefill", "decode"), "What to compile")
 NEW_TOKENS = flags.DEFINE_integer(
     "new_tokens", 512, "prefill, decode: room after the prompts in the caches", lower_bound=1
 )
-PLAN = flags.DEFINE_bool("plan", False, "Try batch parts, remat and mesh, and recommend the fastest that fits")
+PLAN = flags.DEFINE_bool("plan", False, "Try remat and microbatches, and recommend the first that fits")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of text")
 
 
-def main():
+def main() -> None:
     command_line.config_file()
     config = RunConfig.from_dict(CONFIG.value.to_dict())
     if SLICES.value < 1:
@@ -43,22 +42,25 @@ def main():
     if PLAN.value and PROGRAM.value != "train":
         raise UserError("--plan chooses how to train; leave out --program")
 
-    from hovle_jax.aot import plan, target
+    from hovle_jax.aot import plan, programs
     from hovle_jax.aot.report import text_of
+    from hovle_jax.hardware import topology
     from hovle_jax.training.checks import check
 
     check(config)
-    place = target.Target.of(command_line.required("topology"), SLICES.value)
-    tell = functools.partial(print, file=sys.stderr, flush=True)
+    target = topology.find(command_line.required("topology"), SLICES.value)
+    say = functools.partial(print, file=sys.stderr, flush=True)
     name = f"{config.stage}:{config.preset}"
     if PLAN.value:
-        with waiting(f"planning {name} on {place.name}", tell):
-            made = plan.make(config, place, say=tell if JSON.value else functools.partial(print, flush=True))
-        print(json.dumps(made.to_dict(), indent=2) if JSON.value else plan.text_of(made))
-        return
-    with waiting(f"compiling {name} {PROGRAM.value} for {place.name}", tell):
-        report = target.compile_for(config, place, PROGRAM.value, NEW_TOKENS.value)
-    print(json.dumps(report.to_dict(), indent=2) if JSON.value else text_of(report))
+        with waiting(f"planning {name} on {target.name}", say):
+            found = plan.make(config, target, say)
+        made, text, fits = plan.to_dict(found), plan.plan_text(found), plan.recommended(found) is not None
+    else:
+        with waiting(f"compiling {name} {PROGRAM.value} for {target.name}", say):
+            report = programs.compile_for(config, target, PROGRAM.value, NEW_TOKENS.value)
+        made, text, fits = report.to_dict(), text_of(report), report.fits
+    print(json.dumps(made, indent=2) if JSON.value else text)
+    sys.exit(0 if fits else 1)
 
 
 if __name__ == "__main__":

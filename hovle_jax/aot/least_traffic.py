@@ -1,6 +1,5 @@
 """The bytes that a step must send, whoever compiles it: what the sharding of its parameters asks for."""
 
-import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -10,50 +9,36 @@ from hovle_jax.training.setup import Run
 from hovle_jax.training.stage import Stage
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Bytes that a device sends in a step.
+def least_traffic(stage: Stage, run: Run) -> dict[str, float]:
+    """Bytes that a device must send in a training step over its microbatches, in the compute type.
 
-    Attributes:
-      fsdp: gathers of parameters and reduce-scatters of their gradients.
-      data: sums of gradients over copies of the model, on several slices through the data-centre network.
-    """
+    Returns:
+      {'fsdp': to gather parameters and to sum gradients within a copy of the model, 'data': to sum them over copies, on
+      several slices through the data-centre network}.
 
-    fsdp: float
-    data: float
-
-
-def least_traffic(stage: Stage, run: Run) -> Traffic:
-    """The least traffic of a training step over its microbatches, in the compute type.
-
-    A parameter that fsdp shards n ways is gathered once for the forward pass and once for the backward pass, and its
-    gradient is reduce-scattered: (n - 1) / n of its bytes each time. What gradients do not reach is gathered once; what
-    they only pass through has no reduce-scatter. Over d copies of the model a gradient's shard is summed in
-    2 (d - 1) / d of its bytes. Parameters that nothing reads cost nothing. Collectives of a tensor or sequence axis,
-    which move activations, are not counted.
+    A kernel that fsdp shards n ways is gathered once for the forward pass and once for the backward pass of each
+    microbatch, and its gradient is reduce-scattered: (n - 1) / n of its bytes each time. What no gradient passes
+    through (a vector, what reads pixels, a teacher) is not gathered again; what is not trained has no gradient. A
+    gradient that is whole on n devices is summed over them once a step, 2 (n - 1) / n of its bytes, and so is a shard
+    of it over d copies. Nothing is counted for parameters that nobody reads, for token tables, of which the rows that
+    are looked up move and not the table (a tied one is a head too), and for a tensor or sequence axis, which moves
+    activations.
     """
     placement, config = run.placement, run.models.config
-    width, copies = jnp.dtype(run.models.execution.dtype).itemsize, placement.mesh.shape[DATA]
+    width = jnp.dtype(run.models.execution.dtype).itemsize
+    n, copies = placement.mesh.shape[FSDP], placement.mesh.shape[DATA]
     fsdp = data = 0.0
-    for path, leaf in read_leaves(stage, run):
+    for path, leaf in run.layout.leaves:
+        if stage.is_unused(path, config):
+            continue
+        trained, is_sharded = stage.trains(path, config), run.layout.is_sharded_by(path, FSDP)
         shard = math.prod(placement.sharding(leaf.spec()).shard_shape(leaf.shape)) * width
-        trained = stage.trains(path, config)
-        if run.layout.is_sharded_by(path, FSDP):
-            n = placement.mesh.shape[FSDP]
-            passes = 1 + (trained or path[0] in stage.through) + trained
-            fsdp += passes * (n - 1) * shard * run.accumulate
-        if trained and copies > 1:
-            data += 2 * (copies - 1) / copies * shard * run.accumulate
-    return Traffic(fsdp, data)
-
-
-def parameter_counts(stage: Stage, run: Run) -> tuple[int, int]:
-    """-> (how many parameters a step reads, how many it trains)."""
-    leaves = read_leaves(stage, run)
-    trained = sum(leaf.size for path, leaf in leaves if stage.trains(path, run.models.config))
-    return sum(leaf.size for _, leaf in leaves), trained
-
-
-def read_leaves(stage: Stage, run: Run) -> list[tuple]:
-    """The parameters that a stage reads: [(path, sharding.layout.Leaf)]."""
-    return [(path, leaf) for path, leaf in run.layout.leaves if not stage.is_unused(path, run.models.config)]
+        is_table, is_head = leaf.axes[:1] == ("vocab",), path[0] == "llm" and config.llm and config.llm.tied
+        multiplies = is_table or path[-1] == "kernel" and "patch_embedding" not in path  # which reads pixels
+        passes_on = multiplies and (trained or path[0] in stage.through)
+        if is_sharded and (is_head or not is_table):
+            fsdp += (1 + passes_on + trained) * (n - 1) * shard * run.accumulate
+        if trained:
+            fsdp += 0 if is_sharded else 2 * (n - 1) / n * shard
+            data += 2 * (copies - 1) / copies * (shard if is_sharded else shard / n)
+    return {"fsdp": fsdp, "data": data}

@@ -1,121 +1,93 @@
-"""The fastest way to run a step that fits: batch parts, rematerialisation and mesh, tried in the order of estimates."""
+"""A way to run a step that fits: rematerialisation and microbatches, compiled until one does. Time is not forecast."""
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from typing import Any
 
-from hovle_jax.aot.estimate import Estimate, estimate
-from hovle_jax.aot.report import Report
-from hovle_jax.aot.report import text_of as text_of_report
-from hovle_jax.aot.target import Target, TooLarge, compile_for
+from hovle_jax.aot.least_traffic import least_traffic
+from hovle_jax.aot.programs import TooLarge, compile_for, set_up
+from hovle_jax.aot.report import Report, flops_of, gb, text_of
 from hovle_jax.config import RunConfig
-from hovle_jax.errors import UserError
+from hovle_jax.hardware.topology import Topology
+from hovle_jax.training.stages import find
 
-REMATS = ("none", "dots", "full")  # offload waits for the host, which no bound counts
-AXES = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4))  # sizes of tensor and sequence
-ROWS = (1, 2, 4, 8)  # that a device reads at a time
-MOST_COMPILED = 6
+REMATS = ("none", "dots", "full")  # offload waits for the host, of which nothing is known here
+ROWS = (1, 2, 4)  # of a device in a microbatch
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """One way: the flags that ask for it, its config, and what is known of it.
+class Candidate:
+    """One way, and what is known of it."""
 
-    Attributes:
-      outcome: 'fits', 'too large', 'estimated too large' or 'not tried'.
-    """
-
-    flags: str
+    flags: str  # that ask for it
     config: RunConfig
-    estimate: Estimate
-    outcome: str = "not tried"
-    report: Report | None = None
+    hardware: float  # FLOPs of a step
+    least: float  # bytes that a device must send in it
+    outcome: str = "not compiled"  # or 'fits' or 'too large'
+    memory: float | None = None  # bytes of a device, where the compiler has said them
+    report: Report | None = None  # of one that compiles
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All choices in the order of their estimated time, and the recommended one (None: nothing fits)."""
-
-    name: str
-    target: str
-    choices: tuple[Choice, ...]
-    best: Choice | None
-
-    def to_dict(self):
-        """For JSON."""
-        row = lambda c: {
-            "flags": c.flags, "outcome": c.outcome, "estimated_seconds": c.estimate.bounds.seconds,
-            "estimated_memory": c.estimate.memory, "report": c.report and c.report.to_dict(),
-        }  # fmt: skip
-        choices = [row(choice) for choice in self.choices]
-        return {"name": self.name, "target": self.target, "best": self.best and row(self.best), "choices": choices}
-
-
-def choices(config: RunConfig, target: Target):
-    """Every way whose sizes divide, the best first: by `_order`."""
+def candidates(config: RunConfig, target: Topology) -> list[Candidate]:
+    """The list, in the order in which it is compiled. Raises UserError for a config that cannot run on the target."""
+    replace, stage = dataclasses.replace, find(config.stage)
+    ways = lambda **values: replace(config, execution=replace(config.execution, **values))
+    rows = config.data.batch_size // set_up(ways(accumulate=1), target).placement.batch_shards  # of a device
+    counts = [rows // n for n in ROWS if rows % n == 0] if stage.loss_weights else [1]
     made = []
-    for remat, (tensor, sequence), rows in itertools.product(REMATS, AXES, ROWS):
-        mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=tensor, sequence=sequence)
-        parts, left = divmod(config.data.batch_size, rows * len(target.devices) // (tensor * sequence))
-        if left or not parts:
-            continue
-        execution = dataclasses.replace(config.execution, remat=remat, accumulate=parts)
-        changed = dataclasses.replace(config, mesh=mesh, execution=execution)
-        flags = f"--config.execution.remat={remat} --config.execution.accumulate={parts}"
-        axes = {"tensor": tensor, "sequence": sequence}
-        flags += "".join(f" --config.mesh.{axis}={size}" for axis, size in axes.items() if size > 1)
-        try:
-            made.append(Choice(flags, changed, estimate(changed, target)))
-        except UserError:  # a length that the sequence axis does not divide, for one
-            continue
-    return sorted(made, key=_order)
+    for remat, count in itertools.product(REMATS, counts):
+        changed = ways(remat=remat, accumulate=count)
+        flags = f"--config.execution.remat={remat} --config.execution.accumulate={count}"
+        run = set_up(changed, target)
+        least = sum(least_traffic(stage, run).values())
+        made.append(Candidate(flags, changed, flops_of(changed, run).hardware, least))
+    return best_first(made)
 
 
-def _order(choice):
-    """By the time of what bounds the step; of equals by the others' too, which never hide entirely; then by memory."""
-    bounds = choice.estimate.bounds
-    return bounds.seconds, sum(bounds.times.values()), choice.estimate.memory
+def best_first(made: list[Candidate]) -> list[Candidate]:
+    """The one place that orders candidates: fewest hardware FLOPs; of equals the fewest bytes that must be sent.
 
-
-def make(config: RunConfig, target: Target, say=print):
-    """Compiles choices, the fastest first, until one fits -> Plan.
-
-    What is estimated not to fit, whose estimate leaves much out, is not compiled.
+    Neither is time. A forecast from the compiler's schedule would order them here.
     """
-    listed, compiled, best = choices(config, target), 0, None
-    if not listed:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} does not divide over {len(target.devices)} devices in any way; "
-            f"use {-(-config.data.batch_size // len(target.devices)) * len(target.devices)}"
-        )
-    for i, choice in enumerate(listed):
-        if best or compiled == MOST_COMPILED:
-            break
-        if not choice.estimate.fits:
-            listed[i] = dataclasses.replace(choice, outcome="estimated too large")
-            continue
-        compiled += 1
-        say(f"compiling {choice.flags}: {choice.estimate.bounds.seconds:.2f} s a step at best")
+    return sorted(made, key=lambda candidate: (candidate.hardware, candidate.least))
+
+
+def make(config: RunConfig, target: Topology, say: Callable[[str], None] = print) -> list[Candidate]:
+    """Compiles the candidates until one fits, which is the recommended one; what comes after it is not compiled."""
+    listed = candidates(config, target)
+    for i, candidate in enumerate(listed):
+        say(f"compiling {candidate.flags}")
         try:
-            report = compile_for(choice.config, target)
-        except TooLarge:
-            listed[i] = dataclasses.replace(choice, outcome="too large")
-            continue
-        outcome = "fits" if report.memory.fits else "too large"
-        listed[i] = dataclasses.replace(choice, outcome=outcome, report=report)
-        best = listed[i] if report.memory.fits else None
-    return Plan(f"{config.stage}:{config.preset}", target.name, tuple(listed), best)
+            report = compile_for(candidate.config, target)
+            fits, memory = report.fits, report.memory["peak"]
+        except TooLarge as error:
+            report, fits, memory = None, False, error.needed
+        outcome = "fits" if fits else "too large"
+        listed[i] = dataclasses.replace(candidate, outcome=outcome, memory=memory, report=report)
+        if fits:
+            break
+    return listed
 
 
-def text_of(plan: Plan, most=16):
-    """The plan for people: a table of the first choices, the recommended one, and its report."""
-    lines = [f"{plan.name} on {plan.target}, by estimated time:", f"{'s a step':>9} {'MFU':>6} {'memory':>9}  choice"]
-    for choice in plan.choices[:most]:
-        e = choice.estimate
-        memory = choice.report.memory.peak if choice.report else e.memory
-        outcome = "" if choice.outcome == "not tried" else f"  [{choice.outcome}]"
-        lines.append(f"{e.bounds.seconds:>9.2f} {e.bounds.mfu:>6.1%} {memory / 1e9:>6.1f} GB  {choice.flags}{outcome}")
-    if len(plan.choices) > most:
-        lines.append(f"... and {len(plan.choices) - most} slower ones")
-    if plan.best is None:
-        return "\n".join([*lines, "none of those tried fits: take more chips, or shorter rows"])
-    return "\n".join([*lines, f"recommended: {plan.best.flags}", text_of_report(plan.best.report)])
+def recommended(listed: list[Candidate]) -> Candidate | None:
+    return next((candidate for candidate in listed if candidate.outcome == "fits"), None)
+
+
+def to_dict(listed: list[Candidate]) -> dict[str, Any]:
+    """For JSON: the recommended flags (None: nothing fits), and all candidates."""
+    best, keys = recommended(listed), ("flags", "hardware", "least", "outcome", "memory")
+    rows = [{key: getattr(c, key) for key in keys} | {"report": c.report and c.report.to_dict()} for c in listed]
+    return {"best": best and best.flags, "candidates": rows}
+
+
+def plan_text(listed: list[Candidate]) -> str:
+    """For people: a table, the recommended candidate, and its report."""
+    lines = ["fewest FLOPs first; time is not forecast:", f"{'hardware FLOPs':>14} {'memory':>11} {'sent':>11}  flags"]
+    for c in listed:
+        memory, sent = gb(c.memory) if c.memory else "", gb(c.report.sent) if c.report else ""
+        lines.append(f"{c.hardware:>14.3g} {memory:>11} {sent:>11}  {c.flags} [{c.outcome}]")
+    best = recommended(listed)
+    if best is None or best.report is None:
+        return "\n".join([*lines, "none of these fits: take more chips"])
+    return "\n".join([*lines, f"recommended: {best.flags}", text_of(best.report)])

@@ -1,69 +1,44 @@
-"""What to do about a program that does not fit, the cheapest first."""
+"""What takes less memory, for a program that does not fit: flags without promises, only those that change something."""
 
-import dataclasses
-
-from hovle_jax.aot.estimate import estimate
 from hovle_jax.config import RunConfig
-from hovle_jax.errors import UserError
-from hovle_jax.hardware.topology import larger
+from hovle_jax.hardware.topology import Topology
 from hovle_jax.model.transformer import REMAT_POLICIES
+from hovle_jax.sharding.rules import FSDP
+from hovle_jax.training.setup import Run
+from hovle_jax.training.stages import find
 
 REMATS = tuple(REMAT_POLICIES)  # what keeps most first
+VOCAB_CHUNK = 8192
 
 
-def remedies(config: RunConfig, run, target, program, count=3):
-    """Sentences with the flags to give and what they cost.
+def remedies(config: RunConfig, run: Run, target: Topology, program: str, sizes: dict[str, int]) -> list[str]:
+    """Flags, each with what it changes.
 
     Args:
-      run: as the program was lowered for; target: a `target.Target`.
+      run: that the program was lowered for.
+      sizes: bytes of each of its arguments on a device.
     """
-    if program != "train":
-        return _for_inference(config, target)[:count]
-    now = estimate(config, target)
-    priced = []
-    for flags, changed in _changes(config, run):
-        try:
-            then = estimate(changed, target)
-        except UserError:
-            continue  # mesh or batch do not divide so
-        if then.memory < now.memory:
-            slower = then.bounds.seconds / now.bounds.seconds
-            priced.append((slower, -then.memory, f"{flags} ({_cost(slower)}, about {then.memory / 1e9:.1f} GB)"))
-    sentences = [sentence for *_, sentence in sorted(priced)]
-    return [*sentences, *_more_chips(target)][:count]
+    of_rows = "batch" if program == "train" else "cache"
+    found = _of_a_step(config, run) if program == "train" else []
+    if config.data.batch_size > run.placement.batch_shards:
+        size = sizes[of_rows] / 1e9
+        found.append(f"a smaller --config.data.batch_size (its {of_rows} takes {size:.1f} GB of a device)")
+    if more := target.larger():
+        found.append(f"a larger --topology ({more.name} has {more.chips} chips a slice instead of {target.chips})")
+    return found
 
 
-def _changes(config: RunConfig, run):
-    """[(flags, the config with them)] of what takes less memory."""
-    e, made = config.execution, []
-    execution = lambda **values: dataclasses.replace(config, execution=dataclasses.replace(e, **values))
-    if e.accumulate != -1:
-        made.append(("--config.execution.accumulate=-1", execution(accumulate=-1)))
+def _of_a_step(config, run):
+    e, stage, placement, found = config.execution, find(config.stage), run.placement, []
+    rows = config.data.batch_size // placement.batch_shards  # of a device
+    if stage.loss_weights and run.accumulate < rows:
         twice = 2 * run.accumulate
-        made.append((f"--config.execution.accumulate={twice}", execution(accumulate=twice)))
-    for remat in REMATS[REMATS.index(e.remat) + 1 :]:
-        made.append((f"--config.execution.remat={remat}", execution(remat=remat)))
-    if not e.vocab_chunk or e.vocab_chunk > 8192:
-        made.append(("--config.execution.vocab_chunk=8192", execution(vocab_chunk=8192)))
-    if e.zero < 3:
-        made.append(("--config.execution.zero=3", execution(zero=3)))
-    for axis in ("tensor", "sequence"):
-        size = 2 * getattr(config.mesh, axis)
-        mesh = dataclasses.replace(config.mesh, **{axis: size})
-        made.append((f"--config.mesh.{axis}={size}", dataclasses.replace(config, mesh=mesh)))
-    return made
-
-
-def _for_inference(config, target):
-    rows, size = config.data.batch_size // 2, 2 * config.mesh.tensor
-    fewer = [f"--config.data.batch_size={rows} (half of the rows at a time)"] if rows else []
-    return [*fewer, f"--config.mesh.tensor={size} (weights and caches cut further)", *_more_chips(target)]
-
-
-def _more_chips(target):
-    more = larger(target.topology)
-    return [f"--topology {more.cloud_name} ({more.chips} chips instead of {target.topology.chips})"] if more else []
-
-
-def _cost(slower):
-    return "no slower" if slower < 1.005 else f"{slower - 1:.0%} slower"
+        other = f", or {twice}" if rows % twice == 0 and twice < rows else ""
+        found.append(f"--config.execution.accumulate=-1 (a row of a device at a time{other})")
+    if e.remat != REMATS[-1]:
+        found.append(f"--config.execution.remat={REMATS[REMATS.index(e.remat) + 1]} (less kept, more recomputed)")
+    if "llm" in stage.result and (e.vocab_chunk or config.model.llm.table_rows) > VOCAB_CHUNK:
+        found.append(f"--config.execution.vocab_chunk={VOCAB_CHUNK} (fewer logits at a time)")
+    if e.zero < 3 and placement.mesh.shape[FSDP] > 1:
+        found.append("--config.execution.zero=3 (parameters and gradients sharded too)")
+    return found

@@ -1,16 +1,20 @@
-"""What a compiled program tells about itself: memory, attention, network, and how fast it can be at best."""
+"""What a compiled program tells about itself: memory, attention, network, FLOPs, and what its chips' peaks allow.
+
+Nothing here is a forecast of time: the seconds are such that no step can beat them.
+"""
 
 import dataclasses
 import math
+from typing import Any
+
+import jax
 
 from hovle_jax.aot.hlo import collectives
-from hovle_jax.aot.least_traffic import Traffic, least_traffic, parameter_counts
-from hovle_jax.aot.roofline import Roofline, hbm_bytes, network_bytes, roofline
+from hovle_jax.aot.least_traffic import least_traffic
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.chips import chip_of
-from hovle_jax.hardware.topology import GENERATIONS, Topology
+from hovle_jax.hardware.topology import Topology
 from hovle_jax.model.attention import choose
-from hovle_jax.report.progress import format_count
 from hovle_jax.training.flops import StepFlops
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stages import find
@@ -20,223 +24,175 @@ STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on a device while the program runs.
-
-    Attributes:
-      arguments: parameters, optimizer state, batch; a result that takes an argument's place counts once.
-      results: the others.
-      temporaries, code: as they say.
-      host: temporaries in the host's memory.
-      available: the memory that the device has.
-    """
-
-    arguments: int
-    results: int
-    temporaries: int
-    code: int
-    host: int
-    available: float
-
-    @property
-    def peak(self):
-        return self.arguments + self.results + self.temporaries + self.code
-
-    @property
-    def fits(self):
-        return self.peak <= self.available
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """How a stack attends: `kernels` is how many calls of a kernel the program has, `reason` why not what was asked."""
-
-    implementation: str
-    reason: str
-    kernels: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Report:
     """A program on a topology.
 
     Attributes:
-      name: 'instruct:hovle'.
-      program: 'train', 'prefill' or 'decode'.
-      slices, devices: how many there are, over all slices.
-      mesh: {axis: size}.
-      rows, length, tiles, parts: of the global batch, and in how many parts a step reads it.
-      attention: {component: Attention}.
-      flops, least, bounds: of a training step; None for other programs, of which no FLOPs are counted.
-      collectives: {kind: collectives.Total}, bytes that each device sends.
-      compile_seconds: lowering included.
+      setting: what was compiled: name, program, topology, slices, devices, mesh, rows, length, tiles, microbatches,
+        remat, and compile_seconds, lowering included.
+      arguments: bytes of each argument on a device.
+      memory: bytes on a device while the program runs: arguments, temporaries, results (those that take no argument's
+        place) and code are the peak, available what it has; host: temporaries in the host's memory.
+      attention: {component: implementation that runs, reason why not what was asked for, kernels that are called}.
+      collectives: {kind: Total}; sent: bytes that a device sends in all.
+      step: of a training step, see `step_of`.
+      hbm_seconds: of prefill and decode: parameters and caches read once at the chip's published bandwidth.
     """
 
-    name: str
-    program: str
-    topology: str
-    slices: int
-    devices: int
-    mesh: dict
-    rows: int
-    length: int
-    tiles: int
-    parts: int
-    remat: str
-    memory: Memory
-    attention: dict
-    collectives: dict
-    flops: StepFlops | None
-    least: Traffic | None
-    bounds: Roofline | None
-    compile_seconds: float
+    setting: dict[str, Any]
+    arguments: dict[str, int]
+    memory: dict[str, float]
+    attention: dict[str, dict[str, Any]]
+    collectives: dict[str, collectives.Total]
+    sent: float
+    step: dict[str, Any] | None
+    hbm_seconds: float | None
 
     @property
-    def sent(self):
-        """Bytes that a device sends in a step."""
-        return sum(total.bytes for total in self.collectives.values())
+    def fits(self) -> bool:
+        return self.memory["peak"] <= self.memory["available"]
 
-    @property
-    def excess(self):
-        """What is sent over the least that must be; NaN where nothing must."""
-        least = self.least.fsdp + self.least.data if self.least else 0
-        return self.sent / least if least else math.nan
-
-    @property
-    def beside(self):
-        """The share of what is sent while other work can go on; NaN where nothing is sent."""
-        return sum(total.beside for total in self.collectives.values()) / self.sent if self.sent else math.nan
-
-    def to_dict(self):
-        """For JSON, with what follows from the fields."""
-        made = dataclasses.asdict(self)
-        made["memory"] |= {"peak": self.memory.peak, "fits": self.memory.fits}
-        made["sent"] = self.sent
-        made["beside"] = None if math.isnan(self.beside) else self.beside
-        if self.bounds:
-            made["bounds"] |= {"seconds": self.bounds.seconds, "bottleneck": self.bounds.bottleneck}
-            made["excess"] = None if math.isnan(self.excess) else self.excess
-        return made
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self) | {"fits": self.fits}
 
 
-def report(config: RunConfig, run: Run, compiled, topology: Topology, slices, program, seconds) -> Report:
-    """Reads a compiled program -> Report.
+def read(
+    compiled: jax.stages.Compiled,
+    config: RunConfig,
+    run: Run,
+    target: Topology,
+    program: str,
+    arguments: dict[str, int],
+    compile_seconds: float,
+) -> Report:
+    """Reads a compiled program.
 
     Args:
-      run: that it was lowered for; seconds: how long it took to compile.
+      run: that it was lowered for.
+      arguments: bytes of each of its arguments on a device.
     """
-    text = compiled.as_text()
-    mesh = run.placement.mesh
-    devices = mesh.size
-    found = collectives.collectives(text, devices // slices)
-    attention = _attention(config, run, collectives.kernels(text))
-    flops = least = bounds = None
+    text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
+    found = collectives.collectives(text, mesh.size // target.slices)
+    chip, step, hbm = chip_of(target.generation), None, None
     if program == "train":
-        flops = flops_of(config, run.models.execution.attention)
-        least = least_traffic(find(config.stage), run)
-        per_chip = GENERATIONS[topology.generation].devices_per_chip
-        ici, dcn = network_bytes(found, per_chip)
-        bounds = bounds_of(config, run, topology, slices, ici, dcn)
+        step = step_of(flops_of(config, run), least_traffic(find(config.stage), run), target, found)
+    else:
+        hbm = (arguments["params"] + arguments["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
+    setting = {"name": f"{config.stage}:{config.preset}", "program": program, "topology": target.name}
+    setting |= {"slices": target.slices, "devices": mesh.size, "mesh": dict(mesh.shape), "rows": data.batch_size}
+    setting |= {"length": data.sequence_length, "tiles": data.tiles, "microbatches": run.accumulate}
     return Report(
-        name=f"{config.stage}:{config.preset}",
-        program=program,
-        topology=topology.cloud_name,
-        slices=slices,
-        devices=devices,
-        mesh=dict(mesh.shape),
-        rows=config.data.batch_size,
-        length=config.data.sequence_length,
-        tiles=config.data.tiles,
-        parts=run.accumulate,
-        remat=config.execution.remat,
-        memory=_memory(compiled.memory_analysis(), topology),
-        attention=attention,
+        setting=setting | {"remat": config.execution.remat, "compile_seconds": compile_seconds},
+        arguments=arguments,
+        memory=_memory(compiled.memory_analysis(), chip.hbm_bytes / target.kind.devices_per_chip),
+        attention=_attention(config, run, program, collectives.kernels(text)),
         collectives=collectives.summary(found),
-        flops=flops,
-        least=least,
-        bounds=bounds,
-        compile_seconds=seconds,
+        sent=sum(c.bytes for c in found),
+        step=step,
+        hbm_seconds=hbm,
     )
 
 
-def flops_of(config: RunConfig, attention: str) -> StepFlops:
-    """FLOPs of a step with this implementation of attention (resolved)."""
-    implementation, _ = choose(attention, config.model.llm.stack.head_dim)
+def _memory(stats, available):
+    parts = {"arguments": stats.argument_size_in_bytes, "temporaries": stats.temp_size_in_bytes}
+    parts |= {"results": stats.output_size_in_bytes - stats.alias_size_in_bytes}
+    parts |= {"code": stats.generated_code_size_in_bytes}
+    return parts | {"peak": sum(parts.values()), "available": available, "host": stats.host_temp_size_in_bytes}
+
+
+def flops_of(config: RunConfig, run: Run) -> StepFlops:
+    """FLOPs of a training step as it runs."""
+    implementation, _ = choose(run.models.execution.attention, config.model.llm.stack.head_dim)
     logits_kept = not config.execution.vocab_chunk
     return find(config.stage).step_flops(config, attention=implementation, logits_kept=logits_kept)
 
 
-def bounds_of(config: RunConfig, run: Run, topology: Topology, slices, ici, dcn) -> Roofline:
-    """The roofline of a step in which each chip sends so many bytes within its slice and to others."""
-    chips, counts = topology.chips * slices, parameter_counts(find(config.stage), run)
-    flops = flops_of(config, run.models.execution.attention)
-    hbm = hbm_bytes(config, chips, *counts, microbatches=run.accumulate)
-    return roofline(flops, chip_of(topology.generation), chips, hbm, ici, dcn, topology)
+def step_of(flops: StepFlops, least: dict[str, float], target: Topology, found: list) -> dict[str, Any]:
+    """What follows for a training step with these collectives.
+
+    Returns:
+      flops, least (see `least_traffic`), excess: all bytes that are sent over the least, None where nothing must be;
+      seconds: if nothing but one thing took time, at the published peaks: 'compute' (hardware FLOPs in bf16), 'ici'
+      (within a slice, over all links that its shape lets be busy) and 'dcn' (between slices); the largest is the
+      bottleneck, and mfu the ceiling: model / hardware FLOPs, and less where the network bounds the step.
+    """
+    chip, per_chip = chip_of(target.generation), target.kind.devices_per_chip  # whose own traffic counts too
+    dcn, ici = (sum(c.bytes for c in found if c.crosses_slices is crosses) for crosses in (True, False))
+    links = chip.ici_bandwidth * target.busy_links or math.inf  # a single chip sends nothing
+    peak, total = target.chips * target.slices * chip.bf16_flops, sum(least.values())
+    seconds = {"compute": flops.hardware / peak}
+    seconds |= {"ici": ici * per_chip / links, "dcn": dcn * per_chip / chip.dcn_bandwidth}
+    made = {"flops": dataclasses.asdict(flops), "least": least, "excess": (ici + dcn) / total if total else None}
+    made |= {"seconds": seconds, "bottleneck": max(seconds, key=lambda name: seconds[name])}
+    return made | {"mfu": flops.model / (peak * max(seconds.values()))}
 
 
-def _attention(config: RunConfig, run: Run, kernels):
-    """{component: Attention} of the decoder stacks and the teacher's tower."""
-    stage, models, made = find(config.stage), run.models, {}
+def _attention(config, run, program, operations):
+    """Of the decoder stacks and the teacher's tower: what was chosen, and whether the program has kernels of it."""
+    stage, made = find(config.stage), {}
+    asked, whole = run.models.execution.attention, program == "train"  # over caches a mask is not whole
     for component in (c for c in stage.components if c in STACKS and c not in stage.partial):
-        if component == "teacher":
-            vision = config.teacher.vision
-            chosen = choose(models.execution.attention, vision.width // vision.num_heads, masked=False)
-        else:
-            chosen = choose(models.execution.attention, getattr(config.model, component).stack.head_dim)
-        calls = sum(STACKS[component] in kernel.op_name for kernel in kernels)
-        made[component] = Attention(*chosen, kernels=calls)
+        is_decoder, vision = component != "teacher", config.teacher and config.teacher.vision
+        head_dim = getattr(config.model, component).stack.head_dim if is_decoder else vision.width // vision.num_heads
+        chosen, reason = choose(asked, head_dim, masked=is_decoder, whole=whole)
+        calls = sum(STACKS[component] in operation for operation in operations)
+        if chosen == "splash" and not calls:
+            chosen, reason = "xla", "splash attention was chosen, and the program has none of its kernels"
+        made[component] = {"implementation": chosen, "reason": reason, "kernels": calls}
     return made
 
 
-def _memory(stats, topology):
-    per_chip = GENERATIONS[topology.generation].devices_per_chip
-    return Memory(
-        arguments=stats.argument_size_in_bytes,
-        results=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        code=stats.generated_code_size_in_bytes,
-        host=stats.host_temp_size_in_bytes,
-        available=chip_of(topology.generation).hbm_bytes / per_chip,
-    )
+def text_of(report: Report) -> str:
+    """The report for people; docs/performance.md says what each line is."""
+    return "\n".join([*_program(report), *_network(report), *(_step(report) if report.step else _inference(report))])
 
 
-def text_of(report: Report):
-    """The report for people."""
-    memory, gb = report.memory, lambda size: f"{size / 1e9:.2f} GB"
-    mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "one device"
-    where = f"{report.slices} slices of {report.topology}" if report.slices > 1 else report.topology
-    read = f"{report.rows:,} rows of {report.length:,} tokens and {report.tiles} tiles, in {report.parts} part(s)"
-    lines = [
-        f"{report.name} {report.program} on {where}: {report.devices:,} devices, mesh {mesh}",
-        f"  batch        {read}, remat {report.remat}",
-        f"  compiled     in {report.compile_seconds:.0f} s",
-        f"  memory       {gb(memory.peak)} of {gb(memory.available)} a device: arguments {gb(memory.arguments)}, "
-        f"temporaries {gb(memory.temporaries)}, results {gb(memory.results)}, code {gb(memory.code)}"
-        + f"; {gb(memory.host)} in the host's memory" * (memory.host > 0)
-        + ("" if memory.fits else "; DOES NOT FIT"),
-    ]
-    for stack, attention in report.attention.items():
-        calls = f", {attention.kernels} kernel calls" if attention.kernels else ""
-        why = f": {attention.reason}" if attention.reason else ""
-        lines.append(f"  attention    {stack}: {attention.implementation}{calls}{why}")
-    for kind, total in sorted(report.collectives.items(), key=lambda item: -item[1].bytes):
-        beyond = f", {gb(total.dcn_bytes)} of it between slices" if total.dcn_bytes else ""
-        beyond += f", {total.beside / total.bytes:.0%} beside other work" if total.beside else ""
-        unknown = f" ({total.unknown} in loops of unknown length, counted once)" if total.unknown else ""
-        lines.append(f"  network      {kind:<18} {total.count:>7,} times, {gb(total.bytes)}{beyond}{unknown}")
-    if report.bounds is None:
-        return "\n".join(lines)
-    if report.least.fsdp + report.least.data:
-        least = gb(report.least.fsdp + report.least.data)
-        lines.append(f"  network      {gb(report.sent)} in all, {report.excess:.2f} x the {least} that must be sent")
-    flops, bounds = report.flops, report.bounds
-    times = ", ".join(f"{name} {seconds:.2f}" for name, seconds in bounds.times.items())
-    tokens = report.rows * report.length / bounds.seconds
-    return "\n".join(
-        lines
-        + [
-            f"  FLOPs        model {flops.model:.3g}, hardware {flops.hardware:.3g} a step",
-            f"  seconds      at the peaks of the chip: {times}",
-            f"  at best      {bounds.mfu:.1%} MFU, {format_count(tokens)} tokens/s; bound by {bounds.bottleneck}",
-        ]
-    )
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _program(r):
+    s, m = r.setting, r.memory
+    mesh = " x ".join(f"{axis}={size}" for axis, size in s["mesh"].items() if size > 1) or "one device"
+    yield f"{s['name']} {s['program']} on {s['topology']}: {s['devices']:,} devices, mesh {mesh}"
+    how = f", in {s['microbatches']} microbatch(es), remat {s['remat']}" if r.step else ""
+    yield f"  batch        {s['rows']:,} rows of {s['length']:,} tokens and {s['tiles']} tiles{how}"
+    yield f"  compiled     in {s['compile_seconds']:.0f} s"
+    parts = ", ".join(f"{name} {gb(m[name])}" for name in ("arguments", "temporaries", "results", "code"))
+    parts += f"; {gb(m['host'])} in the host's memory" * (m["host"] > 0) + "; DOES NOT FIT" * (not r.fits)
+    yield f"  memory       {gb(m['peak'])} of {gb(m['available'])} a device: {parts}"
+    for stack, a in r.attention.items():
+        calls = f", {a['kernels']} kernel calls" if a["kernels"] else ""
+        yield f"  attention    {stack}: {a['implementation']}{calls}" + f": {a['reason']}" * bool(a["reason"])
+
+
+def _network(r):
+    for kind, total in sorted(r.collectives.items(), key=lambda item: -item[1].bytes):
+        more = f", {gb(total.dcn_bytes)} of it between slices" if total.dcn_bytes else ""
+        more += f", {total.beside / total.bytes:.0%} beside other work" if total.beside else ""
+        more += f" ({total.unknown} in loops of unknown length, counted once)" if total.unknown else ""
+        yield f"  network      {kind:<18} {total.count:>7,} times, {gb(total.bytes)}{more}"
+    least = r.step["least"] if r.step else {}
+    if sum(least.values()):
+        asked = f"{r.step['excess']:.2f} x the {gb(sum(least.values()))} that the sharding asks for"
+        yield f"  network      {gb(r.sent)} in all, {asked}"
+    between = sum(total.dcn_bytes for total in r.collectives.values())
+    if between and least.get("data"):
+        once = f"{between / least['data']:.1f} x the {gb(least['data'])} of gradients summed once a step"
+        yield f"  network      {gb(between)} between slices, {once}"
+
+
+def _step(r):
+    model, hardware, bound = r.step["flops"]["model"], r.step["flops"]["hardware"], r.step["bottleneck"]
+    yield f"  FLOPs        model {model:.3g}, hardware {hardware:.3g} a step"
+    times = ", ".join(f"{name} {time:.3g}" for name, time in r.step["seconds"].items())
+    yield f"  seconds      at the published peaks: {times}; no step is faster than the largest"
+    lower = f", {r.step['mfu']:.1%} with {bound} at its peak" if bound != "compute" else ""
+    ceiling = f"model / hardware FLOPs {model / hardware:.1%}: the ceiling that recomputation leaves{lower}"
+    yield f"  MFU          {ceiling}, not a forecast"
+
+
+def _inference(r):
+    held = f"parameters {gb(r.arguments['params'])} and caches {gb(r.arguments['cache'])} a device"
+    yield f"  HBM          {held}: {1000 * r.hbm_seconds:.3g} ms to read them once at the published bandwidth"

@@ -1,8 +1,8 @@
-"""Options of libtpu under which a training step's collectives run beside its products, by TPU generation.
+"""Options of libtpu under which a training step's collectives run beside its matmuls, by TPU generation.
 
 What compiled programs show (`tests/benchmarks/tpu_flags.py`): for v5e libtpu makes gathers parts of the fusions that
 multiply, and for tpu7x it hands gathers and scatters to the chip's SparseCores, both by default. v5p and v6e have
-SparseCores too, but gathers and scatters stop the products there unless these options are given; MaxText gives them
+SparseCores too, but gathers and scatters stop the matmuls there unless these options are given; MaxText gives them
 (https://github.com/AI-Hypercomputer/maxtext). v4 has no way.
 """
 
@@ -17,6 +17,6 @@ _TO_SPARSE_CORES = {
 COMPILER_OPTIONS = {"v5p": _TO_SPARSE_CORES, "v6e": _TO_SPARSE_CORES}
 
 
-def compiler_options(device_kind):
+def compiler_options(device_kind: str) -> dict[str, str]:
     """{option: value} for `jax.jit` by what JAX calls the device ('TPU v6 lite'); empty where the default is best."""
-    return COMPILER_OPTIONS.get(key_of(device_kind), {})
+    return COMPILER_OPTIONS.get(key_of(device_kind) or "", {})

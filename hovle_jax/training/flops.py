@@ -1,11 +1,11 @@
 """FLOPs of a training step, from the config alone.
 
-Model FLOPs are what a step needs: the forward pass; for what is trained two more times its products (the gradient of
-the inputs and of the weights; one more for products that read pixels); for a frozen component that gradients pass
+Model FLOPs are what a step needs: the forward pass; for what is trained two more times its matmuls (the gradient of
+the inputs and of the weights; one more for those that read pixels); for a frozen component that gradients pass
 through the gradient of its inputs alone; for one that they do not reach nothing. Attention, between activations, costs
 twice its forward pass in both of the first cases.
 
-Hardware FLOPs are what is computed: rematerialised layers again (but for the product that ends each), attention as its
+Hardware FLOPs are what is computed: rematerialised layers again (but for the matmul that ends each), attention as its
 implementation does it, and the logits again where they are not kept. MFU divides the first by time and peak.
 """
 
@@ -22,69 +22,42 @@ TRAINED, THROUGH, UNTOUCHED = "trained", "through", "untouched"
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one step over the global batch, all devices together.
-
-    Attributes:
-      model, hardware: see above.
-      parts: {name: model FLOPs}.
-    """
+    """FLOPs of one step over the global batch, all devices together: see above."""
 
     model: float
     hardware: float
-    parts: dict
+    parts: dict[str, float]  # model FLOPs by name
 
 
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """What an implementation of attention computes.
-
-    Attributes:
-      skips_masked: only pairs of tokens that see each other (nearly: it skips whole blocks).
-      backward_products: of the L x L x C kind; the forward pass has two.
-    """
-
-    skips_masked: bool
-    backward_products: int
-
-
-ATTENTION = {
-    "xla": Attention(False, 4),
-    # One fused kernel: scores and the gradient of the probabilities anew, then what queries, keys and values get.
-    "splash": Attention(True, 5),
-    "cudnn": Attention(True, 5),
-}
+# Matmuls of the L x L x C kind in the backward pass of an implementation of attention; the forward pass has two. Fused
+# kernels have five: scores and the gradient of the probabilities anew, then what queries, keys and values get. They
+# skip blocks of pairs that do not see each other.
+BACKWARD_MATMULS = {"xla": 4, "splash": 5, "cudnn": 5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a step.
-
-    Attributes:
-      gradient: how gradients treat it.
-      layers: whether it is rematerialised.
-      decoder: whether its attention is that of the decoder stacks; towers attend in XLA's plain way.
-      again: how many more times its matmuls are made.
-    """
+    """A part of a step."""
 
     name: str
     work: Work
-    gradient: str
-    layers: bool = False
-    decoder: bool = False
-    again: int = 0
+    gradient: str  # how gradients treat it
+    layers: bool = False  # whether it is rematerialised
+    decoder: bool = False  # whether its attention is that of the decoder stacks; towers attend in XLA's plain way
 
     def model(self) -> float:
         return self.work.forward + self._backward(self.work.attention * 2)
 
-    def hardware(self, attention: Attention, remat: str) -> float:
-        w = self.work
-        pairs = w.attention if attention.skips_masked else w.square
-        backward = self._backward(pairs * attention.backward_products / 2)
+    def hardware(self, attention: str, remat: str) -> float:
+        """As it is computed; attention: of the decoder stacks, a key of BACKWARD_MATMULS."""
+        w, attention = self.work, attention if self.decoder else "xla"
+        pairs = w.square if attention == "xla" else w.attention
         forward = w.dense + w.first + pairs
         if self.gradient == UNTOUCHED:
             return forward
         repeated = {"none": 0, "dots": pairs}.get(remat, w.dense - w.last + pairs) if self.layers else 0
-        return forward + backward + repeated + self.again * w.dense
+        backward = self._backward(pairs * BACKWARD_MATMULS[attention] / 2)
+        return forward + backward + repeated
 
     def _backward(self, attention):
         if self.gradient == UNTOUCHED:
@@ -97,15 +70,13 @@ def step_flops(config: RunConfig, parts: list[Part], attention: str = "xla", log
 
     Args:
       parts: of the stage (`Stage.flops`), over the rows of the global batch.
-      attention: of `ATTENTION`: how the decoder stacks do it ("xla" for the towers).
-      logits_kept: whether the loss keeps the logits for its backward pass; else their product is made twice.
+      attention: of `BACKWARD_MATMULS`: how the decoder stacks do it ("xla" for the towers).
+      logits_kept: whether the loss keeps the logits for its backward pass; else their matmul is made twice.
     """
-    if not logits_kept:
-        parts = [dataclasses.replace(part, again=1) if part.name == "head" else part for part in parts]
-    of = lambda part: ATTENTION[attention if part.decoder else "xla"]
+    again = 0 if logits_kept else sum(part.work.dense for part in parts if part.name == "head")
     return StepFlops(
         model=sum(part.model() for part in parts),
-        hardware=sum(part.hardware(of(part), config.execution.remat) for part in parts),
+        hardware=sum(part.hardware(attention, config.execution.remat) for part in parts) + again,
         parts={part.name: part.model() for part in parts},
     )
 

@@ -23,7 +23,7 @@ STAGES, PRESETS = ("distill", "align", "instruct"), ("hovle", "hovle_hd")
 PLACES = (("v5e-16", 1), ("v5e-256", 1), ("v5p-128", 1), ("v6e-256", 1), ("v5e-256", 2))
 LENGTH = 4096  # tokens of a row (HD: of the short stream)
 HEAD = (
-    ("step", "slices", "memory, GB", "attention", "sent / least", "s a step", "bound by", "MFU at most"),
+    ("step", "slices", "memory, GB", "attention", "sent / least", "s at peak", "bound by", "model / hardware FLOPs"),
     (":---", ":---", "---:", ":---", "---:", "---:", ":---", "---:"),
 )
 
@@ -50,10 +50,10 @@ def compiled(name, arguments, folder):
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-m", "hovle_jax.aot", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-        if done.returncode:
+        if not done.stdout:  # what does not fit has a report and the status 1
             return {"error": done.stderr.strip().splitlines()[-1]}
         kept.write_text(done.stdout)
-        print(f"{name}: compiled in {json.loads(done.stdout)['compile_seconds']:.0f} s", flush=True)
+        print(f"{name}: compiled in {json.loads(done.stdout)['setting']['compile_seconds']:.0f} s", flush=True)
     return json.loads(kept.read_text())
 
 
@@ -62,17 +62,17 @@ def row(name, report):
     step, place = name.split("@")
     if "error" in report:
         return (step, place, report["error"], *[""] * 5)
-    memory, bounds = report["memory"], report["bounds"]
+    memory, made = report["memory"], report["step"]
     attention = ", ".join(f"{stack} {used['implementation']}" for stack, used in report["attention"].items())
     return (
         step,
         place.replace("2x", "2 x "),
-        f"{memory['peak'] / 1e9:.1f} of {memory['available'] / 1e9:.1f}" + " (too large)" * (not memory["fits"]),
+        f"{memory['peak'] / 1e9:.1f} of {memory['available'] / 1e9:.1f}" + " (too large)" * (not report["fits"]),
         attention,
-        f"{report['excess']:.2f}",
-        f"{bounds['seconds']:.2f}",
-        bounds["bottleneck"],
-        f"{bounds['mfu']:.1%}",
+        f"{made['excess']:.2f}",
+        f"{max(made['seconds'].values()):.2f}",
+        made["bottleneck"],
+        f"{made['flops']['model'] / made['flops']['hardware']:.1%}",
     )
 
 

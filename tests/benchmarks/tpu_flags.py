@@ -1,9 +1,9 @@
-"""Which options let collectives run beside products: libtpu's defaults, this project's, those that are often set.
+"""Which options let collectives run beside matmuls: libtpu's defaults, this project's, those that are often set.
 
-    python tests/benchmarks/tpu_flags.py [--topologies v5e-256 v5p-128 v6e-256]
+    python -m tests.benchmarks.tpu_flags [--topologies v5e-256 v5p-128 v6e-256]
 
-Compiles the training step of a small HoVLE, cut over all chips, with each of them, and counts in the programs; or says
-what libtpu objects to. Needs the extra `tpu` and no TPU.
+Compiles the training step of a small HoVLE, sharded over all chips, with each of them, and counts in the programs; or
+says what libtpu objects to. Needs the extra `tpu` and no TPU.
 """
 
 import argparse
@@ -15,15 +15,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # noqa: E402
 
 from hovle_jax.aot import programs  # noqa: E402
-from hovle_jax.aot.target import Target  # noqa: E402
-from hovle_jax.sharding.mesh import make_mesh  # noqa: E402
+from hovle_jax.hardware import topology  # noqa: E402
 from tests.tpu_programs import small  # noqa: E402
 
 # As MaxText and Google's recipes set them (github.com/AI-Hypercomputer: maxtext, tpu-recipes).
 FLAGS = (
-    "xla_tpu_enable_async_collective_fusion",  # collectives run beside products, inside one fusion
+    "xla_tpu_enable_async_collective_fusion",  # collectives run beside matmuls, inside one fusion
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather",  # all-gathers too
-    "xla_tpu_enable_async_collective_fusion_multiple_steps",  # over several products
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",  # over several matmuls
     "xla_tpu_overlap_compute_collective_tc",
     "xla_enable_async_all_gather",
     "xla_enable_async_collective_permute",
@@ -32,25 +31,25 @@ FLAGS = (
 )
 
 
-def beside_products(text):
-    """What runs beside products: collectives inside fusions that multiply, and calls of the SparseCores."""
+def beside_matmuls(text):
+    """What runs beside matmuls: collectives inside fusions that multiply, and calls of the SparseCores."""
     calls = len(re.findall(r"call-start\([^\n]*async_execution_thread=\"sparsecore\"", text))
-    return f"{text.count('async-collective-start')} collectives in products, {calls} calls of SparseCores"
+    return f"{text.count('async-collective-start')} collectives in matmuls, {calls} calls of SparseCores"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--topologies", nargs="+", default=["v5e-256", "v5p-128", "v6e-256"])
     for name in parser.parse_args().topologies:
-        target = Target.of(name)
-        config = small("instruct", rows=len(target.devices), width=2048)
-        run = programs.set_up(config, make_mesh(config.mesh, target.devices))
-        lowered = programs.lower(config, run)
+        target = topology.find(name)
+        config = small("instruct", rows=len(target.devices()), width=2048)
+        run = programs.set_up(config, target)
+        lowered = programs.lower(config, run, "train", programs.arguments(config, run))
         often, never = (dict.fromkeys(FLAGS, state) for state in ("true", "false"))
         choices = {"default": {}, "ours": run.compiler_options(), "often set": often, "the same off": never}
         for choice, options in choices.items():
             try:
-                said = beside_products(lowered.compile(options).as_text())
+                said = beside_matmuls(lowered.compile(options).as_text())
             except jax.errors.JaxRuntimeError as error:
                 said = f"refused: {str(error)[:160]}"
             print(f"{target.name}, {choice}: {said}", flush=True)

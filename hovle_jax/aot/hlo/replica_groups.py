@@ -3,70 +3,65 @@
     replica_groups={{0,1},{2,3}}                            written out ({}: all devices)
     replica_groups=[2,4]<=[4,2]T(1,0)                       2 groups of 4: iota of 8, as [4,2], transposed, as [2,4]
     replica_groups=mesh['x'=2,'y'=4] {'y'}                  groups along mesh axes; 'y':(2)2 is a part of an axis
-    source_target_pairs={{0,1},{1,0}}                       of a permutation
+    source_target_pairs={{0,1},{1,0},{2,2}}                 of a permutation, in which 2 sends nothing
 
 Devices are numbered as in the mesh, row-major, whatever their hardware ids are.
 """
 
+import math
 import re
 
 import numpy as np
 
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^()]*(?:\([^()]*\))?)\))? \{([^}]*)\}")
-_LISTS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
-_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
-_AXIS = re.compile(r"([^,=]+)=(\d+)")
+_LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
+_SOURCE = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 
 
-def replica_groups(attributes, devices):
-    """The attributes of a collective -> list of integer arrays, one a group; `devices` = how many there are."""
+def replica_groups(attributes: str, devices: int) -> list[np.ndarray]:
+    """The attributes of a collective -> the devices of each group; `devices` = how many there are."""
     if found := _IOTA.search(attributes):
-        shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
-        return list(np.arange(np.prod(source)).reshape(source).transpose(order or range(len(source))).reshape(shape))
+        return list(_iota(*found.groups()[1:]).reshape(_integers(found.group(1))))
     if found := _MESH.search(attributes):
         return _along_axes(*found.groups())
-    if found := _LISTS.search(attributes):
-        groups = re.findall(r"\{([\d,]+)\}", found.group(1))
-        return [np.asarray([int(n) for n in group.split(",")]) for group in groups] or [np.arange(devices)]
-    return [np.arange(devices)]
-
-
-def source_target_pairs(attributes):
-    """The attributes of a collective-permute -> [n, 2] array."""
-    pairs = re.findall(r"\{(\d+),(\d+)\}", _PAIRS.search(attributes).group(1))
-    return np.asarray(pairs, int).reshape(-1, 2)
+    found = _LISTS.search(attributes)
+    groups = [np.unique(_integers(group)) for group in re.findall(r"\{([\d,]+)\}", found.group(1))] if found else []
+    return sorted(groups, key=len, reverse=True) or [np.arange(devices)]
 
 
 def _along_axes(axes, order, chosen):
-    """Mesh axes by name and size, the order of its devices (None: iota) and the axes along which groups lie."""
-    sizes = {name.strip(): int(size) for name, size in _AXIS.findall(axes)}
-    ids = _device_ids(order, int(np.prod(list(sizes.values()))))
-    # A part 'y':(before)size of an axis y splits it into (before, size, rest).
+    """Mesh axes by name and size, the order of its devices (None: iota) and the axes along which groups lie.
+
+    Each axis is split at the ends of what is chosen of it: 'y':(before)count has the sizes (before, count, rest).
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
+    parts = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen)
     shape, wanted = [], []
-    for name, size in sizes.items():
-        parts = [part.strip() for part in chosen.split(",") if part.split(":")[0].strip() == name]
-        if not parts:
-            shape.append(size)
-        elif ":" not in parts[0]:
-            wanted.append(len(shape))
-            shape.append(size)
-        else:
-            size_before = 1
-            for before, count in sorted(tuple(map(int, re.search(r"\((\d+)\)(\d+)", part).groups())) for part in parts):
-                wanted.append(len(shape) + 1)
-                shape += [before // size_before, count]
-                size_before = before * count
-            shape.append(size // size_before)
-    rest = [axis for axis in range(len(shape)) if axis not in wanted]
-    count = int(np.prod([shape[axis] for axis in wanted]))
-    return list(ids.reshape(shape).transpose(rest + wanted).reshape(-1, count))
+    for axis, size in sizes.items():
+        at = 1
+        for before, count in sorted((int(b or 1), int(n or size)) for name, b, n in parts if name == axis):
+            wanted.append(len(shape) + 1)
+            shape += [before // at, count]
+            at = before * count
+        shape.append(size // at)
+    rest = [dimension for dimension in range(len(shape)) if dimension not in wanted]
+    ids = _device_ids(order, math.prod(shape)).reshape(shape).transpose(rest + wanted)
+    return list(ids.reshape(-1, math.prod(shape[dimension] for dimension in wanted)))
 
 
 def _device_ids(order, count):
     if order is None:
         return np.arange(count)
-    if found := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", order):
-        source, axes = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
-        return np.arange(count).reshape(source).transpose(axes or range(len(source))).reshape(-1)
-    return np.asarray([int(n) for n in re.findall(r"\d+", order)])
+    found = _SOURCE.search(order)
+    return _iota(*found.groups()) if found else np.asarray(_integers(order))
+
+
+def _iota(source, axes):
+    """'4,2' and '1,0' (or None) -> the numbers from 0 on as [4, 2], transposed."""
+    shape = _integers(source)
+    return np.arange(math.prod(shape)).reshape(shape).transpose(_integers(axes) if axes else range(len(shape)))
+
+
+def _integers(text):
+    return [int(n) for n in re.findall(r"\d+", text)]
