@@ -308,7 +308,7 @@ def test_json_is_all_that_stdout_gets_and_stderr_says_how_long_it_takes():
     ]
     small += ["--config.model.embedding.stack.num_layers=1", "--config.execution.unroll_layers=False"]
     status, out, err = command("--config=configs/instruct.py", "--topology=v5e-4", "--json", *small)
-    assert status == 0 and json.loads(out)["program"] == "decode", err
+    assert status == 0 and json.loads(out)["setting"]["program"] == "decode", err
     lines = [line for line in err.splitlines() if line.startswith("compiling instruct:tiny decode for v5e-4")]
     assert lines[0].endswith("...") and ": done in 0:0" in lines[-1]
 
