@@ -161,7 +161,7 @@ def test_a_damaged_array_record_is_named(tmp_path):
     with open(path, "wb") as file:
         file.write(data[: len(data) // 2])
     shard._readers._open.clear()  # as a new process
-    with pytest.raises(UserError, match="cannot be read as an ArrayRecord file: it is cut off"):
+    with pytest.raises(UserError, match="cannot be read as an ArrayRecord file: it is truncated"):
         len(open_source(path))
 
 
