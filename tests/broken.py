@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 
-SIDE = 32  # of a good picture
+SIDE = 32  # of a good image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +21,17 @@ class Broken:
       name: the kind's.
       reasons: that fit; one of them is to be reported.
       row: a dict, or a line's bytes where it is no JSON object that can be written.
-      picture: bytes of the picture that it names, if it is of its own.
+      image: bytes of the image that it names, if it is of its own.
     """
 
     name: str
     reasons: tuple
     row: dict | bytes
-    picture: bytes | None = None
+    image: bytes | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def pixels(seed, width=SIDE, height=SIDE):
@@ -47,7 +47,7 @@ def encoded(seed=0, format="PNG", mode="RGB", size=(SIDE, SIDE), **options):
 
 
 def png(width, height, *chunks):
-    """A PNG of these chunks behind a header that states this size."""
+    """A PNG of these chunks after a header that states this size."""
     made = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *chunks, (b"IEND", b"")]
     parts = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in made
@@ -60,7 +60,7 @@ def _bmp(width, height):
 
 
 @functools.cache
-def broken_pictures():
+def broken_images():
     """{kind: (bytes, reasons)}"""
     whole_png, jpeg = encoded(0), encoded(0, "JPEG")
     checksum = bytearray(whole_png)
@@ -71,7 +71,7 @@ def broken_pictures():
     cut = ("truncated_image", "broken_image")
     header = ("broken_image", "not_an_image", "truncated_image")
     return {
-        "picture_of_no_bytes": (b"", ("empty_image",)),
+        "image_of_no_bytes": (b"", ("empty_image",)),
         "web_page_as_jpg": (b"<!doctype html><html><body>404 Not Found</body></html>", ("not_an_image",)),
         "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', ("not_an_image",)),
         "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", ("not_an_image",)),
@@ -99,8 +99,8 @@ def broken_pictures():
 
 
 @functools.cache
-def odd_pictures():
-    """{kind: bytes} of pictures that are unusual and whole: they give what Pillow makes of their first frame."""
+def odd_images():
+    """{kind: bytes} of images that are unusual and whole: they give what Pillow makes of their first frame."""
     from PIL import Image
 
     exif = Image.Exif()
@@ -148,7 +148,7 @@ def turns(*texts):
 
 
 def asked(**more):
-    """A good row about the picture good/0.png but for what `more` says."""
+    """A good row about the image good/0.png but for what `more` says."""
     return {
         "image": "good/0.png",
         "conversations": turns("<image>\nwhat is it?", "a red circle on a large white ground"),
@@ -156,7 +156,7 @@ def asked(**more):
 
 
 def good_row(seed):
-    """In turns: a picture, with its size or without; several turns; a chat; a question and an answer; text alone."""
+    """In turns: an image, with its size or without; several turns; a chat; a question and an answer; text alone."""
     answer = f"it is number {seed}"
     image = f"good/{seed}.png"
     return [
@@ -173,7 +173,7 @@ def good_row(seed):
 
 @functools.cache
 def broken_rows():
-    """(Broken, ...): those that are in the row itself, or in where it says that its picture is."""
+    """(Broken, ...): those that are in the row itself, or in where it says that its image is."""
     line = lambda row: json.dumps(row).encode()
     roles = ("wrong_roles",)
     talk = lambda *messages: asked(conversations=list(messages))
@@ -198,7 +198,7 @@ def broken_rows():
             ("an_id_alone", "empty_row", {"id": "7"}),
             ("blank_text", ("empty_row", "no_conversation"), {"text": " \n "}),
             ("text_alone", "no_conversation", {"text": "in a stage that learns answers"}),
-            ("picture_alone", "no_conversation", {"image": "good/0.png"}),
+            ("image_alone", "no_conversation", {"image": "good/0.png"}),
             ("no_turns", "empty_conversation", talk()),
             ("system_alone", "empty_conversation", talk({"from": "system", "value": "be brief."})),
             ("conversations_as_text", wrong, asked(conversations="human: hi, gpt: hi")),
@@ -218,22 +218,22 @@ def broken_rows():
             ("more_questions_than_answers", "wrong_questions", {"questions": ["a", "b"], "answers": ["c"]}),
             ("too_many_marks", "wrong_marks", asked(conversations=turns("<image> <image>", "yes"))),
             ("too_few_marks", "wrong_marks", asked(image=["good/0.png"] * 3)),
-            ("mark_without_picture", "wrong_marks", {"conversations": turns("<image>\nhi", "yes")}),
-            ("picture_is_number", "wrong_image_field", asked(image=5)),
-            ("picture_is_none_in_a_list", "wrong_image_field", asked(image=[None])),
-            ("picture_is_empty_in_a_list", "wrong_image_field", asked(image=[""])),
-            ("picture_is_an_empty_object", "wrong_image_field", asked(image={})),
+            ("mark_without_image", "wrong_marks", {"conversations": turns("<image>\nhi", "yes")}),
+            ("image_is_number", "wrong_image_field", asked(image=5)),
+            ("image_is_none_in_a_list", "wrong_image_field", asked(image=[None])),
+            ("image_is_empty_in_a_list", "wrong_image_field", asked(image=[""])),
+            ("image_is_an_empty_object", "wrong_image_field", asked(image={})),
             ("video", "unsupported", {"video": "a.mp4", "conversations": turns("<video>", "yes")}),
-            ("missing_picture", "missing_image", asked(image="good/none.png")),
-            ("folder_as_picture", "missing_image", asked(image="good")),
+            ("missing_image", "missing_image", asked(image="good/none.png")),
+            ("folder_as_image", "missing_image", asked(image="good")),
             ("file_as_folder", ("unreadable_image", "missing_image"), asked(image="good/0.png/1.png")),
             ("path_with_zero_byte", "unreadable_image", asked(image="good/\0.png")),
             ("path_too_long", "unreadable_image", asked(image="a" * 5000)),
             ("unknown_protocol", "unreadable_image", asked(image="nosuch://bucket/0.png")),
-            ("answer_behind_what_a_row_holds", "nothing_supervised", asked(conversations=turns("why? " * 400, "x"))),
-            ("pictures_behind_what_a_row_holds", "nothing_supervised",
+            ("answer_past_the_row", "nothing_supervised", asked(conversations=turns("why? " * 400, "x"))),
+            ("images_past_the_row", "nothing_supervised",
              asked(image=["good/0.png"] * 40, conversations=turns("<image>" * 40, "yes"))),
-            ("missing_picture_of_stated_size", "missing_image", asked(image="none.png", width=SIDE, height=SIDE)),
+            ("missing_image_of_stated_size", "missing_image", asked(image="none.png", width=SIDE, height=SIDE)),
             # Planned as one tile, and three are too many for its place.
             ("stated_size_is_wrong", "size_differs", asked(image="odd/very_wide.png", width=SIDE, height=SIDE)),
         ]
@@ -241,9 +241,9 @@ def broken_rows():
 
 
 def broken_samples(rows=True, stated=True):
-    """All kinds. With `stated` each broken picture is also behind a row that states its size, so it is decoded."""
+    """All kinds. With `stated` each broken image also has a row that states its size, so it is decoded."""
     kinds = list(broken_rows()) if rows else []
-    for name, (data, reasons) in broken_pictures().items():
+    for name, (data, reasons) in broken_images().items():
         kinds.append(Broken(name, reasons, asked(image=f"broken/{name}"), data))
         if stated:
             row = asked(image=f"broken/{name}", width=SIDE, height=SIDE)
@@ -255,14 +255,14 @@ def broken_samples(rows=True, stated=True):
 # Corpora
 
 
-def _write_pictures(folder, good):
+def _write_images(folder, good):
     for name in ("good", "broken", "odd"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i in range(good):
         (folder / "good" / f"{i}.png").write_bytes(encoded(i))
-    for name, (data, _) in broken_pictures().items():
+    for name, (data, _) in broken_images().items():
         (folder / "broken" / name).write_bytes(data)
-    for name, data in odd_pictures().items():
+    for name, data in odd_images().items():
         (folder / "odd" / f"{name}.png").write_bytes(data)  # whatever it is: names say nothing
 
 
@@ -275,13 +275,13 @@ def _mixed(good, kinds):
 
 
 def write_jsonl(folder, good=100):
-    """A jsonl of good rows, broken ones and odd pictures between them.
+    """A jsonl of good rows, broken ones and odd images between them.
 
     Returns:
       (path, {name of a sample as it is reported: Broken}).
     """
-    _write_pictures(folder, good)
-    mixed = _mixed(good, broken_samples()) + [asked(image=f"odd/{name}.png") for name in odd_pictures()]
+    _write_images(folder, good)
+    mixed = _mixed(good, broken_samples()) + [asked(image=f"odd/{name}.png") for name in odd_images()]
     at, found, path = 0, {}, folder / "rows.jsonl"
     with path.open("wb") as file:
         for row in mixed:
@@ -293,17 +293,17 @@ def write_jsonl(folder, good=100):
     return path, found
 
 
-def _with_bytes(row, pictures):
-    """A row with its picture in it, as those formats have it that hold both."""
+def _with_bytes(row, images):
+    """A row with its image in it, as those formats have it that hold both."""
     image = row.get("image")
-    return row | {"image": pictures[image]} if isinstance(image, str) and image in pictures else row
+    return row | {"image": images[image]} if isinstance(image, str) and image in images else row
 
 
-def _all_pictures(good):
+def _all_images(good):
     return (
         {f"good/{i}.png": encoded(i) for i in range(good)}
-        | {f"broken/{name}": data for name, (data, _) in broken_pictures().items()}
-        | {f"odd/{name}.png": data for name, data in odd_pictures().items()}
+        | {f"broken/{name}": data for name, (data, _) in broken_images().items()}
+        | {f"odd/{name}.png": data for name, data in odd_images().items()}
     )
 
 
@@ -313,7 +313,7 @@ def write_array_record(folder, good=40):
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    kinds, pictures = broken_samples(), _all_pictures(good)
+    kinds, images = broken_samples(), _all_images(good)
     kinds = [kind for kind in kinds if isinstance(kind.row, dict) and kind.name != "an_id_alone"]  # they have ids
     path = folder / "train-00000-of-00001.array_record"
     writer, found = ArrayRecordWriter(str(path), "group_size:1"), {}
@@ -321,9 +321,9 @@ def write_array_record(folder, good=40):
         if isinstance(row, Broken):
             found[row.name] = row
             row = row.row | {"id": row.name}
-        row = _with_bytes(row, pictures)
+        row = _with_bytes(row, images)
         if isinstance(row.get("image"), list):
-            row = row | {"image": [pictures.get(name, name) for name in row["image"]]}
+            row = row | {"image": [images.get(name, name) for name in row["image"]]}
         writer.write(msgpack.packb({"id": str(i)} | row))
     rows = len(found) + good
     for i, raw in enumerate([b"\xc1", msgpack.packb([1, 2]), msgpack.packb({"text": "x"})[:-1]]):
@@ -337,13 +337,13 @@ def write_tar(folder, good=40):
     """-> (path, {name: Broken}): members KIND.json and KIND.png."""
     folder.mkdir(parents=True, exist_ok=True)
     path, found = folder / "shard-000.tar", {}
-    kinds = [Broken(name, reasons, asked(), data) for name, (data, reasons) in broken_pictures().items()]
+    kinds = [Broken(name, reasons, asked(), data) for name, (data, reasons) in broken_images().items()]
     kinds += [
         Broken("json_broken", ("broken_json",), b'{"a":', encoded(0)),
         Broken("json_not_utf8", ("not_utf8",), b'{"a": "\xff"}', encoded(0)),
         Broken("json_list", ("not_a_row",), b"[1]", encoded(0)),
         Broken("json_absent", ("no_conversation",), b"", encoded(0)),
-        Broken("picture_absent", ("wrong_marks",), {"conversations": turns("<image>", "yes")}),
+        Broken("image_absent", ("wrong_marks",), {"conversations": turns("<image>", "yes")}),
     ]
     with tarfile.open(path, "w") as tar:
 
@@ -353,9 +353,9 @@ def write_tar(folder, good=40):
             tar.addfile(member, io.BytesIO(data))
 
         for i, row in enumerate(_mixed(good, kinds)):
-            name, picture = f"{i:05d}", encoded(i)
+            name, image = f"{i:05d}", encoded(i)
             if isinstance(row, Broken):
-                name, picture = row.name, row.picture
+                name, image = row.name, row.image
                 found[name] = row
                 row = row.row
             else:
@@ -363,8 +363,8 @@ def write_tar(folder, good=40):
             row = row if isinstance(row, bytes) else json.dumps({k: v for k, v in row.items() if k != "image"}).encode()
             if row:
                 add(f"{name}.json", row)
-            if picture is not None:
-                add(f"{name}.png", picture)
+            if image is not None:
+                add(f"{name}.png", image)
     return path, found
 
 
@@ -375,23 +375,23 @@ def write_parquet(folder, good=40):
 
     folder.mkdir(parents=True, exist_ok=True)
     path, found, table = folder / "rows.parquet", {}, []
-    kinds = [Broken(name, reasons, asked(), data) for name, (data, reasons) in broken_pictures().items()]
+    kinds = [Broken(name, reasons, asked(), data) for name, (data, reasons) in broken_images().items()]
     kinds += [
         Broken("no_turns", ("empty_conversation",), asked(conversations=[]), encoded(0)),
         Broken("unknown_role", ("wrong_roles",), asked(conversations=[{"from": "x", "value": "y"}]), encoded(0)),
         Broken("null_value", ("not_text",), asked(conversations=[{"from": "human", "value": None}]), encoded(0)),
         Broken("null_conversation", ("no_conversation",), asked(conversations=None), encoded(0)),
-        Broken("null_picture", ("wrong_image_field",), asked()),
+        Broken("null_image", ("wrong_image_field",), asked()),
     ]
     for i, row in enumerate(_mixed(good, kinds)):
-        picture = encoded(i)
+        image = encoded(i)
         if isinstance(row, Broken):
-            found[str(i)], picture, row = row, row.picture, row.row
+            found[str(i)], image, row = row, row.image, row.row
         else:
             row = {"conversations": turns("<image>\nwhat is it?", f"number {i}")}
-        table.append({"image": {"bytes": picture, "path": None}, "conversations": row["conversations"]})
+        table.append({"image": {"bytes": image, "path": None}, "conversations": row["conversations"]})
     message = pa.struct([("from", pa.string()), ("value", pa.string())])
-    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema([("image", picture), ("conversations", pa.list_(message))])
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), ("conversations", pa.list_(message))])
     pq.write_table(pa.Table.from_pylist(table, schema), path, row_group_size=16)
     return path, found

@@ -87,7 +87,7 @@ def a_benchmark(folder):
     config = micro.run_config("instruct")
     save_result(folder, STAGES["instruct"], micro.params(config), config)
     micro.tokenizer().save(folder)
-    easy_vqa.load = lambda split: micro.pictures()
+    easy_vqa.load = lambda split: micro.examples()
     scored = evaluate(folder, "shapes", limit=6)
     assert scored.scores["questions"] == 6 and 0 <= scored.scores["accuracy"] <= 100
     write_predictions(folder / "predictions.jsonl", scored.answered)

@@ -1,4 +1,4 @@
-"""Micro runs: every stage and variant at a width of 32, on a corpus of 24 generated pictures."""
+"""Micro runs: every stage and variant at a width of 32, on a corpus of 24 generated images."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 from hovle_jax import recipes
 from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.corpora.in_memory import PictureCorpus
+from hovle_jax.corpora.in_memory import InMemoryCorpus
 from hovle_jax.data import pipeline
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.model.config import (
@@ -51,8 +51,8 @@ def draw(color, shape):
 
 
 @functools.cache
-def pictures():
-    """One picture for each of the 24 captions."""
+def examples():
+    """One example for each of the 24 captions."""
     made = []
     for index, caption in enumerate(easy_vqa.CAPTIONS):
         _, color, shape = caption.split()
@@ -62,12 +62,12 @@ def pictures():
             (f"is there a {color} shape?", "yes"),
             (f"is there not a {shape} in the image?", "no"),
         )
-        made.append(easy_vqa.Picture(index, draw(color, shape), questions, easy_vqa.deduce_caption(questions)))
+        made.append(easy_vqa.Example(index, draw(color, shape), questions, easy_vqa.deduce_caption(questions)))
     return tuple(made)
 
 
 def corpus():
-    return PictureCorpus(list(pictures()))
+    return InMemoryCorpus(list(examples()))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ def answer(i):
     return f"it is number {i}" + " and so on" * (i % 3)
 
 
-def picture(i):
+def image_file(i):
     """Of different shapes, so that they have 1 to 5 tiles."""
     return broken.encoded(i, size=[(32, 32), (64, 32), (64, 64), (20, 70)][i % 4])
 
@@ -40,7 +40,7 @@ def write_meta(folder, **entries):
 
 def jsonl(folder):
     for i in range(COUNT):
-        (folder / f"{i}.png").write_bytes(picture(i))
+        (folder / f"{i}.png").write_bytes(image_file(i))
     return write_jsonl(folder, rows())
 
 
@@ -57,7 +57,7 @@ def tar_shards(folder):
         with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
             for i in range(start, min(start + 5, COUNT)):
                 text = json.dumps({"conversations": rows()[i]["conversations"]}).encode()
-                for name, data in ((f"{i:04d}.png", picture(i)), (f"{i:04d}.json", text)):
+                for name, data in ((f"{i:04d}.png", image_file(i)), (f"{i:04d}.json", text)):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -68,7 +68,7 @@ def parquet(folder):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    table = [{"image": {"bytes": picture(i), "path": None}, "question": "what is it?", "answer": answer(i)}
+    table = [{"image": {"bytes": image_file(i), "path": None}, "question": "what is it?", "answer": answer(i)}
              for i in range(COUNT)]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(table), folder / "rows.parquet", row_group_size=4)
     return str(folder / "rows.parquet")
@@ -80,7 +80,7 @@ def array_record(folder):
 
     writer = ArrayRecordWriter(str(folder / "train-00000-of-00001.array_record"), "group_size:1")
     for i, row in enumerate(rows()):
-        writer.write(msgpack.packb(row | {"id": f"row {i}", "image": picture(i)}))
+        writer.write(msgpack.packb(row | {"id": f"row {i}", "image": image_file(i)}))
     writer.close()
     return str(folder)
 
@@ -106,7 +106,7 @@ def tfds(folder):
 
             def _generate_examples(self):
                 for i, row in enumerate(rows()):
-                    yield i, row | {"image": io.BytesIO(picture(i))}
+                    yield i, row | {"image": io.BytesIO(image_file(i))}
 
     builder = Micro(data_dir=str(folder), file_format="array_record")
     builder.download_and_prepare()

@@ -1,4 +1,4 @@
-"""Bad samples: each is named with a reason, replaced by rule, counted against the ceiling; odd pictures are none."""
+"""Bad samples: each is named with a reason, replaced by rule, counted against the ceiling; odd images are none."""
 
 import dataclasses
 import io
@@ -54,7 +54,7 @@ def epoch_events(config):
     dataset = dataset_of(config)
     batches = dataset.iterate()
     drawn = [event for _ in range(-(-len(plan) // 8)) for event in next(batches)[1]]
-    return {event.sample: event for event in [*dataset.found.bad, *drawn]}
+    return {event.sample: event for event in [*dataset.summary.bad, *drawn]}
 
 
 def assert_same_batches(first, second):
@@ -188,11 +188,11 @@ def test_the_other_stages_live_with_the_same_corpus(corpus, stage, reasons):
     dataset = dataset_of(config)
     batch, events, _ = next(dataset.iterate())
     assert len(batch["tokens"]) == config.data.batch_size
-    assert reasons <= {event.reason for event in dataset.found.bad}
-    assert len({event.reason for event in dataset.found.bad}) > 8
-    # Text alone is no fault where pictures are learned from: it is left out, and no bad sample.
-    assert ("left out (no_image)" in dataset.found.summary) == (stage in ("contrast", "distill"))
-    assert "no_image" not in {event.reason for event in dataset.found.bad}
+    assert reasons <= {event.reason for event in dataset.summary.bad}
+    assert len({event.reason for event in dataset.summary.bad}) > 8
+    # Text alone is no fault where images are learned from: it is left out, and no bad sample.
+    assert ("left out (no_image)" in dataset.summary.text) == (stage in ("contrast", "distill"))
+    assert "no_image" not in {event.reason for event in dataset.summary.bad}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_a_run_stops_at_the_ceiling_while_it_trains(tmp_path, quick_start):
 
 
 def test_a_batch_without_a_supervised_token_is_an_error(tmp_path):
-    """Pictures that state their sizes and are all broken leave nothing in any place."""
+    """Images that state their sizes and are all broken leave nothing in any place."""
     row = json.dumps(broken.asked(image="none.png", width=32, height=32)) + "\n"
     (tmp_path / "rows.jsonl").write_text(row * 20)
     batches = dataset_of(config_of(tmp_path / "rows.jsonl")).iterate()
@@ -258,17 +258,17 @@ def test_a_corpus_without_a_good_sample_says_what_is_wrong_with_the_first(tmp_pa
         dataset_of(config_of(tmp_path / "rows.jsonl"))
 
 
-def test_a_mended_picture_is_used_though_the_rows_stay_the_same(tmp_path):
+def test_a_mended_image_is_used_though_the_rows_stay_the_same(tmp_path):
     rows = [broken.asked(image=f"{i}.png") for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(broken.encoded(i))
     config = config_of(tmp_path / "rows.jsonl")
-    (event,) = dataset_of(config).found.bad
+    (event,) = dataset_of(config).summary.bad
     assert event.reason == "missing_image"
     (tmp_path / "3.png").write_bytes(broken.encoded(3))
     dataset = dataset_of(config)
-    assert not dataset.found.bad and "4 samples" in dataset.found.summary
+    assert not dataset.summary.bad and "4 samples" in dataset.summary.text
 
 
 def test_names_that_no_file_takes_are_written(tmp_path):
@@ -279,7 +279,7 @@ def test_names_that_no_file_takes_are_written(tmp_path):
     assert read.detail == "it has \\ud83d and" and read.sample == "line\u2028at\x85byte 0"
 
 
-def test_what_is_no_picture_s_file_is_neither_waited_for_nor_read(tmp_path):
+def test_what_is_no_image_s_file_is_neither_waited_for_nor_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "film").open("wb") as file:
         file.truncate(2**36)
@@ -290,13 +290,13 @@ def test_what_is_no_picture_s_file_is_neither_waited_for_nor_read(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures that are odd and whole
+# Images that are odd and whole
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize("name", broken.odd_pictures())
-def test_an_odd_picture_is_what_pillow_makes_of_its_first_frame(name):
-    data = broken.odd_pictures()[name]
+@pytest.mark.parametrize("name", broken.odd_images())
+def test_an_odd_image_is_what_pillow_makes_of_its_first_frame(name):
+    data = broken.odd_images()[name]
     expected = Image.open(io.BytesIO(data))
     if name == "turned_by_exif":
         plain = decode_image(data, upright=False)
@@ -321,16 +321,16 @@ def test_each_orientation_is_turned_upright(format, orientation):
     np.testing.assert_array_equal(np.asarray(made), np.asarray(expected))
 
 
-def test_the_size_of_a_picture_is_told_without_decoding_it():
+def test_the_size_of_an_image_is_told_without_decoding_it():
     """A row's plan needs the size alone; what is behind the header shows when it is decoded."""
-    data, _ = broken.broken_pictures()["png_cut_in_half"]
+    data, _ = broken.broken_images()["png_cut_in_half"]
     assert image_size(data) == (32, 32)
     with pytest.raises(BadSample):
         decode_image(data)
 
 
-def test_mutated_pictures_give_a_picture_or_a_reason():
-    wholes = [*broken.odd_pictures().values(), broken.encoded(0), broken.encoded(0, "JPEG")]
+def test_mutated_images_give_an_image_or_a_reason():
+    wholes = [*broken.odd_images().values(), broken.encoded(0), broken.encoded(0, "JPEG")]
     rng = np.random.default_rng(0)
     outcomes = set()
     for _ in range(400):
@@ -342,7 +342,7 @@ def test_mutated_pictures_give_a_picture_or_a_reason():
         try:
             stated, made = image_size(data), decode_image(data)
             assert made.size == stated and made.mode == "RGB"
-            outcomes.add("picture")
+            outcomes.add("image")
         except BadSample as error:
             outcomes.add(error.reason)
-    assert {"picture", "broken_image"} <= outcomes
+    assert {"image", "broken_image"} <= outcomes

@@ -22,7 +22,7 @@ from hovle_jax.training.stages import STAGES
 from tests import broken, micro
 from tests.source_files import COUNT, ROWS, quiet, write_jsonl
 
-PICTURE = micro.pictures()[0].image
+PICTURE = micro.examples()[0].image
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def lines(path):
 def own_items(answers=("",) * 4):
     """Two images, two questions each."""
     for i, reference in enumerate(answers):
-        image = micro.pictures()[5 * (i // 2)].image
+        image = micro.examples()[5 * (i // 2)].image
         yield Item.of(image, ("what is it?", "and now?")[i % 2], reference, group=("first", "second")[i % 2])
 
 
@@ -71,7 +71,7 @@ def test_a_benchmark_is_one_row(run_folder, tmp_path, monkeypatch):
         "accuracy": 75.0, "accuracy first": 100.0, "accuracy second": 50.0, "accuracy letter": letter, "questions": 4,
     }  # fmt: skip
     assert [one.right for one in scored.samples] == [True, True, True, False] and scored.mistakes == 1
-    np.testing.assert_array_equal(scored.samples[2].image, micro.pictures()[5].image)
+    np.testing.assert_array_equal(scored.samples[2].image, micro.examples()[5].image)
     assert scored.details()["95% interval"] == [30.06, 95.44]
 
     write_predictions(tmp_path / "new" / "predictions.jsonl", scored.answered)
@@ -93,7 +93,7 @@ def test_every_stage_names_a_row_or_none():
 def test_questions_of_easy_vqa_keep_their_words(monkeypatch):
     from hovle_jax.evaluation import easy_vqa
 
-    monkeypatch.setattr(easy_vqa.easy_vqa, "load", lambda split: list(micro.pictures()))
+    monkeypatch.setattr(easy_vqa.easy_vqa, "load", lambda split: list(micro.examples()))
     items = list(easy_vqa.QUESTIONS.items())
     assert len(items) == 96 and [item.group for item in items[:4]] == ["colour", "shape", "yes/no", "yes/no"]
     assert items[0].question == "what color is the shape?" and items[0].references == ("black",)

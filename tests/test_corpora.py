@@ -65,7 +65,7 @@ def write_deb(path, files):
 WRITERS = {".tgz": write_tgz, ".whl": write_zip, ".deb": write_deb}
 
 
-def picture(color, size=(8, 8), form="PNG"):
+def image_file(color, size=(8, 8), form="PNG"):
     stream = io.BytesIO()
     Image.new("RGBA", size, color).save(stream, form, lossless=True)
     return stream.getvalue()
@@ -84,7 +84,7 @@ def test_archives_cut_short_say_so(suffix, share, tmp_path):
     archive = WRITERS[suffix](tmp_path / f"x{suffix}", FILES)
     data = archive.read_bytes()
     archive.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(UserError, match=f"x{suffix} is damaged or cut short"):
+    with pytest.raises(UserError, match=f"x{suffix} is damaged or truncated"):
         dict(members(archive))
 
 
@@ -93,7 +93,7 @@ def test_a_deb_whose_content_is_cut_short_says_so(tmp_path):
     content = lzma.compress(tar_bytes(FILES))[:-40]
     header = f"{'data.tar.xz':<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode()
     (tmp_path / "x.deb").write_bytes(b"!<arch>\n" + header + content)
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         dict(members(tmp_path / "x.deb"))
 
 
@@ -164,7 +164,7 @@ def test_a_translation_is_in_a_language_with_a_name_and_is_not_english():
     assert known == {"German", "Traditional Chinese"}
 
 
-def test_a_conversation_shows_the_picture_first_and_starts_with_each_question():
+def test_a_conversation_shows_the_image_first_and_starts_with_each_question():
     pairs = [("a?", "1"), ("b?", "2"), ("c?", "3")]
     firsts = set()
     for i in range(30):
@@ -176,14 +176,14 @@ def test_a_conversation_shows_the_picture_first_and_starts_with_each_question():
 
 
 def stamps_deb(path, count=40):
-    """Stamps in two folders, and what is to be left out: letters, a mirrored stamp, a picture a second time."""
+    """Stamps in two folders, and what is to be left out: letters, a mirrored stamp, an image a second time."""
     stamps = {}
     for i in range(count):
         name = f"animals/birds/cartoon/bird{i}"
-        stamps[f"{name}.png"] = picture((i, 200, 100, 255 if i else 0), (10 + i, 20))
+        stamps[f"{name}.png"] = image_file((i, 200, 100, 255 if i else 0), (10 + i, 20))
         stamps[f"{name}.txt"] = f"Bird {i}.\nde.utf8=Vogel {i}.\nfr.utf8=Oiseau {i}.\n".encode()
-    stamps["symbols/alphabets/a.png"], stamps["symbols/alphabets/a.txt"] = picture("red"), b"A."
-    stamps["animals/birds/cartoon/bird1_mirror.png"] = picture("blue")
+    stamps["symbols/alphabets/a.png"], stamps["symbols/alphabets/a.txt"] = image_file("red"), b"A."
+    stamps["animals/birds/cartoon/bird1_mirror.png"] = image_file("blue")
     stamps["space/again.png"], stamps["space/again.txt"] = stamps["animals/birds/cartoon/bird7.png"], b"Again."
     return write_deb(path, {f"usr/share/tuxpaint/stamps/{name}": data for name, data in stamps.items()})
 
@@ -209,7 +209,7 @@ def emoji_archives(folder, count=60):
             color = (i if (style, i) != ("openmoji", count - 1) else i - 1, 50 * number, 7)
             svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="9pt" height="9pt" id="x{i}">'
             svg += f'<rect width="12" height="12" fill="rgb{color}"/></svg>'
-            data = svg.encode() if ending == ".svg" else picture(color, form=ending[1:])
+            data = svg.encode() if ending == ".svg" else image_file(color, form=ending[1:])
             files[inner + (code if style == "openmoji" else code.lower() + "-fe0f") + ending] = data
         suffix = packages.MANAGERS[package.manager].suffix
         archives[package.name] = WRITERS[suffix](folder / f"{style}{suffix}", files)
@@ -218,7 +218,7 @@ def emoji_archives(folder, count=60):
 
 @pytest.fixture
 def packaged(tmp_path, monkeypatch):
-    """The corpora with packages of a few pictures; -> the names of those that were fetched."""
+    """The corpora with packages of a few images; -> the names of those that were fetched."""
     pytest.importorskip("resvg_py")
     archives = {tuxpaint.PACKAGE.name: stamps_deb(tmp_path / "stamps.deb"), **emoji_archives(tmp_path)}
     fetched = []
@@ -333,13 +333,13 @@ def test_the_real_corpus(name, splits):
         pytest.skip(f"fetch it once: python -m hovle_jax.prepare {name}")
     about = json.loads((folder / "dataset.json").read_text())
     assert len(about["splits"]) == splits
-    pictures = {}
+    captions_of = {}
     for split, said in about["splits"].items():
         rows = read(folder, split)
         assert len(rows) == said["rows"]
         assert hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest() == said["ids_sha256"]
         for row in rows:
             check_row(row)
-            assert pictures.setdefault(row["image"], row["caption"]) == row["caption"]  # no picture with two names
+            assert captions_of.setdefault(row["image"], row["caption"]) == row["caption"]  # no image with two names
     total = sum(said["rows"] for said in about["splits"].values())
     assert total == {"emoji": 4 * 1827, "tuxpaint": 791}[name]

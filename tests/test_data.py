@@ -7,7 +7,7 @@ import pytest
 
 from hovle_jax.config import EasyVQAConfig
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.corpora.in_memory import MORE_WORDS, PictureCorpus, SampleMaker
+from hovle_jax.corpora.in_memory import MORE_WORDS, InMemoryCorpus, SampleMaker
 from hovle_jax.data import pipeline
 from hovle_jax.data.batch import BatchShape, Sample, pack_row, stack
 from hovle_jax.data.images import augment, load_image, single_tile
@@ -46,19 +46,19 @@ def test_caption_deduction(questions, caption):
     assert easy_vqa.deduce_caption(questions) == caption
 
 
-@pytest.mark.parametrize("split, pictures, questions, open_captions", [
+@pytest.mark.parametrize("split, examples, questions, open_captions", [
     ("train", 4000, 38_575, 422), ("test", 1000, 9_673, 112),
 ])  # fmt: skip
-def test_the_real_corpus(split, pictures, questions, open_captions):
+def test_the_real_corpus(split, examples, questions, open_captions):
     loaded = easy_vqa.load(split)
-    assert [p.index for p in loaded] == list(range(pictures))
+    assert [p.index for p in loaded] == list(range(examples))
     assert sum(len(p.questions) for p in loaded) == questions
     assert sum(not p.caption for p in loaded) == open_captions
     assert {p.caption for p in loaded} == {*easy_vqa.CAPTIONS, ""}
     assert all(p.image.shape == (64, 64, 3) and p.image.dtype == np.uint8 for p in loaded)
-    for picture in loaded:  # a caption never contradicts a direct answer
-        for _, answer in picture.questions:
-            assert answer in ("yes", "no") or not picture.caption or answer in picture.caption.split()
+    for example in loaded:  # a caption never contradicts a direct answer
+        for _, answer in example.questions:
+            assert answer in ("yes", "no") or not example.caption or answer in example.caption.split()
 
 
 def test_the_test_split_is_never_trained_on(tmp_path):
@@ -222,7 +222,7 @@ def test_a_batch_depends_on_seed_and_step_alone(stage):
     assert_differ(at_5, micro.dataset(dataclasses.replace(config, seed=1))[5])
 
 
-def test_an_epoch_has_each_picture_once_and_the_next_one_another_order():
+def test_an_epoch_has_each_image_once_and_the_next_one_another_order():
     built = micro.dataset(micro.run_config("contrast", data={"augment": False}))
     rows = [
         [tuple(row) for step in epoch for row in built[step]["tokens"].tolist()] for epoch in ((0, 1, 2), (3, 4, 5))
@@ -230,35 +230,35 @@ def test_an_epoch_has_each_picture_once_and_the_next_one_another_order():
     assert len(set(rows[0])) == 24 and set(rows[0]) == set(rows[1]) and rows[0] != rows[1]
 
 
-def test_pictures_stay_with_their_text():
+def test_images_stay_with_their_text():
     config = micro.run_config(
         "align", data={"augment": False}, easy_vqa=EasyVQAConfig(turns=0, ask_caption=True, only_captioned=True)
     )
     batch = micro.dataset(config)[0]
     for tokens, weights, tiles in zip(batch["targets"], batch["loss_weights"], batch["tiles"]):
         caption = micro.tokenizer().decode(tokens[weights > 0])
-        picture = next(p for p in micro.pictures() if p.caption == caption)
-        np.testing.assert_array_equal(tiles[0], picture.image)
+        example = next(p for p in micro.examples() if p.caption == caption)
+        np.testing.assert_array_equal(tiles[0], example.image)
 
 
 def test_held_out_data_is_not_augmented():
     config = micro.run_config("distill")
     kind = STAGES[config.stage].batch
     held_out, *_ = pipeline.build_held_out(config, kind, micro.tokenizer(), micro.corpus())
-    originals = {p.image.tobytes() for p in micro.pictures()}
+    originals = {p.image.tobytes() for p in micro.examples()}
     assert all(tile.tobytes() in originals for tile in held_out["tiles"][:, 0])
     assert any(tile.tobytes() not in originals for tile in micro.dataset(config)[0]["tiles"][:, 0])
 
 
 def test_augment():
-    picture = micro.draw("red", "triangle")
-    copies = [augment(picture, np.random.default_rng(seed), 4) for seed in range(16)]
+    image = micro.draw("red", "triangle")
+    copies = [augment(image, np.random.default_rng(seed), 4) for seed in range(16)]
     for seed, copy in enumerate(copies):
-        assert copy.shape == picture.shape and copy.dtype == np.uint8
-        np.testing.assert_array_equal(copy, augment(picture, np.random.default_rng(seed), 4))
+        assert copy.shape == image.shape and copy.dtype == np.uint8
+        np.testing.assert_array_equal(copy, augment(image, np.random.default_rng(seed), 4))
         # The shape lies inside, so moving it neither cuts it off nor adds to it.
-        assert (copy != 255).any(-1).sum() == (picture != 255).any(-1).sum()
-    assert sum((copy != picture).any() for copy in copies) >= 14
+        assert (copy != 255).any(-1).sum() == (image != 255).any(-1).sum()
+    assert sum((copy != image).any() for copy in copies) >= 14
     assert len({copy.tobytes() for copy in copies}) >= 12
 
 
@@ -270,7 +270,7 @@ def test_images_become_square_tiles(tmp_path):
     assert image.size == (32, 16) and single_tile(image, 24).shape == (1, 24, 24, 3)
     with pytest.raises(UserError, match="no image at .*absent.png"):
         load_image(tmp_path / "absent.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UserError, match="text.png cannot be read as an image"):
         load_image(tmp_path / "text.png")
 
@@ -302,12 +302,14 @@ def drawn_questions(batches):
 
 def test_balanced_questions_do_not_give_their_answer_away():
     """Whether a thing is there does not depend on what is named; in the corpus as it is, it does."""
-    pictures = [p for p in easy_vqa.load("train") if p.caption][:400]
+    examples = [p for p in easy_vqa.load("train") if p.caption][:400]
     drawn = {}
     for balanced in (True, False):
         data, choice = {"augment": False, "batch_size": 100}, EasyVQAConfig(balanced=balanced)
         config = micro.run_config("instruct", data=data, easy_vqa=choice)
-        dataset = pipeline.build_dataset(config, STAGES[config.stage].batch, micro.tokenizer(), PictureCorpus(pictures))
+        dataset = pipeline.build_dataset(
+            config, STAGES[config.stage].batch, micro.tokenizer(), InMemoryCorpus(examples)
+        )
         drawn[balanced] = drawn_questions(dataset[i] for i in range(10))
     for thing in ("colour", "shape"):
         for negated in (True, False):
@@ -322,51 +324,51 @@ def test_balanced_questions_do_not_give_their_answer_away():
 
 def test_an_open_question_may_be_the_only_kind():
     pairs = (("what color is the shape?", "red"),)
-    pictures = [dataclasses.replace(p, questions=pairs) for p in micro.pictures()]
-    ((weight, group),) = easy_vqa.balance_groups(pictures, 0.5)
-    assert weight > 0 and group == pictures
+    examples = [dataclasses.replace(p, questions=pairs) for p in micro.examples()]
+    ((weight, group),) = easy_vqa.balance_groups(examples, 0.5)
+    assert weight > 0 and group == examples
 
 
 def test_several_questions_are_different_ones():
     config = micro.run_config("instruct", easy_vqa=EasyVQAConfig(turns=3))
-    maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
-    picture, rng = micro.pictures()[0], np.random.default_rng(0)
-    drawn = [maker.questions(picture, rng) for _ in range(20)]
-    assert all(len(turns) == len(set(turns)) == 3 and set(turns) <= set(picture.questions) for turns in drawn)
+    maker = SampleMaker(config, micro.tokenizer(), list(micro.examples()), False)
+    example, rng = micro.examples()[0], np.random.default_rng(0)
+    drawn = [maker.questions(example, rng) for _ in range(20)]
+    assert all(len(turns) == len(set(turns)) == 3 and set(turns) <= set(example.questions) for turns in drawn)
     assert len({tuple(turns) for turns in drawn}) > 5
 
 
 def test_a_balanced_conversation_begins_with_the_question_that_was_drawn():
     config = micro.run_config("instruct", easy_vqa=EasyVQAConfig(turns=2, balanced=True))
-    maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
-    groups = easy_vqa.balance_groups(micro.pictures(), negated_share=0.25)
+    maker = SampleMaker(config, micro.tokenizer(), list(micro.examples()), False)
+    groups = easy_vqa.balance_groups(micro.examples(), negated_share=0.25)
     rng = np.random.default_rng(0)
-    for _, pictures in groups:
-        first, second = maker.questions(pictures[0], rng)
-        assert first == pictures[0].questions[0] and second in pictures[0].questions[1:]
-    plain = easy_vqa.balance_groups(micro.pictures(), negated_share=0.0)
+    for _, examples in groups:
+        first, second = maker.questions(examples[0], rng)
+        assert first == examples[0].questions[0] and second in examples[0].questions[1:]
+    plain = easy_vqa.balance_groups(micro.examples(), negated_share=0.0)
     assert len(plain) < len(groups)
-    assert not any(easy_vqa.is_negated(p.questions[0][0]) for _, pictures in plain for p in pictures)
+    assert not any(easy_vqa.is_negated(p.questions[0][0]) for _, examples in plain for p in examples)
 
 
 def test_conversations_end_with_the_caption_where_it_is_known():
     config = micro.run_config("instruct", easy_vqa=EasyVQAConfig(ask_caption=True))
-    maker = SampleMaker(config, micro.tokenizer(), list(micro.pictures()), False)
-    picture, rng = micro.pictures()[0], np.random.default_rng(0)
+    maker = SampleMaker(config, micro.tokenizer(), list(micro.examples()), False)
+    example, rng = micro.examples()[0], np.random.default_rng(0)
     decode = lambda s: micro.tokenizer().decode(s.tokens[s.supervised], skip_special=False)
-    answers = decode(maker.seen(picture, rng)).split("<|im_end|>")
-    assert len(answers) == 3 and answers[1] == picture.caption
-    unknown = decode(maker.seen(dataclasses.replace(picture, caption=""), rng)).split("<|im_end|>")
-    assert len(unknown) == 2 and unknown[0] in [a for _, a in picture.questions]
+    answers = decode(maker.shown(example, rng)).split("<|im_end|>")
+    assert len(answers) == 3 and answers[1] == example.caption
+    unknown = decode(maker.shown(dataclasses.replace(example, caption=""), rng)).split("<|im_end|>")
+    assert len(unknown) == 2 and unknown[0] in [a for _, a in example.questions]
 
 
-def test_a_told_picture_has_its_words_in_the_image_s_place():
-    tokenizer, picture = micro.tokenizer(), micro.pictures()[0]
-    maker = SampleMaker(micro.run_config("pretrain"), tokenizer, list(micro.pictures()), False)
-    words, counts, orders = tokenizer.encode(picture.caption), set(), set()
+def test_a_described_image_has_its_words_in_the_image_s_place():
+    tokenizer, example = micro.tokenizer(), micro.examples()[0]
+    maker = SampleMaker(micro.run_config("pretrain"), tokenizer, list(micro.examples()), False)
+    words, counts, orders = tokenizer.encode(example.caption), set(), set()
     for seed in range(60):
-        sample = maker.told(
-            [picture.questions[0]], picture.caption, seed % (MORE_WORDS + 1), np.random.default_rng(seed)
+        sample = maker.described(
+            [example.questions[0]], example.caption, seed % (MORE_WORDS + 1), np.random.default_rng(seed)
         )
         tokens = sample.tokens.tolist()
         told = tokens[tokens.index(tokenizer.special("<img>")) + 1 : tokens.index(tokenizer.special("</img>"))]
@@ -374,17 +376,17 @@ def test_a_told_picture_has_its_words_in_the_image_s_place():
         counts.add(len(told) - len(words))
         orders.add(tuple(dict.fromkeys(told)))
     assert counts == set(range(MORE_WORDS + 1)) and len(orders) > 3
-    assert tokenizer.decode(sample.tokens[sample.supervised]) == picture.questions[0][1]
+    assert tokenizer.decode(sample.tokens[sample.supervised]) == example.questions[0][1]
 
 
-def test_only_captioned_leaves_out_the_pictures_whose_caption_is_not_known():
-    pictures = [dataclasses.replace(p, caption=p.caption * (p.index % 2)) for p in micro.pictures()]
+def test_only_captioned_leaves_out_images_whose_caption_is_not_known():
+    examples = [dataclasses.replace(p, caption=p.caption * (p.index % 2)) for p in micro.examples()]
     found = {}
     for only in (True, False):
         config = micro.run_config("instruct", easy_vqa=EasyVQAConfig(only_captioned=only))
-        _, found[only] = PictureCorpus(pictures).rows(config, CONVERSATIONS, micro.tokenizer())
+        _, found[only] = InMemoryCorpus(examples).rows(config, CONVERSATIONS, micro.tokenizer())
     assert (found[True].samples, found[False].samples) == (12, 24)
-    assert PictureCorpus(pictures).rows(micro.run_config("pretrain"), TEXT, micro.tokenizer())[1].samples == 12
+    assert InMemoryCorpus(examples).rows(micro.run_config("pretrain"), TEXT, micro.tokenizer())[1].samples == 12
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def make_answerer(variant="pre", special=0, normalize_output=False):
     embedding = dataclasses.replace(config.model.embedding, normalize_output=normalize_output)
     model = dataclasses.replace(config.model, embedding=embedding)
     params = micro.params(config)
-    # Random weights may say <IMG_CONTEXT>, which would stand for a picture that is not there.
+    # Random weights may say <IMG_CONTEXT>, which would stand for an image that is not there.
     head = params["llm"]["head"]
     head["kernel"] = head["kernel"].at[:, micro.tokenizer().image_id].set(0)
     return Answerer(
@@ -42,8 +42,8 @@ def make_answerer(variant="pre", special=0, normalize_output=False):
 
 
 def prompts():
-    """Of different lengths: one picture, none, two."""
-    images = [picture.image for picture in micro.pictures()[3:6]]
+    """Of different lengths: one image, none, two."""
+    images = [example.image for example in micro.examples()[3:6]]
     return [
         Prompt.of("what color is the shape?", images[0]),
         Prompt.of("hello"),
@@ -101,12 +101,12 @@ def test_cached_decoding_is_the_full_forward(name):
     np.testing.assert_array_equal(grown, [[0, 1, 1]] * 2)
 
 
-def test_the_answer_depends_on_the_picture():
+def test_the_answer_depends_on_the_image():
     answerer = make_answerer()
     logits = jax.jit(answerer.hovle.logits)
     first, second = (
         logits(answerer.params, prompt_batch(answerer, prompt_samples(answerer, [Prompt.of("what is it?", p.image)])))
-        for p in micro.pictures()[:2]
+        for p in micro.examples()[:2]
     )
     assert np.abs(first[0, -1] - second[0, -1]).max() > 1e-3
 
@@ -150,7 +150,7 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused():
         UserError, match=r"its answer may have 600: the model reads 512 in all; ask for at most \d+ new"
     ):
         answer(answerer, [Prompt.of("hello")], max_new_tokens=600)
-    image = micro.pictures()[0].image
+    image = micro.examples()[0].image
     with pytest.raises(UserError, match=r"tokens, those of 200 tiles included, .* give fewer images or tiles"):
         answer(answerer, [Prompt.of("what?", *[image] * 200)])
 
@@ -158,7 +158,7 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused():
 def test_a_conversation_goes_on_after_its_earlier_answers():
     answerer = make_answerer()
     first, second = ("what is it?", "a circle"), ("and its color?", None)
-    (sample,) = prompt_samples(answerer, [Prompt((first, second), (micro.pictures()[0].image,), "be kind")])
+    (sample,) = prompt_samples(answerer, [Prompt((first, second), (micro.examples()[0].image,), "be kind")])
     text = micro.tokenizer().decode(sample.tokens, skip_special=False)
     assert "be kind" in text and "assistant\na circle<|im_end|>" in text and text.endswith("assistant\n")
 
@@ -166,7 +166,7 @@ def test_a_conversation_goes_on_after_its_earlier_answers():
 def test_tiles_differ_in_number_from_prompt_to_prompt():
     """A wide image has three tiles; alone and in a batch with others it gives the same answer."""
     answerer = make_answerer()
-    wide = np.concatenate([picture.image for picture in micro.pictures()[:2]], axis=1)
+    wide = np.concatenate([example.image for example in micro.examples()[:2]], axis=1)
     asked = [Prompt.of("what is it?", wide), Prompt.of("what is it?", wide[:, :32]), Prompt.of("hello")]
     assert [len(s.tiles) for s in prompt_samples(answerer, asked)] == [3, 1, 0]
     together = answer(answerer, asked, NEW, batch_size=2)

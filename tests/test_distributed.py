@@ -284,7 +284,7 @@ def test_two_hosts_train_what_one_does_and_either_goes_on_where_the_other_stoppe
 
 @pytest.fixture
 def half_broken(tmp_path):
-    """A jsonl of captioned pictures that all state their sizes, and of which each third is not there."""
+    """A jsonl of captioned images that all state their sizes, and of which each third is not there."""
     rows = []
     for i, caption in enumerate(easy_vqa.CAPTIONS):
         rows.append({"image": f"{i}.png", "width": 32, "height": 32, "caption": caption})

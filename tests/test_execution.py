@@ -29,12 +29,12 @@ VARIANTS = ("pre", "post", "none")
 
 
 def conversations(config):
-    """Six samples of different lengths; the second and the last have no picture."""
+    """Six samples of different lengths; the second and the last have no image."""
     turns = [("what shape?", "circle"), ("hello, what is it?", "red"), ("describe the picture.", "a red circle")] * 2
     samples = []
-    for i, (turn, picture) in enumerate(zip(turns, micro.pictures())):
+    for i, (turn, example) in enumerate(zip(turns, micro.examples())):
         shown = i not in (1, 5)
-        tiles = picture.image[None] if shown else np.zeros((0, *picture.image.shape), np.uint8)
+        tiles = example.image[None] if shown else np.zeros((0, *example.image.shape), np.uint8)
         text = f"{IMAGE_MARK}\n{turn[0]}" if shown else turn[0]
         encoded = encode_conversation(
             micro.tokenizer(), [(text, turn[1])], "s", (1,) * shown, config.model.embedding.tokens_per_tile
@@ -46,9 +46,9 @@ def conversations(config):
 def random_texts(config):
     """Six samples of distillation, with different numbers of random ids."""
     samples, rng = [], np.random.default_rng(0)
-    for count, picture in zip((3, 1, 5, 2, 4, 6), micro.pictures()):
+    for count, example in zip((3, 1, 5, 2, 4, 6), micro.examples()):
         encoded = encode_random_text(micro.tokenizer(), rng, count, "s", (1,), config.model.embedding.tokens_per_tile)
-        samples.append(Sample(encoded.tokens, encoded.supervised, picture.image[None]))
+        samples.append(Sample(encoded.tokens, encoded.supervised, example.image[None]))
     return samples
 
 

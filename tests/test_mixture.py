@@ -17,7 +17,7 @@ def test_entries_of_a_meta_file(tmp_path):
     path = write_meta(
         tmp_path,
         half={"annotation": "rows.jsonl", "repeat_time": 0.5, "length": 7, "anything": 1},
-        twice={"annotation": str(tmp_path / "rows.jsonl"), "root": "/pictures", "repeat_time": 2, "data_augment": True},
+        twice={"annotation": str(tmp_path / "rows.jsonl"), "root": "/images", "repeat_time": 2, "data_augment": True},
         more={"annotation": "rows.jsonl", "repeat_time": 1.25, "max_dynamic_patch": 6, "data_augment": False},
         little={"annotation": "rows.jsonl", "repeat_time": 0.001},
     )
@@ -27,7 +27,7 @@ def test_entries_of_a_meta_file(tmp_path):
     assert little.copies().sum() == 1
     assert [e.augment for e in (half, twice, more)] == [None, True, False]
     assert [e.max_tiles for e in (half, twice, more)] == [None, None, 6]
-    assert parse(twice.source[0], twice.source.root).images == ("/pictures/0.png",)
+    assert parse(twice.source[0], twice.source.root).images == ("/images/0.png",)
     assert parse(half.source[0], half.source.root).images == (str(tmp_path / "0.png"),)
 
 

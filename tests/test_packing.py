@@ -63,7 +63,7 @@ def test_no_sample_waits_for_long():
 
 
 def write_corpus(folder):
-    """12 conversations with 0 to 2 pictures."""
+    """12 conversations with 0 to 2 images."""
     rng, rows = np.random.default_rng(0), []
     for i in range(12):
         count = i % 3
@@ -159,7 +159,7 @@ def test_distillation_is_packed_too(source):
     config = run_config(source, "distill", sequence_length=256, random_tokens=6)
     corpus = loading.load_corpus(config, "train")
     plan, summary, events, _ = corpus.planned(config, STAGES[config.stage].batch, micro.tokenizer())
-    assert summary.samples == 8 and len(plan) < 8  # those with a picture
+    assert summary.samples == 8 and len(plan) < 8  # those with an image
     assert not events and "4 left out (no_image)" in str(summary)
     batch = pipeline.build_dataset(config, STAGES[config.stage].batch, micro.tokenizer(), corpus)[0]
     assert batch["segment_ids"].max() > 1

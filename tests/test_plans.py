@@ -15,7 +15,7 @@ from hovle_jax.data.rows import indexed
 from hovle_jax.data.rows.costs import costs_of
 from hovle_jax.training.stages import STAGES
 from tests import micro
-from tests.source_files import ALL, COUNT, jsonl, picture, quiet, reader_of, write_meta
+from tests.source_files import ALL, COUNT, image_file, jsonl, quiet, reader_of, write_meta
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -111,7 +111,7 @@ STAGES_OF = [*((kind, "instruct") for kind in ALL if kind != "text"), ("text", "
 def test_batches_do_not_depend_on_hosts_or_on_where_a_run_was_resumed(kind, stage, path_of):
     config = config_of(path_of(kind), stage)
     dataset = dataset_of(config)
-    assert not dataset.found.bad
+    assert not dataset.summary.bad
     expected = [batch for (batch, _, _), _ in zip(dataset.iterate(), range(6))]
     assert any((a != b).any() for a, b in zip(expected[0].values(), expected[1].values()))
     steps = np.random.default_rng(len(kind)).choice(6, 3, replace=False).tolist()
@@ -179,7 +179,7 @@ def test_held_out_rows_come_once_in_the_files_order_whatever_the_seed(path_of):
 def decoded(i):
     from hovle_jax.data.images import decode_image
 
-    return decode_image(picture(i))
+    return decode_image(image_file(i))
 
 
 def test_an_entry_s_own_number_of_tiles_is_planned_with(tmp_path):
@@ -201,4 +201,4 @@ def test_a_plan_is_the_same_in_another_process(path_of):
     )
     copy = pickle.loads(pickle.dumps(plan))
     assert [copy.row(r) for r in range(len(copy))] == [plan.row(r) for r in range(len(plan))]
-    assert indexed.Plan(plan.key).key == plan.key
+    assert indexed.EpochPlan(plan.key).key == plan.key

@@ -28,7 +28,7 @@ def png(index):
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
-    """40 rows in a folder with their pictures."""
+    """40 rows in a folder with their images."""
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "data"
     folder.mkdir()
@@ -45,7 +45,7 @@ def ids(folder, split):
     return {source[i]["id"] for i in range(len(source))}
 
 
-def test_a_jsonl_becomes_a_corpus_with_its_pictures_inside(rows, tmp_path):
+def test_a_jsonl_becomes_a_corpus_with_its_images_inside(rows, tmp_path):
     counts = convert(rows / "rows.jsonl", tmp_path / "corpus", held_out=0.25)
     assert sum(counts.values()) == 40 and 3 <= counts["test"] <= 17
     train, test = ids(tmp_path / "corpus", "train"), ids(tmp_path / "corpus", "test")
@@ -70,7 +70,7 @@ def test_a_json_list_is_read_as_rows(rows, tmp_path):
         convert(rows / "list.json", tmp_path / "other")
 
 
-def test_a_tar_of_captioned_pictures_becomes_a_corpus(tmp_path, monkeypatch):
+def test_a_tar_of_captioned_images_becomes_a_corpus(tmp_path, monkeypatch):
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         for i in range(5):

@@ -58,11 +58,11 @@ def test_a_prompt_is_what_training_showed(variant, images, data):
 
 def test_easy_vqa_is_trained_as_it_is_asked():
     config = micro.run_config("instruct", data={"augment": False}, easy_vqa=EasyVQAConfig(turns=1))
-    picture = micro.pictures()[0]
-    maker = SampleMaker(config, micro.tokenizer(), [picture], augmented=False)
-    ((question, answer),) = maker.questions(picture, np.random.default_rng(0))
-    sample = maker.seen(picture, np.random.default_rng(0))
-    prompt = trained(config).sample([(f"<image>\n{question}", None)], [picture.image])
+    example = micro.examples()[0]
+    maker = SampleMaker(config, micro.tokenizer(), [example], augmented=False)
+    ((question, answer),) = maker.questions(example, np.random.default_rng(0))
+    sample = maker.shown(example, np.random.default_rng(0))
+    prompt = trained(config).sample([(f"<image>\n{question}", None)], [example.image])
     assert_prompt_is_of(sample, prompt)
     assert len(prompt.tiles) == 1 and micro.tokenizer().decode(sample.tokens[sample.supervised]) == answer
 

@@ -10,14 +10,14 @@ from hovle_jax.data.files.records import Record, parse
 from hovle_jax.data.images import Tiling
 from hovle_jax.data.text.chat_template import IMAGE_MARK
 from tests import broken, micro
-from tests.source_files import picture, reader_of
+from tests.source_files import image_file, reader_of
 
 
 def record(tmp_path=None, **row):
     return parse(row, "root")
 
 
-def test_how_rows_say_where_pictures_and_marks_are():
+def test_how_rows_say_where_images_and_marks_are():
     talk = broken.turns("<image>\nhi", "yes")
     assert record(image="a.png", conversations=talk).images == ("root/a.png",)
     assert record(image=["a.png", "/b.png"], conversations=broken.turns("hi", "yes")).images == ("root/a.png", "/b.png")
@@ -57,15 +57,16 @@ def shown(sample):
 
 @pytest.mark.parametrize("row, expected", [
     (dict(image="", conversations=broken.turns("hi", "yes")), "user\nhi<|im_end|>"),
-    (dict(image=[picture(0)], conversations=broken.turns("hi", "yes")), "user\n<img>....</img>\nhi<|im_end|>"),
-    (dict(image=[picture(0)], conversations=broken.turns("a <image> b", "yes")), "user\na <img>....</img> b<|im_end|>"),
-    (dict(image=[picture(0)] * 2, conversations=broken.turns("hi", "yes")),
+    (dict(image=[image_file(0)], conversations=broken.turns("hi", "yes")), "user\n<img>....</img>\nhi<|im_end|>"),
+    (dict(image=[image_file(0)], conversations=broken.turns("a <image> b", "yes")),
+     "user\na <img>....</img> b<|im_end|>"),
+    (dict(image=[image_file(0)] * 2, conversations=broken.turns("hi", "yes")),
      "user\n<img>....</img>\n<img>....</img>\nhi<|im_end|>"),
-    (dict(image=[picture(0)] * 2, conversations=broken.turns("<image> or", "yes", "<image>?", "no")),
+    (dict(image=[image_file(0)] * 2, conversations=broken.turns("<image> or", "yes", "<image>?", "no")),
      "user\n<img>....</img> or<|im_end|><|im_start|>assistant\nyes<|im_end|><|im_start|>user\n<img>....</img>?"),
     (dict(conversations=[{"from": "system", "value": "be kind"}, *broken.turns("hi", "yes")]),
      "<s><|im_start|>system\nbe kind<|im_end|>"),
-    (dict(image=[picture(0)] * 2, caption="a dog"), "user\n<img>....</img>\ndescribe the picture.<|im_end|>"),
+    (dict(image=[image_file(0)] * 2, caption="a dog"), "user\n<img>....</img>\ndescribe the picture.<|im_end|>"),
 ])  # fmt: skip
 def test_internvl_s_rules_for_conversations(row, expected):
     sample = reader_of().make(parse(row), np.random.default_rng(0))
@@ -88,9 +89,9 @@ def test_several_images_share_the_tiles(images, tiles):
 # What a sample takes, and where it is cut
 
 
-def random_record(rng, pictures):
-    """Up to 5 pictures at random places of up to 4 turns of random lengths."""
-    images = [pictures[k] for k in rng.integers(0, len(pictures), rng.integers(0, 6))]
+def random_record(rng, files):
+    """Up to 5 images at random places of up to 4 turns of random lengths."""
+    images = [files[k] for k in rng.integers(0, len(files), rng.integers(0, 6))]
     count = int(rng.integers(1, 5))
     words = lambda most: " ".join(["what"] * int(rng.integers(0, most)))
     questions = [[words(12)] for _ in range(count)]
@@ -104,13 +105,13 @@ def random_record(rng, pictures):
 def test_what_is_cut_is_never_an_image_and_never_all_that_is_learned():
     """Also: what a sample needs is told without making it."""
     rng = np.random.default_rng(0)
-    pictures = [broken.encoded(i, size=size) for i, size in enumerate([(32, 32), (70, 32), (33, 90), (64, 64), (9, 9)])]
+    files = [broken.encoded(i, size=size) for i, size in enumerate([(32, 32), (70, 32), (33, 90), (64, 64), (9, 9)])]
     tokenizer, outcomes = micro.tokenizer(), {"whole": 0, "cut": 0, "refused": 0}
     start, end, image_id = (tokenizer.special(token) for token in ("<img>", "</img>", "<IMG_CONTEXT>"))
     for _ in range(150):
         length, tiles = int(rng.integers(30, 200)), int(rng.integers(1, 12))
         samples = reader_of(sequence_length=length, tiles=tiles)
-        record = random_record(rng, pictures)
+        record = random_record(rng, files)
         roomy = dataclasses.replace(samples, length=100_000, tiles=1000)
         whole, needs = roomy.make(record, rng), samples.needs(record)
         counts = [samples.tiling().shared_by(len(record.images)).count(w, h) for w, h in needs.sizes]

@@ -14,7 +14,7 @@ from hovle_jax.data.files.mixture import open_mixture
 from hovle_jax.data.files.records import parse
 from hovle_jax.data.files.sources import open_source
 from hovle_jax.errors import UserError
-from tests.source_files import COUNT, ROWS, answer, answers, array_record, picture, write_jsonl
+from tests.source_files import COUNT, ROWS, answer, answers, array_record, image_file, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -36,7 +36,7 @@ def test_rows_are_the_same_in_any_order_from_threads_and_after_pickling(kind, pa
         assert [other.where(i) for i in range(COUNT)] == [source.where(i) for i in range(COUNT)]
     assert len({source.where(i) for i in range(COUNT)}) == COUNT  # names tell samples apart
     sizes = {parse(source[i], source.root).image_bytes(0) for i in range(COUNT)}
-    assert sizes == {picture(i) for i in range(COUNT)}
+    assert sizes == {image_file(i) for i in range(COUNT)}
 
 
 def test_a_lock_of_a_reader_does_not_wait_for_another(path_of):
@@ -53,14 +53,14 @@ def test_urls_are_read_as_files_are(path_of):
     memory = fsspec.filesystem("memory")
     path = path_of("jsonl")
     for i in range(COUNT):
-        memory.pipe(f"/corpus/{i}.png", picture(i))
+        memory.pipe(f"/corpus/{i}.png", image_file(i))
     with open(path, "rb") as file:
         memory.pipe("/corpus/rows-0.jsonl", file.read())
     for pattern in ("memory://corpus/rows-0.jsonl", "memory://corpus/rows-*.jsonl", "memory://corpus/rows-{0..0}.jsonl",
                     f"file://{path}"):  # fmt: skip
         source = open_source(pattern)
         assert answers(source) == [answer(i) for i in range(COUNT)]
-        assert parse(source[3], source.root).image_bytes(0) == picture(3)
+        assert parse(source[3], source.root).image_bytes(0) == image_file(3)
     with pytest.raises(BadSample, match="missing_file"):
         storage.read("memory://corpus/none.png")
     with pytest.raises(UserError, match="no file at memory://corpus/none"):
@@ -130,8 +130,8 @@ def test_a_tar_that_breaks_off_gives_what_is_whole_and_reports_the_rest(tmp_path
 
 def test_members_of_a_tar_that_share_a_name_are_a_row(tmp_path):
     members = {
-        "a/0.png": picture(0), "a/0.json": b'{"width": 32, "height": 32, "caption": "from json"}',
-        "a/1.0.jpg": picture(1), "a/1.1.JPG": picture(2), "a/1.txt": "é".encode(),
+        "a/0.png": image_file(0), "a/0.json": b'{"width": 32, "height": 32, "caption": "from json"}',
+        "a/1.0.jpg": image_file(1), "a/1.1.JPG": image_file(2), "a/1.txt": "é".encode(),
         "b/1.txt": b"another folder", "b/1.cls": b"3",
     }  # fmt: skip
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -142,8 +142,8 @@ def test_members_of_a_tar_that_share_a_name_are_a_row(tmp_path):
     source = open_source(str(tmp_path / "a.tar"))
     assert [source.where(i)[1] for i in range(len(source))] == ["a/0", "a/1", "b/1"]
     first, second, third = (parse(source[i]) for i in range(3))
-    assert (first.images, first.sizes, first.caption) == ((picture(0),), ((32, 32),), "from json")
-    assert (second.images, second.caption) == ((picture(1), picture(2)), "é")
+    assert (first.images, first.sizes, first.caption) == ((image_file(0),), ((32, 32),), "from json")
+    assert (second.images, second.caption) == ((image_file(1), image_file(2)), "é")
     assert third.caption == "another folder"
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_array_record_is_named(tmp_path):
     with open(path, "wb") as file:
         file.write(data[: len(data) // 2])
     shard._readers._open.clear()  # as a new process
-    with pytest.raises(UserError, match="cannot be read as an ArrayRecord file: it is cut off"):
+    with pytest.raises(UserError, match="cannot be read as an ArrayRecord file: it is truncated"):
         len(open_source(path))
 
 

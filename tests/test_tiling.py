@@ -51,7 +51,7 @@ def test_each_tile_shows_its_part_and_the_thumbnail_the_whole():
 
 
 def tile_by_tile(image, tiling):
-    """The plain way: crops of the resized picture, one after the other."""
+    """The plain way: crops of the resized image, one after the other."""
     S, (columns, rows) = tiling.size, tiling.grid(*image.size)
     whole = image.resize((columns * S, rows * S), Image.Resampling.BICUBIC)
     tiles = [whole.crop((c * S, r * S, (c + 1) * S, (r + 1) * S)) for r in range(rows) for c in range(columns)]
@@ -62,7 +62,7 @@ def tile_by_tile(image, tiling):
 
 @pytest.mark.parametrize("size", [(16, 16), (48, 32), (31, 97), (200, 20), (1, 1), (1, 40), (32, 16)])
 @pytest.mark.parametrize("thumbnail", [True, False])
-def test_tiles_are_crops_of_the_resized_picture(size, thumbnail):
+def test_tiles_are_crops_of_the_resized_image(size, thumbnail):
     rng = np.random.default_rng(sum(size))
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     tiling = Tiling(16, 1, 6, thumbnail)
@@ -75,7 +75,7 @@ def test_tiles_are_crops_of_the_resized_picture(size, thumbnail):
     "size, grid",
     [
         ((800, 400), (2, 1)),  # the ratio itself, of the few tiles that it needs
-        ((1792, 896), (4, 2)),  # 4 x 2 has the same ratio, and the picture more than half its pixels
+        ((1792, 896), (4, 2)),  # 4 x 2 has the same ratio, and the image more than half its pixels
         ((448, 448), (1, 1)),
         ((1000, 1000), (3, 3)),  # 1 x 1, 2 x 2 and 3 x 3 are as near; it has more than half the pixels of the larger
         ((100, 3000), (1, 12)),
@@ -86,7 +86,7 @@ def test_grids_by_hand(size, grid):
     assert Tiling(448, 1, 12).grid(*size) == grid
 
 
-def test_pictures_of_one_sample_share_its_tiles():
+def test_images_of_one_sample_share_its_tiles():
     tiling = Tiling(448, 1, 12)
     assert [tiling.shared_by(n).max_tiles for n in (0, 1, 2, 5, 12, 40)] == [12, 12, 6, 2, 1, 1]
 

@@ -1,9 +1,13 @@
-"""Picture corpora made of packages that npm, pip and apt carry: prepared once, in the cache folder."""
+"""Image corpora made of packages of npm, pip and apt. Each is prepared once, in the cache folder."""
 
 import importlib.metadata
+import pathlib
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 from hovle_jax.corpora import emoji, tuxpaint
+from hovle_jax.corpora.corpus import PackageCorpus
 from hovle_jax.corpora.drawing import check_rasteriser
 from hovle_jax.corpora.packages import fetch
 from hovle_jax.corpora.writing import is_written, write_corpus
@@ -14,14 +18,14 @@ from hovle_jax.system.progress import track
 CORPORA = {"emoji": emoji.CORPUS, "tuxpaint": tuxpaint.CORPUS}
 
 
-def prepare(name, say=print):
-    """Fetches and writes a corpus unless that has been done -> its folder, `corpora/NAME-VERSION` of the cache.
+def prepare(name: str, say: Callable[[str], object] = print) -> pathlib.Path:
+    """Fetches and writes a corpus unless it is there -> its folder, `corpora/NAME-VERSION` of the cache.
 
     Args:
       name: a key of CORPORA.
-      say: takes a line of progress now and then.
+      say: called with lines of progress.
     Raises:
-      UserError: an unknown name, a missing tool, a package that cannot be fetched or is not the pinned one.
+      UserError: the name is unknown, a tool is missing, or a package cannot be fetched or is not the pinned one.
     """
     if name not in CORPORA:
         raise UserError(f"there is no corpus {name!r}; use one of {', '.join(CORPORA)}")
@@ -40,14 +44,14 @@ def _prepare(name, corpus, folder, temporary, say):
     for package in corpus.packages:
         say(f"{name}: fetching {package.requirement} ({package.megabytes} MB)")
         archives[package.name] = fetch(package, temporary)
-    rows_by_split = corpus.rows(archives, lambda items: track(items, say, name, "pictures", len(items)))
+    rows_by_split = corpus.rows(archives, lambda items: track(items, say, name, "images", len(items)))
     write_corpus(folder, name, rows_by_split, describe(corpus))
     counts = ", ".join(f"{split} {len(rows)}" for split, rows in rows_by_split.items())
     say(f"{name}: {counts} rows in {folder}")
 
 
-def describe(corpus):
-    """The part of `dataset.json` that is known before a row is made; the versions are those that draw the pictures."""
+def describe(corpus: PackageCorpus) -> dict[str, Any]:
+    """What `dataset.json` says besides the splits; `drawn_with` has the versions of the tools that drew the images."""
     packages = [
         {"package": p.requirement, "from": p.manager, "sha256": p.sha256, "licence": p.licence} for p in corpus.packages
     ]

@@ -1,18 +1,21 @@
-"""Users' data in any format that `sources` reads -> a corpus of ArrayRecord files, pictures inside.
+"""Converts data in any format that `sources` reads into a corpus of ArrayRecord files that contain the images.
 
-One file for many samples is quicker to read in any order than millions of small ones, and a copy of it is whole.
+A large file is quicker to read in random order than millions of small ones, and easier to copy completely.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 from hovle_jax.corpora.writing import CorpusWriter, describe
 from hovle_jax.data.bad_samples import BadEvent, BadSample, BadSamples, read_bad_samples
 from hovle_jax.data.files import storage
-from hovle_jax.data.files.mixture import open_mixture
+from hovle_jax.data.files.mixture import Entry, open_mixture
 from hovle_jax.data.files.records import parse
 from hovle_jax.data.images import decode_image
 from hovle_jax.errors import UserError
@@ -20,19 +23,26 @@ from hovle_jax.system.files import whole_folder
 from hovle_jax.system.progress import track
 
 
-def convert(source, folder, root="", held_out=0.0, ceiling=0.01, say=print):
-    """Writes `train` and, with a share of samples held out, `test`.
+def convert(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    root: str = "",
+    held_out: float = 0.0,
+    ceiling: float = 0.01,
+    say: Callable[[str], object] = print,
+) -> dict[str, int]:
+    """Writes `train` and, if a share of the samples is held out, `test`.
 
     Args:
-      source: what data.source may name; a JSON list of rows besides.
-      folder: the corpus; it must not exist.
-      root: the folder that image paths are relative to; empty = what a meta file says, or that of the source.
-      held_out: the share of samples that go to `test`, chosen by their content.
+      source: anything that data.source may name, or a JSON list of rows.
+      folder: where the corpus goes; it must not exist.
+      root: the folder that image paths are relative to; empty = as a meta file says, or the source's folder.
+      held_out: the share of samples that go to `test`, chosen by their ids.
       ceiling: the share of samples that may be unusable.
     Returns:
       {split: number of rows}.
     Raises:
-      UserError: nothing to read, or too many bad samples.
+      UserError: there is nothing to read, or there are too many bad samples.
     """
     if not 0 <= held_out < 1:
         raise UserError(f"held_out={held_out} is a share of samples; set it between 0 and 1")
@@ -45,10 +55,10 @@ def convert(source, folder, root="", held_out=0.0, ceiling=0.01, say=print):
         return _convert(entries, source, folder, held_out, ceiling, say)
 
 
-def _convert(entries, source, folder, held_out, ceiling, say):
+def _convert(entries: list[Entry], source, folder, held_out, ceiling, say):
     total = sum(entry.used for entry in entries)
     with whole_folder(folder) as partial:
-        bad = BadSamples(partial, ceiling, stays=False)
+        bad = BadSamples(partial, ceiling, folder_remains=False)
         with CorpusWriter(partial) as writer:
             for written in track(_rows(entries, held_out, bad), say, pathlib.Path(folder).name, "samples", total):
                 if written is not None:
@@ -61,8 +71,8 @@ def _convert(entries, source, folder, held_out, ceiling, say):
     return {split: values["rows"] for split, values in writer.splits.items()}
 
 
-def _rows(entries, held_out, bad):
-    """(split, row), or None for a bad one; every picture is decoded once, so that what is written can be read."""
+def _rows(entries: list[Entry], held_out, bad):
+    """Yields (split, row), or None for a bad sample. Decodes every image, so that only readable ones are written."""
     for entry in entries:
         for i in range(entry.used):
             try:
@@ -78,29 +88,29 @@ def _rows(entries, held_out, bad):
 
 
 def _row(source, index):
-    """A row as InternVL's, its pictures as the bytes of their files."""
+    """A row in InternVL's form, with its images as the bytes of their files."""
     original = source[index]
     record = parse(original, source.root)
-    row = {"id": f"{source.name}/{original.get('id', index)}"}
+    row: dict[str, Any] = {"id": f"{source.name}/{original.get('id', index)}"}
     if record.images:
         data = [record.image_bytes(k) for k in range(len(record.images))]
         sizes = [decode_image(d).size for d in data]
         row |= {"image": data, "width": [w for w, _ in sizes], "height": [h for _, h in sizes]}
     if record.turns:
-        said = [{"from": "system", "value": record.system}] if record.system else []
+        messages = [{"from": "system", "value": record.system}] if record.system else []
         for question, answer in record.turns:
-            said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        row["conversations"] = said
+            messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        row["conversations"] = messages
     return row | {key: value for key, value in (("caption", record.caption), ("text", record.text)) if value}
 
 
-def rows_of_json_list(path, folder):
-    """A JSON file that is a list of rows (LLaVA's way) as a jsonl file in `folder` -> its path, else None."""
+def rows_of_json_list(path: str | os.PathLike, folder: str | os.PathLike) -> pathlib.Path | None:
+    """Rewrites a JSON list of rows (LLaVA's format) as a jsonl file in `folder` -> its path, else None."""
     if not str(path).endswith(".json"):
         return None
     try:
         rows = json.loads(storage.stream(storage.expand(path)[0]).read())
-    except ValueError:  # `open_mixture` says what is wrong with it
+    except ValueError:  # `open_mixture` reports what is wrong with it
         return None
     if not isinstance(rows, list):
         return None

@@ -1,23 +1,27 @@
-"""What a corpus made of packages is."""
+"""The definition of a corpus that is made of packages."""
 
-import collections.abc
 import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable
+
+from hovle_jax.corpora.packages import Package
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """
+class PackageCorpus:
+    """A corpus that is made of packages, and how.
+
     Attributes:
-      version: part of the folder's name; another one whenever the rows change.
-      description: a sentence on what is in it and how it is split.
+      version: part of the folder's name; it changes whenever the rows change.
+      description: what is in it and how it is split, in a sentence.
       licence: of the corpus as a whole.
-      packages: (Package, ...) that it is made of.
-      rows: ({package's name: path of its archive}, track) -> {split: [row, ...]}. `track` passes a list's items on and
-        says how far it is: it goes around the longest loop, which draws the pictures.
+      packages: what it is made of.
+      rows: ({package's name: path of its archive}, track) -> {split: [row, ...]}. `track` wraps the list that the
+        longest loop goes over, the one that draws the images, and reports its progress.
     """
 
     version: str
     description: str
     licence: str
-    packages: tuple
-    rows: collections.abc.Callable
+    packages: tuple[Package, ...]
+    rows: Callable[[dict[str, pathlib.Path], Callable[[list], Iterable]], dict[str, list[dict]]]

@@ -1,7 +1,7 @@
-"""easy-VQA (PyPI `easy-vqa==1.0`, MIT): 5,000 pictures of one shape each, 48,248 questions, official train/test split.
+"""easy-VQA (PyPI `easy-vqa==1.0`, MIT): 5,000 images of one shape each, 48,248 questions, official train/test split.
 
-The package is a dependency of this project, so nothing is fetched at run time. Its pictures are prepared once as a
-TFDS data set in ArrayRecord form, in the cache folder.
+The package is a dependency of this project, so nothing is fetched at run time. Its images are prepared once, as a
+TFDS data set of ArrayRecord files in the cache folder.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import io
 import json
 import logging
 import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from hovle_jax.system.cache import cache_dir, locked
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 CAPTIONS = tuple(f"a {color} {shape}" for color in COLORS for shape in SHAPES)
-PICTURES = {"train": 4000, "test": 1000}
+IMAGES = {"train": 4000, "test": 1000}
 QUESTIONS_SHA256 = {
     "train": "bb67697636aed0e65631d4266824aebeae5c833b0f37ed781e20752e85617ec5",
     "test": "0d4630a51bafec65343e2f6af9cdd20cf8eae214344ef57636202eec409553f7",
@@ -30,13 +32,13 @@ QUESTIONS_SHA256 = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """One picture with its questions.
+class Example:
+    """An image with its questions.
 
     Attributes:
       image: [64, 64, 3] uint8.
       questions: ((question, answer), ...).
-      caption: deduced from the questions; empty where they leave the shape or the colour open.
+      caption: deduced from the questions; empty if they do not determine shape and colour.
     """
 
     index: int
@@ -45,10 +47,10 @@ class Picture:
     caption: str
 
 
-def deduce_caption(questions):
-    """The caption that the questions and answers imply, also through yes/no and by elimination; '' when open.
+def deduce_caption(questions: Iterable[tuple[str, str]]) -> str:
+    """The caption that the questions and answers imply, directly, by yes or no, or by elimination; '' if undetermined.
 
-    'is no red shape present?' and 'is there not a circle?' are negated: there 'no' affirms.
+    'is no red shape present?' and 'is there not a circle?' are negated: to them, 'no' affirms.
     """
     possible = [set(COLORS), set(SHAPES)]
     for question, answer in questions:
@@ -68,38 +70,38 @@ def deduce_caption(questions):
     return f"a {possible[0].pop()} {possible[1].pop()}"
 
 
-def reply_kind(question, answer):
-    """'open', or for a yes/no question whether the answer says that the thing is there: 'affirmed' or 'denied'."""
+def reply_kind(question: str, answer: str) -> str:
+    """'open', or for a yes/no question 'affirmed' or 'denied': whether the answer says that the thing is there."""
     if answer not in ("yes", "no"):
         return "open"
     return "affirmed" if (answer == "yes") != is_negated(question) else "denied"
 
 
-def is_negated(question):
-    """Whether it asks if something is absent: 'is there not a circle?'."""
+def is_negated(question: str) -> bool:
+    """Whether a question asks if something is absent: 'is there not a circle?'."""
     words = re.findall(r"\w+", question)
     return "not" in words or "no" in words
 
 
-def balance_groups(pictures, negated_share):
-    """Questions in groups whose answers nothing but the picture tells, and how often each group is to be drawn.
+def balance_groups(examples: Iterable[Example], negated_share: float) -> list[tuple[float, list[Example]]]:
+    """Groups of questions and their weights, such that the wording of a question says nothing about its answer.
 
-    Six in seven yes/no answers about colours deny: a model that learns from them as they come denies for long before
-    it looks. Here one question in five is open; of the others two in five are affirmed, for colours as for shapes.
+    In the corpus six in seven yes/no answers about colours deny, so that a model long learns to deny without looking.
+    With these weights one question in five is open; two in five of the others are affirmed, for colours as for shapes.
 
     Args:
-      negated_share: of yes/no questions, how many are negated (in the corpus: half).
+      negated_share: the share of negated questions among yes/no questions (in the corpus: half).
     Returns:
-      [(weight, pictures with the question in front of their others)]; groups without a question are left out.
+      [(weight, examples, each with the group's question first)]; groups without a question are left out.
     """
     groups = {}
-    for picture in pictures:
-        for question, answer in picture.questions:
+    for example in examples:
+        for question, answer in example.questions:
             kind = reply_kind(question, answer)
             about_shape = any(shape in question for shape in SHAPES)
             key = (kind, is_negated(question), about_shape) if kind != "open" else (kind, False, False)
-            others = tuple(pair for pair in picture.questions if pair != (question, answer))
-            first = dataclasses.replace(picture, questions=((question, answer), *others))
+            others = tuple(pair for pair in example.questions if pair != (question, answer))
+            first = dataclasses.replace(example, questions=((question, answer), *others))
             groups.setdefault(key, []).append(first)
 
     def weight(kind, negated, about_shape):
@@ -121,7 +123,7 @@ def _questions(split):
     raw = (_package_folder() / split / "questions.json").read_bytes()
     if hashlib.sha256(raw).hexdigest() != QUESTIONS_SHA256[split]:
         raise UserError(f"easy-vqa's {split}/questions.json is not that of version 1.0; run: pip install easy-vqa==1.0")
-    grouped = [[] for _ in range(PICTURES[split])]
+    grouped = [[] for _ in range(IMAGES[split])]
     for question, answer, index in json.loads(raw):
         grouped[index].append((question, answer))
     return grouped
@@ -129,14 +131,14 @@ def _questions(split):
 
 @functools.cache
 def _builder_class():
-    """The TFDS builder; a function because the import is heavy."""
+    """The TFDS builder's class; in a function because the import is heavy."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
 
     class EasyVqa(tfds.core.GeneratorBasedBuilder):
-        """Pictures and questions of easy-VQA."""
+        """Images and questions of easy-VQA."""
 
         VERSION = tfds.core.Version("1.0.0")
 
@@ -153,7 +155,7 @@ def _builder_class():
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(split) for split in PICTURES}
+            return {split: self._generate_examples(split) for split in IMAGES}
 
         def _generate_examples(self, split):
             images = _package_folder() / split / "images"
@@ -171,30 +173,31 @@ def _builder_class():
     return EasyVqa
 
 
-def load(split):
-    """All pictures of a split, in their official order (decoded: 49 MB for 'train').
+def load(split: str) -> list[Example]:
+    """All examples of a split, in the official order (decoded: 49 MB for 'train').
 
     Raises:
-      UserError: an unknown split, a missing package, another version of it.
+      UserError: the split is unknown, or the package is missing or of another version.
     """
-    if split not in PICTURES:
-        raise UserError(f"easy_vqa has no split {split!r}; use one of {', '.join(PICTURES)}")
+    if split not in IMAGES:
+        raise UserError(f"easy_vqa has no split {split!r}; use one of {', '.join(IMAGES)}")
     folder = cache_dir("tfds")
-    with locked(folder), contextlib.redirect_stdout(io.StringIO()):  # it announces a download that does not take place
-        builder = _builder_class()(data_dir=str(folder), file_format="array_record")
+    with locked(folder), contextlib.redirect_stdout(io.StringIO()):  # it announces a download that never happens
+        make_builder: Any = _builder_class()  # TFDS's own decorators hide the arguments
+        builder = make_builder(data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare()
-    pictures = []
+    examples = []
     for row in builder.as_data_source(split):
         pairs = tuple((q.decode(), a.decode()) for q, a in zip(row["questions"], row["answers"]))
-        pictures.append(Picture(int(row["index"]), row["image"], pairs, deduce_caption(pairs)))
-    return sorted(pictures, key=lambda picture: picture.index)
+        examples.append(Example(int(row["index"]), row["image"], pairs, deduce_caption(pairs)))
+    return sorted(examples, key=lambda example: example.index)
 
 
-def corpus(pictures):
-    """The text of the training pictures, for the tokenizer: questions, answers and captions, with repetition."""
-    for picture in pictures:
-        for question, answer in picture.questions:
+def corpus(examples: Iterable[Example]) -> Iterator[str]:
+    """All questions, answers and captions, repeated ones too: the text that a tokenizer is trained on."""
+    for example in examples:
+        for question, answer in example.questions:
             yield question
             yield answer
-        if picture.caption:
-            yield picture.caption
+        if example.caption:
+            yield example.caption

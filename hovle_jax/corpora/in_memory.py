@@ -1,10 +1,11 @@
-"""easy-VQA as a corpus: its images in memory, and conversations about them drawn from their questions.
+"""easy-VQA as a corpus: its images are kept in memory, and conversations about them are drawn from its questions.
 
-What is asked about an image is drawn anew each time it comes, so a row has a fixed number of samples.
+Each time an image is used its questions are drawn anew, so a row has a fixed number of samples.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -12,7 +13,7 @@ import numpy as np
 
 from hovle_jax.config import RunConfig
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.data.batch import HELD_OUT_SEED, Found, Row, Sample
+from hovle_jax.data.batch import HELD_OUT_SEED, CorpusSummary, Row, Sample
 from hovle_jax.data.images import augment, single_tile
 from hovle_jax.data.kinds import CAPTIONS, CONVERSATIONS, RANDOM_TEXT, TEXT, Kind
 from hovle_jax.data.kinds.captions import pair
@@ -22,170 +23,180 @@ from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 
 CAPTION_REQUESTS = 0.1  # text: the share of conversations that ask for the caption
-MORE_WORDS = 5  # text: how many words of a told caption are repeated at most
-WHOLE_TEXTS = 0.02  # text: the share of conversations of which every token is learned, not the answers alone
+MORE_WORDS = 5  # text: at most so many of the caption's words are repeated in the image's place
+WHOLE_TEXTS = 0.02  # text: the share of conversations in which every token is learned, not only the answers
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleMaker:
-    """Turns easy-VQA's pictures into samples; `augmented` is off for held-out data."""
+    """Turns easy-VQA's examples into samples; `augmented` is off for held-out data."""
 
     config: RunConfig
     tokenizer: Tokenizer
-    pictures: list = dataclasses.field(repr=False)  # grain writes every transform's repr
+    examples: list[easy_vqa.Example] = dataclasses.field(repr=False)  # grain writes every transform's repr
     augmented: bool
 
     @functools.cached_property
     def processor(self) -> Processor:
+        """The run's."""
         return Processor.of_run(self.config, self.tokenizer)
 
-    def image(self, picture, rng) -> np.ndarray:
-        """[64, 64, 3] uint8, flipped and shifted where that is asked for."""
-        return augment(picture.image, rng, max_shift=len(picture.image) // 8) if self.augmented else picture.image
+    def image(self, example: easy_vqa.Example, rng: np.random.Generator) -> np.ndarray:
+        """[64, 64, 3] uint8, flipped and shifted at random if `augmented`."""
+        return augment(example.image, rng, max_shift=len(example.image) // 8) if self.augmented else example.image
 
-    def questions(self, picture, rng) -> list:
-        """Up to `easy_vqa.turns` different questions of a picture with their answers, in random order.
+    def questions(self, example: easy_vqa.Example, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Up to `easy_vqa.turns` different questions of an example with their answers, in random order.
 
-        Where questions are balanced, the picture's first one was drawn already and comes first.
+        If questions are balanced, the example's first one has been drawn already and comes first.
         """
-        order = rng.permutation(len(picture.questions))
+        order = rng.permutation(len(example.questions))
         if self.config.easy_vqa.balanced:
             order = np.concatenate([[0], order[order != 0]])
-        return [picture.questions[i] for i in order[: self.config.easy_vqa.turns]]
+        return [example.questions[i] for i in order[: self.config.easy_vqa.turns]]
 
-    def text(self, picture, rng) -> Sample:
-        """A conversation about a picture that is told, not shown.
+    def text(self, example: easy_vqa.Example, rng: np.random.Generator) -> Sample:
+        """A conversation about an image that its caption describes, without the image.
 
-        Most samples teach the answers alone: what a caption implies is learned slowly beside the noise of which
-        question was drawn.
+        Most samples teach only the answers: the random questions are noise, beside which what a caption implies would
+        be learned slowly.
         """
         asks_caption = rng.random() < CAPTION_REQUESTS
-        turns = [(CAPTION_REQUEST, picture.caption)] if asks_caption else self.questions(picture, rng)
+        turns = [(CAPTION_REQUEST, example.caption)] if asks_caption else self.questions(example, rng)
         all_tokens = rng.random() < WHOLE_TEXTS
-        return self.told(turns, picture.caption, rng.integers(0, MORE_WORDS + 1), rng, all_tokens)
+        return self.described(turns, example.caption, int(rng.integers(0, MORE_WORDS + 1)), rng, all_tokens)
 
-    def told(self, turns, caption, repeats, rng, all_tokens=False) -> Sample:
-        """The caption's words stand in the image's place, in any order and number, as an image's tokens may do.
+    def described(
+        self,
+        turns: list[tuple[str, str]],
+        caption: str,
+        repeats: int,
+        rng: np.random.Generator,
+        all_tokens: bool = False,
+    ) -> Sample:
+        """A conversation with the caption's words in the image's place, shuffled, and `repeats` of them repeated.
 
-        The LLM so learns to find them there, wherever and however often they stand: `repeats` of them stand again.
+        So the LLM learns to find a word there wherever and however often it occurs, as it may among visual tokens.
         """
         words = self.tokenizer.encode(caption)
         words = [*words, *rng.choice(words, repeats)]
         turns = [(f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
-        one_a_word = dataclasses.replace(self.processor, tokens_per_tile=len(words))
-        encoded = one_a_word.encode(turns, (1,))
+        token_per_word = dataclasses.replace(self.processor, tokens_per_tile=len(words))
+        encoded = token_per_word.encode(turns, (1,))
         tokens, supervised = encoded.tokens.copy(), encoded.supervised
         tokens[tokens == self.tokenizer.image_id] = rng.permutation(words)
         return Sample(tokens, np.ones_like(supervised) if all_tokens else supervised, self.processor.joined([]))
 
-    def caption_pair(self, picture, rng) -> Sample:
-        """The picture and its caption's ids."""
+    def caption_pair(self, example: easy_vqa.Example, rng: np.random.Generator) -> Sample:
+        """The image and the ids of its caption."""
         shape = CAPTIONS.shape(self.config)
-        ids = [self.tokenizer.bos, *self.tokenizer.encode(picture.caption), shape.end_id]
-        return pair(single_tile(self.image(picture, rng), shape.image_size), ids)
+        ids = [self.tokenizer.bos, *self.tokenizer.encode(example.caption), shape.end_id]
+        return pair(single_tile(self.image(example, rng), shape.image_size), ids)
 
-    def random_text(self, picture, rng) -> Sample:
-        """The picture, with others up to `data.tiles` in all, and text of random ids.
+    def random_text(self, example: easy_vqa.Example, rng: np.random.Generator) -> Sample:
+        """The image, others up to `data.tiles` in all, and text of random ids.
 
-        Small pictures give few visual tokens; several of them bring the share that a tiled image would have.
+        A small image has few visual tokens; several of them give visual tokens the share they have in a tiled image.
         """
         data = self.config.data
-        others = rng.integers(0, len(self.pictures), data.tiles - 1)
-        shown = [self.image(p, rng) for p in (picture, *(self.pictures[i] for i in others))]
-        tiles = self.processor.cut(shown)
+        others = rng.integers(0, len(self.examples), data.tiles - 1)
+        images = [self.image(p, rng) for p in (example, *(self.examples[i] for i in others))]
+        tiles = self.processor.cut(images)
         encoded = self.processor.random_text(rng, data.random_tokens, tuple(map(len, tiles)))
         return Sample(encoded.tokens, encoded.supervised, self.processor.joined(tiles))
 
-    def seen(self, picture, rng) -> Sample:
-        """The picture, questions about it, and a request for its caption, as one conversation."""
-        turns = self.questions(picture, rng)
-        if self.config.easy_vqa.ask_caption and picture.caption:
-            turns.append((CAPTION_REQUEST, picture.caption))
+    def shown(self, example: easy_vqa.Example, rng: np.random.Generator) -> Sample:
+        """A conversation about the image: questions, and a request for its caption."""
+        turns = self.questions(example, rng)
+        if self.config.easy_vqa.ask_caption and example.caption:
+            turns.append((CAPTION_REQUEST, example.caption))
         turns[0] = (f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1])
-        return self.processor.sample(turns, [self.image(picture, rng)])
+        return self.processor.sample(turns, [self.image(example, rng)])
 
-    def longest(self, recipe: "Recipe", pictures) -> Sample:
-        """A sample at least as long as any that these pictures can give, so that a misfit shows before the compile."""
+    def longest(self, recipe: "Recipe", examples: list[easy_vqa.Example]) -> Sample:
+        """A sample at least as long as any of these examples can give, to find before the compile what does not fit."""
         length = lambda pair: sum(len(self.tokenizer.encode(text)) for text in pair)
-        pairs = sorted({pair for p in pictures for pair in p.questions}, key=length)
-        picture = dataclasses.replace(
-            pictures[0],
+        pairs = sorted({pair for p in examples for pair in p.questions}, key=length)
+        example = dataclasses.replace(
+            examples[0],
             questions=tuple(pairs[len(pairs) - self.config.easy_vqa.turns :]),
-            caption=max((p.caption for p in pictures), key=lambda text: len(self.tokenizer.encode(text))),
+            caption=max((p.caption for p in examples), key=lambda text: len(self.tokenizer.encode(text))),
         )
         rng = np.random.default_rng(0)
-        if not recipe.tells:
-            return getattr(self, recipe.make)(picture, rng)
-        choices = (self.questions(picture, rng), [(CAPTION_REQUEST, picture.caption)])
-        tellings = [self.told(turns, picture.caption, MORE_WORDS, rng) for turns in choices]
-        return max(tellings, key=lambda sample: len(sample.tokens))
+        if not recipe.describes:
+            return getattr(self, recipe.make)(example, rng)
+        choices = (self.questions(example, rng), [(CAPTION_REQUEST, example.caption)])
+        samples = [self.described(turns, example.caption, MORE_WORDS, rng) for turns in choices]
+        return max(samples, key=lambda sample: len(sample.tokens))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a kind of batch is made of pictures.
+    """How samples of a kind of batch are made from examples.
 
     Attributes:
-      make: the maker's method.
-      needs: what a picture must have: 'caption', 'questions' or nothing.
-      tells: the caption stands in the image's place, in a number of words that is drawn.
+      make: a method of SampleMaker.
+      needs: what an example must have: 'caption', 'questions' or nothing.
+      describes: whether the caption's words, a random number of them, take the image's place.
     """
 
     make: str
     needs: str = ""
-    tells: bool = False
+    describes: bool = False
 
-    def takes(self, picture, only_captioned: bool) -> bool:
-        """Whether samples are made of a picture."""
-        return not self.needs or bool(picture.caption if only_captioned else getattr(picture, self.needs))
+    def takes(self, example: easy_vqa.Example, only_captioned: bool) -> bool:
+        """Whether this example is used."""
+        return not self.needs or bool(example.caption if only_captioned else getattr(example, self.needs))
 
 
 RECIPES = {
-    TEXT: Recipe("text", "caption", tells=True),
+    TEXT: Recipe("text", "caption", describes=True),
     CAPTIONS: Recipe("caption_pair", "caption"),
     RANDOM_TEXT: Recipe("random_text"),
-    CONVERSATIONS: Recipe("seen", "questions"),
+    CONVERSATIONS: Recipe("shown", "questions"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureCorpus:
-    """Pictures of one split, as a corpus that `pipeline` reads."""
+class InMemoryCorpus:
+    """The examples of one split as a `pipeline.Corpus`."""
 
-    pictures: list = dataclasses.field(repr=False)
+    examples: list[easy_vqa.Example] = dataclasses.field(repr=False)
 
     @classmethod
-    def load(cls, split) -> "PictureCorpus":
+    def load(cls, split: str) -> "InMemoryCorpus":
+        """The official split. Raises UserError if there is no such split."""
         return cls(easy_vqa.load(split))
 
-    def texts(self):
-        return easy_vqa.corpus(self.pictures)
+    def texts(self) -> Iterator[str]:
+        """Its questions, answers and captions."""
+        return easy_vqa.corpus(self.examples)
 
-    def rows(self, config: RunConfig, kind: Kind, tokenizer: Tokenizer) -> tuple:
-        """-> (endless rows: grain.MapDataset of Row, Found). Raises UserError where a sample may not fit."""
+    def rows(self, config: RunConfig, kind: Kind, tokenizer: Tokenizer) -> tuple[grain.MapDataset, CorpusSummary]:
+        """-> (endless rows: a MapDataset of Row, summary). Raises UserError if a sample may not fit."""
         usable, make, join, samples = self._makers(config, kind, tokenizer, config.data.augment)
         choice = config.easy_vqa
         groups = easy_vqa.balance_groups(usable, choice.negated_share) if choice.balanced else [(1.0, usable)]
         shuffled = [grain.MapDataset.source(group).seed(config.seed).shuffle().repeat() for _, group in groups]
         dataset = grain.MapDataset.mix(shuffled, [weight for weight, _ in groups])
         dataset = dataset.random_map(make)
-        return dataset.batch(samples, drop_remainder=True, batch_fn=join), Found(len(usable))
+        return dataset.batch(samples, drop_remainder=True, batch_fn=join), CorpusSummary(len(usable))
 
     def held_out_rows(self, config: RunConfig, kind: Kind, tokenizer: Tokenizer) -> grain.MapDataset:
-        """Every picture once, in its order, never augmented, its questions drawn alike whatever the seed."""
+        """Every example once, in order, never augmented, with the same questions for every seed."""
         usable, make, join, samples = self._makers(config, kind, tokenizer, augmented=False)
         dataset = grain.MapDataset.source(usable).seed(HELD_OUT_SEED).random_map(make)
         return dataset.batch(samples, drop_remainder=False, batch_fn=join)
 
     def _makers(self, config, kind, tokenizer, augmented):
-        """-> (usable pictures, picture -> sample, samples -> Row, samples of a row)."""
+        """-> (usable examples, example -> sample, samples -> Row, samples per row)."""
         if kind not in RECIPES:
             raise UserError(f"easy_vqa gives no batches of {kind.name}; set data.source to data that does")
         recipe, samples = RECIPES[kind], max(kind.limits(config).samples, 1)
-        usable = [p for p in self.pictures if recipe.takes(p, config.easy_vqa.only_captioned)]
+        usable = [p for p in self.examples if recipe.takes(p, config.easy_vqa.only_captioned)]
         maker = SampleMaker(config, tokenizer, usable, augmented)
         join = _Joiner(kind, kind.shape(config, tokenizer))
-        join([maker.longest(recipe, usable)] * samples)  # raises where it does not fit
+        join([maker.longest(recipe, usable)] * samples)  # raises if it does not fit
         return usable, getattr(maker, recipe.make), join, samples
 
 

@@ -1,15 +1,17 @@
-"""What data.source names -> a corpus."""
+"""Loads the corpus that data.source names."""
+
+from collections.abc import Callable
 
 from hovle_jax import corpora
 from hovle_jax.config import RunConfig
-from hovle_jax.corpora.in_memory import PictureCorpus
+from hovle_jax.corpora.in_memory import InMemoryCorpus
 from hovle_jax.data.rows.indexed import IndexedCorpus
 
-IN_MEMORY = {"easy_vqa": PictureCorpus}  # by name; others are indexed: a corpus by package, or a path
+IN_MEMORY = {"easy_vqa": InMemoryCorpus}  # all other sources are indexed: corpora of packages, and paths
 
 
-def load_corpus(config: RunConfig, split, say=print):
-    """Raises UserError for a source or split that does not exist."""
+def load_corpus(config: RunConfig, split: str, say: Callable[[str], object] = print) -> InMemoryCorpus | IndexedCorpus:
+    """The corpus of `data.source`. Raises UserError for a source or split that does not exist."""
     source = config.data.source
     if source in IN_MEMORY:
         return IN_MEMORY[source].load(split)

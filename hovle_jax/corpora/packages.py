@@ -1,9 +1,10 @@
-"""Archives that npm, pip and apt carry: fetched by version, checked by sha256, read without being unpacked to disk."""
+"""Archives from npm, pip and apt: fetched by version, checked by sha256, and read without unpacking them to disk."""
 
 import contextlib
 import dataclasses
 import hashlib
 import lzma
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 
 from hovle_jax.errors import UserError
 
@@ -20,14 +22,14 @@ AR_MAGIC, AR_HEADER = b"!<arch>\n", 60
 
 @dataclasses.dataclass(frozen=True)
 class Manager:
-    """How a package manager is asked for an archive.
+    """How to get an archive from a package manager.
 
     Attributes:
-      command: what downloads into the working folder; REQUIREMENT stands for name and version.
-      joint: what stands between name and version.
+      command: downloads an archive into the working folder; REQUIREMENT stands for name and version.
+      joint: the characters between name and version.
       suffix: of the archive.
-      missing: the remedy where the manager is not installed.
-      failed: the remedy where it fetches nothing.
+      missing: the remedy if the manager is not installed.
+      failed: the remedy if it fetches nothing.
     """
 
     command: tuple
@@ -37,7 +39,7 @@ class Manager:
     failed: str
 
 
-# Their caches and logs go into the temporary folder as well, or nowhere.
+# Caches and logs also go into the temporary folder, or nowhere.
 MANAGERS = {
     "npm": Manager(
         ("npm", "pack", "--ignore-scripts", "--no-update-notifier", "--cache", ".npm", "REQUIREMENT"),
@@ -76,15 +78,16 @@ class Package:
     megabytes: int
 
     @property
-    def requirement(self):
+    def requirement(self) -> str:
+        """Name and version, as the manager writes them."""
         return f"{self.name}{MANAGERS[self.manager].joint}{self.version}"
 
 
-def fetch(package: Package, folder):
-    """Downloads into a new folder below `folder` -> path of the archive.
+def fetch(package: Package, folder: str | os.PathLike) -> pathlib.Path:
+    """Downloads an archive into a new folder below `folder` -> its path.
 
     Raises:
-      UserError: the package manager is missing, it fetches nothing, or its archive is not the pinned one.
+      UserError: the package manager is missing or fetches nothing, or the archive is not the pinned one.
     """
     manager = MANAGERS[package.manager]
     folder = pathlib.Path(tempfile.mkdtemp(dir=folder))
@@ -110,7 +113,7 @@ def fetch(package: Package, folder):
 
 
 def _check_pip():
-    """pip is a module of this Python rather than a program, so that its absence shows otherwise."""
+    """pip is a module of this Python rather than a program, so its absence has to be looked for."""
     import importlib.util
 
     if importlib.util.find_spec("pip") is None:
@@ -118,20 +121,22 @@ def _check_pip():
 
 
 def _last_line(text):
-    """What went wrong in a line: of the lines that say 'error' the first, or else the last of all."""
+    """What went wrong, in one line: the first that says 'error', or else the last of all."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("ERROR", "npm error", "E:"))]
-    errors = [line for line in errors if not line.startswith("npm error code")]  # a word like E404
+    errors = [line for line in errors if not line.startswith("npm error code")]  # only a code like E404
     return (errors or lines[-1:] or [""])[0]
 
 
-def members(archive, wanted=lambda name: True):
-    """The files of a .tgz, a wheel or a .deb that `wanted` takes, by their full names, in the archive's order.
+def members(
+    archive: str | os.PathLike, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, bytes]]:
+    """The files of a .tgz, a wheel or a .deb whose full names `wanted` accepts, in the archive's order.
 
     Yields:
       (name, bytes).
     Raises:
-      UserError: the archive is damaged or cut short.
+      UserError: the archive is damaged or truncated.
     """
     archive = pathlib.Path(archive)
     readers = {".tgz": _tgz_members, ".whl": _zip_members, ".zip": _zip_members, ".deb": _deb_members}
@@ -139,7 +144,7 @@ def members(archive, wanted=lambda name: True):
         yield from readers[archive.suffix](archive, wanted)
     except BROKEN as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{archive.name} is damaged or cut short ({reason}); fetch it again") from None
+        raise UserError(f"{archive.name} is damaged or truncated ({reason}); fetch it again") from None
 
 
 def _zip_members(archive, wanted):
@@ -165,7 +170,7 @@ def _deb_members(archive, wanted):
     with archive.open("rb") as stream:
         name = _seek_data(stream, archive.stat().st_size)
         with contextlib.ExitStack() as stack:
-            if name == "data.tar.xz":  # LZMAFile, unlike tarfile's own reader, notices that the end is missing
+            if name == "data.tar.xz":  # LZMAFile, unlike tarfile's own reader, notices a missing end
                 stream = stack.enter_context(lzma.LZMAFile(stream))
             elif name == "data.tar.zst":
                 stream = stack.enter_context(_zstandard().ZstdDecompressor().stream_reader(stream))
@@ -173,10 +178,10 @@ def _deb_members(archive, wanted):
 
 
 def _seek_data(stream, size):
-    """Goes to the member of an `ar` archive that holds a Debian package's files -> its name.
+    """Seeks to the member of an `ar` archive that contains a Debian package's files -> its name.
 
-    The archive is a magic word and members: a header of text in fixed columns (name 16, times, owner and mode 32,
-    length 10, end 2), then the content, padded to an even length.
+    The archive is a magic string, then members: a text header with fixed columns (name 16, times, owner and mode 32,
+    length 10, end 2) and the content, padded to an even length.
     """
     if stream.read(len(AR_MAGIC)) != AR_MAGIC:
         raise EOFError("not a Debian package")

@@ -1,8 +1,11 @@
-"""Choices that depend on nothing but a name, and conversations made of questions and answers."""
+"""Choices that depend on a name alone, and conversations made of questions and answers."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-HELD_OUT = 0.1
+HELD_OUT = 0.1  # the share of concepts and images that belong to the test
+T = TypeVar("T")
 
 # Locales as the packages write them, in lower case and with hyphens -> the language's English name.
 LANGUAGES = {
@@ -51,24 +54,24 @@ LANGUAGES = {
 }
 
 
-def fraction(*names):
-    """A number in [0, 1) for a name: the same on every machine, and in whatever order the names come."""
+def fraction(*names: str) -> float:
+    """A number in [0, 1) for a name, the same on every machine and whatever other names there are."""
     digest = hashlib.sha256("\0".join(names).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def is_held_out(name):
-    """Whether a concept or a picture belongs to the tests."""
+def is_held_out(name: str) -> bool:
+    """Whether a concept or an image belongs to the tests."""
     return fraction("held out", name) < HELD_OUT
 
 
-def pick(options, *names):
-    """One of the options, by name."""
+def pick(options: Sequence[T], *names: str) -> T:
+    """One of the options, chosen by name."""
     return options[int(fraction(*names) * len(options))]
 
 
-def pick_translation(english, translations, *names):
-    """A language's English name and the text in it, or None: one that we have a name for and that is not English."""
+def pick_translation(english: str, translations: Mapping[str, str], *names: str) -> tuple[str, str] | None:
+    """A language's English name and the text in that language; None if there is no text but the English one."""
     known = {}
     for locale, text in translations.items():
         language = LANGUAGES.get(locale.lower().replace("_", "-"))
@@ -77,11 +80,11 @@ def pick_translation(english, translations, *names):
     return pick(sorted(known.items()), "language", *names) if known else None
 
 
-def conversation(pairs, *names):
-    """Questions and answers -> an InternVL conversation, the picture in front of its first question.
+def conversation(pairs: list[tuple[str, str]], *names: str) -> list[dict[str, str]]:
+    """Questions and answers -> an InternVL conversation, with the image before the first question.
 
-    The first answer gives the others away, so which of the questions comes first depends on the name: each kind has
-    to be answered from the picture somewhere.
+    The first answer gives the others away, so the name decides which question comes first: in some conversation each
+    kind of question has to be answered from the image.
     """
     first = int(fraction("first question", *names) * len(pairs))
     turns = []

@@ -1,19 +1,22 @@
 """Tux Paint's stamps: photographs and drawings with a sentence in English and in up to 77 other languages.
 
-From the Debian package `tuxpaint-stamps-default`. A stamp `NAME.png` or `NAME.svg` has its sentences in `NAME.txt`.
+From the Debian package `tuxpaint-stamps-default`. The sentences of a stamp `NAME.png` or `NAME.svg` are in `NAME.txt`.
 """
 
 import io
+import os
 import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from PIL import Image
 
-from hovle_jax.corpora.corpus import Corpus
+from hovle_jax.corpora.corpus import PackageCorpus
 from hovle_jax.corpora.drawing import encode_png, flatten, rasterise
 from hovle_jax.corpora.packages import Package, members
 from hovle_jax.corpora.questions import conversation, is_held_out, pick, pick_translation
 
-SVG_SIDE = 512  # pixels, of the longer side; PNG stamps keep their size
+SVG_SIDE = 512  # pixels of the longer side; PNG stamps keep their size
 STAMPS = "usr/share/tuxpaint/stamps/"
 LEFT_OUT = "symbols/alphabets/"  # single letters
 MANNERS = ("cartoon", "toys", "plastic")  # folders that say how a thing is shown, not what it is
@@ -31,10 +34,10 @@ ASK_PLACE = ("Which category does it belong to?", "In which category would you l
 ASK_LANGUAGE = ("What does the picture show? Answer in {}.", "Describe the picture in {}.")
 
 
-def parse_captions(data):
+def parse_captions(data: bytes) -> tuple[str, dict[str, str]]:
     """A stamp's .txt -> (English, {locale: text}).
 
-    Its first line is English, each further one `LOCALE.utf8=TEXT`. White space is evened out.
+    The first line is English, each further one `LOCALE.utf8=TEXT`. White space is normalised.
     """
     english, *lines = data.decode("utf-8-sig").splitlines() or [""]
     captions = {}
@@ -45,11 +48,11 @@ def parse_captions(data):
     return " ".join(english.split()), captions
 
 
-def read_stamps(archive):
-    """-> [(name, the picture's file, english, captions), ...] by name: the path without ending, below the stamps.
+def read_stamps(archive: str | os.PathLike) -> list[tuple[str, bytes, str, dict[str, str]]]:
+    """-> [(name, image file, english, captions), ...], ordered by name: the path below STAMPS, without its ending.
 
-    Left out are letters, stamps without a sentence (mirrored ones of others), and a picture that is there again in
-    another folder. Of a stamp that is there as both, the SVG counts; with text in it, which needs fonts, the PNG.
+    Letters, stamps without a sentence (mirrored copies of others) and second copies of an image are left out. Of a
+    stamp that is both SVG and PNG, the SVG is taken, or the PNG if the SVG has text, which needs fonts.
     """
     files = {}
     for name, data in members(archive, _is_wanted):
@@ -57,13 +60,13 @@ def read_stamps(archive):
         files.setdefault(str(path.with_suffix("")), {})[path.suffix] = data
     stamps, seen = [], set()
     for name, found in sorted(files.items()):
-        picture = found.get(".svg") or found.get(".png")
+        image = found.get(".svg") or found.get(".png")
         if ".png" in found and b"<text" in found.get(".svg", b""):
-            picture = found[".png"]
+            image = found[".png"]
         english, captions = parse_captions(found.get(".txt", b""))
-        if picture and english and picture not in seen:
-            seen.add(picture)
-            stamps.append((name, picture, english, captions))
+        if image and english and image not in seen:
+            seen.add(image)
+            stamps.append((name, image, english, captions))
     return stamps
 
 
@@ -73,15 +76,15 @@ def _is_wanted(name):
     )
 
 
-def draw(data):
-    """A stamp's file -> RGB picture on white."""
+def draw(data: bytes) -> Image.Image:
+    """A stamp's file -> an RGB image on white."""
     if data.startswith(b"\x89PNG"):
         return flatten(Image.open(io.BytesIO(data)))
     return rasterise(data, SVG_SIDE)
 
 
-def ask(name, english, captions, category):
-    """What it shows, in English and in another language, and its category."""
+def ask(name: str, english: str, captions: dict[str, str], category: list[str]) -> list[dict[str, str]]:
+    """A conversation: what the stamp shows, in English and in another language, and its category."""
     pairs = [(pick(ASK_CAPTION, "caption", name), english)]
     pairs.append((pick(ASK_PLACE, "place", name), PLACES.get(category[0], category[0])))
     translation = pick_translation(english, captions, name)
@@ -91,8 +94,8 @@ def ask(name, english, captions, category):
     return conversation(pairs, name)
 
 
-def make_row(name, picture, english, captions):
-    image = draw(picture)
+def make_row(name: str, data: bytes, english: str, captions: dict[str, str]) -> dict[str, Any]:
+    image = draw(data)
     folders = name.split("/")[:-1]
     category = [folder for folder in folders if folder not in MANNERS]
     row = {"id": name, "image": encode_png(image), "width": image.width, "height": image.height, "caption": english}
@@ -100,8 +103,8 @@ def make_row(name, picture, english, captions):
     return row | {"manner": [folder for folder in folders if folder in MANNERS]}
 
 
-def make_rows(archives, track):
-    """`Corpus.rows`: a tenth of the stamps are the test."""
+def make_rows(archives: dict[str, pathlib.Path], track: Callable[[list], Iterable]) -> dict[str, list[dict]]:
+    """`PackageCorpus.rows`: a tenth of the stamps is the test split."""
     rows = {"train": [], "test": []}
     for stamp in track(read_stamps(archives[PACKAGE.name])):
         row = make_row(*stamp)
@@ -109,7 +112,7 @@ def make_rows(archives, track):
     return rows
 
 
-CORPUS = Corpus(
+CORPUS = PackageCorpus(
     version="1.0",
     description=(
         "Tux Paint's stamps on white, each with a sentence in English and in up to 77 other languages. `test`: one in "

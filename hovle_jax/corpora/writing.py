@@ -1,7 +1,11 @@
-"""A corpus on disk: ArrayRecord files of rows, some for each split, beside a description; whole or not at all."""
+"""Writes a corpus: ArrayRecord files of rows for each split, and a description; complete, or not at all."""
 
 import hashlib
 import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgpack
 
@@ -11,30 +15,33 @@ DESCRIPTION = "dataset.json"
 SHARD_BYTES = 512 * 2**20
 
 
-def shard_name(split, index=0, count=1):
+def shard_name(split: str, index: int = 0, count: int = 1) -> str:
+    """The file name of a shard, one of `count` of its split."""
     return f"{split}-{index:05d}-of-{count:05d}.array_record"
 
 
-def pack_row(row):
-    """A row as the bytes of one record.
+def pack_row(row: dict[str, Any]) -> bytes:
+    """Packs a row into the bytes of one record.
 
     Args:
-      row: the keys of an InternVL annotation (`id`, `image`, `width`, `height`, `conversations`), `caption` and what
-        the corpus adds; `image` is an encoded picture, or a list of them, where an annotation has a path.
+      row: the keys of an InternVL annotation (`id`, `image`, `width`, `height`, `conversations`), `caption`, and more
+        of the corpus's own; `image` is an encoded image or a list of them, instead of an annotation's path.
     """
-    return msgpack.packb(row, use_bin_type=True)
+    return msgpack.packb(row, use_bin_type=True)  # pyright: ignore[reportReturnType] (None only without autoreset)
 
 
-def write_corpus(folder, name, rows_by_split, about):
+def write_corpus(
+    folder: str | os.PathLike, name: str, rows_by_split: Mapping[str, Iterable[dict]], about: dict[str, Any]
+) -> None:
     """Writes the rows of each split, and `dataset.json`.
 
     Args:
-      folder: the corpus; it must not exist.
+      folder: where the corpus goes; it must not exist.
       rows_by_split: {split: iterable of rows}.
-      about: what the description says apart from the splits; JSON types.
+      about: what the description says besides the splits; JSON types.
     Raises:
       UserError: the folder is not empty, or cannot be written.
-      ValueError: two rows of a split have one id.
+      ValueError: two rows of a split have the same id.
     """
     with whole_folder(folder) as partial:
         with CorpusWriter(partial) as writer:
@@ -48,34 +55,35 @@ def write_corpus(folder, name, rows_by_split, about):
         describe(partial, {"name": name, **about, "splits": writer.splits})
 
 
-def describe(folder, about):
-    """Writes `dataset.json`, by which a corpus is known to be whole."""
+def describe(folder: pathlib.Path, about: dict[str, Any]) -> None:
+    """Writes `dataset.json`, which shows that a corpus is complete."""
     text = json.dumps(about, indent=1, ensure_ascii=False)
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
 class CorpusWriter:
-    """Rows to the files of their splits, one after the other.
+    """Writes rows, one by one, to the files of their splits.
 
     Attributes:
-      splits: {split: what the description says of it}; there when the writer is closed.
+      splits: {split: what the description says of it}; filled in when the writer is closed.
     """
 
-    def __init__(self, folder, shard_bytes=SHARD_BYTES):
+    def __init__(self, folder: pathlib.Path, shard_bytes: int = SHARD_BYTES):
         self.folder, self.shard_bytes = folder, shard_bytes
         self.splits = {}
         self._open = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "CorpusWriter":
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         for split, writer in self._open.items():
             description = writer.close()
             if kind is None:
                 self.splits[split] = description
 
-    def add(self, split, row):
+    def add(self, split: str, row: dict[str, Any]) -> None:
+        """Appends a row to a split."""
         if split not in self._open:
             self._open[split] = _SplitWriter(self.folder, split, self.shard_bytes)
         self._open[split].add(row)
@@ -88,10 +96,10 @@ class _SplitWriter:
         self.ids, self.records = hashlib.sha256(), hashlib.sha256()
         self.paths, self.writer = [], None
 
-    def add(self, row):
+    def add(self, row: dict[str, Any]) -> None:
         record = pack_row(row)
         if self.writer is None or self.in_shard >= self.shard_bytes:
-            self._next_shard()
+            self.writer = self._next_shard()
         self.writer.write(record)
         self.records.update(record)
         self.ids.update(b"\n" * bool(self.rows) + row["id"].encode())
@@ -105,11 +113,12 @@ class _SplitWriter:
         if self.writer is not None:
             self.writer.close()
         self.paths.append(self.folder / f"{self.split}-{len(self.paths):05d}.open")
-        # One record a group: a reader that jumps to a row reads no other.
-        self.writer, self.in_shard = ArrayRecordWriter(str(self.paths[-1]), "group_size:1"), 0
+        self.in_shard = 0
+        # One record per group, so that random access to a row reads no other.
+        return ArrayRecordWriter(str(self.paths[-1]), "group_size:1")
 
     def close(self):
-        """Names the files by their number, which is known now -> the split's description."""
+        """Renames the files, whose number is now known -> the split's description."""
         self.writer.close()
         files = []
         for index, path in enumerate(self.paths):
@@ -124,5 +133,6 @@ class _SplitWriter:
         }
 
 
-def is_written(folder):
+def is_written(folder: pathlib.Path) -> bool:
+    """Whether a complete corpus is in this folder."""
     return (folder / DESCRIPTION).is_file()

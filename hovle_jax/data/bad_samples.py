@@ -1,22 +1,24 @@
-"""What becomes of samples that cannot be used: a reason for each, a list of all, and a ceiling.
+"""Samples that cannot be used: a reason for each, a list of all of them, and a ceiling.
 
-A bad sample never moves another one: it is known before the rows are planned, or another sample of the same source
-takes its place in the row (`indexed.RowMaker`).
+A bad sample never moves another one. Either the index finds it before the rows are planned, or another sample of the
+same source takes its place in the row (`indexed.RowMaker`).
 """
 
 import collections
 import dataclasses
 import json
+import os
 import pathlib
+from collections.abc import Iterable, Sequence
 
 from hovle_jax.errors import UserError
 
 FILE_NAME = "bad_samples.jsonl"
-FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run of several hosts goes on
+FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run on several hosts is going on
 OF_ALL_HOSTS = "bad_samples.host_*.jsonl"
-# Reasons that are no fault of a sample: text alone, in batches of images. Such are left out, and counted apart.
+# Not the sample's fault: these batches need an image, and it has none. Left out, and counted separately.
 NOT_FOR_THE_KIND = ("no_image",)
-FEWEST_DRAWN = 1000  # a ceiling is a share: of fewer samples than these it says nothing
+FEWEST_DRAWN = 1000  # the ceiling is a share, which says nothing of a handful of samples
 SHARDS_NAMED = 5
 
 
@@ -24,7 +26,7 @@ class BadSample(Exception):
     """A sample that cannot be used.
 
     Attributes:
-      reason: one of a few words, to be counted by: 'missing_image', 'truncated_image', ...
+      reason: one of a few fixed words, so that they can be counted: 'missing_image', 'truncated_image', ...
       detail: what exactly is wrong.
     """
 
@@ -33,8 +35,8 @@ class BadSample(Exception):
         self.reason, self.detail = reason, printable(" ".join(str(detail).split())[:300])
 
 
-def printable(text):
-    """A text without half characters, which no file takes: names of files and keys of rows may hold them."""
+def printable(text: str) -> str:
+    """The text without lone surrogates, which no file can hold; file names and row keys may contain them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -45,7 +47,7 @@ class BadEvent:
     Attributes:
       step: the step whose batch it was drawn for; -1 = found while the source was indexed, so never drawn.
       source, shard, sample: the source's name, the file, and the sample's own name in it.
-      replaced_by: the sample in its place; empty where the place stayed empty, or was never planned.
+      replaced_by: the sample that took its place; empty if the place stayed empty or was never planned.
     """
 
     step: int
@@ -58,29 +60,30 @@ class BadEvent:
 
 
 class BadSamples:
-    """The list of a run, in its folder. Each host lists, and judges, the samples of its own rows.
+    """A run's list of bad samples, in its folder. Each host lists and counts those of its own rows.
 
     Args:
-      folder: the run's, or None to count alone.
+      folder: the run's; None = only count.
       ceiling: the share of samples that may be bad.
-      stays: whether the folder is there when the ceiling is exceeded.
-      host: index of this one.
+      folder_remains: whether the folder outlives an exceeded ceiling, so that the message can name the list.
+      host: this host's index.
     """
 
-    def __init__(self, folder, ceiling, stays=True, host=0):
-        self.stays = stays
+    def __init__(self, folder: str | os.PathLike | None, ceiling: float, folder_remains: bool = True, host: int = 0):
+        self.folder_remains = folder_remains
         self.path = pathlib.Path(folder) / (FILE_OF_HOST.format(host) if host else FILE_NAME) if folder else None
         self.ceiling = ceiling
-        self.drawn = self.found = 0  # since this process began
+        self.drawn = self.bad = 0  # since this process began
         self._shards, self._reasons = collections.Counter(), collections.Counter()
 
-    def start(self, step, indexed, total):
-        """A run begins or goes on: what an earlier one listed for this step and later ones will be found again.
+    def start(self, step: int, indexed: Sequence[BadEvent], total: int) -> None:
+        """Begins the list, or resumes it: entries for `step` and later ones are dropped, as they will be found again.
 
-        Called on the first host alone, before the others list anything.
+        Only the first host calls it, before the others list anything.
 
         Args:
-          indexed: the events of samples that indexing found bad.
+          step: the first step that will be taken.
+          indexed: the bad samples that indexing found.
           total: the number of all samples.
         Raises:
           UserError: the share of `indexed` is above the ceiling.
@@ -94,17 +97,17 @@ class BadSamples:
             self._count(indexed)
             raise UserError(self._message(len(indexed), total))
 
-    def add(self, events, drawn):
-        """Takes a batch's events. Raises UserError above the ceiling."""
+    def add(self, events: Sequence[BadEvent], drawn: int) -> None:
+        """Adds a batch's events, of so many samples drawn. Raises UserError above the ceiling."""
         self.drawn += drawn
         if not events:
             return
-        self.found += len(events)
+        self.bad += len(events)
         self._count(events)
         if self.path:
             _write(self.path, events, "a")
-        if self.found > self.ceiling * max(self.drawn, FEWEST_DRAWN):
-            raise UserError(self._message(self.found, self.drawn))
+        if self.bad > self.ceiling * max(self.drawn, FEWEST_DRAWN):
+            raise UserError(self._message(self.bad, self.drawn))
 
     def _count(self, events):
         self._shards.update(event.shard for event in events)
@@ -113,7 +116,7 @@ class BadSamples:
     def _message(self, bad, total):
         named = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(SHARDS_NAMED))
         reasons = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
-        where = f"; all are listed in {self.path}" if self.path and self.stays else ""
+        where = f"; all are listed in {self.path}" if self.path and self.folder_remains else ""
         return (
             f"{bad} of {total} samples cannot be used, more than bad_ceiling={self.ceiling:g} allows: {reasons}; "
             f"most are in {named}{where}; mend these files, or raise the ceiling"
@@ -126,14 +129,14 @@ def _write(path, events, mode):
             file.write(json.dumps(dataclasses.asdict(event), ensure_ascii=False) + "\n")
 
 
-def count_reasons(events):
-    """{reason: number of different samples}, the most frequent first."""
+def count_reasons(events: Iterable[BadEvent]) -> dict[str, int]:
+    """{reason: number of distinct samples}, the most frequent first."""
     different = {(event.source, event.shard, event.sample, event.reason) for event in events}
     return dict(collections.Counter(sorted(reason for *_, reason in different)).most_common())
 
 
-def merge_bad_samples(folder):
-    """Makes one list of those of all hosts, in the order of steps; none of them may be written to any more."""
+def merge_bad_samples(folder: str | os.PathLike) -> None:
+    """Merges the lists of all hosts into one, ordered by step. No host may write to its list any more."""
     folder = pathlib.Path(folder)
     if any(folder.glob(OF_ALL_HOSTS)):
         _write(folder / FILE_NAME, read_bad_samples(folder), "w")
@@ -145,8 +148,8 @@ def _remove_others(folder):
         path.unlink()
 
 
-def read_bad_samples(folder):
-    """The events of a run's folder in the order of steps, those of all hosts; empty where there is no list."""
+def read_bad_samples(folder: str | os.PathLike) -> list[BadEvent]:
+    """The events listed in a run's folder, of all hosts, ordered by step; empty if there is no list."""
     folder = pathlib.Path(folder)
     paths = [folder / FILE_NAME, *sorted(folder.glob(OF_ALL_HOSTS))]
     return sorted((event for path in paths for event in _read(path)), key=lambda event: event.step)
@@ -155,5 +158,5 @@ def read_bad_samples(folder):
 def _read(path):
     if not path.is_file():
         return []
-    *lines, cut = path.read_text("utf-8").split("\n")  # after the last line's end: what a killed run was writing
+    *lines, _ = path.read_text("utf-8").split("\n")  # after the last line's end: what a killed run was writing
     return [BadEvent(**json.loads(line)) for line in lines]

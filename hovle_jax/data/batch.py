@@ -1,17 +1,17 @@
-"""The batch contract: fixed shapes and host-made integer maps, from samples laid side by side in rows.
+"""The batch contract: fixed shapes, and integer maps that the host computes, for samples packed side by side into rows.
 
 | field | shape, type | meaning |
 |---|---|---|
-| tokens, positions, segment_ids | [B, L] int32 | packed sequences; segment 0 is padding; positions start anew in each |
-| targets, loss_weights | [B, L] int32, float32 | the next token, and what it weighs in the loss; 0 = not supervised |
-| tiles | [B, M, S, S, 3] uint8 | of images; unused ones are zero |
+| tokens, positions, segment_ids | [B, L] int32 | packed sequences; segment 0 is padding; positions begin anew in each |
+| targets, loss_weights | [B, L] int32, float32 | the next token, and its weight in the loss; 0 = not supervised |
+| tiles | [B, M, S, S, 3] uint8 | tiles of the images; unused ones are zero |
 | image_positions | [B, M * P] int32 | where each visual token stands in the sequence; L = nowhere |
 | long_tokens, long_positions, long_segment_ids, long_image_positions | [B, L_long] ... | HD: the embedding's stream |
 | long_text_positions | [B, L] int32 | HD: where each text token of the short stream stands in the long one |
 | image_weights, text_weights | [B, M * P], [B, L] float32 | distillation: the positions that count |
 
 Letters: B rows, L tokens of a row, M tiles of a row, S side of a tile, P visual tokens of a tile, T caption tokens.
-Which of these fields a batch has is said by its kind (data/kinds).
+The kind of batch says which of these fields it has (data/kinds).
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from hovle_jax.errors import UserError
 from hovle_jax.model.config import EmbeddingConfig
 from hovle_jax.model.streams import Stream
 
-HELD_OUT_SEED = 0  # of what is drawn for held-out samples: the same for all runs, so that their losses compare
+HELD_OUT_SEED = 0  # for what is drawn for held-out samples: the same in all runs, so that their losses compare
 
-# What each supervised token of a sample weighs that has x of them; the loss is the weighted mean over the global batch.
+# Weight of each supervised token of a sample that has x of them; the loss is the weighted mean over the global batch.
 WEIGHTINGS = {"token": lambda x: 1.0, "sample": lambda x: 1 / x, "square": lambda x: x**-0.5}
 
 
@@ -35,7 +35,7 @@ class Sample:
 
     Attributes:
       tokens: [n] int32, image tokens included.
-      supervised: [n] bool: the tokens that the model learns to produce; in distillation the random ids.
+      supervised: [n] bool: the tokens that the model learns to produce; in distillation, the random ids.
       tiles: [m, S, S, 3] uint8, in the order of their tokens.
     """
 
@@ -45,19 +45,19 @@ class Sample:
 
 
 def no_tiles(size: int = 1) -> np.ndarray:
-    """The tiles of a sample without images; they go beside tiles of any size."""
+    """The tiles of a sample without images, an empty array; it concatenates with tiles of any size."""
     return np.zeros((0, size, size, 3), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """The static shapes of a batch, and how its samples count.
+    """The static shapes of a batch, and how its samples are weighted.
 
     Attributes:
-      length, tiles: L and M of a row.
+      length, tiles: L and M.
       tokens_per_tile: visual tokens of a tile in the short stream.
-      expansion: visual tokens in the embedding's stream for one in the short stream (HD: 4, else 1).
-      weighting: of `WEIGHTINGS`.
+      expansion: how many visual tokens the embedding's stream has for each in the short stream (HD: 4, else 1).
+      weighting: a key of `WEIGHTINGS`.
     """
 
     length: int
@@ -88,8 +88,8 @@ class PackedRow:
 
     Attributes:
       short: the stream that the LLM reads.
-      targets, loss_weights: [L] see the contract.
-      supervised: [L] bool, as the samples have it.
+      targets, loss_weights: [L], see the table above.
+      supervised: [L] bool, copied from the samples.
       tiles: [M, S, S, 3] uint8.
       long: HD: the stream of the embedding's layers; else None.
       long_text_positions: HD: [L] where each text token of `short` stands in `long`; else None.
@@ -104,23 +104,23 @@ class PackedRow:
     long_text_positions: np.ndarray | None = None
 
     def text_fields(self) -> dict:
-        """Tokens alone."""
+        """The fields of text without images."""
         return dataclasses.replace(self.short, image_positions=None).fields()
 
     def image_fields(self) -> dict:
-        """Tokens, tiles, and all that says where these stand."""
+        """The fields of text with images: tokens, tiles, and their positions."""
         fields = self.short.fields() | {"tiles": self.tiles}
         if self.long is None:
             return fields
         return fields | self.long.fields(long=True) | {"long_text_positions": self.long_text_positions}
 
     def target_fields(self) -> dict:
-        """What is learned of the next tokens."""
+        """The fields of the next-token loss."""
         return {"targets": self.targets, "loss_weights": self.loss_weights}
 
 
 def pack_row(samples: list[Sample], shape: BatchShape) -> PackedRow:
-    """Lays samples into one row.
+    """Packs samples into one row.
 
     Raises:
       UserError: the samples do not fit, or a sample's image tokens and tiles disagree.
@@ -174,7 +174,7 @@ def _empty_row(shape):
 
 
 def _weigh(row, samples, weighting):
-    """Fills in the loss weights: a supervised token is predicted from the one before it, never across segments."""
+    """Fills in the loss weights: a token is predicted from the one before it, never across segments."""
     segments = row.short.segment_ids[1:]
     counts = row.supervised[1:] & (segments == row.short.segment_ids[:-1])
     per_segment = np.bincount(segments[counts], minlength=samples + 1).tolist()
@@ -184,13 +184,13 @@ def _weigh(row, samples, weighting):
 
 
 def lengthen(row: PackedRow, shape: BatchShape) -> PackedRow:
-    """Adds HD's long stream, in which each visual token stands `expansion` times.
+    """Adds HD's long stream, in which each visual token is repeated `expansion` times.
 
     With an expansion of 4 (T text, I visual, . padding):
 
         short             T  I  T  .          its positions   0 1 2 0
         long              T  I  I  I  I  T  . ...             0 1 2 3 4 5 0 ...
-        long_text_positions  0  L_long  5  L_long             (nowhere, for what is no text)
+        long_text_positions  0  L_long  5  L_long             (L_long = nowhere: not text)
     """
     L, L_long, k, short = shape.length, shape.long_length, shape.expansion, row.short
     is_image = np.zeros(L, bool)
@@ -215,11 +215,11 @@ def lengthen(row: PackedRow, shape: BatchShape) -> PackedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a batch, and what happened on its way.
+    """A row of a batch, and what happened while it was made.
 
     Attributes:
       arrays: the fields of its kind of batch, without the batch axis.
-      events: `bad.BadEvent`s of samples that were drawn for it and could not be used, without their step.
+      events: a BadEvent, still without its step, for each sample that was drawn for it and could not be used.
       drawn: how many samples were drawn for it.
     """
 
@@ -229,26 +229,26 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a corpus knows about itself before the first row.
+class CorpusSummary:
+    """What is known of a corpus before its first row is made.
 
     Attributes:
       samples: how many it has.
-      bad: `bad.BadEvent`s of those that cannot be used.
-      summary: a line for people; empty = nothing to say.
+      bad: a BadEvent for each that cannot be used.
+      text: a line for people; empty = nothing to say.
       sources: ((name, samples, tokens) of an epoch, ...), where they are known.
-      digest: of the epoch's plan; another one means other data. Empty where there is no plan.
+      digest: a hash of the epoch's plan, which differs where the data differs; empty if there is no plan.
     """
 
     samples: int
     bad: tuple = ()
-    summary: str = ""
+    text: str = ""
     sources: tuple = ()
     digest: str = ""
 
 
 def stack(rows: list[dict]) -> dict:
-    """Rows as dicts -> a batch."""
-    if len(rows) == 1:  # tiles are large: no copy
+    """Rows -> a batch, both as dicts of arrays."""
+    if len(rows) == 1:  # no copy: tiles are large
         return {name: array[None] for name, array in rows[0].items()}
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

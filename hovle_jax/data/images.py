@@ -1,4 +1,4 @@
-"""Images: files in, square tiles out, and the augmentations.
+"""Images: from files to square tiles, and the augmentations.
 
 Letters: S side of a tile, n number of tiles.
 """
@@ -6,7 +6,9 @@ Letters: S side of a tile, n number of tiles.
 import dataclasses
 import functools
 import io
+import os
 import pathlib
+import typing
 import warnings
 
 import numpy as np
@@ -15,16 +17,23 @@ from hovle_jax.config import grid_within
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.errors import UserError
 
-MAX_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb: half a gigabyte in RGB
-JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, both included
-# What files hold that people keep as images. Pillow knows more: documents, for which it starts other programs.
+if typing.TYPE_CHECKING:  # Pillow is imported where it is used
+    from PIL import Image
+
+MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb: half a gigabyte in RGB
+JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, inclusive
+# Formats that people keep images in. Pillow also reads documents, for which it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
-ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height
-TURNS = {  # what makes it upright, in Pillow's names
+ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 swap width and height
+TURNS = {  # orientation -> the transposition that makes it upright, by Pillow's name
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
     8: "ROTATE_90",
 }  # fmt: skip
-PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks and keys that tell it in a PNG
+PNG_EXIF = (
+    b"eXIf",
+    b"Raw profile type exif",
+    b"XML:com.adobe.xmp",
+)  # chunks and keys that hold the orientation in a PNG
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,7 +47,7 @@ def _opened(data):
         raise BadSample("empty_image", "0 bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the number of pixels is checked here, the rest is Pillow's talk
+            warnings.simplefilter("ignore")  # the number of pixels is checked below; other warnings are of no use here
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadSample("decompression_bomb", error) from None
@@ -54,14 +63,14 @@ def _opened(data):
     return image
 
 
-def decode_image(data, upright=True):
-    """An encoded image as Pillow's RGB of its first frame.
+def decode_image(data: bytes, upright: bool = True) -> "Image.Image":
+    """Decodes an image: its first frame, as Pillow's RGB.
 
     Args:
       data: the file's bytes.
-      upright: turn it as its EXIF orientation says.
+      upright: rotate it as its EXIF orientation says.
     Raises:
-      BadSample: no image, or a broken one.
+      BadSample: it is no image, or a broken one.
     """
     from PIL import Image
 
@@ -81,8 +90,8 @@ def decode_image(data, upright=True):
         raise BadSample("truncated_image" if truncated else "broken_image", error) from None
 
 
-def image_size(data, upright=True):
-    """(width, height) from the header alone, as `decode_image` will give it. Raises BadSample."""
+def image_size(data: bytes, upright: bool = True) -> tuple[int, int]:
+    """(width, height) of what `decode_image` returns, read from the header alone. Raises BadSample."""
     image = _opened(data)
     width, height = image.size
     turned = upright and _orientation(image, data) in (5, 6, 7, 8)
@@ -90,11 +99,11 @@ def image_size(data, upright=True):
 
 
 def _orientation(image, data):
-    """1 (upright) to 8, as the EXIF block says; 1 where there is none or a broken one, which harms no image."""
+    """1 (upright) to 8, from the EXIF block; 1 if there is none, or a broken one, which does not make an image bad."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself, and tells their size so
+        return 1  # Pillow rotates these itself, and reports their size accordingly
     if image.format == "PNG" and not any(mark in data for mark in PNG_EXIF):
-        return 1  # Pillow would decode the whole image to see whether a block follows it
+        return 1  # Pillow would decode the whole image to look for a block after it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -104,8 +113,8 @@ def _orientation(image, data):
     return orientation if orientation in TURNS else 1
 
 
-def load_image(path):
-    """A file's picture as Pillow image in RGB. Raises UserError when it is missing or no picture."""
+def load_image(path: str | os.PathLike) -> "Image.Image":
+    """A file's image in RGB. Raises UserError if the file is missing or not an image."""
     if "://" in str(path):
         raise UserError(f"--image={path}: URLs are not read; save the image and give its path")
     path = pathlib.Path(path)
@@ -127,8 +136,8 @@ class Tiling:
 
     Attributes:
       size: S.
-      min_tiles, max_tiles: of the grid, without the thumbnail.
-      thumbnail: the whole image follows as one more tile where there is more than one.
+      min_tiles, max_tiles: limits of the grid, not counting the thumbnail.
+      thumbnail: whether the whole image follows as one more tile if the grid has more than one.
     """
 
     size: int = 448
@@ -136,24 +145,24 @@ class Tiling:
     max_tiles: int = 12
     thumbnail: bool = True
 
-    def shared_by(self, images):
-        """The tiling of each of several images of one sample, which share its tiles."""
+    def shared_by(self, images: int) -> "Tiling":
+        """The tiling of each image of a sample with so many images, which share `max_tiles`."""
         return dataclasses.replace(self, max_tiles=max(1, self.max_tiles // max(images, 1)))
 
-    def within(self, tiles):
-        """A tiling of which no image has more than so many tiles, its thumbnail included."""
+    def within(self, tiles: int) -> "Tiling":
+        """A tiling in which no image has more than so many tiles, its thumbnail included."""
         fewest, most = grid_within(self.min_tiles, self.max_tiles, self.thumbnail, tiles)
         return dataclasses.replace(self, min_tiles=fewest, max_tiles=most)
 
-    def count(self, width, height):
+    def count(self, width: int, height: int) -> int:
         """Number of tiles of an image of this size, the thumbnail included."""
         columns, rows = self.grid(width, height)
         return columns * rows + (self.thumbnail and columns * rows > 1)
 
-    def grid(self, width, height):
-        """(columns, rows) whose ratio is nearest to the image's; of two as near, the later if the image is large.
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(columns, rows) whose ratio is nearest to the image's; of two equally near, the later if the image is large.
 
-        An image is large for a grid that has no more than twice its pixels.
+        An image is large for a grid that has less than twice its pixels.
         """
         ratio, area = width / height, width * height
         best, best_difference = (1, 1), float("inf")
@@ -165,13 +174,13 @@ class Tiling:
                 best = (columns, rows)
         return best
 
-    def cut(self, image):
-        """A Pillow RGB image -> [n, S, S, 3] uint8: bicubic, row by row, the thumbnail last."""
+    def cut(self, image: "Image.Image") -> np.ndarray:
+        """A Pillow RGB image -> [n, S, S, 3] uint8: resized bicubically, tiles row by row, the thumbnail last."""
         from PIL import Image
 
         S, (columns, rows) = self.size, self.grid(*image.size)
         whole = (columns * S, rows * S)
-        # Pillow copies an image that has the size already; an array of it is enough.
+        # Pillow would copy an image that has this size already.
         resized = image if image.size == whole else image.resize(whole, Image.Resampling.BICUBIC)
         pixels = np.asarray(resized, np.uint8).reshape(rows, S, columns, S, 3)
         count = columns * rows
@@ -183,11 +192,11 @@ class Tiling:
 
 
 @functools.cache
-def candidate_grids(min_tiles, max_tiles):
+def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) of min_tiles to max_tiles tiles, small ones first.
 
-    Grids of as many tiles come in the order of a Python set that was filled in this order, as in InternVL's code: where
-    two are as near to an image's ratio it decides between them.
+    Grids with equally many tiles come in the order of a Python set filled in this order, as in InternVL's code. The
+    order decides between two that are equally near to an image's ratio.
     """
     sides = [(c, r) for n in range(min_tiles, max_tiles + 1) for c in range(1, n + 1) for r in range(1, n + 1)]
     return tuple(
@@ -195,15 +204,15 @@ def candidate_grids(min_tiles, max_tiles):
     )
 
 
-def as_image(image):
-    """A Pillow image, of one or of [H, W, 3] uint8."""
+def as_image(image: "Image.Image | np.ndarray") -> "Image.Image":
+    """A Pillow image, from one or from [H, W, 3] uint8."""
     from PIL import Image
 
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
-def single_tile(image, size):
-    """[1, size, size, 3] uint8: the whole image, resized bicubically when it has another size."""
+def single_tile(image: "Image.Image | np.ndarray", size: int) -> np.ndarray:
+    """[1, size, size, 3] uint8: the whole image as one tile, resized bicubically if it has another size."""
     return Tiling(size, 1, 1).cut(as_image(image))
 
 
@@ -211,21 +220,21 @@ def single_tile(image, size):
 # Augmentations
 
 
-def recompress(tiles, rng):
-    """Each tile after one JPEG compression of random quality (InternVL's `data_augment`): [n, S, S, 3] uint8."""
+def recompress(tiles: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each tile after a JPEG compression of random quality (InternVL's `data_augment`): [n, S, S, 3] uint8."""
     from PIL import Image
 
     low, high = JPEG_QUALITIES
-    made = np.empty_like(tiles)
+    recompressed = np.empty_like(tiles)
     for i, quality in enumerate(rng.integers(low, high + 1, len(tiles))):
         buffer = io.BytesIO()
         Image.fromarray(tiles[i]).save(buffer, "JPEG", quality=int(quality))
-        made[i] = np.asarray(Image.open(buffer))
-    return made
+        recompressed[i] = np.asarray(Image.open(buffer))
+    return recompressed
 
 
-def augment(tile, rng, max_shift=8):
-    """A mirrored and shifted copy of [S, S, 3]; what a shift uncovers gets the border's median colour."""
+def augment(tile: np.ndarray, rng: np.random.Generator, max_shift: int = 8) -> np.ndarray:
+    """A copy of a tile [S, S, 3], mirrored and shifted at random; uncovered pixels get the border's median colour."""
     if rng.random() < 0.5:
         tile = tile[:, ::-1]
     down, right = rng.integers(-max_shift, max_shift + 1, 2)

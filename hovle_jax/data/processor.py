@@ -1,16 +1,17 @@
-"""THE way from a conversation and its images to a sample: in training, in answers, in scores, in a server.
+"""The one way from a conversation with its images to a sample: for training, answers, scores and a server.
 
-Its settings are kept with a model (`ModelConfig`), so what a model is asked looks like what it was trained on.
+Its settings are saved with the model (`ModelConfig`), so that a model is asked in the form that it was trained on.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.data.batch import Sample, no_tiles
 from hovle_jax.data.images import Tiling, as_image
+from hovle_jax.data.text.chat_template import Turns
 from hovle_jax.data.text.conversation import Encoded, encode_conversation, encode_random_text
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
@@ -21,10 +22,10 @@ class Processor:
     """How text and images become tokens and tiles.
 
     Attributes:
-      tokenizer: with its chat template; InternLM2's where it has none.
+      tokenizer: with its chat template; one without has InternLM2's.
       tiling: how an image becomes tiles.
       tokens_per_tile: visual tokens of a tile, as the LLM reads them; 0 = an LLM alone, which sees no images.
-      system: the system message of conversations that bring none; empty = the template's own.
+      system: the system message of conversations without one; empty = the template's own.
     """
 
     tokenizer: Tokenizer
@@ -34,7 +35,7 @@ class Processor:
 
     @classmethod
     def of(cls, model: ModelConfig, tokenizer: Tokenizer) -> "Processor":
-        """That of a finished model."""
+        """The processor of a finished model."""
         if model.embedding is None:
             return cls(tokenizer, system=model.system_message)
         tiling = Tiling(model.embedding.tile_size, model.min_tiles, model.max_tiles, model.thumbnail)
@@ -42,17 +43,17 @@ class Processor:
 
     @classmethod
     def of_run(cls, config: RunConfig, tokenizer: Tokenizer) -> "Processor":
-        """That of a run, which is that of the model it will leave."""
+        """The processor of a run, and so of the model that it will save."""
         return cls.of(config.model_config, tokenizer)
 
-    def sample(self, turns, images=(), system: str = "") -> Sample:
+    def sample(self, turns: Turns, images: Iterable = (), system: str = "") -> Sample:
         """A conversation with its images.
 
         Args:
           turns: ((question, answer), ...); the last answer may be None, to be generated. Each `<image>` in a question
-            takes one image, in order; without any mark they come first.
-          images: Pillow images or [H, W, 3] uint8, which share the tiling's budget.
-          system: instead of the processor's own message.
+            takes one image, in order; without any mark the images come first.
+          images: Pillow images or [H, W, 3] uint8; they share the tiling's `max_tiles`.
+          system: replaces the processor's system message.
         Raises:
           UserError: more or fewer marks than images, images for an LLM alone, or a template that refuses the turns.
         """
@@ -64,7 +65,7 @@ class Processor:
         """The tiles of each image, [n, S, S, 3] uint8.
 
         Args:
-          sharing: how many images share the budget of tiles; None = these.
+          sharing: how many images share `max_tiles`; None = these.
         """
         if sharing is None:
             images = list(images)
@@ -75,13 +76,13 @@ class Processor:
         return [tiling.cut(as_image(image)) for image in images]
 
     def joined(self, tiles: list[np.ndarray]) -> np.ndarray:
-        """The tiles of several images, or of none, as one array."""
+        """The tiles of several images, or of none, in one array."""
         return np.concatenate(tiles) if len(tiles) else no_tiles(self.tiling.size)
 
-    def encode(self, turns, counts=(), system: str = "") -> Encoded:
-        """The ids of a conversation whose images have so many tiles each; see `encode_conversation`."""
+    def encode(self, turns: Turns, counts: Sequence[int] = (), system: str = "") -> Encoded:
+        """The ids of a conversation whose images have `counts` tiles; see `encode_conversation`."""
         return encode_conversation(self.tokenizer, turns, system or self.system, counts, self.tokens_per_tile)
 
-    def random_text(self, rng: np.random.Generator, count: int, counts=()) -> Encoded:
+    def random_text(self, rng: np.random.Generator, count: int, counts: Sequence[int] = ()) -> Encoded:
         """The ids of distillation; see `encode_random_text`."""
         return encode_random_text(self.tokenizer, rng, count, self.system, counts, self.tokens_per_tile)

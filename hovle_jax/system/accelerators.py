@@ -1,7 +1,7 @@
-"""Which of JAX's platforms this machine has, known from its files alone: no backend is started, JAX is not imported.
+"""Which of JAX's platforms this machine has, found out from files alone: no backend is started, JAX is not imported.
 
-With libtpu installed JAX tries it first, and on a machine without a TPU libtpu writes five lines of errors before JAX
-takes the CPU. So the CPU is chosen before.
+If libtpu is installed, JAX tries it first. Without a TPU, libtpu then writes five lines of errors before JAX falls back
+to the CPU. So the CPU is chosen beforehand.
 """
 
 import glob
@@ -11,9 +11,9 @@ import os
 import pathlib
 import sys
 
-# Of PCI devices: Google's vendor number. The company's network cards (class 0x02) and disks (0x01) have it too.
+# Google's PCI vendor number. Its network cards (class 0x02) and disks (0x01) have it too.
 GOOGLE, OTHER_CLASSES = "0x1ae0", ("0x01", "0x02")
-# Set by Cloud TPU, GKE, Colab or a user where a TPU is; jax itself sets TPU_SKIP_MDS_QUERY where none is.
+# Set by Cloud TPU, GKE, Colab or a user if there is a TPU. (If there is none, JAX itself sets TPU_SKIP_MDS_QUERY.)
 TPU_VARIABLES = (
     "TPU_NAME",
     "TPU_ACCELERATOR_TYPE",
@@ -28,10 +28,10 @@ TPU_VARIABLES = (
 
 
 def has_tpu(root: str | pathlib.Path = "/") -> bool:
-    """Whether something says that there is a TPU: a device file, a PCI device, the environment.
+    """Whether anything shows a TPU: a device file, a PCI device, or the environment.
 
     Args:
-      root: the folder in which dev/ and sys/ are.
+      root: the folder that contains dev/ and sys/.
     """
     if any(os.environ.get(name) for name in TPU_VARIABLES):
         return True
@@ -45,19 +45,19 @@ def _is_tpu(device: pathlib.Path) -> bool:
     read = lambda name: (device / name).read_text().strip()
     try:
         return read("vendor") == GOOGLE and not read("class").startswith(OTHER_CLASSES)
-    except OSError:  # a device that has just gone
+    except OSError:  # a device that has just been removed
         return False
 
 
 def has_other_plugins() -> bool:
-    """Whether a plugin of JAX is installed, as CUDA's."""
+    """Whether a plugin for JAX is installed, such as CUDA's."""
     return bool(importlib.metadata.entry_points(group="jax_plugins"))
 
 
 def choose_cpu(root: str | pathlib.Path = "/") -> bool:
-    """Sets JAX_PLATFORMS=cpu, for this process and its children, where JAX would look in vain for a TPU.
+    """Sets JAX_PLATFORMS=cpu, for this process and its children, if JAX would look for a TPU in vain.
 
-    A JAX_PLATFORMS that is set stays, and so does a machine with another plugin: it may have a GPU.
+    Nothing is changed if JAX_PLATFORMS is set already, or if another plugin is installed: there may be a GPU.
 
     Returns:
       Whether it was set.
@@ -67,6 +67,6 @@ def choose_cpu(root: str | pathlib.Path = "/") -> bool:
     if importlib.util.find_spec("libtpu") is None or has_tpu(root):
         return False
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if "jax" in sys.modules:  # which has read the variable already
+    if "jax" in sys.modules:  # JAX has read the variable already
         sys.modules["jax"].config.update("jax_platforms", "cpu")
     return True

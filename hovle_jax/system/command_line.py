@@ -1,4 +1,4 @@
-"""What the commands share: flags parsed and errors printed in one way."""
+"""What all commands share: how flags are parsed and errors printed."""
 
 import functools
 import logging
@@ -27,10 +27,10 @@ def run(
     """Runs main() with parsed absl flags; a user's mistake becomes one line on stderr and status 2.
 
     Args:
-      memory: how the host's memory is used; called first.
-      usage: for a command with arguments beside its flags: main gets them as a list; this text says what they are.
-      config: the dataclass of --config, for a command that has it: keys to name where one is mistyped.
-      platform: for a command that needs no other of JAX's platforms; empty = JAX's choice, or JAX_PLATFORMS.
+      usage: describes the arguments, of a command that has any besides its flags; main gets them as a list.
+      memory: sets how the host's memory is used; called first.
+      config: the dataclass of --config, if the command has that flag: a mistyped key is compared with its keys.
+      platform: the only platform of JAX that the command needs; empty = JAX's choice, or JAX_PLATFORMS.
     """
     if platform:
         os.environ["JAX_PLATFORMS"] = platform
@@ -46,7 +46,7 @@ def run(
 
 
 def _saying(line, call):
-    """`call`, after a line on stderr."""
+    """`call`, preceded by a line on stderr."""
 
     def after_the_line(rest):
         print(line, file=sys.stderr)
@@ -56,9 +56,9 @@ def _saying(line, call):
 
 
 def _call(main, rest):
-    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs with a stack trace what it raises anyway
+    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs, with a stack trace, errors that it also raises
     logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # the line above undoes it where absl's handler is the root's
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # the line above resets it if absl's handler is the root's
     try:
         main(rest)
     except UserError as error:
@@ -84,18 +84,19 @@ def _parse_flags(argv, usage, config):
 
 
 def _unknown_flag(error, config):
-    """A flag that no command has may be a key without its 'config.'."""
+    """An unknown flag may be a key of the config without its 'config.'."""
     near = config_help.nearest(error.flagname.removeprefix("config."), config) if config else []
     return _did_you_mean(f"unknown flag --{error.flagname}", near) if near else error
 
 
 def _unknown_key(argv, text, config):
-    """An override of a key that is not there, as one sentence.
+    """A message about an override of an unknown key, as one sentence.
 
     Args:
-      text: ml_collections' nested message, for a command whose keys are not known.
+      text: ml_collections' nested message, used if the command's keys are not known.
     """
-    given = [found[1] for found in map(re.compile(r"--?(?:no)?config\.([\w.]+)").match, argv) if found]
+    matches = map(re.compile(r"--?(?:no)?config\.([\w.]+)").match, argv)
+    given = [match[1] for match in matches if match]
     known = {entry.key.removeprefix("config.") for entry in config_help.entries_of(config)} if config else set()
     unknown = [key for key in given if key not in known]
     if not known or not unknown:
@@ -109,9 +110,9 @@ def _did_you_mean(problem, near):
     return f"{problem}; did you mean {' or '.join(f'--{key}' for key in near)}?"
 
 
-@functools.cache  # once, however often it is checked
+@functools.cache  # once for each message
 def warn(message: str) -> None:
-    """Says on stderr what is allowed and hardly meant."""
+    """Prints a warning on stderr: something is allowed, but hardly what was meant."""
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -122,12 +123,12 @@ def _fail(message, status=2):
 
 
 def dispatch(actions: dict, arguments: list[str], usage: str) -> None:
-    """Calls the action that the first argument names, with the others.
+    """Calls the action that the first argument names, with the other arguments.
 
     Args:
       actions: {name: (function, number of its arguments)}.
     Raises:
-      UserError: an unknown action, or another number of arguments.
+      UserError: the action is unknown, or the number of arguments is wrong.
     """
     if not arguments or arguments[0] not in actions:
         raise UserError(f"usage: {usage}")
@@ -138,7 +139,7 @@ def dispatch(actions: dict, arguments: list[str], usage: str) -> None:
 
 
 def config_file() -> pathlib.Path:
-    """The path given with --config, without the preset. Raises UserError when it is missing."""
+    """The path given with --config, without the preset. Raises UserError if it is missing."""
     if not flags.FLAGS["config"].present:
         raise UserError("--config is missing; for example --config configs/instruct.py")
     path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
@@ -156,7 +157,7 @@ def required(flag: str) -> Any:
 
 
 def local_folder(flag: str) -> str:
-    """The value of a flag that names a folder of this machine. Raises UserError where it is missing or a URL."""
+    """The value of a flag that names a folder of this machine. Raises UserError if it is missing or a URL."""
     value = str(required(flag))
     if "://" in value:
         raise UserError(f"--{flag}={value}: only folders of this machine are used; mount it (docs/launch.md)")

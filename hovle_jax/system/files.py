@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear complete, or not at all."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from hovle_jax.errors import UserError
 
 @contextlib.contextmanager
 def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder beside `folder` to write into; it takes that name when the block ends well, and is removed otherwise.
+    """A temporary folder to write into; renamed to `folder` when the block succeeds, and removed otherwise.
 
     Raises:
       UserError: `folder` exists and is not empty, or it cannot be written (a full disk, no permission).
@@ -33,7 +33,7 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield partial
         if folder.exists():
             folder.rmdir()
-        partial.chmod(0o777 & ~_umask())  # a temporary folder is its owner's alone
+        partial.chmod(0o777 & ~_umask())  # a temporary folder is private to its owner
         partial.rename(folder)
     except (OSError, ValueError) as error:
         number = _errno(error)
@@ -50,11 +50,11 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def _errno(error):
-    """The system's number of an error, also of one that tensorstore reports, as text; None where it has none."""
+    """The errno of an error, also of tensorstore's, which has it in its text; None if it has none."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found.group(1)) if found else None
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(match.group(1)) if match else None
 
 
 def _umask():
@@ -64,7 +64,7 @@ def _umask():
 
 
 def _remove(folder):
-    """Removes a folder in which threads of a failed write may still be making files."""
+    """Removes a folder, although threads of a failed write may still create files in it."""
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

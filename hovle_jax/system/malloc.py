@@ -1,4 +1,4 @@
-"""How the host's memory is used when the host itself computes."""
+"""How the host's memory allocator is set up."""
 
 import ctypes
 import importlib.util
@@ -6,14 +6,14 @@ import os
 
 from hovle_jax.system.accelerators import has_other_plugins, has_tpu
 
-# glibc's mallopt(3) parameters, and values under which freed memory stays with the process.
+# Parameters of glibc's mallopt(3), and values with which a process keeps the memory that it frees.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 ONE_ARENA = ((ARENA_MAX, 1),)
 KEEP = (*ONE_ARENA, (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1))
 
 
 def computes() -> bool:
-    """Whether JAX will run on this machine's CPU; asks for no device, as that would start the backend."""
+    """Whether JAX will run on this machine's CPU; asks for no device, which would start the backend."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] == "cpu"
@@ -21,24 +21,24 @@ def computes() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Lets the process keep what it frees, for the steps of a run to use again.
+    """Lets the process keep the memory that it frees, so that a run's steps can reuse it.
 
     XLA's CPU backend allocates a program's temporaries anew at every call. By default glibc maps such large blocks and
-    returns them afterwards, so that every step touches, and the kernel clears, hundreds of megabytes of new pages: a
-    quarter of the tiny preset's step time (`tests/benchmarks/step_memory.py`). One arena, because the heaps of the
-    others are returned whatever the thresholds are. It must be called before the backend starts its threads.
+    returns them afterwards. So every step touches hundreds of megabytes of new pages, which the kernel has to clear: a
+    quarter of the tiny preset's step time (`tests/benchmarks/step_memory.py`). One arena, because glibc returns the
+    heaps of other arenas whatever the thresholds are. Call it before the backend starts its threads.
 
     Returns:
-      Whether it was done: not on an accelerator's host, and only where the C library is glibc.
+      Whether it was done: not on the host of an accelerator, and only if the C library is glibc.
     """
     return computes() and _set(KEEP)
 
 
 def share_freed_memory() -> bool:
-    """Threads take from one pool what any of them has freed; large blocks go back to the system.
+    """Lets all threads share one pool of freed memory; large blocks return to the system.
 
-    For a process that passes files through: with a pool for each thread of the readers and writers it takes half as
-    much memory again (`tests/benchmarks/import_memory.py`). Returns whether the C library is glibc.
+    For a process that streams files through: with one pool per reader and writer thread it needs half as much memory
+    again (`tests/benchmarks/import_memory.py`). Returns whether the C library is glibc.
     """
     return _set(ONE_ARENA)
 

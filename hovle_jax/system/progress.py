@@ -1,4 +1,4 @@
-"""Lines that tell how far a long piece of work is, and when it will be done."""
+"""Lines that report how far a long task is, and when it will be done."""
 
 import contextlib
 import threading
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
-SECONDS_BETWEEN_SIGNS = 10.0  # of work that cannot tell how far it is
+SECONDS_BETWEEN_SIGNS = 10.0  # of a task whose progress is unknown
 
 
 def track(
@@ -20,13 +20,13 @@ def track(
     size: Callable[[T], int] = lambda item: 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Passes items on, and says every few seconds how far they are.
+    """Passes items on, and reports progress every few seconds.
 
     Args:
-      say: takes a line: "NAME: 2,048 of 20,000 UNIT 10%  0:01:35 left".
-      total: of the sizes of all items.
+      say: called with a line: "NAME: 2,048 of 20,000 UNIT 10%  0:01:35 left".
+      total: the sum of the sizes of all items.
       size: of an item, in units.
-      clock: seconds, from any origin.
+      clock: returns seconds from any origin.
     """
     done, start = 0, clock()
     last = start
@@ -49,27 +49,27 @@ def format_duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def waiting(name: str, say: Callable[[str], None], every: float = SECONDS_BETWEEN_SIGNS) -> Iterator[None]:
-    """Says what the block does, every few seconds for how long it has done it, and how long it took.
+    """Reports that a task begins, every few seconds how long it has taken so far, and at the end how long it took.
 
-    For work that cannot tell how far it is, as a compilation. The lines in between come from a thread.
+    For a task whose progress is unknown, such as a compilation. A thread prints the lines in between.
 
     Args:
-      say: takes a line: "NAME ...", "NAME: 0:00:20 so far", "NAME: done in 0:00:31".
+      say: called with a line: "NAME ...", "NAME: 0:00:20 so far", "NAME: done in 0:00:31".
       every: seconds between lines.
     """
     start, ended = time.monotonic(), threading.Event()
     passed = lambda: format_duration(time.monotonic() - start)
 
-    def tell():
+    def report():
         while not ended.wait(every):
             say(f"{name}: {passed()} so far")
 
     say(f"{name} ...")
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
     try:
         yield
         say(f"{name}: done in {passed()}")
     finally:
         ended.set()
-        teller.join()
+        reporter.join()

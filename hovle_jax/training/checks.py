@@ -3,7 +3,7 @@
 import hashlib
 
 from hovle_jax.config import ExecutionConfig, RunConfig
-from hovle_jax.data.batch import WEIGHTINGS, Found
+from hovle_jax.data.batch import WEIGHTINGS, CorpusSummary
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
@@ -67,8 +67,8 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids and the model knows {known}; {remedy}")
 
 
-def check_same_data_everywhere(found: Found, tokenizer: Tokenizer) -> None:
+def check_same_data_everywhere(summary: CorpusSummary, tokenizer: Tokenizer) -> None:
     """Raises UserError where a host has planned other rows, or reads text otherwise."""
     pieces = hashlib.sha256(repr(tokenizer.pieces(range(tokenizer.vocab_size))).encode()).hexdigest()[:12]
-    seen = f"data {found.digest or 'in memory'} of {found.samples:,} samples, tokenizer {pieces}"
+    seen = f"data {summary.digest or 'in memory'} of {summary.samples:,} samples, tokenizer {pieces}"
     distributed.check_same("what they read", seen, "give all hosts the same files")

@@ -81,11 +81,11 @@ def run(
     held_out = open_held_out(config, tokenizer, numbers, say)
     first = dataset[0]
     distributed.check_shared(folder)
-    check_same_data_everywhere(dataset.found, tokenizer)
+    check_same_data_everywhere(dataset.summary, tokenizer)
 
     # 2. The folder is a run from here on.
     if distributed.is_leader():
-        run_folder.check_same_data(folder, dataset.found)
+        run_folder.check_same_data(folder, dataset.summary)
         run_folder.save_config(folder, config)
         tokenizer.save(folder)
         batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
@@ -96,16 +96,16 @@ def run(
     with saving as saved:
         profiling.check_steps(profile, saved.latest or 0, config.last_step)
         if distributed.is_leader():
-            bad.start(saved.latest or 0, dataset.found.bad, dataset.found.samples)
+            bad.start(saved.latest or 0, dataset.summary.bad, dataset.summary.samples)
         distributed.wait("the folder is a run")
         state = make_state(stage, run, load_params(config, run, sources))
         shapes = shapes_of_whole(first, config.data.batch_size)
         say(describe(config, state, shapes))
         note_layout(folder, stage, run, shapes)
         trained, frozen = count(state.trained), count(state.frozen)
-        monitor.about(parameters_trained=trained, parameters_frozen=frozen, samples=dataset.found.samples)
-        if dataset.found.summary:
-            say(f"{config.stage}: {dataset.found.summary}")
+        monitor.about(parameters_trained=trained, parameters_frozen=frozen, samples=dataset.summary.samples)
+        if dataset.summary.text:
+            say(f"{config.stage}: {dataset.summary.text}")
         if saved.latest is not None:
             state = saved.restore(state)
             say(f"{config.stage}: resuming at step {saved.latest}")

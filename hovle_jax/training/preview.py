@@ -47,20 +47,20 @@ def preview(config: RunConfig, folder: str | os.PathLike, tokenizer_place: str =
     folder.mkdir(parents=True, exist_ok=True)
     first = dataset[0]
     images = [batch_picture(first, tokenizer.pieces, folder / "batch.png")]
-    rows, events = [], list(dataset.found.bad)
+    rows, events = [], list(dataset.summary.bad)
     for batch, found, _ in dataset.iterate():
         rows += [row_figures({name: array[i] for name, array in batch.items()}) for i in range(len(batch["tokens"]))]
         events += found
         if len(rows) >= PREVIEW_ROWS:
             break
-    facts: dict = {"samples": dataset.found.samples}
-    if dataset.found.summary:
-        facts["plan"] = dataset.found.summary
+    facts: dict = {"samples": dataset.summary.samples}
+    if dataset.summary.text:
+        facts["plan"] = dataset.summary.text
     columns = {name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]}
     facts |= {f"mean {name}": round(float(values.mean()), 4) for name, values in columns.items()}
     images.append(plot_histograms(columns, folder / "rows.png", f"{len(rows)} rows"))
-    if dataset.found.sources:
-        by_source = {name: tokens for name, _, tokens in dataset.found.sources}
+    if dataset.summary.sources:
+        by_source = {name: tokens for name, _, tokens in dataset.summary.sources}
         images.append(plot_bars(by_source, folder / "sources.png", "tokens an epoch"))
         facts |= {f"tokens of {name}": tokens for name, tokens in by_source.items()}
     facts |= {f"bad samples: {reason}": number for reason, number in count_reasons(events).items()}

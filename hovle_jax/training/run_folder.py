@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 
 from hovle_jax.config import RUN_ONLY_KEYS, RunConfig, differences
-from hovle_jax.data.batch import Found
+from hovle_jax.data.batch import CorpusSummary
 from hovle_jax.errors import UserError
 
 MOST_NAMED = 4  # keys that differ
@@ -44,19 +44,15 @@ def check_same_config(
         raise UserError(f"{folder} holds a run with {named}{more}; choose another --workdir, {remedy}")
 
 
-def check_same_data(folder: pathlib.Path, found: Found) -> None:
-    """Notes what a run reads; raises UserError where it went on with other data than it began with.
-
-    Args:
-      found: `data.batch.Found`.
-    """
+def check_same_data(folder: pathlib.Path, summary: CorpusSummary) -> None:
+    """Notes what a run reads. Raises UserError if it would resume with other data than it began with."""
     path, has_steps = folder / "data.json", any((folder / "checkpoints").glob("[0-9]*"))
-    noted = {"digest": found.digest, "samples": found.samples, "summary": found.summary}
+    noted = {"digest": summary.digest, "samples": summary.samples, "summary": summary.text}
     if has_steps and path.is_file():
         before = json.loads(path.read_text())
-        if before["digest"] != found.digest:
+        if before["digest"] != summary.digest:
             raise UserError(
                 f"the data of {folder} is not what it was when the run began ({before['samples']:,} samples then, "
-                f"{found.samples:,} now, or others, or mended ones); bring it back, or choose another --workdir"
+                f"{summary.samples:,} now, or others, or mended ones); bring it back, or choose another --workdir"
             )
     path.write_text(json.dumps(noted, indent=2) + "\n")

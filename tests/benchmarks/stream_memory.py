@@ -30,7 +30,7 @@ def resident():
     return int(fields["VmRSS"].split()[0]) * 1024
 
 
-def pictures(count=500):
+def images(count=500):
     from PIL import Image
 
     rng, made = np.random.default_rng(0), []
@@ -51,7 +51,7 @@ def row_of(index, width, height):
 
 
 def write_tars(folder, samples, per_shard=5000):
-    made = pictures()
+    made = images()
     for first in range(0, samples, per_shard):
         with tarfile.open(folder / f"{first // per_shard:05d}.tar", "w") as tar:
             for i in range(first, min(first + per_shard, samples)):
@@ -64,7 +64,7 @@ def write_tars(folder, samples, per_shard=5000):
 
 
 def write_jsonl(folder, samples):
-    made = pictures()
+    made = images()
     for i, (data, _, _) in enumerate(made):
         (folder / f"{i}.jpg").write_bytes(data)
     with (folder / "rows.jsonl").open("w") as file:

@@ -2,7 +2,7 @@
 
     pip install -e ".[benchmark]" && python tests/benchmarks/tiles.py
 
-Both read the same pictures and make the same 448-pixel tiles of them (checked first: equal pixels), InternVL's way:
+Both read the same images and make the same 448-pixel tiles of them (checked first: equal pixels), InternVL's way:
 grid, bicubic resize, crops, thumbnail. The peer is torch.utils.data.DataLoader over InternVL's transform, written with
 torchvision.transforms, with as many worker processes as there are cores. Ours is the whole pipeline, from the index
 over packing to the batch contract; its tiles are uint8, as they travel to a device. A second figure adds what the
@@ -31,7 +31,7 @@ READY = 160  # tiles that either side may have prepared while it waited
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def write_pictures(folder, count, seed=0):
+def write_images(folder, count, seed=0):
     """JPEG files with the spectrum of photographs, 480 to 1600 pixels a side, and their jsonl."""
     from PIL import Image
 
@@ -74,7 +74,7 @@ def grid_of(width, height):
     return best
 
 
-class Pictures:
+class ImageFolder:
     """A torch data set of [tiles, 3, S, S] float32."""
 
     def __init__(self, folder):
@@ -112,11 +112,11 @@ class Pictures:
 
 
 def peer_batches(folder, workers, batch):
-    """Endless batches [tiles of `batch` pictures, 3, S, S]."""
+    """Endless batches [tiles of `batch` images, 3, S, S]."""
     import torch
 
     loader = torch.utils.data.DataLoader(
-        Pictures(folder), batch_size=batch, shuffle=True, num_workers=workers, collate_fn=torch.cat,
+        ImageFolder(folder), batch_size=batch, shuffle=True, num_workers=workers, collate_fn=torch.cat,
         persistent_workers=True, prefetch_factor=2, multiprocessing_context="fork",
     )  # fmt: skip
     while True:
@@ -174,11 +174,11 @@ def check_equal(folder):
     """The two make the same tiles."""
     from hovle_jax.data.images import Tiling, decode_image
 
-    pictures = Pictures(folder)
+    images = ImageFolder(folder)
     for i in (0, 1, 2):
-        ours = Tiling(SIZE, 1, MAX_TILES).cut(decode_image(pictures.paths[i].read_bytes()))
+        ours = Tiling(SIZE, 1, MAX_TILES).cut(decode_image(images.paths[i].read_bytes()))
         ours = (ours.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
-        np.testing.assert_allclose(pictures[i].numpy().transpose(0, 2, 3, 1), ours, atol=1e-6)
+        np.testing.assert_allclose(images[i].numpy().transpose(0, 2, 3, 1), ours, atol=1e-6)
 
 
 def timed(take, tiles):
@@ -209,7 +209,7 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         os.environ["HOVLE_CACHE"] = str(folder / "cache")
-        write_pictures(folder, arguments.pictures)
+        write_images(folder, arguments.pictures)
         check_equal(folder)
         peer = peer_batches(folder, arguments.workers, batch=4)
         next(peer)  # its workers start before JAX has threads

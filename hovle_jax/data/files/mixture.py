@@ -1,4 +1,4 @@
-"""What a run reads: one source, or several, each so many times an epoch.
+"""What a run reads: one source, or a mixture of several, each repeated so many times in an epoch.
 
 InternVL's meta file is a JSON object {name: {"annotation", "root", "repeat_time", "data_augment",
 "max_dynamic_patch"}}. Here an annotation may be of any kind that `sources` reads, and entries may have a "weight"
@@ -21,12 +21,12 @@ META_KEYS = ("annotation", "root", "repeat_time", "weight", "data_augment", "max
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A source as a part of a mixture.
+    """A source of a mixture.
 
     Attributes:
-      repeat: how often an epoch has it; below 1 its leading fraction (InternVL's `repeat_time`).
-      augment: one JPEG compression of each tile; None = as the run says.
-      max_tiles: of its images; None = as the run says.
+      repeat: how many times an epoch has it; below 1, its leading fraction (InternVL's `repeat_time`).
+      augment: one JPEG compression of each tile; None = the run's setting.
+      max_tiles: of each of its images; None = the run's setting.
     """
 
     source: Source
@@ -35,12 +35,12 @@ class Entry:
     max_tiles: int | None = None
 
     @property
-    def used(self):
-        """How many of its samples an epoch has at all: the leading ones."""
+    def used(self) -> int:
+        """How many of its samples, the leading ones, an epoch has at least once."""
         return min(len(self.source), max(1, int(len(self.source) * self.repeat + 1e-9)))
 
-    def copies(self):
-        """[n] int64: how often an epoch has each of its samples."""
+    def copies(self) -> np.ndarray:
+        """[n] int64: how many times an epoch has each of its samples."""
         whole, rest = divmod(self.repeat, 1)
         counts = np.full(len(self.source), int(whole), np.int64)
         counts[: int(len(counts) * rest + 1e-9)] += 1
@@ -49,11 +49,11 @@ class Entry:
         return counts
 
 
-def open_mixture(path, split="train"):
+def open_mixture(path: str | os.PathLike, split: str = "train") -> list[Entry]:
     """The entries that data.source names: a meta file, or a source.
 
     Raises:
-      UserError: a file that is missing or of no known kind, an entry that cannot be understood.
+      UserError: a file is missing or of an unknown kind, or an entry cannot be understood.
     """
     if str(path).endswith(".json"):
         return _read_meta(str(path), split)
@@ -121,7 +121,7 @@ def _number(values, key, name, path):
 
 
 def _near(path, meta):
-    """A path of a meta file: relative to where the command runs, as InternVL has it, or else to the meta file."""
+    """A path in a meta file: relative to the working folder, as in InternVL, or else to the meta file."""
     if not path or storage.is_url(path) or os.path.isabs(path):
         return path
     beside = storage.join(meta.rpartition("/")[0], path)
@@ -133,6 +133,6 @@ def _near(path, meta):
 
 
 def _balance(entries, weights):
-    """Repeats that give each entry its weight's share of the samples, and every sample at least one place an epoch."""
-    a_sample = [weight / len(entry.source) for entry, weight in zip(entries, weights)]
-    return [dataclasses.replace(e, repeat=value / min(a_sample)) for e, value in zip(entries, a_sample)]
+    """Repeats that give each entry its weight's share of the samples, and an epoch every sample at least once."""
+    per_sample = [weight / len(entry.source) for entry, weight in zip(entries, weights)]
+    return [dataclasses.replace(e, repeat=value / min(per_sample)) for e, value in zip(entries, per_sample)]

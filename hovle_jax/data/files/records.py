@@ -1,6 +1,6 @@
 """Rows as people keep them (InternVL, LLaVA, chat messages, captions, questions, text) -> one kind of record.
 
-A row is a dict, as a jsonl line, a tar sample or a Parquet row gives it; what it says is checked here, once.
+A row is a dict, from a jsonl line, a tar sample or a Parquet row. It is checked here, once.
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ UNSUPPORTED = ("video", "videos", "audio")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A sample as its owner meant it.
+    """A sample in the one form that the rest of the code reads.
 
     Attributes:
-      images: encoded images (bytes), or where they are (str), in the order of their marks.
-      sizes: ((width, height), ...) as the row states them; empty = to be read from the images.
-      turns: ((question, answer), ...); empty where there is no conversation.
+      images: encoded images (bytes) or their paths (str), in the order of their marks.
+      sizes: ((width, height), ...) if the row states them; empty = read them from the images.
+      turns: ((question, answer), ...); empty if there is no conversation.
       system: the system message; empty = the run's own.
-      caption, text: a description of the first image; plain text.
+      caption: a description of the first image.
+      text: plain text.
       references: for each turn all answers that are right, the learned one among them.
       options: the texts of a multiple choice, A first.
     """
@@ -39,8 +40,8 @@ class Record:
     references: tuple = ()
     options: tuple = ()
 
-    def image_bytes(self, index):
-        """Raises BadSample where the file is missing or cannot be read."""
+    def image_bytes(self, index: int) -> bytes:
+        """An encoded image. Raises BadSample if its file is missing or cannot be read."""
         image = self.images[index]
         if not isinstance(image, str):
             return image
@@ -50,7 +51,7 @@ class Record:
             raise BadSample(error.reason.replace("file", "image"), error.detail) from None
 
 
-def parse(row, root=""):
+def parse(row: object, root: str = "") -> Record:
     """A row -> Record. Raises BadSample with a reason.
 
     Args:
@@ -63,8 +64,8 @@ def parse(row, root=""):
     for key in UNSUPPORTED:
         if row.get(key):
             raise BadSample("unsupported", f"it has {key!r}, which is not read")
-    found = _images(row, root)
-    caption = _caption(row, bool(found))
+    encoded = _images(row, root)
+    caption = _caption(row, bool(encoded))
     if row.get("conversations") is not None:
         system, turns = _turns(row["conversations"], "from", "value")
     elif row.get("messages") is not None:
@@ -72,13 +73,13 @@ def parse(row, root=""):
     else:
         system, turns = "", _questions(row)
     marks = sum(question.count(IMAGE_MARK) for question, _ in turns)
-    if turns and marks != len(found) and (marks or not found):
-        raise BadSample("wrong_marks", f"{marks} {IMAGE_MARK} marks and {len(found)} images")
-    text = row.get("text") if not found else None
+    if turns and marks != len(encoded) and (marks or not encoded):
+        raise BadSample("wrong_marks", f"{marks} {IMAGE_MARK} marks and {len(encoded)} images")
+    text = row.get("text") if not encoded else None
     if text is not None and not isinstance(text, str):
         raise BadSample("not_text", f"'text' is a {type(text).__name__}")
-    sizes = _sizes(row, len(found))
-    record = Record(found, sizes, turns, system, caption, _sound(text or ""), _references(row, turns), _options(row))
+    sizes = _sizes(row, len(encoded))
+    record = Record(encoded, sizes, turns, system, caption, _valid(text or ""), _references(row, turns), _options(row))
     if not (record.images or record.turns or record.caption or record.text.strip()):
         raise BadSample(
             "empty_row", f"neither images nor text under any known key; it has {', '.join(map(str, row))}"[:200]
@@ -87,35 +88,35 @@ def parse(row, root=""):
 
 
 def _images(row, root):
-    # An empty name is none: so InternVL's rows of text alone have it.
+    # An empty path means no image: InternVL's rows of text alone are written so.
     value = next((row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "")), ())
     values = value if isinstance(value, (list, tuple)) else (value,)
     return tuple(_image(value, root) for value in values)
 
 
 def _image(value, root):
-    if isinstance(value, dict):  # how datasets of the Hugging Face hub keep them in Parquet
+    if isinstance(value, dict):  # as datasets of the Hugging Face hub keep images in Parquet
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     if not isinstance(value, str) or not value:
         raise BadSample("wrong_image_field", f"an image is given as {type(value).__name__} {str(value)[:40]!r}")
-    return storage.join(root, _sound(value))
+    return storage.join(root, _valid(value))
 
 
 def _sizes(row, count):
-    """The stated sizes, where they are there for each image and can be sizes of images."""
+    """The stated sizes, if there is a plausible one for each image; else ()."""
     sides = []
     for key in ("width", "height"):
-        value = row.get(key, row.get(f"{key}_list"))  # the second is InternVL's name where there are several images
+        value = row.get(key, row.get(f"{key}_list"))  # the second is InternVL's name for several images
         sides.append(value if isinstance(value, (list, tuple)) else [value])
     pairs = list(zip(*sides))
-    sound = all(type(w) is type(h) is int and min(w, h) > 0 and w * h <= images.MAX_PIXELS for w, h in pairs)
-    return tuple(map(tuple, pairs)) if sound and count and len(sides[0]) == len(sides[1]) == count else ()
+    plausible = all(type(w) is type(h) is int and min(w, h) > 0 and w * h <= images.MAX_PIXELS for w, h in pairs)
+    return tuple(map(tuple, pairs)) if plausible and count and len(sides[0]) == len(sides[1]) == count else ()
 
 
-def _sound(text):
-    """The text. Raises BadSample for half characters, which no tokenizer takes."""
+def _valid(text):
+    """The text. Raises BadSample if it has lone surrogates, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -128,37 +129,37 @@ def _caption(row, has_images):
     value = next((row[key] for key in keys if isinstance(row.get(key), (str, list)) and row[key]), "")
     if isinstance(value, list):
         value = value[0]
-    return _sound(value).strip() if isinstance(value, str) else ""
+    return _valid(value).strip() if isinstance(value, str) else ""
 
 
 def _turns(messages, role_key, text_key):
     """A list of messages -> (system message, ((question, answer), ...))."""
     if isinstance(messages, dict) and all(isinstance(values, (list, tuple)) for values in messages.values()):
-        # TFDS and the hub's Sequence keep a list of dicts as a dict of lists.
+        # TFDS and the hub's Sequence turn a list of dicts into a dict of lists.
         messages = [dict(zip(messages, values)) for values in zip(*messages.values())]
     if not isinstance(messages, (list, tuple)):
         raise BadSample("wrong_conversation", f"it is a {type(messages).__name__} instead of a list")
-    system, said = "", []
+    system, spoken = "", []
     for message in messages:
         if not isinstance(message, dict) or role_key not in message or text_key not in message:
             raise BadSample("wrong_conversation", f"a message without {role_key!r} and {text_key!r}")
         role, text = message[role_key], _message_text(message[text_key])
-        if role == "system" and not said:
+        if role == "system" and not spoken:
             system = text
         elif role in (*HUMAN, *MODEL):
-            said.append((role in HUMAN, text))
+            spoken.append((role in HUMAN, text))
         else:
             raise BadSample("wrong_roles", f"the role {str(role)[:40]!r} where human or gpt is expected")
-    if not said:
+    if not spoken:
         raise BadSample("empty_conversation", "it has no turn")
-    if len(said) % 2 or any(is_human != (i % 2 == 0) for i, (is_human, _) in enumerate(said)):
-        raise BadSample("wrong_roles", "the turns are not human and gpt by turns, from the first to an answer")
-    turns = tuple((question, answer) for (_, question), (_, answer) in zip(said[::2], said[1::2]))
+    if len(spoken) % 2 or any(is_human != (i % 2 == 0) for i, (is_human, _) in enumerate(spoken)):
+        raise BadSample("wrong_roles", "human and gpt do not alternate, from a question to an answer")
+    turns = tuple((question, answer) for (_, question), (_, answer) in zip(spoken[::2], spoken[1::2]))
     return system.strip(), _answered(turns)
 
 
 def _message_text(value):
-    """A message's text; a list of parts, as chat interfaces have them, has its images as marks."""
+    """A message's text; of a list of parts, as chat interfaces have it, the images become marks."""
     if isinstance(value, (list, tuple)):
         parts = []
         for part in value:
@@ -169,7 +170,7 @@ def _message_text(value):
         value = "\n".join(parts) if all(isinstance(p, str) for p in parts) else None
     if not isinstance(value, str):
         raise BadSample("not_text", f"a message is a {type(value).__name__}")
-    return _sound(value)
+    return _valid(value)
 
 
 def _answered(turns):
@@ -185,17 +186,17 @@ def _questions(row):
     if questions is None or answers is None:
         return ()
     several = lambda value: list(value) if isinstance(value, (list, tuple)) else [value]
-    # One question may have several answers, of which the first is learned.
+    # A single question may have several answers; the first one is learned.
     questions, answers = several(questions), several(answers)[: None if isinstance(questions, (list, tuple)) else 1]
     pairs = list(zip(questions, answers))
     if not pairs or len(questions) != len(answers):
         raise BadSample("wrong_questions", f"it has {len(questions)} questions and {len(answers)} answers")
     if not all(isinstance(text, str) for pair in pairs for text in pair):
         raise BadSample("not_text", "a question or an answer is no text")
-    return _answered(tuple((_sound(question), _sound(answer)) for question, answer in pairs))
+    return _answered(tuple((_valid(question), _valid(answer)) for question, answer in pairs))
 
 
-def _references(row, turns):
+def _references(row: dict, turns: tuple) -> tuple:
     """The right answers of each turn: of a single one all that are under `answers`."""
     several = row.get("answers")
     if len(turns) == 1 and isinstance(several, (list, tuple)):
@@ -205,15 +206,15 @@ def _references(row, turns):
     return tuple((answer,) for _, answer in turns)
 
 
-def _options(row):
+def _options(row: dict) -> tuple:
     """`options` or `choices`: a list, or a dict of letters."""
     options = row.get("options", row.get("choices"))
     options = list(options.values()) if isinstance(options, dict) else options
     return tuple(map(str, options)) if isinstance(options, (list, tuple)) else ()
 
 
-def sizes_of(record, upright=True):
-    """((width, height), ...) of a record's images: as stated, else from their headers. Raises BadSample."""
+def sizes_of(record: Record, upright: bool = True) -> tuple:
+    """((width, height), ...) of a record's images, as its row states them, else from headers. Raises BadSample."""
     if record.sizes or not record.images:
         return record.sizes
     return tuple(images.image_size(record.image_bytes(i), upright) for i in range(len(record.images)))

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +13,9 @@ from hovle_jax.data.files import storage
 from hovle_jax.data.files.shard import Readers, Shard
 from hovle_jax.errors import UserError
 
-BYTE_ORDER_MARK = "\ufeff".encode()  # some editors begin a file with it
-TEXT_SPAN = 65_536  # bytes of plain text in a row; spans end with a line
-ROW_GROUPS = 8  # of Parquet files, in memory
+BYTE_ORDER_MARK = "\ufeff".encode()  # some editors put it at the beginning of a file
+TEXT_SPAN = 65_536  # bytes of plain text in a row at most; spans end with a line
+ROW_GROUPS = 8  # of Parquet files, kept in memory
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 _row_groups = Readers(ROW_GROUPS)
@@ -37,39 +39,39 @@ def _json(raw):
 
 @dataclasses.dataclass(frozen=True)
 class JsonlShard(Shard):
-    """One JSON object a line; blank lines are no rows."""
+    """One JSON object per line; blank lines are skipped."""
 
     path: str
 
     @property
-    def lines(self):
+    def lines(self) -> np.ndarray:
         """[n, 2] int64: where each line begins and ends."""
         return self.arrays(lambda: {"lines": _lines(self.path)})["lines"]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lines)
 
-    def row(self, index):
+    def row(self, index: int) -> Any:
         start, end = map(int, self.lines[index])
         return _json(storage.read(self.path, start, end - start))
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return f"line at byte {int(self.lines[index][0])}"
 
 
 def _lines(path):
-    """[n, 2] int64: begin and end of each line that has more than blanks."""
-    found, offset, pending = [], 0, b""
+    """[n, 2] int64: beginning and end of each line that is not blank."""
+    lines, offset, pending = [], 0, b""
     with storage.stream(path) as file:
         while block := file.read(2**24):
-            *lines, pending = (pending + block).split(b"\n")
-            for line in lines:
+            *whole, pending = (pending + block).split(b"\n")
+            for line in whole:
                 if line.strip():
-                    found.append((offset, offset + len(line)))
+                    lines.append((offset, offset + len(line)))
                 offset += len(line) + 1
     if pending.strip():
-        found.append((offset, offset + len(pending)))
-    return np.asarray(found, np.int64).reshape(-1, 2)
+        lines.append((offset, offset + len(pending)))
+    return np.asarray(lines, np.int64).reshape(-1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,37 +81,38 @@ class TextShard(Shard):
     path: str
 
     @property
-    def spans(self):
+    def spans(self) -> np.ndarray:
+        """[n, 2] int64: where each row begins and ends."""
         return self.arrays(lambda: {"spans": _spans(self.path)})["spans"]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.spans)
 
-    def row(self, index):
+    def row(self, index: int) -> dict[str, str]:
         start, end = map(int, self.spans[index])
         return {"text": _decode(storage.read(self.path, start, end - start))}
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return f"text at byte {int(self.spans[index][0])}"
 
 
 def _spans(path):
-    """[n, 2] int64: spans of TEXT_SPAN bytes at most that end with a line, or with a character in a longer line."""
-    found, offset, pending = [], 0, b""
+    """[n, 2] int64: spans of at most TEXT_SPAN bytes that end with a line or, in a longer line, with a character."""
+    spans, offset, pending = [], 0, b""
     with storage.stream(path) as file:
         while block := file.read(2**22):
             pending += block
             at = 0
             while len(pending) - at > TEXT_SPAN:
                 end = pending.rfind(b"\n", at, at + TEXT_SPAN) + 1 or at + TEXT_SPAN
-                # Never inside a character, which has 4 bytes at most; what is no text is cut anywhere.
+                # Never inside a character, which has 4 bytes at most; bytes that are no text are split anywhere.
                 end = next((e for e in range(end, end - 4, -1) if pending[e] & 0xC0 != 0x80), end)
-                found.append((offset + at, offset + end))
+                spans.append((offset + at, offset + end))
                 at = end
             offset, pending = offset + at, pending[at:]
     if pending:
-        found.append((offset, offset + len(pending)))
-    return np.asarray(found, np.int64).reshape(-1, 2)
+        spans.append((offset, offset + len(pending)))
+    return np.asarray(spans, np.int64).reshape(-1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,23 +125,22 @@ class TarShard(Shard):
     def _index(self):
         return self.arrays(lambda: _tar_index(self.path))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._index["rows"]) - 1
 
-    def _members(self, index):
-        """[(name, offset, size)] of a row."""
+    def _members(self, index) -> Iterator[tuple[str, int, int]]:
+        """(name, offset, size) of each member of a row."""
         arrays = self._index
         first, last = arrays["rows"][index : index + 2]
         ends = arrays["name_ends"]
         for k in range(int(first), int(last)):
             start = int(ends[k - 1]) if k else 0
-            yield (
-                bytes(arrays["names"][start : int(ends[k])]).decode("utf-8", "replace"),
-                *map(int, arrays["places"][k]),
-            )
+            name = bytes(arrays["names"][start : int(ends[k])]).decode("utf-8", "replace")
+            offset, size = map(int, arrays["places"][k])
+            yield name, offset, size
 
-    def row(self, index):
-        row, found = {}, []
+    def row(self, index: int) -> dict[str, Any]:
+        row, images = {}, []
         for name, offset, size in self._members(index):
             extension = _split_name(name)[1].lower()
             if size < 0:
@@ -148,7 +150,7 @@ class TarShard(Shard):
                 raise BadSample("truncated_shard", f"{name} has {size} bytes, of which the file holds {len(data)}")
             kind = extension.rsplit(".", 1)[-1]
             if kind in IMAGE_SUFFIXES:
-                found.append((extension, data))
+                images.append((extension, data))
             elif kind == "json":
                 value = _json(data)
                 if not isinstance(value, dict):
@@ -156,11 +158,11 @@ class TarShard(Shard):
                 row |= value
             elif kind in ("txt", "text", "caption"):
                 row["caption"] = _decode(data)
-        if found:
-            row["image"] = [data for _, data in sorted(found, key=lambda pair: pair[0])]
+        if images:
+            row["image"] = [data for _, data in sorted(images, key=lambda pair: pair[0])]
         return row
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         return _split_name(next(iter(self._members(index)))[0])[0]
 
 
@@ -172,9 +174,9 @@ def _split_name(name):
 
 
 def _tar_index(path):
-    """Where each member lies, in rows of members that follow each other under one key.
+    """Where each member lies, grouped into rows: adjacent members with the same key.
 
-    An archive that breaks off has one more row, whose size is -1: what follows it is lost, and is to be reported.
+    A truncated archive has one more row, of size -1, so that the loss of the rest is reported.
     """
     import tarfile
 
@@ -183,7 +185,7 @@ def _tar_index(path):
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    tar.members = []  # it would keep them all
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep them all)
                     if not member.isfile():
                         continue
                     key = _split_name(member.name)[0]
@@ -195,7 +197,7 @@ def _tar_index(path):
                 file.seek(tar.offset)
                 ends = not file.read(tarfile.BLOCKSIZE).strip(b"\0") and file.tell() > tar.offset
         except (tarfile.TarError, ValueError, OverflowError) as error:
-            # What comes before a cut can be read; a file that is no tar at all has nothing before it.
+            # Members before the truncation can be read; a file that is no tar has none.
             if not places:
                 raise UserError(f"{path} cannot be read as a tar archive: {error}") from None
             ends = False
@@ -213,7 +215,7 @@ def _tar_index(path):
 
 @dataclasses.dataclass(frozen=True)
 class ParquetShard(Shard):
-    """A table; a row group is read at once, and the last few are kept, so small ones are better."""
+    """A table. A row group is read as a whole and the last few are kept in memory, so small row groups are better."""
 
     path: str
 
@@ -234,19 +236,19 @@ class ParquetShard(Shard):
 
         return self.opened(open_file)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._file()[1][-1])
 
-    def row(self, index):
+    def row(self, index: int) -> dict[str, Any]:
         _, starts, _ = self._file()
         group = int(np.searchsorted(starts, index, side="right")) - 1
         table = _row_groups.get((self.key, group), lambda: self._read_group(group))
         inner = index - int(starts[group])
         try:
             return {name: column[inner].as_py() for name, column in table.items()}
-        except UnicodeDecodeError as error:  # texts are not looked at before
+        except UnicodeDecodeError as error:  # pyarrow does not check texts when it reads them
             raise BadSample("not_utf8", error) from None
-        except (ValueError, OverflowError) as error:  # a date that Python has none for
+        except (ValueError, OverflowError) as error:  # a date that Python cannot represent
             raise BadSample("broken_record", error) from None
 
     def _read_group(self, group):
@@ -254,7 +256,7 @@ class ParquetShard(Shard):
 
         file, _, lock = self._file()
         try:
-            with lock:  # one reader, many threads
+            with lock:  # many threads share one reader
                 table = file.read_row_group(group)
         except (pa.ArrowException, OSError) as error:
             raise BadSample("broken_record", f"row group {group}: {error}") from None
@@ -275,16 +277,18 @@ class ArrayRecordShard(Shard):
                 reader = ArrayRecordReader(self.path, options="readahead_buffer_size:0")
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{self.path} cannot be read as an ArrayRecord file: {error}") from None
-            if not reader.ok():  # it would say that there are no records
-                raise UserError(f"{self.path} cannot be read as an ArrayRecord file: it is cut off, or another kind")
+            if not reader.ok():  # it would report 0 records
+                raise UserError(
+                    f"{self.path} cannot be read as an ArrayRecord file: it is truncated, or of another kind"
+                )
             return reader, threading.Lock()
 
         return self.opened(open_file)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._reader()[0].num_records()
 
-    def row(self, index):
+    def row(self, index: int) -> Any:
         import msgpack
 
         reader, lock = self._reader()
@@ -295,7 +299,7 @@ class ArrayRecordShard(Shard):
         except (ValueError, RuntimeError, msgpack.exceptions.UnpackException) as error:
             raise BadSample("broken_record", error) from None
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         try:
             row = self.row(index)
             return str(row.get("id", index)) if isinstance(row, dict) else str(index)
@@ -313,10 +317,10 @@ class TfdsShard(Shard):
     def _data(self):
         return self.opened(lambda: _tfds_source(self.path, self.split))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._data())
 
-    def row(self, index):
+    def row(self, index: int) -> dict[str, Any]:
         data = self._data()
         try:
             row = data[index]
@@ -332,19 +336,16 @@ def _tfds_source(path, split):
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder_from_directory(path)
-        encoded = {
-            k: tfds.decode.SkipDecoding()
-            for k, f in builder.info.features.items()
-            if isinstance(f, tfds.features.Image)
-        }
+        builder: Any = tfds.builder_from_directory(path)  # TFDS's own types are too narrow
+        features = builder.info.features.items()
+        encoded = {k: tfds.decode.SkipDecoding() for k, f in features if isinstance(f, tfds.features.Image)}
         return builder.as_data_source(split, decoders=encoded)
     except Exception as error:  # noqa: BLE001 (tfds raises anything)
         raise UserError(f"{path} has no split {split!r} that TFDS reads as ArrayRecord: {error}") from None
 
 
 def _plain(value):
-    """TFDS's numpy values as those of a row: texts as str, encoded images as bytes."""
+    """TFDS's numpy values as plain ones: texts as str, encoded images as bytes."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -357,7 +358,7 @@ def _plain(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-KINDS = {
+SHARD_KINDS = {
     ".jsonl": JsonlShard,
     ".ndjson": JsonlShard,
     ".tar": TarShard,

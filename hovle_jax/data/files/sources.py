@@ -1,66 +1,69 @@
-"""Sources: the files in which people keep samples as one list of rows that can be read in any order."""
+"""Sources: files of samples as one list of rows, which can be read in any order."""
 
 import dataclasses
 import functools
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from hovle_jax.data.bad_samples import printable
 from hovle_jax.data.files import storage
-from hovle_jax.data.files.shard_kinds import KINDS, ArrayRecordShard, TfdsShard
+from hovle_jax.data.files.shard import Shard
+from hovle_jax.data.files.shard_kinds import SHARD_KINDS, ArrayRecordShard, TfdsShard
 from hovle_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Shards one after the other: a random-access source of rows.
+    """Shards, one after the other, as one random-access list of rows.
 
     Attributes:
-      name: for reports.
+      name: how reports name it.
       root: the folder that image paths are relative to.
     """
 
     name: str
-    shards: tuple
+    shards: tuple[Shard, ...]
     root: str = ""
 
     @functools.cached_property
     def _ends(self):
         return np.cumsum([len(shard) for shard in self.shards])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._ends[-1])
 
     def _find(self, index):
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return self.shards[shard], int(index - (self._ends[shard - 1] if shard else 0))
 
-    def __getitem__(self, index):
-        """A row. Raises BadSample where it cannot be read."""
+    def __getitem__(self, index: int) -> Any:
+        """A row. Raises BadSample if it cannot be read."""
         shard, inner = self._find(index)
         return shard.row(inner)
 
-    def where(self, index) -> tuple[str, str]:
+    def where(self, index: int) -> tuple[str, str]:
         """(shard's path, the row's name in it)."""
         shard, inner = self._find(index)
         return printable(shard.path), printable(shard.name(inner))
 
-    def fingerprint(self):
+    def fingerprint(self) -> list[tuple]:
+        """Identifies its files as they are now."""
         return [shard.stamp for shard in self.shards]
 
 
-def open_source(pattern, name="", root="", split="train"):
+def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", split: str = "train") -> Source:
     """The source that a path, a pattern or a URL names.
 
     Args:
-      pattern: files of one kind of `KINDS`, or the folder of a prepared corpus or a TFDS data set; of a folder a split
-        may be named as in FOLDER:test.
+      pattern: files of one kind of `SHARD_KINDS`, or the folder of a prepared corpus or of a TFDS data set, with or
+        without a split as in FOLDER:test.
       root: the folder that image paths are relative to; empty = that of the (first) file.
-      split: of a folder.
+      split: of a folder whose split `pattern` does not name.
     Raises:
-      UserError: no such file, or a kind that is not known.
+      UserError: there is no such file, or it is of an unknown kind.
     """
     folder, colon, named_split = str(pattern).rpartition(":")
     if colon and not storage.is_url(pattern) and os.path.isdir(folder):
@@ -71,15 +74,17 @@ def open_source(pattern, name="", root="", split="train"):
     shards = []
     for path in paths:
         suffix = pathlib.PurePosixPath(path).suffix.lower()
-        if suffix not in KINDS:
-            raise UserError(f"{path}: a source is one of {', '.join(KINDS)}, a meta .json, or the name of a corpus")
-        shards.append(KINDS[suffix](path))
+        if suffix not in SHARD_KINDS:
+            raise UserError(
+                f"{path}: a source is one of {', '.join(SHARD_KINDS)}, a meta .json, or the name of a corpus"
+            )
+        shards.append(SHARD_KINDS[suffix](path))
     root = root or paths[0].rpartition("/")[0]
     return Source(name or pathlib.PurePosixPath(str(pattern)).stem, tuple(shards), root)
 
 
 def _folder_shards(folder, split):
-    """Of a corpus that `prepare` wrote, or of TFDS."""
+    """The shards of a split, of a corpus that `prepare` wrote or of TFDS."""
     if (folder / "dataset_info.json").exists():
         return (TfdsShard(str(folder), split),)
     found = sorted(folder.glob("*.array_record"))

@@ -1,4 +1,4 @@
-"""Files of data sets, local or behind any URL that fsspec knows: names, bytes, and what they are known by."""
+"""Files of data sets, local or at any URL that fsspec knows: their names, bytes and fingerprints."""
 
 import glob
 import hashlib
@@ -7,21 +7,22 @@ import os
 import pathlib
 import re
 import time
+from typing import Any
 
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.errors import UserError
 
-LARGEST = 2**31  # bytes of a file that is read as a whole; what is named by mistake may be a film
+LARGEST = 2**31  # bytes of a file that is read as a whole; a path given by mistake may be that of a film
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # shards-{00000..00127}.tar
 RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds between the attempts to read a URL
 
 
-def is_url(path):
+def is_url(path: str | os.PathLike) -> bool:
     return "://" in str(path)
 
 
 def _file_system(path):
-    """fsspec's file system and the path in it. Raises UserError where a protocol or its package is missing."""
+    """fsspec's file system and the path in it. Raises UserError for an unknown protocol or a missing package."""
     import fsspec
 
     try:
@@ -30,11 +31,11 @@ def _file_system(path):
         raise UserError(f"{path} cannot be opened: {error}") from None
 
 
-def expand(pattern):
-    """The files that a path, a glob pattern or a numbered range stands for, in order.
+def expand(pattern: str | os.PathLike) -> list[str]:
+    """The files that a path, a glob pattern or a numbered range names, in order.
 
     Raises:
-      UserError: there is none.
+      UserError: there are none.
     """
     pattern = str(pattern)
     ranged = RANGE.search(pattern)
@@ -56,15 +57,15 @@ def expand(pattern):
     return found
 
 
-def join(root, path):
-    """`path` below `root`, unless it stands by itself."""
+def join(root: str | os.PathLike, path: str) -> str:
+    """`path` below `root`, unless it is absolute or a URL."""
     if not root or is_url(path) or os.path.isabs(path):
         return path
     return f"{str(root).rstrip('/')}/{path}"
 
 
-def read(path, offset=0, length=None):
-    """Bytes of a file. Raises BadSample where it is missing or cannot be read."""
+def read(path: str | os.PathLike, offset: int = 0, length: int | None = None) -> bytes:
+    """Bytes of a file. Raises BadSample if it is missing or cannot be read."""
     if is_url(path):
         return _read_url(path, offset, None if length is None else offset + length)
     try:
@@ -75,7 +76,7 @@ def read(path, offset=0, length=None):
             if length is None and size > LARGEST:
                 raise BadSample("unreadable_file", f"{path} has {size:,} bytes, and at most {LARGEST:,} are read")
             data = file.read(size)
-            while len(data) < size and (more := file.read(size - len(data))):  # a read may stop at 2 GiB
+            while len(data) < size and (more := file.read(size - len(data))):  # one call reads 2 GiB at most
                 data += more
             return data
     except FileNotFoundError:
@@ -89,12 +90,12 @@ def read(path, offset=0, length=None):
 
 
 def _open_at_once(path, flags):
-    """A pipe is opened as an empty file is, instead of waiting for who writes to it."""
+    """Opens a pipe as if it were an empty file, instead of waiting for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _read_url(path, start, end):
-    """Tries again where a network may have failed: a sample is not to be replaced for that."""
+def _read_url(path, start, end) -> Any:
+    """Retries what may be a failure of the network, for which no sample should be replaced."""
     for wait in (*RETRY_AFTER, None):
         try:
             fs, inner = _file_system(path)
@@ -109,16 +110,16 @@ def _read_url(path, start, end):
             time.sleep(wait)
 
 
-def stream(path):
-    """A binary file object that reads from the beginning to the end and can seek."""
+def stream(path: str | os.PathLike) -> Any:
+    """A binary file, opened for sequential reading, that can seek."""
     if not is_url(path):
         return open(path, "rb")
     fs, inner = _file_system(path)
     return fs.open(inner, "rb", block_size=2**22)
 
 
-def fingerprint(path):
-    """What a cached index of this file is known by: its name, its size and when it was changed."""
+def fingerprint(path: str | os.PathLike) -> list:
+    """Identifies a file as it is now, for cached indexes: its name, its size and the time of its last change."""
     if is_url(path):
         fs, inner = _file_system(path)
         info = fs.info(inner)
@@ -134,6 +135,6 @@ def fingerprint(path):
     return [os.path.abspath(path), files]
 
 
-def key_of(*parts):
-    """A short name for anything JSON can write: cache folders and open readers go by it."""
+def hash_key(*parts) -> str:
+    """A short hash of anything that JSON can write, by which cache folders and open readers are named."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

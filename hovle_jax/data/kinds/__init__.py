@@ -1,6 +1,6 @@
 """Kinds of batches, one file each: what a record must have, how it becomes a sample, and how samples become a row.
 
-A stage of training reads batches of one kind; nothing here knows a stage. Another kind is another file.
+A stage of training reads batches of one kind, but nothing here knows the stages. A new kind is a new file.
 """
 
 from hovle_jax.data.kinds.base import Kind, Reader

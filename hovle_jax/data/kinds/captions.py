@@ -1,23 +1,25 @@
-"""Images and texts about them in pairs, one a row: what is contrasted. The text is for a tower of its own."""
+"""Pairs of an image and a text about it, one per row, for contrastive training. The text has a tower of its own."""
 
 import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
+from hovle_jax.config import RunConfig
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample
-from hovle_jax.data.files.records import sizes_of
+from hovle_jax.data.files.records import Record, sizes_of
 from hovle_jax.data.images import decode_image, single_tile
 from hovle_jax.data.kinds.base import Kind, Reader, Room, RowLimits
-from hovle_jax.data.kinds.needs import Needs
+from hovle_jax.data.kinds.needs import Costs, Needs
 from hovle_jax.data.processor import Processor
+from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import CLIPConfig
 
 
 class PairShape(NamedTuple):
-    """The towers' inputs: side of the image, tokens of the text, and the id that ends and pads it."""
+    """Shapes of the towers' inputs: side of the image, tokens of the text, and the id that ends and pads the text."""
 
     image_size: int
     context: int
@@ -30,29 +32,36 @@ class PairReader(Reader):
 
     Attributes:
       shape: of the towers' inputs.
-      upright: turn images as their EXIF orientation says.
+      upright: rotate images as their EXIF orientation says.
     """
 
     shape: PairShape
     upright: bool
 
-    def needs(self, record):
+    def needs(self, record: Record) -> Needs:
         _check_image(record)
         if not _description(record):
             raise BadSample("no_caption", "a pair is an image with a text about it")
         return Needs(1, 1, 1, sizes_of(record, self.upright)[:1])
 
-    def make(self, record, rng, part=0, max_tiles=None, augment=False):
+    def make(
+        self,
+        record: Record,
+        rng: np.random.Generator,
+        piece: int = 0,
+        max_tiles: int | None = None,
+        augment: bool = False,
+    ) -> Sample:
         _check_image(record)
         tiles = single_tile(decode_image(record.image_bytes(0), self.upright), self.shape.image_size)
         ids = [*self._begin, *self.tokenizer.encode(_description(record))][: self.shape.context - 1]
         return pair(tiles, [*ids, self.shape.end_id])
 
-    def room(self, costs, max_tiles=None):
+    def room(self, costs: Costs, max_tiles: int | None = None) -> Room:
         one = np.minimum(np.asarray(costs.text, np.int64), 1)
         return Room(one, one, np.ones_like(one), {})
 
-    def index_key(self):
+    def index_key(self) -> list:
         return [*super().index_key(), self.upright]
 
 
@@ -72,7 +81,7 @@ def pair(tiles: np.ndarray, ids: list) -> Sample:
 
 
 def caption_tokens(ids: np.ndarray | list, context: int, end_id: int) -> np.ndarray:
-    """A caption's ids -> [context] int32, padded with the end token. Raises UserError where it is longer."""
+    """A caption's ids -> [context] int32, padded with the end token. Raises UserError if it is longer."""
     if len(ids) > context:
         raise UserError(f"a caption has {len(ids)} tokens and the text tower's context is {context}")
     tokens = np.full(context, end_id, np.int32)
@@ -84,7 +93,7 @@ def caption_tokens(ids: np.ndarray | list, context: int, end_id: int) -> np.ndar
 class Captions(Kind):
     """Rows {'tiles': [1, S, S, 3], 'tokens': [T]}."""
 
-    def check(self, config):
+    def check(self, config: RunConfig) -> None:
         self._towers(config)
 
     def _towers(self, config) -> CLIPConfig:
@@ -92,25 +101,25 @@ class Captions(Kind):
             raise UserError(f"batches of {self.name} need the sizes of two towers: set clip, or take the preset tiny")
         return config.clip
 
-    def limits(self, config):
+    def limits(self, config: RunConfig) -> RowLimits:
         return RowLimits(1, 1, 1)
 
-    def reader(self, config, tokenizer):
+    def reader(self, config: RunConfig, tokenizer: Tokenizer) -> PairReader:
         return PairReader(self, Processor.of_run(config, tokenizer), self.shape(config), config.data.upright)
 
-    def shape(self, config, tokenizer=None):
+    def shape(self, config: RunConfig, tokenizer: Tokenizer | None = None) -> PairShape:
         towers = self._towers(config)
         return PairShape(towers.vision.image_size, towers.text.context, towers.text.end_id)
 
-    def row(self, samples, shape):
+    def row(self, samples: list[Sample], shape: PairShape) -> dict:
         if not samples:
             raise UserError("no image could be read in place of a bad one; see the source's files")
         return {"tiles": samples[0].tiles, "tokens": caption_tokens(samples[0].tokens, shape.context, shape.end_id)}
 
-    def fits(self, sample, tokens, tiles):
+    def fits(self, sample: Sample, tokens: int, tiles: int) -> bool:
         return True
 
-    def empty_row(self, config):
+    def empty_row(self, config: RunConfig) -> dict:
         size = self.shape(config).image_size
         return self.row([pair(np.zeros((1, size, size, 3), np.uint8), [])], self.shape(config))
 

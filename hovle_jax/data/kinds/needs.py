@@ -1,4 +1,4 @@
-"""What records need of a row, whatever its size: one record's, and those of a whole source."""
+"""What records need of a row, whatever the row's size: of one record, and of a whole source."""
 
 import dataclasses
 
@@ -11,13 +11,13 @@ from hovle_jax.data.images import Tiling
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a record takes, whatever the tiling.
+    """What one record needs, whatever the tiling.
 
     Attributes:
-      text: tokens beside those of its tiles; of plain text all of them, also where they fill several rows.
-      first: how many of these there are up to the first one that is learned, which is counted too.
-      images_before: images in front of that.
-      sizes: ((width, height), ...).
+      text: tokens, not counting those of its tiles; of plain text all of them, even if they fill several rows.
+      first: how many of these there are up to and including the first one that is learned.
+      images_before: how many images come before that one.
+      sizes: ((width, height), ...) of its images.
     """
 
     text: int
@@ -28,7 +28,7 @@ class Needs:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Needs of the n samples of a source (`Needs`), and those that cannot be used.
+    """`Needs` of the n samples of a source, as arrays, and the samples that cannot be used.
 
     Attributes:
       text, first, images_before: [n]; text is 0 for a bad sample.
@@ -44,8 +44,8 @@ class Costs:
     sizes: np.ndarray
     bad: tuple
 
-    def tiles(self, tiling: Tiling):
-        """[n], [n] int64: tiles of each sample, and of its images in front of what is learned first."""
+    def tiles(self, tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
+        """[n], [n] int64: tiles of each sample, and tiles that come before the first token that is learned."""
         ends = np.asarray(self.size_ends, np.int64)
         images = np.diff(ends, prepend=0)
         owner = np.repeat(np.arange(len(images)), images)
@@ -63,6 +63,6 @@ class Costs:
         add = lambda values: np.bincount(owner, values, len(images)).astype(np.int64)
         return add(counts), add(before)
 
-    def events(self, source: Source):
-        """The bad samples, as those that were found before any step."""
+    def events(self, source: Source) -> list[BadEvent]:
+        """The bad samples, as events before any step."""
         return [BadEvent(-1, source.name, *source.where(i), reason, detail) for i, reason, detail in self.bad]

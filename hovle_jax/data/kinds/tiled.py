@@ -1,4 +1,4 @@
-"""Records with images, as token sequences in which the tiles of the images stand: decoded, tiled, cut to a row."""
+"""Records with images as token sequences with tiles, truncated to a row."""
 
 import abc
 import dataclasses
@@ -10,17 +10,17 @@ from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.records import Record, sizes_of
 from hovle_jax.data.images import Tiling, decode_image, recompress
 from hovle_jax.data.kinds.base import Reader, Room
-from hovle_jax.data.kinds.needs import Needs
+from hovle_jax.data.kinds.needs import Costs, Needs
 from hovle_jax.data.text.conversation import Encoded
 
 
 @dataclasses.dataclass(frozen=True)
 class TiledReader(Reader):
-    """Records with images, tiled and cut to a row.
+    """Reads records with images: tiled, and truncated to a row.
 
     Attributes:
-      length, tiles: what a row holds; no sample is larger.
-      upright: turn images as their EXIF orientation says.
+      length, tiles: the most tokens and tiles that a row, and so a sample, has.
+      upright: rotate images as their EXIF orientation says.
     """
 
     length: int
@@ -29,58 +29,65 @@ class TiledReader(Reader):
 
     @abc.abstractmethod
     def encode(self, record: Record, counts: tuple, rng: np.random.Generator) -> Encoded:
-        """The record's tokens, for images of so many tiles. Raises BadSample."""
+        """The record's tokens, for images with `counts` tiles. Raises BadSample."""
 
     def check(self, record: Record) -> None:
-        """Raises BadSample for a record that is not to be read at all."""
+        """Raises BadSample for a record that this kind does not use."""
 
     def tiling(self, max_tiles: int | None = None) -> Tiling:
-        """The run's tiling, or with another limit; never more tiles than a row has."""
+        """The run's tiling, or the same with another limit; never more tiles than a row has."""
         if max_tiles is None:
             return self.processor.tiling
         return dataclasses.replace(self.processor.tiling, max_tiles=max_tiles).within(self.tiles)
 
-    def needs(self, record):
+    def needs(self, record: Record) -> Needs:
         self.check(record)
         encoded = self.encode(record, (0,) * len(record.images), np.random.default_rng(0))
         first = int(encoded.supervised.argmax())
         images_before = int((encoded.tokens[:first] == self._image_start).sum())
         return Needs(len(encoded.tokens), first + 1, images_before, sizes_of(record, self.upright))
 
-    def make(self, record, rng, part=0, max_tiles=None, augment=False):
+    def make(
+        self,
+        record: Record,
+        rng: np.random.Generator,
+        piece: int = 0,
+        max_tiles: int | None = None,
+        augment: bool = False,
+    ) -> Sample:
         self.check(record)
         images = len(record.images)
-        # An image takes a tile at least, so of more images than a row has tiles the rest is cut off anyway.
+        # An image takes at least one tile, so images beyond the row's number of tiles would be truncated anyway.
         seen = min(images, self.tiles)
         decoded = (decode_image(record.image_bytes(i), self.upright) for i in range(seen))  # one at a time in memory
         processor = dataclasses.replace(self.processor, tiling=self.tiling(max_tiles))
         tiles = processor.cut(decoded, images)
         counts = (*map(len, tiles), *[1] * (images - seen))
         encoded = self.encode(record, counts, rng)
-        keep, kept_images = self._cut(encoded.tokens, counts)
+        keep, kept_images = self._kept(encoded.tokens, counts)
         if not encoded.supervised[1:keep].any():
             raise BadSample(
                 "nothing_supervised",
-                f"its first answer starts after {keep} of {len(encoded.tokens)} tokens, where it is cut",
+                f"its first answer starts after {keep} of {len(encoded.tokens)} tokens, where it is truncated",
             )
         tiles = processor.joined(tiles[:kept_images])
         return Sample(encoded.tokens[:keep], encoded.supervised[:keep], recompress(tiles, rng) if augment else tiles)
 
-    def _cut(self, tokens, counts):
-        """-> (how many tokens are kept, how many images): what a row holds, and never a part of an image."""
+    def _kept(self, tokens, counts):
+        """-> (how many tokens fit into a row, how many images); an image is never split."""
         starts = np.flatnonzero(tokens == self._image_start)
         tiles, keep = 0, min(len(tokens), self.length)
         for image, (start, count) in enumerate(zip(starts.tolist(), counts)):
             tiles += count
             if tiles > self.tiles or start + count * self.processor.tokens_per_tile + 2 > keep:
                 return min(keep, start), image
-        return keep, min(len(counts), len(starts))  # a caption is about the first image alone
+        return keep, min(len(counts), len(starts))  # a caption is about the first image only
 
     @property
     def _image_start(self):
         return self.tokenizer.special("<img>")
 
-    def room(self, costs, max_tiles=None):
+    def room(self, costs: Costs, max_tiles: int | None = None) -> Room:
         each = self.processor.tokens_per_tile
         text = np.asarray(costs.text, np.int64)
         tiles, tiles_before = costs.tiles(self.tiling(max_tiles))
@@ -93,8 +100,8 @@ class TiledReader(Reader):
         }
         return Room(text + tiles * each, np.minimum(tiles, self.tiles), np.ones_like(text), unusable)
 
-    def index_key(self):
+    def index_key(self) -> list:
         return [*super().index_key(), self.upright]
 
-    def plan_key(self):
+    def plan_key(self) -> list:
         return list(dataclasses.astuple(self.processor.tiling))

@@ -1,1 +1,1 @@
-"""Records -> rows of a batch, by plan."""
+"""Records -> the rows of batches, by a plan of the epoch."""

@@ -1,7 +1,8 @@
-"""The index of a source: what each of its samples takes, built once, cached, and planned with."""
+"""The index of a source: what each of its samples needs. It is built once and cached; the epoch is planned from it."""
 
 import functools
 import json
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -13,22 +14,22 @@ from hovle_jax.data.kinds import Reader
 from hovle_jax.data.kinds.needs import Costs
 from hovle_jax.system.progress import track
 
-CHUNK = 2048  # samples that a worker process looks at in one go
-MANY = 20_000  # samples from which on it is worth starting processes
+CHUNK = 2048  # samples that a worker process inspects at a time
+MANY = 20_000  # samples from which worker processes are worth starting
 
 
-def costs_of(source: Source, reader: Reader, say=print, workers=0):
-    """The index of a source, from the cache where it is there.
+def costs_of(source: Source, reader: Reader, say: Callable[[str], object] = print, workers: int = 0) -> Costs:
+    """The index of a source, from the cache if it is there.
 
     Args:
-      workers: processes that look at samples where there are many; 0 = this one alone.
+      workers: processes that inspect samples if there are many; 0 = this process alone.
     """
     key = ("costs", source.fingerprint(), source.root, reader.index_key())
     build = lambda: _build(source, reader, say, workers)
     costs = _load(cached_arrays(key, build))
-    # Images have files of their own, which people mend while that of the rows stays as it is.
-    mended = [i for i, *_ in costs.bad if look_at(source, reader, [i])[0][1] is None]
-    return _load(cached_arrays((*key, mended), build)) if mended else costs
+    # People may repair an image's file, which changes nothing in the file of rows.
+    repaired = [i for i, *_ in costs.bad if inspect_samples(source, reader, [i])[0][1] is None]
+    return _load(cached_arrays((*key, repaired), build)) if repaired else costs
 
 
 def _load(arrays):
@@ -38,9 +39,9 @@ def _load(arrays):
 
 def _build(source, reader, say, workers):
     spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-    found = _each(functools.partial(_chunk, source, reader), spans, workers if len(source) >= MANY else 0)
+    inspected = _each(functools.partial(_chunk, source, reader), spans, workers if len(source) >= MANY else 0)
     size = lambda chunk: len(chunk["text"])
-    chunks = list(track(found, say, f"indexing {source.name}", "samples", len(source), size))
+    chunks = list(track(inspected, say, f"indexing {source.name}", "samples", len(source), size))
     bad = [one for chunk in chunks for one in chunk["bad"]]
     join = lambda name: np.concatenate([chunk[name] for chunk in chunks])
     return {
@@ -51,8 +52,8 @@ def _build(source, reader, say, workers):
 
 
 def _chunk(source, reader, span):
-    """`look_at` as arrays: what is kept of many samples, and sent between processes, is small."""
-    needs, reasons = zip(*look_at(source, reader, span))
+    """`inspect_samples` as arrays, which are small to keep and to send between processes."""
+    needs, reasons = zip(*inspect_samples(source, reader, span))
     text, first, images_before, sizes = zip(*needs)
     numbers = {"text": text, "first": first, "images_before": images_before, "images": list(map(len, sizes))}
     arrays = {name: np.asarray(values, np.int32) for name, values in numbers.items()}
@@ -72,13 +73,13 @@ def _each(function, spans, workers):
         yield from pool.map(function, spans)
 
 
-def look_at(source, reader, span):
-    """[((text, first, images before, sizes), None or (reason, detail)), ...] of some samples."""
-    found = []
+def inspect_samples(source: Source, reader: Reader, span: Iterable[int]) -> list[tuple[tuple, tuple[str, str] | None]]:
+    """[((text, first, images_before, sizes), None or (reason, detail)), ...] of the samples of a span."""
+    inspected = []
     for i in span:
         try:
             need = reader.needs(parse(source[i], source.root))
-            found.append(((need.text, need.first, need.images_before, need.sizes), None))
+            inspected.append(((need.text, need.first, need.images_before, need.sizes), None))
         except BadSample as error:
-            found.append(((0, 0, 0, ()), (error.reason, error.detail)))
-    return found
+            inspected.append(((0, 0, 0, ()), (error.reason, error.detail)))
+    return inspected

@@ -1,4 +1,4 @@
-"""Which samples share a row: two budgets, tokens and tiles, filled from an index of what each sample needs.
+"""Which samples share a row: packing under two budgets, tokens and tiles, from an index of what each sample needs.
 
 Letters: n samples, R rows.
 """
@@ -7,45 +7,46 @@ import dataclasses
 
 import numpy as np
 
-WINDOW = 1024  # samples among which a row finds its own; few against an epoch, so their order stays nearly random
+WINDOW = 1024  # samples that a row chooses from; few compared with an epoch, so their order stays nearly random
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Rows of samples.
+    """Which samples are in which row.
 
     Attributes:
       ends: [R] int64; row r holds members[ends[r - 1] : ends[r]].
-      members: [n] int32, places in the list that was packed.
+      members: [n] int32, indices into the list that was packed.
     """
 
     ends: np.ndarray
     members: np.ndarray
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ends)
 
-    def row(self, index):
+    def row(self, index: int) -> np.ndarray:
+        """The members of a row."""
         return self.members[self.ends[index - 1] if index else 0 : self.ends[index]]
 
 
-def pack(tokens, tiles, max_tokens, max_tiles, max_samples=0):
-    """Puts samples into rows, in their order but for a window in which each row chooses.
+def pack(tokens: np.ndarray, tiles: np.ndarray, max_tokens: int, max_tiles: int, max_samples: int = 0) -> Packing:
+    """Packs samples into rows in their order, except that each row chooses within a window.
 
-    A row begins with the sample that has waited longest. Then, while one fits, it takes the one whose needs point most
-    in the direction of what is left: the largest dot product of the two, both as shares of a row (Panigrahy et al.
-    2011, "Heuristics for vector bin packing"). So neither budget is used up while the other is open.
+    A row begins with the sample that has waited longest. Then, as long as one fits, it takes the one whose needs have
+    the largest dot product with what is left of the row, both as shares of a row (Panigrahy et al. 2011, "Heuristics
+    for vector bin packing"). So the two budgets are used up together.
 
     Args:
-      tokens, tiles: [n] what each sample needs; none more than a row has.
+      tokens, tiles: [n] what each sample needs, at most what a row has.
       max_samples: of a row; 0 = as many as fit.
     Returns:
-      Packing, in which every sample is once.
+      Packing, in which every sample occurs once.
     """
     tokens, tiles = np.asarray(tokens, np.int64), np.asarray(tiles, np.int64)
     n, size = len(tokens), min(WINDOW, len(tokens))
     members, ends = np.empty(n, np.int32), []
-    order = np.arange(size)  # n = an empty place
+    order = np.arange(size)  # n = an empty slot of the window
     t, m = tokens[:size].copy(), tiles[:size].copy()
     taken, following = 0, size
     token_worth, tile_worth = 1 / max_tokens**2, 1 / max(max_tiles, 1) ** 2

@@ -1,17 +1,25 @@
-"""Chat templates as public checkpoints bring them: Jinja, rendered in a sandbox."""
+"""Chat templates of public checkpoints: Jinja, rendered in a sandbox."""
 
 import datetime
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
+from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 
-IMAGE_MARK = "<image>"  # in a conversation's text, where an image stands
+Turns = Sequence[tuple[str, str | None]]  # ((question, answer), ...); None = to be generated
+Span = tuple[str | None, str | None, bool]  # (text or None, special token or None, whether it is of an answer)
+
+IMAGE_MARK = "<image>"  # marks an image's place in the text of a conversation
 PRIVATE = range(0xE000, 0xF900)  # Unicode's private use area
 
 
-def render(template, messages, bos="", eos="", add_generation_prompt=True):
-    """A conversation as one string; with `add_generation_prompt` it ends where the assistant is to speak.
+def render(
+    template: str, messages: list[dict[str, str]], bos: str = "", eos: str = "", add_generation_prompt: bool = True
+) -> str:
+    """A conversation as one string; with `add_generation_prompt` it ends where the assistant's answer begins.
 
     Args:
       template: Jinja source, as in `tokenizer_config.json`.
@@ -25,12 +33,12 @@ def render(template, messages, bos="", eos="", add_generation_prompt=True):
         )
     except UserError:
         raise
-    except Exception as error:  # what a template does can fail in any way
+    except Exception as error:  # a template's code can fail in any way
         raise UserError(f"the checkpoint's chat template cannot be rendered ({error})") from None
 
 
-def compiled(template):
-    """A Jinja template in a sandbox, with what public templates use beside Jinja's own. Raises UserError."""
+def compiled(template: str) -> Any:
+    """A Jinja template in a sandbox, with the extras that public templates use. Raises UserError."""
     try:
         import jinja2
         import jinja2.ext
@@ -39,13 +47,13 @@ def compiled(template):
         raise UserError('chat templates need the package jinja2; run: pip install "hovle_jax[convert]"') from None
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} marks answers; what is in it is rendered as it stands."""
+        """{% generation %} marks answers; its content is rendered as usual."""
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
 
         def parse(self, parser):
             next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def refuse(message):
         raise UserError(f"the checkpoint's chat template refuses these messages: {message}")
@@ -62,28 +70,30 @@ def compiled(template):
         raise UserError(f"the checkpoint's chat template cannot be rendered ({error})") from None
 
 
-def parts(tokenizer, turns, system=""):
-    """A conversation by the tokenizer's own template, cut where special tokens, images and answers begin.
+def spans(tokenizer: Tokenizer, turns: Turns, system: str = "") -> list[Span]:
+    """A conversation in the tokenizer's own template, split at special tokens, images and answers.
 
-    A rendered template is one string, in which its special tokens and those that a message contains look alike, and in
-    which answers are not marked. So private characters go into the messages before: one breaks every special token
-    that is written there, others stand for images and around answers.
+    A rendered template is one string. In it, its special tokens look like those that a user wrote, and answers are not
+    marked. So private characters are put into the messages before they are rendered: one breaks up every special token
+    that is written there, one stands for an image, and two enclose each answer.
 
     Args:
       turns: ((question, answer), ...); the last answer may be None, to be generated.
       system: the system message; empty = the template's own.
     Returns:
-      [(text or None, special token or None, is_answer)]; an image is the token `IMAGE_MARK`. An answer's end token is
-      a part of it.
+      [(text or None, special token or None, is_answer)]; an image is the token `IMAGE_MARK`. An answer includes its end
+      token.
     Raises:
-      UserError: see `render`; also a template that changes answers, or puts no stop token after one.
+      UserError: see `render`; or the template changes an answer, or puts no stop token after one.
     """
-    template, specials = tokenizer.chat_template, tokenizer.specials
+    template, specials = tokenizer.chat_template or "", tokenizer.specials
     texts = [template, system, *(text for turn in turns for text in turn if text)]
     used = set().union(*texts)
     free = [chr(c) for c in PRIVATE if chr(c) not in used][:4]
     if len(free) < 4:
-        raise UserError("the conversation has every private character of Unicode, of which its template needs four")
+        raise UserError(
+            "the conversation uses nearly all private characters of Unicode, and its template needs four unused ones"
+        )
     shield, image, begin, end = free
     longest_first = sorted(specials, key=len, reverse=True)
 
@@ -91,7 +101,7 @@ def parts(tokenizer, turns, system=""):
         text = text.replace(IMAGE_MARK, image) if role == "user" else text
         for token in longest_first:
             text = text.replace(token, token[0] + shield + token[1:])
-        if role == "assistant":  # within the blanks around it, which a template may strip
+        if role == "assistant":  # the marks go inside the surrounding blanks, which a template may strip
             inner = text.strip()
             start = text.index(inner)
             text = text[:start] + begin + inner + end + text[start + len(inner) :]
@@ -102,25 +112,27 @@ def parts(tokenizer, turns, system=""):
         messages.append(message("user", question))
         if answer is not None:
             messages.append(message("assistant", answer))
-    by_id = {i: token for token, i in specials.items()}
+    by_id: dict[int | None, str] = {i: token for token, i in specials.items()}
     bos, eos = (by_id.get(i, "") for i in (tokenizer.bos, tokenizer.eos))
     text = render(template, messages, bos, eos, add_generation_prompt=turns[-1][1] is None)
 
     marks = [char for char in text if char in (begin, end)]
     if marks != [begin, end] * sum(answer is not None for _, answer in turns):
-        raise UserError("the chat template takes answers apart (as some do with <think>); leave that part of them out")
+        raise UserError(
+            "the chat template takes answers apart (as some do with <think>); leave <think> blocks out of the answers"
+        )
     stops = {by_id[i] for i in tokenizer.stop_ids}
-    found, is_answer, is_over = [], False, False
+    split, is_answer, is_over = [], False, False
     for piece in re.split("(" + "|".join(map(re.escape, [*longest_first, image, begin, end])) + ")", text):
         if piece in (begin, end):
             is_answer, is_over = True, piece == end
         elif piece == image:
-            found.append((None, IMAGE_MARK, False))
+            split.append((None, IMAGE_MARK, False))
         elif piece in specials:
-            found.append((None, piece, is_answer))
+            split.append((None, piece, is_answer))
             is_answer = is_answer and not (is_over and piece in stops)
         elif piece:
-            found.append((piece.replace(shield, ""), None, is_answer))
+            split.append((piece.replace(shield, ""), None, is_answer))
     if is_answer:
         raise UserError(f"the chat template ends an answer with none of the stop tokens {', '.join(sorted(stops))}")
-    return found
+    return split

@@ -1,13 +1,14 @@
-"""Conversations as ids, by InternLM2's chat template or the tokenizer's own; special tokens enter through it alone."""
+"""Conversations as token ids, in InternLM2's chat template or the tokenizer's own."""
 
 import dataclasses
 import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from hovle_jax.data.text import chat_template
-from hovle_jax.data.text.chat_template import IMAGE_MARK
-from hovle_jax.data.text.tokenizer import IMAGE_TOKEN
+from hovle_jax.data.text.chat_template import IMAGE_MARK, Span, Turns
+from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, Tokenizer
 from hovle_jax.errors import UserError
 
 CAPTION_REQUEST = "describe the picture."
@@ -18,14 +19,14 @@ DEFAULT_SYSTEM = (
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids [L] int32, and for each whether a model is trained to produce it (bool [L])."""
+    """Token ids [L] int32, and whether the model is trained to produce each (bool [L])."""
 
     tokens: np.ndarray
     supervised: np.ndarray
 
 
-def with_image_marks(turns, num_images):
-    """The turns with one `<image>` mark for each image; where there is none at all, they are put in front.
+def with_image_marks(turns: Turns, num_images: int) -> list:
+    """The turns with one `<image>` mark for each image; if there is no mark at all, the images come first.
 
     Raises:
       UserError: more or fewer marks than images.
@@ -43,77 +44,88 @@ def with_image_marks(turns, num_images):
     return turns
 
 
-def internlm2_parts(turns, system=""):
-    """InternLM2's template, as `chat_template.parts` gives those of others; `<s>` is not included."""
-    parts = [(None, "<|im_start|>", False), ("system\n" + (system or DEFAULT_SYSTEM), None, False)]
-    parts += [(None, "<|im_end|>", False)]
+def internlm2_spans(turns: Turns, system: str = "") -> list[Span]:
+    """The same as `chat_template.spans`, in InternLM2's template; `<s>` is not included."""
+    spans = [(None, "<|im_start|>", False), ("system\n" + (system or DEFAULT_SYSTEM), None, False)]
+    spans += [(None, "<|im_end|>", False)]
     for question, answer in turns:
-        parts += [(None, "<|im_start|>", False)]
+        spans += [(None, "<|im_start|>", False)]
         before, *rest = ("user\n" + question).split(IMAGE_MARK)
-        parts += [(before, None, False)]
+        spans += [(before, None, False)]
         for text in rest:
-            parts += [(None, IMAGE_MARK, False), (text, None, False)]
-        parts += [(None, "<|im_end|>", False), (None, "<|im_start|>", False), ("assistant\n", None, False)]
+            spans += [(None, IMAGE_MARK, False), (text, None, False)]
+        spans += [(None, "<|im_end|>", False), (None, "<|im_start|>", False), ("assistant\n", None, False)]
         if answer is not None:
-            parts += [(answer, None, True), (None, "<|im_end|>", True)]
-    return parts
+            spans += [(answer, None, True), (None, "<|im_end|>", True)]
+    return spans
 
 
-def with_image_tokens(parts, tiles, tokens_per_tile):
-    """Each image as its special tokens, `tokens_per_tile` <IMG_CONTEXT> for each of its tiles between two marks."""
-    remaining, found = iter(tiles), []
-    for part in parts:
-        if part[1] == IMAGE_MARK:
+def with_image_tokens(spans: Iterable[Span], tiles: Sequence[int], tokens_per_tile: int) -> list[Span]:
+    """Replaces each image by its special tokens: `tokens_per_tile` <IMG_CONTEXT> per tile, between <img> and </img>."""
+    remaining, replaced = iter(tiles), []
+    for span in spans:
+        if span[1] == IMAGE_MARK:
             tokens = ["<img>"] + [IMAGE_TOKEN] * (next(remaining) * tokens_per_tile) + ["</img>"]
-            found += [(None, token, False) for token in tokens]
+            replaced += [(None, token, False) for token in tokens]
         else:
-            found.append(part)
-    return found
+            replaced.append(span)
+    return replaced
 
 
-def render(turns, system="", tiles=(), tokens_per_tile=0, tokenizer=None):
-    """A conversation as parts [(text or None, special token or None, is_answer)].
+def render(
+    turns: Turns,
+    system: str = "",
+    tiles: Sequence[int] = (),
+    tokens_per_tile: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> list[Span]:
+    """A conversation as spans [(text or None, special token or None, is_answer)], its images included.
 
     Args:
       turns: ((question, answer), ...); the last answer may be None, to be generated.
       system: the system message; empty = the template's own.
       tiles: number of tiles of each image, in order; each image takes one `<image>` mark.
-      tokenizer: whose chat template it is; without one it is InternLM2's.
+      tokenizer: whose chat template is used; without one, InternLM2's.
     Raises:
       UserError: more or fewer marks than images, or a template that cannot be used.
     """
     turns = with_image_marks(turns, len(tiles))
-    has_template = tokenizer is not None and tokenizer.chat_template is not None
-    parts = chat_template.parts(tokenizer, turns, system) if has_template else internlm2_parts(turns, system)
-    return with_image_tokens(parts, tiles, tokens_per_tile)
+    if tokenizer is None or tokenizer.chat_template is None:
+        spans = internlm2_spans(turns, system)
+    else:
+        spans = chat_template.spans(tokenizer, turns, system)
+    return with_image_tokens(spans, tiles, tokens_per_tile)
 
 
-def encode_conversation(tokenizer, turns, system="", tiles=(), tokens_per_tile=0):
-    """Ids of a conversation by the tokenizer's template; supervised are each answer and its end token.
+def encode_conversation(
+    tokenizer: Tokenizer, turns: Turns, system: str = "", tiles: Sequence[int] = (), tokens_per_tile: int = 0
+) -> Encoded:
+    """Ids of a conversation in the tokenizer's template; each answer and its end token are supervised.
 
-    InternLM2's template begins with `<s>`; another one says itself what it begins with. In training (every answer
+    InternLM2's template begins with `<s>`; any other states its own beginning. In training (every answer
     given) each turn's text is stripped, as InternVL's preprocessing does.
     """
     if all(answer is not None for _, answer in turns):
         turns = [(question.strip(), answer.strip()) for question, answer in turns]
     tokens = _first(tokenizer)
     supervised = [False] * len(tokens)
-    parts = render(turns, system, (1,) * len(tiles), 1, tokenizer)
-    for is_text, run in itertools.groupby(parts, key=lambda part: part[1] is None):
+    spans = render(turns, system, (1,) * len(tiles), 1, tokenizer)
+    for is_text, run in itertools.groupby(spans, key=lambda span: span[1] is None):
         run = list(run)
         if is_text:
             ids, answers = _encode_text(tokenizer, [(text, is_answer) for text, _, is_answer in run])
         else:
-            ids, answers = [tokenizer.special(token) for _, token, _ in run], [is_answer for _, _, is_answer in run]
+            ids = [tokenizer.special(token) for _, token, _ in run if token]
+            answers = [is_answer for _, _, is_answer in run]
         tokens += ids
         supervised += answers
     return _with_tiles(tokenizer, tokens, supervised, tiles, tokens_per_tile)
 
 
 def _with_tiles(tokenizer, tokens, marked, tiles, tokens_per_tile):
-    """Encoded, in which each image's one token stands as often as its tiles need.
+    """Encoded, with each image's single token repeated as its tiles need.
 
-    Thousands of equal tokens are cheaper to repeat as an array than to render and encode.
+    Repeating a token thousands of times is cheaper in an array than in a rendered text.
     """
     tokens, marked = np.asarray(tokens, np.int32), np.asarray(marked, bool)
     if not tiles:
@@ -123,27 +135,34 @@ def _with_tiles(tokenizer, tokens, marked, tiles, tokens_per_tile):
     return Encoded(np.repeat(tokens, times), np.repeat(marked, times))
 
 
-def _encode_text(tokenizer, parts):
-    """Ids of adjacent texts [(text, is_answer)], and whether each is an answer's.
+def _encode_text(tokenizer, spans):
+    """Ids of adjacent texts [(text, is_answer)], and whether each id belongs to an answer.
 
-    They are encoded as one text, as the public code does: a tokenizer may treat the beginning of a text in its own way.
+    They are encoded as one text, as the public code does: a tokenizer may treat the beginning of a text differently.
     """
-    ids, belongs_to = tokenizer.encode_parts([text for text, _ in parts])
-    return ids, [parts[index][1] for index in belongs_to]
+    ids, belongs_to = tokenizer.encode_adjacent([text for text, _ in spans])
+    return ids, [spans[index][1] for index in belongs_to]
 
 
 def _first(tokenizer):
-    """What stands before the rendered template."""
+    """What comes before the rendered template."""
     return [tokenizer.bos] if tokenizer.chat_template is None and tokenizer.bos is not None else []
 
 
-RANDOM = "\uf8ff"  # where the random ids of distillation go: Unicode's last private character
+RANDOM = "\uf8ff"  # the place of distillation's random ids: Unicode's last private character
 
 
-def encode_random_text(tokenizer, rng, count, system="", tiles=(), tokens_per_tile=0):
+def encode_random_text(
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    count: int,
+    system: str = "",
+    tiles: Sequence[int] = (),
+    tokens_per_tile: int = 0,
+) -> Encoded:
     """The text of distillation: `count` random ids after the images in the query, `count` in the response.
 
-    Ids are uniform below the first special one; the rest is the template around them (paper, section 3.2).
+    Ids are uniform below the first special one; the template surrounds them (paper, section 3.2).
 
     Returns:
       Encoded, whose `supervised` marks the random ids.
@@ -152,8 +171,8 @@ def encode_random_text(tokenizer, rng, count, system="", tiles=(), tokens_per_ti
     random = [False] * len(tokens)
     turns = [(IMAGE_MARK * len(tiles) + RANDOM, RANDOM)]
     for text, token, _ in render(turns, system, (1,) * len(tiles), 1, tokenizer):
-        pieces = [[tokenizer.special(token)]] if text is None else [tokenizer.encode(t) for t in text.split(RANDOM)]
-        for i, ids in enumerate(pieces):
+        runs = [[tokenizer.special(token)]] if token else [tokenizer.encode(t) for t in (text or "").split(RANDOM)]
+        for i, ids in enumerate(runs):
             drawn = rng.integers(0, tokenizer.first_special, count).tolist() if i else []
             tokens += drawn + ids
             random += [True] * len(drawn) + [False] * len(ids)

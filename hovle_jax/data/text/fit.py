@@ -1,16 +1,17 @@
-"""Whether a tokenizer and a model have the same ids; those that a model lacks would be clipped without a word."""
+"""Whether a model knows all ids of a tokenizer; ids beyond its vocabulary would be clipped silently."""
 
 from hovle_jax.data.text.tokenizer import ADDED_TOKENS, Tokenizer
 from hovle_jax.errors import UserError
 
 
-def check_fit(tokenizer: Tokenizer, known: int, where, sees_images: bool = True) -> None:
+def check_fit(tokenizer: Tokenizer, known: int, where: object, sees_images: bool = True) -> None:
     """Checks all ids of a tokenizer.
 
     Args:
       known: how many ids the model reads.
-      where: what the tokenizer is called in the message.
-      sees_images: if not, the chat and image tokens may lie beyond: an LLM out of a larger model never meets them.
+      where: how the message names the tokenizer.
+      sees_images: if not, the ids of chat and image tokens may be too large: an LLM taken out of a larger model never
+        reads them.
     Raises:
       UserError: ids are negative, or the model does not know them.
     """

@@ -1,7 +1,7 @@
 """Tokenizers: SentencePiece models, Hugging Face's tokenizer.json, and the BPE inside a GGUF, behind one interface.
 
-Special tokens are never parsed out of a user's text: `encode` takes what is written for ordinary characters. They enter
-as ids, through a chat template alone.
+Special tokens are never parsed out of a user's text: `encode` treats them as ordinary characters. Only a chat template
+adds them, as ids.
 """
 
 import collections
@@ -9,7 +9,9 @@ import functools
 import io
 import itertools
 import json
+import os
 import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,25 +25,25 @@ ADDED_TOKENS = (
 UNUSED_NAMES = {"<|im_end|>": "[UNUSED_TOKEN_145]", "<|im_start|>": "[UNUSED_TOKEN_146]"}  # InternLM2's pieces
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 IMAGE_TOKENS = ("<img>", "</img>", IMAGE_TOKEN)
-SETTINGS = "tokenizer_settings.json"  # beside a tokenizer: what its own file does not say
-# What public tokenizers with `clean_up_tokenization_spaces` put in the place of what, one after another.
+SETTINGS = "tokenizer_settings.json"  # beside a tokenizer: settings that its own file lacks
+# What public tokenizers with `clean_up_tokenization_spaces` replace by what, one after another.
 CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
     (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
-CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer: a public LLM's own; without it the template is InternLM2's
+CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer: its chat template; without this file, InternLM2's is used
 
 
 class Tokenizer:
-    """What every tokenizer has.
+    """The interface of all tokenizers.
 
     Attributes:
-      vocab_size: all ids.
-      first_special: the first special id of those at the top; ids below it are text.
+      vocab_size: number of ids.
+      first_special: the first of the special ids at the top of the vocabulary; ids below it are text.
       bos, eos: ids; bos may be None.
-      stop_ids: what ends an answer.
-      chat_template: Jinja source; None = InternLM2's template, which is built in.
-      clean_up: whether decoding removes blanks before punctuation, as some public tokenizers' settings ask for.
+      stop_ids: the ids that end an answer.
+      chat_template: Jinja source; None = InternLM2's, which is built in.
+      clean_up: whether decoding removes blanks before punctuation, as some public tokenizers do.
     """
 
     vocab_size: int
@@ -52,45 +54,46 @@ class Tokenizer:
     chat_template: str | None = None
     clean_up: bool = False
 
-    def __init__(self, special):
+    def __init__(self, special: Mapping[str, int]):
         """special: {token: id}."""
         self._special = dict(special)
         self._names = {i: token for token, i in self._special.items()}
 
     @property
-    def image_id(self):
+    def image_id(self) -> int:
+        """The id of `IMAGE_TOKEN`."""
         return self.special(IMAGE_TOKEN)
 
     @property
-    def specials(self):
+    def specials(self) -> dict[str, int]:
         """{token: id} of all special tokens."""
         return dict(self._special)
 
-    def special(self, token):
-        """The id of a special token. Raises UserError when there is none of this name."""
+    def special(self, token: str) -> int:
+        """The id of a special token. Raises UserError if there is none of this name."""
         if token not in self._special:
             raise UserError(f"the tokenizer has no special token {token!r}; it has {', '.join(sorted(self._special))}")
         return self._special[token]
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens written in it are ordinary characters."""
         raise NotImplementedError
 
-    def encode_parts(self, parts):
-        """Ids of adjacent texts, encoded as the one text that they are.
+    def encode_adjacent(self, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Ids of adjacent texts, encoded as one text.
 
         Returns:
-          (ids, for each the index of its part: the last one that it reaches into).
+          (ids, the index of the text that each id belongs to: the last one that it reaches into).
         """
-        ids, ends = self._encode_with_ends("".join(parts))
+        ids, ends = self._encode_with_ends("".join(texts))
         if ends is None:
-            pairs = [(i, index) for index, part in enumerate(parts) for i in self.encode(part)]
+            pairs = [(i, index) for index, text in enumerate(texts) for i in self.encode(text)]
             return [i for i, _ in pairs], [index for _, index in pairs]
-        bounds = list(itertools.accumulate(map(len, parts)))
+        bounds = list(itertools.accumulate(map(len, texts)))
         return ids, np.searchsorted(bounds, ends).tolist()
 
     def _encode_with_ends(self, text):
-        """-> (ids, for each the number of characters up to its end; None where that cannot be told)."""
+        """-> (ids, the number of characters up to the end of each; None if that is unknown)."""
         raise NotImplementedError
 
     def _decode_text(self, ids):
@@ -99,7 +102,7 @@ class Tokenizer:
     def _piece(self, index):
         raise NotImplementedError
 
-    def save(self, folder):
+    def save(self, folder: pathlib.Path) -> None:
         """Writes the files that `load_tokenizer` reads."""
         self._save(folder)
         settings = self._settings() | ({"clean_up": True} if self.clean_up else {})
@@ -112,11 +115,11 @@ class Tokenizer:
         raise NotImplementedError
 
     def _settings(self):
-        """What is not in the tokenizer's own file."""
+        """Settings that the tokenizer's own file lacks."""
         return {}
 
-    def with_image_tokens(self):
-        """A tokenizer that also knows <img>, </img> and <IMG_CONTEXT>; those that are new follow all other ids."""
+    def with_image_tokens(self) -> "Tokenizer":
+        """A tokenizer that also knows <img>, </img> and <IMG_CONTEXT>; new ids follow all others."""
         new = [token for token in IMAGE_TOKENS if token not in self._special]
         if not new:
             return self
@@ -127,38 +130,38 @@ class Tokenizer:
     def _with_special(self, tokens):
         raise NotImplementedError
 
-    def decode(self, ids, skip_special=True):
-        """Text of ids; special tokens are left out or written by name. Ids without a piece give nothing."""
-        parts = []
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ids; special tokens are left out, or written by name. Ids without a piece are left out."""
+        texts = []
         for special, run in itertools.groupby(map(int, ids), key=lambda i: i in self._names):
             if not special:
-                parts.append(self._decode_text([i for i in run if i < self.vocab_size]))
+                texts.append(self._decode_text([i for i in run if i < self.vocab_size]))
             elif not skip_special:
-                parts.extend(self._names[i] for i in run)
-        text = "".join(parts)
-        for found, cleaner in CLEAN_UP if self.clean_up else ():
-            text = text.replace(found, cleaner)
+                texts.extend(self._names[i] for i in run)
+        text = "".join(texts)
+        for untidy, cleaner in CLEAN_UP if self.clean_up else ():
+            text = text.replace(untidy, cleaner)
         return text
 
-    def pieces(self, ids):
-        """Each id's own piece, for showing: ['▁a', '▁blue', '<img>', ...]."""
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Each id's own piece, for display: ['▁a', '▁blue', '<img>', ...]."""
         return [self._names.get(i) or (self._piece(i) if i < self.vocab_size else f"<id {i}>") for i in map(int, ids)]
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; chat and image tokens follow its own ids or, as InternLM2's, partly among them.
+    """A SentencePiece model. Chat and image tokens follow its own ids or, as in InternLM2, replace unused pieces.
 
     Args:
       model: the model file's bytes.
-      added: {token: id} beside the model's pieces; None = ADDED_TOKENS, as InternLM2 has them: in the place of its
-        pieces `UNUSED_NAMES`, where the model has those, and the others after its ids.
+      added: {token: id} besides the model's pieces; None = ADDED_TOKENS as in InternLM2: in place of the pieces
+        `UNUSED_NAMES` if the model has them, the others after its ids.
     Raises:
-      UserError: these bytes are no SentencePiece model.
+      UserError: `model` is not a SentencePiece model.
     """
 
     bos, eos = 1, 2
 
-    def __init__(self, model: bytes, added=None):
+    def __init__(self, model: bytes, added: Mapping[str, int] | None = None):
         import sentencepiece
 
         self.model = model
@@ -177,11 +180,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.stop_ids = tuple(self._special[token] for token in ("<|im_end|>", "</s>") if token in self._special)
 
     @classmethod
-    def train(cls, lines, vocab_size):
-        """A BPE model with byte fallback over `lines`; `vocab_size` counts the added tokens too.
+    def train(cls, lines: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
+        """Trains a BPE model with byte fallback on `lines`; `vocab_size` includes the added tokens.
 
         Raises:
-          UserError: the text has not so many pieces.
+          UserError: there is too little text for so many pieces.
         """
         import sentencepiece
 
@@ -197,7 +200,7 @@ class SentencePieceTokenizer(Tokenizer):
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
                 normalization_rule_name="identity",
-                user_defined_symbols=["\n"],  # a boundary: a role's header is never merged with what follows it
+                user_defined_symbols=["\n"],  # a boundary: a role's header never merges with the text after it
                 num_threads=1,
                 minloglevel=2,
             )
@@ -208,17 +211,17 @@ class SentencePieceTokenizer(Tokenizer):
             ) from None
         return cls(out.getvalue())
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         ids = self._pieces.encode(text)
         if self._names.keys().isdisjoint(ids):
             return ids
-        # A model may hold a special token's id as a piece of its own (InternLM2: '[UNUSED_TOKEN_145]'), and a user may
-        # write that. It then goes by its bytes.
+        # A special token's id may also be a piece of the model (InternLM2: '[UNUSED_TOKEN_145]'). If a user writes that
+        # piece, its bytes are encoded instead.
         return [i for index in ids for i in (self._bytes(index) if index in self._names else [index])]
 
     @functools.cached_property
     def _lengths(self):
-        """[pieces] int32: bytes of text that each piece stands for."""
+        """[pieces] int32: how many bytes of text each piece stands for."""
         sizes = [
             1 if self._pieces.is_byte(i) else len(self._pieces.id_to_piece(i).replace("\u2581", " ").encode())
             for i in range(self._pieces.vocab_size())
@@ -229,9 +232,12 @@ class SentencePieceTokenizer(Tokenizer):
         ids, data = self.encode(text), text.encode()
         ends = np.cumsum(self._lengths[ids], dtype=np.int64) if ids else np.zeros(0, np.int64)
         prefix = (int(ends[-1]) if ids else 0) - len(data)
-        if prefix not in (0, 1):  # a blank may be put in front; a model that changes the text otherwise tells nothing
+        if prefix not in (
+            0,
+            1,
+        ):  # a blank may be added in front; if a model changes the text otherwise, the ends are unknown
             return ids, None
-        begun = np.cumsum(np.frombuffer(data, np.uint8) & 0xC0 != 0x80)  # characters, up to and with each byte
+        begun = np.cumsum(np.frombuffer(data, np.uint8) & 0xC0 != 0x80)  # characters up to and including each byte's
         return ids, np.append(0, begun)[np.maximum(ends - prefix, 0)].tolist()
 
     def _bytes(self, index):
@@ -255,14 +261,14 @@ class SentencePieceTokenizer(Tokenizer):
         return SentencePieceTokenizer(self.model, self.added | {t: self.vocab_size + i for i, t in enumerate(tokens)})
 
     def _save(self, folder):
-        """Writes tokenizer.model, and added_tokens.json where the added tokens are not where they usually are."""
+        """Writes tokenizer.model, and added_tokens.json if the added tokens have unusual ids."""
         (folder / "tokenizer.model").write_bytes(self.model)
         if self.added != self._usual_added():
             (folder / "added_tokens.json").write_text(json.dumps(self.added, indent=2) + "\n")
 
 
 def _coverage(lines, most):
-    """The share of a text that its `most` frequent characters make up; the others go by their bytes."""
+    """The share of the text that its `most` frequent characters make up; the others are encoded as bytes."""
     counts = collections.Counter(itertools.chain.from_iterable(lines))
     if len(counts) <= most:
         return 1.0
@@ -278,7 +284,7 @@ class HuggingFaceTokenizer(Tokenizer):
       stops: names of the tokens that end an answer, the end-of-sequence token first.
     """
 
-    def __init__(self, text, bos=None, stops=()):
+    def __init__(self, text: str, bos: str | None = None, stops: Sequence[str] = ()):
         try:
             import tokenizers
         except ModuleNotFoundError:
@@ -287,17 +293,17 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from None
         self.text, self.settings = text, {"bos": bos, "stops": list(stops)}
         self._model = tokenizers.Tokenizer.from_str(text)
-        self._model.encode_special_tokens = True  # as ordinary text, that is
+        self._model.encode_special_tokens = True  # as ordinary text
         added = self._model.get_added_tokens_decoder()
         super().__init__({token.content: i for i, token in added.items() if token.special})
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        # Small ids may be special too (SmolLM2's 0 to 16): those in the lower half are not "at the top".
+        # Small ids may be special too (SmolLM2's 0 to 16); only those in the upper half count as "at the top".
         self.first_special = min([i for i in self._names if i >= self.vocab_size // 2], default=self.vocab_size)
         self.bos = None if bos is None else self.special(bos)
         self.stop_ids = tuple(self.special(token) for token in stops)
         self.eos = self.stop_ids[0] if self.stop_ids else -1
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def _encode_with_ends(self, text):
@@ -324,8 +330,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.settings
 
 
-def load_tokenizer(place):
-    """A tokenizer from a folder that holds one, with its chat template, or from a SentencePiece file.
+def load_tokenizer(place: str | os.PathLike) -> Tokenizer:
+    """A tokenizer, with its chat template, from a folder, or one without from a SentencePiece file.
 
     Raises:
       UserError: there is none.
@@ -349,5 +355,6 @@ def load_tokenizer(place):
     return tokenizer
 
 
-def has_tokenizer(folder):
+def has_tokenizer(folder: str | os.PathLike) -> bool:
+    """Whether `load_tokenizer` finds one in this folder."""
     return any((pathlib.Path(folder) / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
