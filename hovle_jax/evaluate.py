@@ -11,11 +11,16 @@ All answers are written to predictions_NAME.jsonl in the checkpoint's folder, or
 import json
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from hovle_jax.errors import UserError
 from hovle_jax.system import command_line
+
+if TYPE_CHECKING:
+    from hovle_jax.evaluation.results import Scored
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run or an import: runs/instruct")
 BENCHMARK = flags.DEFINE_string(
@@ -32,12 +37,12 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else")
 
 
-def say(line):
+def say(line: str) -> None:
     """Progress is no result, so it goes to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
-def on_benchmark(folder):
+def on_benchmark(folder: str) -> "tuple[dict[str, str], Scored, Path]":
     """-> (what the scores are of, the scores, the predictions file)."""
     from hovle_jax.evaluation.benchmarks import evaluate
     from hovle_jax.evaluation.own_data import predictions_path
@@ -52,7 +57,7 @@ def on_benchmark(folder):
     return {"benchmark": name, "checkpoint": folder, "split": "test"}, scored, path
 
 
-def on_data(folder):
+def on_data(folder: str) -> "tuple[dict[str, str], Scored, Path]":
     """The same of --data."""
     from hovle_jax.evaluation.own_data import evaluate_data
 

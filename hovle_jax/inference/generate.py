@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hovle_jax.components import Params
 from hovle_jax.data.batch import BatchShape, Sample, pack_row, stack
 from hovle_jax.data.processor import Processor
 from hovle_jax.data.text.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ class Prompt:
 
 
 @functools.partial(jax.jit, static_argnames=("hovle", "max_new_tokens", "stop_ids"))
-def greedy(params, batch, *, hovle, max_new_tokens, stop_ids):
+def greedy(params: Params, batch: dict, *, hovle: HoVLE, max_new_tokens: int, stop_ids: tuple[int, ...]) -> jax.Array:
     """The most likely token after another.
 
     Args:

@@ -2,10 +2,13 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hardware.chips import total_bf16_flops
 from hovle_jax.hosts import distributed
@@ -33,7 +36,14 @@ class Monitor:
       track: a service that follows the run (`report.tracking`); '' = none.
     """
 
-    def __init__(self, config, folder, profile=None, say=print, track=""):
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        profile: range | None = None,
+        say: Callable[[str], None] = print,
+        track: str = "",
+    ) -> None:
         self.config, self.folder, self.say = config, folder, say
         self._track, self._facts = track, {}
         self._steps_to_trace = profile
@@ -45,7 +55,7 @@ class Monitor:
         self._facts = facts
 
     @contextlib.contextmanager
-    def following(self, first_step, tokens_per_step, devices):
+    def following(self, first_step: int, tokens_per_step: int, devices: Sequence) -> Iterator[None]:
         """The steps of this process are made within.
 
         Args:
@@ -68,7 +78,7 @@ class Monitor:
             self._profile = stack.enter_context(profile)
             yield
 
-    def waits(self, batches):
+    def waits(self, batches: Iterable[tuple]) -> Iterator[tuple]:
         """The batches, with the time that the devices wait for them put down to the data."""
         batches = iter(batches)
         while True:
@@ -83,7 +93,7 @@ class Monitor:
             yield batch
 
     @contextlib.contextmanager
-    def step(self, step):
+    def step(self, step: int) -> Iterator[Callable[[dict], None]]:
         """A step is dispatched within; gives the function that takes its metrics."""
         self._profile.before(step)
         first = step == self._first_step
@@ -100,7 +110,7 @@ class Monitor:
             self._progress.started()
             self._speed.measure(step + 1, self._sheet.seconds(), self._seen.here()["tokens_seen"])
 
-    def line(self, done, learning_rate):
+    def line(self, done: int, learning_rate: float) -> None:
         """Writes and says how the steps since the last line went. Raises UserError at a loss that is not finite.
 
         Reads values that are done or nearly so; between these points the host runs ahead of the devices.
@@ -117,7 +127,7 @@ class Monitor:
         self.say(self._progress.line(done, values, rates))
 
     @contextlib.contextmanager
-    def besides(self, activity):
+    def besides(self, activity: str) -> Iterator[None]:
         """Something else than steps is done within, which waits for those on their way: until then they train."""
         jax.block_until_ready(self._waiting[-1:])
         if activity == "checkpoints":  # a run that is resumed from it goes on counting there
@@ -125,17 +135,17 @@ class Monitor:
         with self._sheet.spent(activity):
             yield
 
-    def write(self, step, values):
+    def write(self, step: int, values: dict[str, float]) -> None:
         """Adds to the metrics of a step."""
         self._writer.write(step, values)
 
-    def held_out(self, step, metrics, rows):
+    def held_out(self, step: int, metrics: dict[str, float], rows: int) -> None:
         """Writes and says the held-out metrics at a step, of so many rows."""
         self.write(step, {f"held_out/{name}": value for name, value in metrics.items()})
         values = "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
         self._say_of_stage(f"held out at step {step}: {values}  ({rows:,} rows)")
 
-    def ended(self, done):
+    def ended(self, done: int) -> None:
         """Says and writes where the time went until here."""
         seconds = self._sheet.seconds()
         self.write(done, {f"{TIMES}{activity}": value for activity, value in seconds.items()})
