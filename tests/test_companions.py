@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from hovle_jax.checkpoints import load_model_config
 from hovle_jax.config import ModelConfig
-from hovle_jax.conversion.companions import settle_code
+from hovle_jax.conversion.companions import drop_missing_code
 from hovle_jax.conversion.exporting import export_model, own_dtype, scheme
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.formats.families import open_checkpoint
@@ -76,7 +76,7 @@ def test_our_own_exports_say_what_to_copy(name, repository, tmp_path):
     folder = public_folder(tmp_path, name)
     assert "auto_map" not in (folder / "config.json").read_text()
     said = []
-    settle_code(folder, said.append)
+    drop_missing_code(folder, said.append)
     assert [repository in line for line in said] == ([True] if repository else [])
 
 

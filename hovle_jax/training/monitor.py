@@ -141,7 +141,7 @@ class Monitor:
         self.write(done, {f"{TIMES}{activity}": value for activity, value in seconds.items()})
         if distributed.is_leader():
             goodput.write_time(self.folder, done, seconds)
-        self._say_of_stage(goodput.describe(seconds))
+        self._say_of_stage(goodput.summary(seconds))
 
     def _metrics_writer(self):
         """On the host that writes; what was known before the first step is written here."""
