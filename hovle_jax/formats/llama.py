@@ -139,12 +139,12 @@ ROPE_KINDS = {"linear": lambda scaling, *_: scaling, "llama3": _llama3, "yarn": 
 
 def _check_window(config, family, num_layers, max_length, where):
     """Refuses a sliding window that would hide a token (these keys are read as transformers reads them)."""
-    window = config.get("sliding_window", 4096)
+    window, is_used = config.get("sliding_window", 4096), flag(config, "use_sliding_window", False, where)
     if window is None or window >= max_length:
         return
     if family.slides:
         raise UserError(f"{where}: sliding_window={window} is not supported")
-    if not flag(config, "use_sliding_window", False, where):
+    if not is_used:
         return
     kinds = config.get("layer_types") or []
     sliding = "sliding_attention" in kinds if kinds else config.get("max_window_layers", 28) < num_layers

@@ -129,11 +129,11 @@ def _check_regular(path):
     except OSError as error:  # a link to itself, or to nothing
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is not a regular file (a folder, a pipe or a device); fetch it again")
+        raise UserError(f"{path} is not a regular file (a folder, a pipe or a device); download it again")
 
 
 def _open(path):
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+        raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from None

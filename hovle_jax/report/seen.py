@@ -70,7 +70,7 @@ def _spread(drawn: int, tokens: jax.Array) -> jax.Array:
 @functools.cache
 def _rows_here(sharding: jax.sharding.Sharding, rows: int) -> int:
     indices = sharding.addressable_devices_indices_map((rows,)).values()
-    return sum(stop - start for start, stop, _ in {index[0].indices(rows) for index in indices})
+    return sum(stop - start for start, stop, _ in {index[0].indices(rows) for index in indices if index})
 
 
 @functools.cache
