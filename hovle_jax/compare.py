@@ -1,10 +1,10 @@
-"""Compares runs: a table of what they ended with, took and differ in, and their curves over each other.
+"""Compares runs: a table of results, costs and config differences, and a plot of their curves.
 
     python -m hovle_jax.compare runs_a runs_b                        # all stages of two chains
     python -m hovle_jax.compare runs/instruct runs_mine/instruct     # two runs
-    python -m hovle_jax.compare runs_seeds --out comparison          # what `train --seeds 3` has made
+    python -m hovle_jax.compare runs_seeds --out comparison          # what `train --seeds 3` wrote
 
-Runs whose configs differ in the seed alone get a mean and a sample standard deviation.
+Runs whose configs differ only in the seed get a mean and a sample standard deviation.
 """
 
 from absl import flags

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from hovle_jax.checkpoints import load_model_config
 from hovle_jax.config import ModelConfig
-from hovle_jax.conversion.companions import settle_code
+from hovle_jax.conversion.companions import drop_missing_code
 from hovle_jax.conversion.exporting import export_model, own_dtype, scheme
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.formats.families import open_checkpoint
@@ -53,7 +53,7 @@ def test_code_and_settings_go_along_unread(tmp_path):
     assert config["auto_map"] == CODE
     assert "auto_map" in config["llm_config"]
     assert "left out: README.md, runs/" in said["import"]
-    assert not any("no public code" in line for line in said["export"])
+    assert not any("lacks public code" in line for line in said["export"])
 
 
 def test_code_that_is_not_there_is_not_named(tmp_path):
@@ -64,7 +64,7 @@ def test_code_that_is_not_there_is_not_named(tmp_path):
     again, said = round_trip(tmp_path)
     assert "auto_map" not in json.loads((again / "config.json").read_text())
     assert json.loads((again / "tokenizer_config.json").read_text()) == {}
-    (line,) = (line for line in said["export"] if "no public code" in line)
+    (line,) = (line for line in said["export"] if "lacks public code" in line)
     assert "modeling_x.py, tok_z.py" in line
     assert "OpenGVLab/InternVL2-2B" in line
 
@@ -76,7 +76,7 @@ def test_our_own_exports_say_what_to_copy(name, repository, tmp_path):
     folder = public_folder(tmp_path, name)
     assert "auto_map" not in (folder / "config.json").read_text()
     said = []
-    settle_code(folder, said.append)
+    drop_missing_code(folder, said.append)
     assert [repository in line for line in said] == ([True] if repository else [])
 
 

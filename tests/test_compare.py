@@ -81,7 +81,7 @@ def test_an_unfinished_run_is_compared_as_far_as_it_is(tmp_path):
 def test_a_folder_without_runs_is_said(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"llm": {}}')  # an import's
-    with pytest.raises(UserError, match=f"{tmp_path} holds no run; give .*runs/instruct"):
+    with pytest.raises(UserError, match=f"{tmp_path} has no run; give .*runs/instruct"):
         comparison.open_runs([tmp_path])
     with pytest.raises(UserError, match="no folder at /nowhere"):
         comparison.open_runs(["/nowhere"])

@@ -68,7 +68,7 @@ def test_parts_bfloat16_and_what_the_config_says(tmp_path):
     import_checkpoint(tmp_path / "public", tmp_path / "teacher", "teacher", say=lambda _: None)
     assert components_of(load_model_config(tmp_path / "teacher")) == ["teacher"]
     assert not (tmp_path / "teacher" / "model" / "llm").exists()
-    with pytest.raises(UserError, match="has no embedding; it holds teacher and llm"):
+    with pytest.raises(UserError, match="has no embedding; it has teacher and llm"):
         import_checkpoint(tmp_path / "public", tmp_path / "hovle", "hovle")
     # A second trip loses nothing: bfloat16 is exact in float32, and unknown keys of config.json are kept.
     import_checkpoint(tmp_path / "public", tmp_path / "both", say=lambda _: None)
@@ -202,7 +202,7 @@ def test_a_hub_id(tmp_path, monkeypatch):
         raise RuntimeError("no route to the hub")  # its errors are of many classes
 
     hub.snapshot_download = offline
-    with pytest.raises(UserError, match=r"some/other is not a path here and cannot be fetched .*no route"):
+    with pytest.raises(UserError, match=r"some/other is not a path here and cannot be downloaded .*no route"):
         import_checkpoint("some/other", tmp_path / "dst2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):

@@ -33,7 +33,7 @@ def test_gguf(arch, tmp_path):
         assert not np.array_equal(tensors["blk.0.attn_q.weight"], expected["stack/layers/query/kernel"][0].T)
     whole = (tmp_path / "model.gguf").read_bytes()
     (tmp_path / "model.gguf").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="not a whole GGUF file"):
+    with pytest.raises(UserError, match="not a complete GGUF file"):
         open_checkpoint(tmp_path / "model.gguf").load()
 
 

@@ -67,7 +67,7 @@ def test_every_second_belongs_to_one_activity():
     assert goodput.goodput(sheet.seconds()) == 15 / 40
     sheet.add(spent(training=25, lost=15))
     assert goodput.goodput(sheet.seconds()) == 40 / 80
-    assert goodput.describe(sheet.seconds()) == (
+    assert goodput.summary(sheet.seconds()) == (
         "50.0% goodput; training 0:00:40 (50.0%), lost 0:00:15 (18.8%), data 0:00:10 (12.5%), start 0:00:06 (7.5%), "
         "compile 0:00:04 (5.0%), checkpoints 0:00:03 (3.8%), evaluation 0:00:02 (2.5%)"
     )

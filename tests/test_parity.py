@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax.conversion.verify import TOLERANCE, Report, verify
+from hovle_jax.conversion.verify import TOLERANCE, Reference, verify
 from hovle_jax.conversion.verify.hovle import HoVLEInputs
 from hovle_jax.errors import UserError
 from hovle_jax.formats import hovle
@@ -46,7 +46,7 @@ def test_an_import_is_undone_exactly(name):
 @pytest.mark.parametrize("name", shared.folders("hovle-")[:1])
 def test_unused_parameters_have_no_gradient(name):
     folder = shared.golden(name)
-    checkpoint, expected = open_checkpoint(folder), Report(np.load(folder / "expected.npz"))
+    checkpoint, expected = open_checkpoint(folder), Reference(np.load(folder / "expected.npz"))
     config = checkpoint.config
     context_id = checkpoint.public_config["embedding_config"]["img_context_token_id"]
     batch, model = HoVLEInputs(config, context_id, expected).batch(), HoVLE(config)

@@ -141,8 +141,8 @@ def test_durations_always_have_hours():
 
 def test_long_work_says_how_far_it_is_and_not_too_often():
     lines, times = [], iter(range(1000))
-    assert list(track(range(100), lines.append, "x", "pictures", 100, clock=lambda: next(times))) == list(range(100))
-    assert len(lines) == 20 and lines[0] == "x: 5 of 100 pictures   5%  0:01:35 left"
+    assert list(track(range(100), lines.append, "x", "images", 100, clock=lambda: next(times))) == list(range(100))
+    assert len(lines) == 20 and lines[0] == "x: 5 of 100 images   5%  0:01:35 left"
 
 
 def test_how_far_chunks_of_work_are():
@@ -156,19 +156,19 @@ def test_how_far_chunks_of_work_are():
 # Plots
 
 
-def open_picture(path):
+def open_image(path):
     image = np.asarray(Image.open(path).convert("RGB"))
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20, f"{path} is blank"
     return image
 
 
-def test_plots_are_pictures_of_a_sane_size(tmp_path):
+def test_plots_are_images_of_a_sane_size(tmp_path):
     rows = [{"step": i, "loss": 3 / (i + 1), "lr": 1e-3} for i in range(60)]
     rows[30]["loss"] = math.nan
     rows[-1]["accuracy"] = 0.9
-    height, width, _ = open_picture(plots.plot_metrics(rows, tmp_path / "new" / "metrics.png", "a run")).shape
+    height, width, _ = open_image(plots.plot_metrics(rows, tmp_path / "new" / "metrics.png", "a run")).shape
     assert 1000 < width < 2000 and 200 < height < 800
-    height, width, _ = open_picture(plots.plot_runs({"a": rows, "b": rows[:9]}, "loss", tmp_path / "runs.png")).shape
+    height, width, _ = open_image(plots.plot_runs({"a": rows, "b": rows[:9]}, "loss", tmp_path / "runs.png")).shape
     assert 600 < width < 2000 and 300 < height < 1000
 
 
@@ -224,13 +224,13 @@ def test_answers_have_the_colours_of_the_page_and_room(tmp_path, monkeypatch):
     assert boxes[0].x1 < boxes[1].x0
 
 
-def test_answers_fill_rows_of_pictures(tmp_path):
-    sample = page.Sample(np.full((8, 8, 3), 200, np.uint8), "what color is the shape in the picture?", "red", "blue")
-    without_picture = dataclasses.replace(sample, image=None)
-    size = lambda samples: open_picture(plots.plot_answers(samples, tmp_path / "answers.png")).shape
-    one_row, two_rows = size([sample, without_picture]), size([sample] * 7)
+def test_answers_fill_rows_of_images(tmp_path):
+    sample = page.Sample(np.full((8, 8, 3), 200, np.uint8), "what color is the shape in the image?", "red", "blue")
+    without_image = dataclasses.replace(sample, image=None)
+    size = lambda samples: open_image(plots.plot_answers(samples, tmp_path / "answers.png")).shape
+    one_row, two_rows = size([sample, without_image]), size([sample] * 7)
     assert two_rows[1] == one_row[1] and two_rows[0] == pytest.approx(2 * one_row[0], abs=2)
-    assert size([sample] * 6 + [without_picture] * 6) == one_row
+    assert size([sample] * 6 + [without_image] * 6) == one_row
 
 
 def test_plots_of_a_run_that_has_logged_nothing(tmp_path):
@@ -248,7 +248,7 @@ def test_loss_comes_first_and_the_running_mean_does_not_lag():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures of a batch
+# Images of a batch
 
 WORDS = ["<pad>", "<s>", "<IMG_CONTEXT>", "what?", "red", "<end>", "blue"]
 
@@ -324,7 +324,7 @@ def test_only_used_tiles_are_shown():
     assert len(tiles) == 1 and (tiles[0] == 200).all()
 
 
-def test_text_stays_inside_the_picture():
+def test_text_stays_inside_the_image():
     pieces = [batch_images.Piece("W" * n, "plain", 1 + n // 100) for n in range(1, 160)]
     lines = batch_images.wrap(pieces, 300)
     assert len(lines) == batch_images.MAX_LINES
@@ -334,15 +334,15 @@ def test_text_stays_inside_the_picture():
     assert [line[0][2].text for line in two] == ["a", "b"]
 
 
-def test_batch_picture_of_each_kind_of_batch(tmp_path):
+def test_batch_image_of_each_kind_of_batch(tmp_path):
     batch = answer_batch()
-    image = open_picture(batch_images.batch_picture(batch, decode, tmp_path / "a" / "batch.png"))
+    image = open_image(batch_images.batch_image(batch, decode, tmp_path / "a" / "batch.png"))
     assert image.shape[1] == batch_images.WIDTH and 100 < image.shape[0] < 400
     assert (image == 200).all(axis=-1).sum() == 192 * 192  # the tile, by a whole factor
     marked = np.array([int(batch_images.FILLS["trained"][i : i + 2], 16) for i in (1, 3, 5)])
     assert (image == marked).all(axis=-1).sum() > 500
     text_only = {name: batch[name] for name in ("tokens", "segment_ids", "targets", "loss_weights")}
-    open_picture(batch_images.batch_picture(text_only, decode, tmp_path / "text.png", rows=1))
+    open_image(batch_images.batch_image(text_only, decode, tmp_path / "text.png", rows=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def hovle(tmp_path):
 def refused(folder, message):
     with pytest.raises(UserError, match=message) as raised:
         import_checkpoint(folder, folder.parent / "dst", say=quiet)
-    assert "or take them away to import the weights alone" in str(raised.value)
+    assert "or remove them to import the weights alone" in str(raised.value)
     assert not (folder.parent / "dst").exists()
 
 
@@ -132,7 +132,7 @@ def test_weights_alone_come_with_a_warning(tmp_path):
     result = command("convert", "import", folder, tmp_path / "dst")
     assert result.returncode == 0
     (line,) = result.stderr.splitlines()
-    assert "dst has no tokenizer, and so no answers" in line
+    assert "dst has no tokenizer, so it cannot answer" in line
     assert "neither tokenizer.model nor tokenizer.json" in line
 
 

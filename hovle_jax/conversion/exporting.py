@@ -1,10 +1,13 @@
-"""A trained or imported model becomes a public checkpoint: safetensors in shards, their index, config.json."""
+"""Exports a trained or imported model as a public checkpoint: safetensors in shards, their index, config.json."""
 
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import ml_dtypes
@@ -13,13 +16,13 @@ import numpy as np
 from hovle_jax.checkpoints import load_component, load_model_config
 from hovle_jax.components import shapes
 from hovle_jax.config import ModelConfig
-from hovle_jax.conversion.companions import settle_code
+from hovle_jax.conversion.companions import drop_missing_code
 from hovle_jax.conversion.importing import NOTE, PUBLIC
 from hovle_jax.conversion.tokenizer_files import BUILT_IN, OTHER, write_tokenizer
-from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, has_tokenizer, load_tokenizer
+from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, Tokenizer, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import hovle, internvl, llms
-from hovle_jax.formats.mapping import nested, public_shapes, public_tensors
+from hovle_jax.formats.mapping import Array, Rule, nested, public_shapes, public_tensors
 from hovle_jax.formats.source import INDEX
 from hovle_jax.formats.tiling import tiling_to_json
 from hovle_jax.model.config import HoVLEConfig
@@ -28,15 +31,16 @@ from hovle_jax.system.files import whole_folder
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}  # in a safetensors header
 SHARD_BYTES = 5 * 10**9  # what transformers writes by default
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of public tensors, by name
 
 
-def scheme(config: ModelConfig, tokenizer=None):
-    """How a model is written in public: (rules over the dict of components, config.json).
+def scheme(config: ModelConfig, tokenizer: Tokenizer | None = None) -> tuple[list[Rule], dict[str, Any]]:
+    """The public format of a model: (rules over the dict of components, config.json).
 
     Args:
       tokenizer: gives the id of <IMG_CONTEXT> and the names of the embedding's second table.
     Raises:
-      UserError: there is no public format for these components.
+      UserError: these components have no public format.
     """
     if config.embedding and config.llm:
         both = HoVLEConfig(config.embedding, config.llm)
@@ -46,21 +50,23 @@ def scheme(config: ModelConfig, tokenizer=None):
         return hovle.rules(both), public | {"template": OTHER if has_template else BUILT_IN[0]}
     if config.teacher:
         if config.teacher.kind != "internvit":
-            raise UserError("a CLIP teacher has no public format here; export the LLM or the HoVLE beside it")
+            raise UserError("a CLIP teacher cannot be exported; export the LLM or the HoVLE of this model")
         if config.teacher.projector != "mlp1" or not config.llm:
             return internvl.tower_rules(config.teacher.vision), internvl.vision_to_json(config.teacher.vision)
         whole = internvl.InternVLConfig(config.teacher.vision, config.llm)
         return internvl.rules(whole), internvl.config_to_json(whole)
     if config.llm:
         return nested(llms.rules(config.llm), ours="llm"), llms.config_to_json(config.llm)
-    raise UserError("nothing here has a public format: an LLM, a teacher, or an embedding with its LLM is needed")
+    raise UserError("this model has no public format: an LLM, a teacher, or an embedding with its LLM is needed")
 
 
-def make_index(shapes, dtype, shard_bytes=SHARD_BYTES):
-    """Tensors dealt out to files in their order, each file as full as it gets.
+def make_index(shapes: Shapes, dtype: np.dtype, shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str, Any]]:
+    """Assigns tensors to files in their order; each file is filled up to `shard_bytes`.
 
     Args:
       shapes: {public name: shape}.
+      dtype: the type that is written.
+      shard_bytes: a larger tensor has a file of its own.
     Returns:
       The index as transformers writes it: {"metadata": {"total_size"}, "weight_map": {name: file}}.
     """
@@ -79,27 +85,33 @@ def make_index(shapes, dtype, shard_bytes=SHARD_BYTES):
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
 
 
-def export_model(source, folder, dtype=None, shard_bytes=SHARD_BYTES, say=print):
-    """Writes the model of a finished run or an import as a public checkpoint; `folder` appears when it is whole.
+def export_model(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Writes the model of a finished run or an import as a public checkpoint; `folder` appears when it is complete.
 
-    Parameters are read and written leaf by leaf: no more than one, with its layers, is in memory.
+    Parameters are read and written leaf by leaf: memory never holds more than one, with all its layers.
 
     Args:
-      dtype: 'float32' or 'bfloat16'; None = that of the tensors that were imported, and of a trained model float32.
+      dtype: 'float32' or 'bfloat16'; None = the type of the imported tensors, or float32 for a trained model.
     Raises:
-      UserError: no finished model, no public format for it, the folder exists, or the disk is full.
+      UserError: there is no finished model, it has no public format, the folder exists, or the disk is full.
     """
     source = pathlib.Path(source)
     config = load_model_config(source)
-    held = [f.name for f in dataclasses.fields(config) if (source / "model" / f.name).is_dir()]
-    config = dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - set(held)))
+    stored = [f.name for f in dataclasses.fields(config) if (source / "model" / f.name).is_dir()]
+    config = dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - set(stored)))
     dtype = dtype or own_dtype(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     rules, public_config = scheme(config, tokenizer)
     components = dict.fromkeys(r.ours[0].split("/")[0] for r in rules)
     abstract = {c: shapes(config, c) for c in components}
     if config.teacher and not config.llm and abstract["teacher"].pop("mlp1", None):
-        say("left out: mlp1, the teacher's projector, which is public only beside its LLM (import without --as)")
+        say("left out: mlp1, the teacher's projector, which is public only together with its LLM (import without --as)")
 
     def read(path):
         """One leaf, on the host."""
@@ -122,32 +134,39 @@ def export_model(source, folder, dtype=None, shard_bytes=SHARD_BYTES, say=print)
         public = source / PUBLIC
         if public.is_dir():
             shutil.copytree(public, partial, dirs_exist_ok=True)
-            public_config = json.loads((public / "config.json").read_text())  # with what we have no name for
+            public_config = json.loads((public / "config.json").read_text())  # with the keys that we do not read
         elif tokenizer is not None:
             write_tokenizer(tokenizer, partial)
         text = json.dumps(with_dtype(public_config | {"torch_dtype": dtype}, dtype), indent=2)
         (partial / "config.json").write_text(text + "\n")
-        settle_code(partial, say)
+        drop_missing_code(partial, say)
 
 
-def own_dtype(source):
-    """The type that holds a model without loss: of an import, its tensors' own."""
+def own_dtype(source: str | os.PathLike) -> str:
+    """The type that stores a model without loss: an import's own, else float32."""
     path = pathlib.Path(source) / NOTE
     return json.loads(path.read_text())["dtype"] if path.is_file() else "float32"
 
 
-def with_dtype(config, dtype):
-    """A public config whose keys say this type, those of its parts too."""
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A public config whose keys, nested ones too, name this type."""
     config = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return config | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
 
 
-def write_tensors(folder, shapes, tensors, dtype, shard_bytes, say):
-    """Writes safetensors files and their index.
+def write_tensors(
+    folder: pathlib.Path,
+    shapes: Shapes,
+    tensors: Iterable[tuple[str, Array]],
+    dtype: np.dtype,
+    shard_bytes: int,
+    say: Callable[[str], object],
+) -> None:
+    """Writes safetensors files and, for more than one, their index.
 
     Args:
       shapes: {public name: shape}.
-      tensors: iterator of (public name, array), in the same order.
+      tensors: (public name, array), in the same order.
     """
     index = make_index(shapes, dtype, shard_bytes)
     files = {}
@@ -166,13 +185,14 @@ def write_tensors(folder, shapes, tensors, dtype, shard_bytes, say):
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def safetensors_header(shapes, dtype):
-    """What stands before the tensors, one behind another, in a safetensors file.
+def safetensors_header(shapes: Shapes, dtype: np.dtype) -> bytes:
+    """The header of a safetensors file, which the tensors follow one after another.
 
-    The library's writer wants a whole file's tensors in memory at once; the format is a length in 8 bytes, JSON with
-    each tensor's type, shape and place, and blanks up to a multiple of 8.
+    The library's writer needs all tensors of a file in memory at once. The header is a length in 8 bytes, JSON with
+    each tensor's type, shape and offsets, and spaces up to a multiple of 8.
     """
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
     for name, shape in shapes.items():
         end = at + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}

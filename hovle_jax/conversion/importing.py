@@ -1,7 +1,11 @@
-"""A public checkpoint becomes a folder that the other commands read, as a finished run's."""
+"""Imports a public checkpoint into a folder that the other commands read like a finished run's."""
 
 import json
 import logging
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import flax.traverse_util
 import numpy as np
@@ -13,38 +17,40 @@ from hovle_jax.conversion.companions import copy_companions
 from hovle_jax.conversion.tokenizer_files import read_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llms
-from hovle_jax.formats.families import local, open_checkpoint
+from hovle_jax.formats.families import Checkpoint, local, open_checkpoint
 from hovle_jax.formats.tiling import tiling_from_json
 from hovle_jax.system.files import whole_folder
 
-WANTED = {"hovle": ("embedding", "llm"), "llm": ("llm",), "teacher": ("teacher",)}
-PUBLIC = "public"  # in an import's folder: the checkpoint's config.json and what lies beside it, for an export
-NOTE = "import.json"  # where an import came from, and the type that held its tensors
+TAKEN = {"hovle": ("embedding", "llm"), "llm": ("llm",), "teacher": ("teacher",)}  # --as: components
+PUBLIC = "public"  # in an import's folder: the checkpoint's config.json and other files, for an export
+NOTE = "import.json"  # where an import came from, and the type of its tensors
 log = logging.getLogger(__name__)
 
 
-def import_checkpoint(source, folder, kind=None, say=print):
+def import_checkpoint(
+    source: str | os.PathLike, folder: str | os.PathLike, kind: str | None = None, say: Callable[[str], object] = print
+) -> None:
     """Reads a public checkpoint (see `open_checkpoint`) into `folder`/model, component by component.
 
-    Tensors go from file to file, one after another; the folder appears when it is whole.
+    Tensors are read and written one after another; the folder appears when it is complete.
 
     Args:
       source: a folder, a .gguf file or a hub id.
-      kind: 'hovle', 'llm' or 'teacher': the part to take; None = everything that the checkpoint has.
+      kind: 'hovle', 'llm' or 'teacher': what to import; None = everything in the checkpoint.
     Raises:
-      UserError: the checkpoint is broken or not supported, has no such part, its tokenizer is broken or another
-        model's, or the folder cannot be written.
+      UserError: the checkpoint is broken, not supported or has no such component; its tokenizer is broken or belongs to
+        another model; or the folder cannot be written.
     """
     name, source = str(source), local(source)
     checkpoint = open_checkpoint(source)
     configs = checkpoint.components()
-    components = tuple(configs) if kind is None else WANTED[kind]
+    components = tuple(configs) if kind is None else TAKEN[kind]
     missing = [component for component in components if component not in configs]
     if missing:
-        raise UserError(f"{source} has no {' and '.join(missing)}; it holds {' and '.join(configs)}")
+        raise UserError(f"{source} has no {' and '.join(missing)}; it has {' and '.join(configs)}")
     config = ModelConfig(
         **{component: configs[component] for component in components},
-        system_message=checkpoint.public_config.get("system_message") or "",  # our own exports have it
+        system_message=checkpoint.public_config.get("system_message") or "",  # only in our own exports
         **tiling_from_json(checkpoint.public_config),
     )
     checkpoint.check({component: shapes(config, component) for component in components})
@@ -67,11 +73,11 @@ def import_checkpoint(source, folder, kind=None, say=print):
         (partial / NOTE).write_text(json.dumps({"source": name, "dtype": dtype}) + "\n")
         save_model(partial, config, {component: lambda c=component: tree(c) for component in components})
     if reason:
-        log.warning("%s has no tokenizer, and so no answers (%s)", folder, reason)
+        log.warning("%s has no tokenizer, so it cannot answer (%s)", folder, reason)
 
 
-def public_config(checkpoint, kind):
-    """The part of the checkpoint's config.json that describes the part taken, as it came."""
+def public_config(checkpoint: Checkpoint, kind: str | None) -> dict[str, Any]:
+    """Of the checkpoint's config.json what describes the imported components, unchanged."""
     whole = checkpoint.public_config
     if kind == "llm":
         return llms.named(whole.get("llm_config", whole))
@@ -80,7 +86,10 @@ def public_config(checkpoint, kind):
     return whole
 
 
-def copy_public_files(source, config, folder, say):
+def copy_public_files(
+    source: pathlib.Path, config: dict[str, Any], folder: pathlib.Path, say: Callable[[str], object]
+) -> None:
+    """Writes `config` and copies the files beside the weights into `folder`; names those that are left out."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     left_out = copy_companions(source, folder)

@@ -1,6 +1,7 @@
-"""The tokenizer and the chat template of a public checkpoint, in and out."""
+"""Reads and writes the tokenizer and the chat template of a public checkpoint."""
 
 import json
+import pathlib
 
 from hovle_jax.data.text import chat_template
 from hovle_jax.data.text.fit import check_fit
@@ -10,14 +11,16 @@ from hovle_jax.data.text.tokenizer import (
     SETTINGS,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
+    Tokenizer,
     has_tokenizer,
 )
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf
+from hovle_jax.formats.families import Checkpoint
 from hovle_jax.formats.fields import read_object
 
-# InternVL2's and HoVLE's config names the template; these two differ in their default system message alone. The
-# template in their tokenizer_config is InternLM2's own, which has more line ends.
+# InternVL2's and HoVLE's config names the template; these two differ only in their default system message. The template
+# in their tokenizer_config is InternLM2's own, which has more line breaks.
 BUILT_IN = ("internlm2-chat", "Hermes-2")
 OTHER = "chat_template"  # our name for "the tokenizer's own"
 TOKENIZER_FILES = (
@@ -26,11 +29,11 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def read_tokenizer(source, checkpoint):
-    """-> (Tokenizer of a checkpoint's folder or .gguf file, or None; why there is none).
+def read_tokenizer(source: pathlib.Path, checkpoint: Checkpoint) -> tuple[Tokenizer | None, str]:
+    """-> (the Tokenizer of a checkpoint's folder or .gguf file, or None; the reason for None).
 
     Raises:
-      UserError: its files are broken, or are another model's.
+      UserError: its files are broken, or belong to another model.
     """
     try:
         if not source.is_dir():
@@ -52,15 +55,15 @@ def read_tokenizer(source, checkpoint):
     return tokenizer, ""
 
 
-REMEDY = "put the model's own files there, or take them away to import the weights alone"
+REMEDY = "put the model's own files there, or remove them to import the weights alone"
 
 
 class Unsupported(UserError):
-    """A tokenizer that is sound, and of a kind that is not read here."""
+    """A sound tokenizer of a kind that cannot be read here."""
 
 
 def _check_fit(tokenizer, checkpoint, where):
-    """Raises UserError where ids are not those of the model."""
+    """Raises UserError where the tokenizer's ids are not the model's."""
     configs = checkpoint.components()
     embedding, public = configs.get("embedding"), checkpoint.public_config.get("embedding_config") or {}
     known = embedding.num_tokens if embedding else configs["llm"].vocab_size
@@ -70,7 +73,7 @@ def _check_fit(tokenizer, checkpoint, where):
         expected[IMAGE_TOKEN] = public["img_context_token_id"]
     for token, index in expected.items():
         found = tokenizer.specials.get(token)
-        if found != index and not (found is None and token.startswith("<special ")):  # our name for one without
+        if found != index and not (found is None and token.startswith("<special ")):  # our name for a nameless one
             raise UserError(f"{where} has the id {found} for {token!r}, the model's config {index!r}")
 
 
@@ -103,7 +106,7 @@ def _from_folder(folder, checkpoint):
 
 
 def _from_json(text, settings, ends):
-    """`text` is tokenizer.json, `settings` tokenizer_config.json, `ends` the ids that end an answer."""
+    """From tokenizer.json (`text`), tokenizer_config.json (`settings`) and the ids that end an answer (`ends`)."""
     content = lambda token: token["content"] if isinstance(token, dict) else token
     ends = ends if isinstance(ends, list) else [ends]
     names = {token["id"]: token["content"] for token in json.loads(text).get("added_tokens", ())}
@@ -120,10 +123,10 @@ def _template(folder, settings):
     return template
 
 
-def write_tokenizer(tokenizer, folder):
-    """The files of a public checkpoint, from which `read_tokenizer` and `transformers` make the same tokenizer."""
+def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Writes the files from which `read_tokenizer` and `transformers` load the same tokenizer."""
     tokenizer.save(folder)
-    names = {i: token for token, i in tokenizer.specials.items()}
+    names: dict[int | None, str] = {i: token for token, i in tokenizer.specials.items()}
     added = {str(i): {"content": names[i], "special": True} for i in sorted(names)}
     for token in added.values():
         token |= dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
@@ -140,4 +143,4 @@ def write_tokenizer(tokenizer, folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     stops = list(tokenizer.stop_ids)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}, indent=2) + "\n")
-    (folder / SETTINGS).unlink(missing_ok=True)  # says less than these
+    (folder / SETTINGS).unlink(missing_ok=True)  # the files above say more

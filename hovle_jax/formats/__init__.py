@@ -1,1 +1,1 @@
-"""Foreign checkpoints in and out: one table of rules per family, read in both directions."""
+"""Public checkpoints: one table of rules per family, read in both directions."""

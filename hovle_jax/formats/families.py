@@ -1,46 +1,48 @@
-"""Which family a public checkpoint is of, and how its tensors become our parameters."""
+"""Which family a public checkpoint belongs to, and how its tensors become our parameters."""
 
 import dataclasses
+import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from hovle_jax.components import Params
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf, hovle, internvl, llms
 from hovle_jax.formats.fields import read_object
-from hovle_jax.formats.mapping import check, deferred, load, nested
+from hovle_jax.formats.mapping import DeferredLeaf, Rule, check, deferred, load, nested
 from hovle_jax.formats.sizes import check_sizes
-from hovle_jax.formats.source import SafetensorsFolder
+from hovle_jax.formats.source import SafetensorsFolder, TensorSource
 from hovle_jax.model.config import LLMConfig, TeacherConfig
 from hovle_jax.system.cache import cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A public checkpoint: what it is, where its tensors are, what they become.
+    """A public checkpoint: its kind, its config, its tensors, and what these become.
 
     Attributes:
       kind: 'llm' (LLMConfig), 'teacher' (ViTConfig), 'internvl' (InternVLConfig) or 'hovle' (HoVLEConfig).
       config: ours, read from the checkpoint's own.
-      public_config: config.json or GGUF's metadata.
+      public_config: config.json, or a GGUF file's metadata.
       rules: public names <-> our paths.
-      source: `shapes` {name: shape}, `read(name)` and `file_of(name)`.
+      source: where its tensors are read from.
     """
 
     kind: str
     config: Any
-    public_config: dict
-    rules: list
-    source: Any
+    public_config: dict[str, Any]
+    rules: list[Rule]
+    source: TensorSource
 
-    def load(self, abstract=None):
-        """Parameters, tensor by tensor; `abstract` (shapes with shardings) says where they go, else host memory."""
+    def load(self, abstract: Params | None = None) -> Params:
+        """The parameters, read tensor by tensor onto the shardings of `abstract`; without it into numpy arrays."""
         return load(self.rules, self.source, abstract)
 
-    def components(self):
+    def components(self) -> dict[str, Any]:
         """{our component: its config}."""
         if self.kind == "llm":
             return {"llm": self.config}
@@ -50,45 +52,53 @@ class Checkpoint:
             return {"teacher": self.config.teacher, "llm": self.config.llm}
         return {"embedding": self.config.embedding, "llm": self.config.llm}
 
-    def component_rules(self):
-        """The rules with our components' names in front."""
+    def component_rules(self) -> list[Rule]:
+        """The rules, with our paths starting at a component's name."""
         return nested(self.rules, ours="llm") if self.kind == "llm" else self.rules
 
-    def check(self, abstract):
-        """Names and shapes of all tensors against our parameters' {component: shapes}; raises UserError."""
+    def check(self, abstract: Params) -> None:
+        """Raises UserError where names or shapes of the tensors do not fit our parameters' {component: shapes}."""
         check(self.component_rules(), self.source, abstract)
 
-    def load_component(self, component, abstract=None):
-        """The parameters of one component alone; the others' tensors are not read."""
-        return load(*self._part(component), None if abstract is None else {component: abstract})[component]
+    def load_component(self, component: str, abstract: Params | None = None) -> Params:
+        """The parameters of one component; the others' tensors are not read."""
+        return load(*self._of(component), None if abstract is None else {component: abstract})[component]
 
-    def deferred_component(self, component):
-        """The same, with nothing read yet: {path: (shape, function that reads it)}."""
-        leaves = deferred(*self._part(component))
+    def deferred_component(self, component: str) -> dict[str, DeferredLeaf]:
+        """The same, not read yet: {path: (shape, function that reads the leaf)}."""
+        leaves = deferred(*self._of(component))
         return {path.removeprefix(f"{component}/"): leaf for path, leaf in leaves.items()}
 
-    def _part(self, component):
+    def _of(self, component: str) -> tuple[list[Rule], TensorSource]:
         """-> (rules, source) of one component."""
         rules = [r for r in self.component_rules() if r.ours[0].split("/")[0] == component]
         names = {name for r in rules for name in r.names()}
         shapes = {name: shape for name, shape in self.source.shapes.items() if name in names}
-        return rules, Part(shapes, self.source.read, self.source.file_of)
+        return rules, TensorSubset(shapes, self.source.read, self.source.file_of)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Some tensors of a source."""
+class TensorSubset:
+    """Some tensors of a source; see `TensorSource`."""
 
-    shapes: dict
-    read: Callable
-    file_of: Callable
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    file_of: Callable[[str | None], pathlib.Path]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
+    """How the checkpoints of a `model_type` are read.
+
+    Attributes:
+      kind: see `Checkpoint`.
+      config_from_json: (config.json, where it is) -> our config.
+      rules: our config -> the checkpoint's rules.
+    """
+
     kind: str
-    config_from_json: Callable
-    rules: Callable
+    config_from_json: Callable[[dict[str, Any], str], Any]
+    rules: Callable[[Any], list[Rule]]
 
 
 FAMILIES = {
@@ -99,8 +109,8 @@ FAMILIES = {
 }
 
 
-def family_of(config, where="config.json"):
-    """The key in FAMILIES. Raises UserError for an architecture that is not known."""
+def family_of(config: dict[str, Any], where: str = "config.json") -> str:
+    """The key in `FAMILIES`. Raises UserError for an unknown architecture."""
     kind = config.get("model_type")
     if kind == "internvl_chat":
         kind = "hovle" if config.get("embedding_config") is not None else "internvl"
@@ -113,11 +123,11 @@ def family_of(config, where="config.json"):
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.py", "merges.txt")
 
 
-def local(source):
-    """The path of a checkpoint: itself, or that of a hub id's ('OpenGVLab/HoVLE') files, fetched into the cache folder.
+def local(source: str | os.PathLike) -> pathlib.Path:
+    """The path of a checkpoint. Files of a hub id ('OpenGVLab/HoVLE') are downloaded into the cache folder first.
 
     Raises:
-      UserError: there is neither a path nor a hub id of this name, or the hub cannot be reached.
+      UserError: neither a path nor a hub id has this name, or the hub cannot be reached.
     """
     path = pathlib.Path(source)
     if path.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
@@ -126,24 +136,24 @@ def local(source):
         import huggingface_hub
     except ModuleNotFoundError:
         raise UserError(
-            f"{source} is not a path here; to fetch it from the hub: pip install huggingface_hub, or download the "
-            "repository's files into a folder and give that"
+            f"{source} is not a path here; to download it from the hub: pip install huggingface_hub, or download the "
+            "repository's files into a folder and give that folder"
         ) from None
     try:
         folder = huggingface_hub.snapshot_download(
             str(source), allow_patterns=list(HUB_FILES), cache_dir=cache_dir("hub")
         )
-    except Exception as error:  # its own errors, and those of the HTTP library that it uses
+    except Exception as error:  # its own errors, and those of its HTTP library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source} is not a path here and cannot be fetched from the hub ({reason})") from None
+        raise UserError(f"{source} is not a path here and cannot be downloaded from the hub ({reason})") from None
     return pathlib.Path(folder)
 
 
-def open_checkpoint(path):
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """A Checkpoint from a folder in Hugging Face layout, or a .gguf file.
 
     Raises:
-      UserError: what it is, or a part of it, is missing, broken or not supported.
+      UserError: the checkpoint, or a file of it, is missing, broken or not supported.
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
@@ -164,21 +174,21 @@ def open_checkpoint(path):
 
 
 def _config(read, where, shapes):
-    """What `read` makes of a public config, with sizes that its tensors can have; all that is wrong is a UserError."""
+    """The config that `read` returns, checked against the sizes of the tensors; all that is wrong is a UserError."""
     try:
         config = read()
         check_sizes(config, shapes, str(where))
     except UserError as error:
         raise error if str(where) in str(error) else UserError(f"{where}: {error}") from None
-    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:  # a value that none has
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:  # a value of the wrong kind
         raise UserError(f"{where} cannot be read: {error!r}") from None
     return config
 
 
 def _with_stored_head(config, source):
-    """A tied head that is in the file all the same: a copy is written again, and one that differs is a head of its own.
+    """The config where the file stores a head although the config ties it to the token table.
 
-    That is how transformers reads them.
+    A copy of the table is written again by an export; a head that differs counts as not tied, as transformers reads it.
     """
     llm = config if isinstance(config, LLMConfig) else getattr(config, "llm", None)
     if llm is None or not llm.tied:
@@ -195,7 +205,7 @@ def _with_stored_head(config, source):
 
 
 def _with_bias(public_config, names):
-    """InternLM2's `bias`, where config.json leaves it to the public code's default, is what the tensors say."""
+    """InternLM2's config with its `bias` from the tensors, where config.json leaves it to the public code's default."""
     key = "llm_config" if "llm_config" in public_config else None
     llm = public_config[key] if key else public_config
     if not isinstance(llm, dict) or llms.named(llm)["model_type"] != "internlm2" or "bias" in llm:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from hovle_jax.errors import UserError
@@ -9,8 +10,8 @@ from hovle_jax.errors import UserError
 REQUIRED = object()
 
 
-def field(config, key, default=REQUIRED, where="config.json"):
-    """config[key]; `default` is for keys whose public code has a default of its own.
+def field(config: Mapping[str, Any], key: str, default: Any = REQUIRED, where: str = "config.json") -> Any:
+    """config[key]; give a `default` only where the public code has one.
 
     Raises:
       UserError: the key is absent and has no default.
@@ -22,7 +23,7 @@ def field(config, key, default=REQUIRED, where="config.json"):
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError for anything else, whatever is in the file."""
+    """The JSON object in a file. Raises UserError for anything else."""
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -34,17 +35,21 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def count(config, key, default=REQUIRED, where="config.json", minimum=1) -> int:
-    """config[key], an integer of at least `minimum` (or the default, whatever it is)."""
-    value: Any = field(config, key, default, where)
+def count(
+    config: Mapping[str, Any], key: str, default: Any = REQUIRED, where: str = "config.json", minimum: int = 1
+) -> int:
+    """config[key], an integer of at least `minimum`, or the default as it is."""
+    value = field(config, key, default, where)
+    if value is default:
+        return value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if value is not default and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise UserError(f"{where}: {key}={value!r} must be an integer of at least {minimum}")
     return value
 
 
-def number(config, key, default=REQUIRED, where="config.json") -> float:
+def number(config: Mapping[str, Any], key: str, default: Any = REQUIRED, where: str = "config.json") -> float:
     """config[key] as a positive float."""
     value = field(config, key, default, where)
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
@@ -52,8 +57,8 @@ def number(config, key, default=REQUIRED, where="config.json") -> float:
     return float(value)
 
 
-def flag(config, key, default=REQUIRED, where="config.json"):
-    """config[key], true or false (null is false); a string or a number is neither, whatever Python makes of it."""
+def flag(config: Mapping[str, Any], key: str, default: Any = REQUIRED, where: str = "config.json") -> bool:
+    """config[key], true or false; null counts as false, and strings and numbers are refused."""
     value = field(config, key, default, where)
     if value is None:
         return False
@@ -62,7 +67,7 @@ def flag(config, key, default=REQUIRED, where="config.json"):
     return value
 
 
-def table(config, key, default=REQUIRED, where="config.json"):
+def table(config: Mapping[str, Any], key: str, default: Any = REQUIRED, where: str = "config.json") -> dict[str, Any]:
     """config[key], a JSON object."""
     value = field(config, key, default, where)
     if not isinstance(value, dict):
@@ -70,8 +75,10 @@ def table(config, key, default=REQUIRED, where="config.json"):
     return value
 
 
-def only(config, key, supported, default=REQUIRED, where="config.json"):
-    """Checks that config[key] is one of `supported`, a tuple; what a checkpoint needs and we lack fails by name."""
+def only(
+    config: Mapping[str, Any], key: str, supported: tuple, default: Any = REQUIRED, where: str = "config.json"
+) -> Any:
+    """config[key]. Raises UserError, with the name, where it is not one of `supported`."""
     value = field(config, key, default, where)
     if value not in supported:
         raise UserError(f"{where}: {key}={value!r} is not supported; supported: {', '.join(map(repr, supported))}")

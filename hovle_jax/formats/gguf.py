@@ -6,18 +6,21 @@ The file is read by the package `gguf` of the llama.cpp project (extra `convert`
 import dataclasses
 import json
 import math
+import os
 import pathlib
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
 from hovle_jax.data.text.tokenizer import HuggingFaceTokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import REQUIRED, count, field, number, only
-from hovle_jax.formats.mapping import LINEAR, SAME, Transform, nested, padded, rule
+from hovle_jax.formats.mapping import LINEAR, SAME, Rule, Transform, nested, padded, rule
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.model.rotary import frequencies
 
-# llama.cpp turns neighbouring pairs in Llama; its other models turn halves, as everyone else does.
+# llama.cpp rotates neighbouring pairs in Llama; its other models rotate halves, as everyone else does.
 NEIGHBOURING_PAIRS = {"llama": True, "qwen2": False, "qwen3": False}
 ROPE_FACTORS = "rope_freqs.weight"
 LINEARS = {
@@ -38,35 +41,35 @@ NORMS = {
 
 
 class GGUFFile:
-    """A memory-mapped file.
+    """A memory-mapped GGUF file; a `TensorSource`.
 
     Attributes:
       metadata: {key: value}.
       shapes: {tensor name: shape}, the output dimension first.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         try:
             import gguf
         except ModuleNotFoundError:
             raise UserError('reading GGUF needs the package gguf; run: pip install "hovle_jax[convert]"') from None
-        self._gguf = gguf
+        self._gguf: Any = gguf
         try:
             reader = gguf.GGUFReader(path)
             self.metadata = {key: entry.contents() for key, entry in reader.fields.items()}
         except (ValueError, LookupError, OSError, ArithmeticError) as error:
-            raise UserError(f"{path} is not a whole GGUF file ({error}); fetch it again") from None
-        # Rotary factors are no weights: they belong to the config.
+            raise UserError(f"{path} is not a complete GGUF file ({error}); download it again") from None
+        # Rotary factors are not weights: they belong to the config.
         self.rope_factors = next((np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS), None)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
         self.shapes = {name: tuple(int(size) for size in reversed(t.shape)) for name, t in self._tensors.items()}
 
-    def file_of(self, _):
+    def file_of(self, _: str | None) -> pathlib.Path:
         """The file's path."""
         return self.path
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """-> float32 [out, in] (or [size]) of one tensor, dequantised. Raises UserError for an unknown block type."""
         tensor = self._tensors[name]
         try:
@@ -77,19 +80,24 @@ class GGUFFile:
         return values.reshape(self.shapes[name])
 
 
-def config_from_metadata(metadata, tensor_names, rope_factors=None, where="GGUF metadata"):
-    """-> LLMConfig; which biases, norms and head there are is known by the tensors alone.
+def config_from_metadata(
+    metadata: dict[str, Any],
+    tensor_names: Collection[str],
+    rope_factors: np.ndarray | None = None,
+    where: str = "GGUF metadata",
+) -> LLMConfig:
+    """-> LLMConfig. Which biases, norms and head there are is known from the tensors' names alone.
 
     Args:
-      rope_factors: [head dim / 2], by which the rotary frequencies are divided (Llama 3.1 and later).
+      rope_factors: [head dim / 2], divisors of the rotary frequencies (Llama 3.1 and later).
     """
     arch = only(metadata, "general.architecture", tuple(NEIGHBOURING_PAIRS), where=where)
 
-    def get(key, *default):
-        return field(metadata, f"{arch}.{key}", *(default or (REQUIRED,)), where)
+    def get(key, default=REQUIRED):
+        return field(metadata, f"{arch}.{key}", default, where)
 
-    def size(key, *default, minimum=1):
-        return count(metadata, f"{arch}.{key}", *(default or (REQUIRED,)), where, minimum)
+    def size(key, default=REQUIRED, minimum=1):
+        return count(metadata, f"{arch}.{key}", default, where, minimum)
 
     width, num_heads = size("embedding_length"), size("attention.head_count")
     head_dim = size("attention.key_length", width // num_heads)
@@ -121,7 +129,7 @@ def config_from_metadata(metadata, tensor_names, rope_factors=None, where="GGUF 
 
 
 def _float(value):
-    """The shortest number that is this one in float32, the metadata's type: 1e-5, not 9.99...e-6."""
+    """The shortest decimal number that is equal in float32, the metadata's type: 1e-5, not 9.99...e-6."""
     return float(str(np.float32(value)))
 
 
@@ -142,7 +150,7 @@ def _rope_scaling(get, head_dim, theta, factors, where):
     scaling = RopeScaling(kind, _float(get("rope.scaling.factor")), original)
     if kind == "linear":
         return scaling
-    # llama.cpp multiplies its own factor, the paper's, by this one; ours is the product.
+    # llama.cpp multiplies the paper's factor by this one; our field is the product.
     more = _float(get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor", 1.0)))
     return dataclasses.replace(
         scaling,
@@ -153,10 +161,10 @@ def _rope_scaling(get, head_dim, theta, factors, where):
 
 
 def _llama3_scaling(factors, theta):
-    """-> the parameters of Llama 3.1's scaling, of which a GGUF file has the result alone; None if it is another one.
+    """The parameters of Llama 3.1's scaling, recovered from its factors; None where they follow another scheme.
 
-    The slowest pair is divided by the whole factor; a pair between slow and fast tells how often it turns over the
-    original length. The bounds are 1 and 4 turns in every such model.
+    A GGUF file stores only the factors. The slowest pair is divided by the whole factor; from a pair between slow and
+    fast follows how often it turns over the original length. The bounds are 1 and 4 turns in every such model.
     """
     factors = factors.astype(np.float64)
     whole, pairs = float(factors.max()), np.arange(len(factors))
@@ -184,8 +192,8 @@ def _paired(num_heads):
     return Transform(split, join)
 
 
-def rules(config: LLMConfig):
-    """Rules of `LanguageModel`."""
+def rules(config: LLMConfig) -> list[Rule]:
+    """The rules of `LanguageModel`."""
     stack, rows = config.stack, (config.vocab_size, config.table_rows)
     has_bias = dict.fromkeys(("query", "key", "value"), stack.qkv_bias)
     has_bias |= {"output": stack.output_bias} | dict.fromkeys(("gate", "up", "down"), stack.mlp_bias)
@@ -208,7 +216,7 @@ def rules(config: LLMConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer. `tokenizer.ggml.pre` names how text is cut before the merges; the expressions are those of the models.
+# The tokenizer. `tokenizer.ggml.pre` names how text is split before the merges; the expressions are the models' own.
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -233,11 +241,11 @@ PRE_TOKENIZERS = {
 CONTROL, USER_DEFINED = 3, 4
 
 
-def tokenizer_from_metadata(metadata, where="GGUF metadata"):
+def tokenizer_from_metadata(metadata: dict[str, Any], where: str = "GGUF metadata") -> HuggingFaceTokenizer:
     """-> HuggingFaceTokenizer of a byte-level BPE.
 
     Raises:
-      UserError: another kind of vocabulary (SentencePiece's scores), or a way of cutting text that is not known.
+      UserError: another kind of vocabulary (SentencePiece's scores), or an unknown way to split text.
     """
     only(metadata, "tokenizer.ggml.model", ("gpt2",), where=where)
     pre = only(metadata, "tokenizer.ggml.pre", tuple(PRE_TOKENIZERS), "gpt-2", where)

@@ -1,20 +1,21 @@
-"""HoVLE and HoVLE-HD as published: the holistic embedding beside the LLM."""
+"""HoVLE and HoVLE-HD as published: the holistic embedding and the LLM."""
 
 import dataclasses
+from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2, llms
 from hovle_jax.formats.fields import count, field, flag, number, only, table
 from hovle_jax.formats.internvl import TILING, patch_rules
-from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
+from hovle_jax.formats.mapping import LINEAR, SAME, Rule, nested, padded, rule
 from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig
 
 
-def config_from_json(config, where="config.json"):
-    """-> HoVLEConfig; `image_size` is that of the learned positions, `force_image_size` that of tiles."""
+def config_from_json(config: dict[str, Any], where: str = "config.json") -> HoVLEConfig:
+    """-> HoVLEConfig. `image_size` is the tile side of the learned positions, `force_image_size` that of the tiles."""
     only(config, "ps_version", ("v2",), "v2", where)
     is_shuffled = _is_shuffled(table(config, "embedding_config", where=where), f"{where} embedding_config")
-    # Of its square come the visual tokens that the public code puts into a prompt. (Early exports of ours said 0.5
+    # The public code computes the number of visual tokens in a prompt from its square. (Our early exports had 0.5
     # where nothing is shuffled.)
     only(config, "downsample_ratio", (0.5,) if is_shuffled else (1.0, 0.5), 0.5, where)
     model = HoVLEConfig(
@@ -31,7 +32,7 @@ def config_from_json(config, where="config.json"):
 
 
 def _embedding_from_json(config, normalize_output, tile_size, where):
-    """-> EmbeddingConfig. The rotary base and the variant are published nowhere else, so they have no default."""
+    """-> EmbeddingConfig. The rotary base and the variant are published nowhere else: they have no default."""
     only(config, "num_channels", (3,), 3, where)
     only(config, "use_ls", (False,), False, where)
     # Our extension: the published checkpoints have no such key, and InternLM2's layers.
@@ -80,7 +81,7 @@ def _pixel_shuffle(config, where):
 
 
 def _num_special_tokens(config, vocab_size, where):
-    """Rows of the second table; its ids continue the first table's."""
+    """The number of rows of the second table; its ids continue the first table's."""
     ids = sorted(table(config, "special_token_maps", where=where).values()) if config.get("special_token_maps") else []
     if ids != list(range(vocab_size, vocab_size + len(ids))):
         raise UserError(
@@ -89,12 +90,12 @@ def _num_special_tokens(config, vocab_size, where):
     return len(ids)
 
 
-def config_to_json(config: HoVLEConfig, image_id, special_tokens):
+def config_to_json(config: HoVLEConfig, image_id: int, special_tokens: dict[str, int]) -> dict[str, Any]:
     """The public config.json; the inverse of `config_from_json`.
 
     Args:
       image_id: the id of <IMG_CONTEXT>.
-      special_tokens: {token: id}, for the names of the rows of the embedding's second table.
+      special_tokens: {token: id}; it names the rows of the embedding's second table.
     """
     c = config.embedding
     if c.family == "internlm2":
@@ -141,8 +142,8 @@ def config_to_json(config: HoVLEConfig, image_id, special_tokens):
     }
 
 
-def embedding_rules(config: EmbeddingConfig):
-    """Rules of `HolisticEmbedding`; its tensors start with 'embedding_model.'."""
+def embedding_rules(config: EmbeddingConfig) -> list[Rule]:
+    """The rules of `HolisticEmbedding`; its tensors start with 'embedding_model.'."""
     optional = []
     if config.num_special_tokens:
         optional += [rule("special_text_embeddings.weight", "special_embedding/embedding", SAME)]
@@ -163,8 +164,9 @@ def embedding_rules(config: EmbeddingConfig):
     ]
 
 
-def rules(config: HoVLEConfig):
-    """Rules of the whole checkpoint: {'embedding', 'llm'}."""
+def rules(config: HoVLEConfig) -> list[Rule]:
+    """The rules of the whole checkpoint: {'embedding', 'llm'}."""
+    assert config.embedding is not None
     return [
         *nested(embedding_rules(config.embedding), public="embedding_model.", ours="embedding"),
         *nested(llms.rules(config.llm), public="language_model.", ours="llm"),

@@ -1,16 +1,17 @@
 """InternLM2 (`InternLM2ForCausalLM`), and its decoder layers, which the holistic embedding shares."""
 
 import dataclasses
+from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import count, flag, number, only, table
-from hovle_jax.formats.mapping import LINEAR, SAME, nested, packed_wqkv, padded, rule
+from hovle_jax.formats.mapping import LINEAR, SAME, Rule, nested, packed_wqkv, padded, rule
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 
 SILU = ("silu", "swish")  # two names of one function
 
 
-def config_from_json(config, where="config.json"):
+def config_from_json(config: dict[str, Any], where: str = "config.json") -> LLMConfig:
     """-> LLMConfig. Defaults are those of the public `InternLM2Config`."""
     _check_supported(config, where)
     stack = stack_from_json(
@@ -40,8 +41,8 @@ def _check_supported(config, where):
 SCALINGS = ("linear", "dynamic")
 
 
-def scaling_from_json(config, max_length, where):
-    """-> RopeScaling or None, of the LLM and of the embedding; `max_length` is where 'dynamic' begins to act."""
+def scaling_from_json(config: dict[str, Any], max_length: int, where: str) -> RopeScaling | None:
+    """-> RopeScaling or None, of the LLM or of the embedding; `max_length` is where 'dynamic' starts to act."""
     scaling = table(config, "rope_scaling", {}, where) if config.get("rope_scaling") else {}
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind is None and not scaling:
@@ -51,7 +52,7 @@ def scaling_from_json(config, max_length, where):
     return RopeScaling(kind, number(scaling, "factor", where=f"{where} rope_scaling"), max_length)
 
 
-def scaling_to_json(scaling: RopeScaling | None, max_length):
+def scaling_to_json(scaling: RopeScaling | None, max_length: int) -> tuple[dict[str, Any] | None, int]:
     """-> (`rope_scaling`, `max_position_embeddings`), the inverse: 'dynamic' acts beyond the latter."""
     if scaling is None:
         return None, max_length
@@ -59,7 +60,9 @@ def scaling_to_json(scaling: RopeScaling | None, max_length):
     return public, scaling.original_length if scaling.kind == "dynamic" else max_length
 
 
-def stack_from_json(config, rope_theta, norm_eps, where="config.json"):
+def stack_from_json(
+    config: dict[str, Any], rope_theta: float, norm_eps: float, where: str = "config.json"
+) -> StackConfig:
     """-> StackConfig from the keys that the LLM's and the embedding's configs share."""
     width, num_heads = (count(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
     stack = StackConfig(
@@ -76,18 +79,18 @@ def stack_from_json(config, rope_theta, norm_eps, where="config.json"):
     return stack
 
 
-def head_dim(width, num_heads, where):
+def head_dim(width: int, num_heads: int, where: str) -> int:
     """The size of a head where the config does not name one. Raises UserError when the width does not divide."""
     if width % num_heads:
         raise UserError(f"{where}: hidden_size={width} must be a multiple of num_attention_heads={num_heads}")
     return width // num_heads
 
 
-def config_to_json(config: LLMConfig):
+def config_to_json(config: LLMConfig) -> dict[str, Any]:
     """The public config.json of an LLM; the inverse of `config_from_json`.
 
     Raises:
-      UserError: a layer type that InternLM2's code does not have.
+      UserError: options that InternLM2's code does not have.
     """
     stack = config.stack
     check_plain(stack)
@@ -107,7 +110,7 @@ def config_to_json(config: LLMConfig):
     }
 
 
-def check_plain(stack: StackConfig):
+def check_plain(stack: StackConfig) -> None:
     """Raises UserError for what InternLM2's layer does not have."""
     extra = {
         "biases but those of all attention projections": stack.mlp_bias or stack.qkv_bias != stack.output_bias,
@@ -121,7 +124,7 @@ def check_plain(stack: StackConfig):
         raise UserError(f"InternLM2's public layer has no {found}: this stack cannot be written in its format")
 
 
-def stack_to_json(stack: StackConfig):
+def stack_to_json(stack: StackConfig) -> dict[str, Any]:
     """The keys that the LLM's and the embedding's configs share."""
     return {
         "hidden_size": stack.width,
@@ -135,8 +138,8 @@ def stack_to_json(stack: StackConfig):
     }
 
 
-def stack_rules(config: StackConfig, public):
-    """Rules of a `Stack`; `public` is what stands before the layers' numbers, as 'model.layers.'."""
+def stack_rules(config: StackConfig, public: str) -> list[Rule]:
+    """The rules of a `Stack`; `public` is what precedes the layers' numbers, such as 'model.layers.'."""
     wqkv = packed_wqkv(config.num_heads, config.num_kv_heads, config.head_dim)
     layer = [
         ("attention.wqkv.weight", "query/kernel key/kernel value/kernel", wqkv),
@@ -155,16 +158,16 @@ def stack_rules(config: StackConfig, public):
     return nested(rules, public=public + "{layer}.", ours="layers")
 
 
-def head_rules(config: LLMConfig, public):
-    """Rules of an LLM's head; a tied one is rarely in the file, and then as a copy."""
+def head_rules(config: LLMConfig, public: str) -> list[Rule]:
+    """The rules of an LLM's head; a tied head is rarely in the file, and then as a copy."""
     rows = config.vocab_size, config.table_rows
     if config.tied:
         return [rule(public, "token_embedding/embedding", padded(SAME, *rows))] if config.head_stored else []
     return [rule(public, "head/kernel", padded(LINEAR, *rows))]
 
 
-def rules(config: LLMConfig):
-    """Rules of `LanguageModel`."""
+def rules(config: LLMConfig) -> list[Rule]:
+    """The rules of `LanguageModel`."""
     rows = config.vocab_size, config.table_rows
     return [
         rule("model.tok_embeddings.weight", "token_embedding/embedding", padded(SAME, *rows)),

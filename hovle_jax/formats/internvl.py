@@ -1,6 +1,7 @@
-"""InternVL2 (`InternVLChatModel` over InternViT): the teacher's tower and projector, and the LLM beside them."""
+"""InternVL2 (`InternVLChatModel` over InternViT): the teacher's tower and projector, and the LLM."""
 
 import dataclasses
+from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2, llms
@@ -12,6 +13,7 @@ from hovle_jax.formats.mapping import (
     SAME,
     STACKED_BIAS,
     STACKED_QKV,
+    Rule,
     nested,
     patch_kernel,
     rule,
@@ -21,17 +23,17 @@ from hovle_jax.model.config import LLMConfig, TeacherConfig, ViTConfig
 
 @dataclasses.dataclass(frozen=True)
 class InternVLConfig:
-    """What an InternVL2 checkpoint holds: {'teacher': {'vision', 'mlp1'}, 'llm'}."""
+    """The components of an InternVL2 checkpoint: {'teacher': {'vision', 'mlp1'}, 'llm'}."""
 
     vision: ViTConfig
     llm: LLMConfig
 
     @property
-    def teacher(self):
+    def teacher(self) -> TeacherConfig:
         return TeacherConfig("internvit", self.vision, projector="mlp1", projector_width=self.llm.stack.width)
 
 
-def config_from_json(config, where="config.json"):
+def config_from_json(config: dict[str, Any], where: str = "config.json") -> InternVLConfig:
     """-> InternVLConfig. Defaults are those of the public `InternVLChatConfig`."""
     only(config, "select_layer", (-1,), -1, where)
     only(config, "downsample_ratio", (0.5,), 0.5, where)
@@ -42,7 +44,7 @@ def config_from_json(config, where="config.json"):
     )
 
 
-def vision_from_json(config, where="config.json"):
+def vision_from_json(config: dict[str, Any], where: str = "config.json") -> ViTConfig:
     """-> ViTConfig of an InternViT. Defaults are those of the public `InternVisionConfig`."""
     only(config, "num_channels", (3,), 3, where)
     width, num_heads = (count(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
@@ -67,11 +69,11 @@ def vision_from_json(config, where="config.json"):
     )
 
 
-# How an image is cut into tiles, as the published checkpoints say it; the code's own default is not to cut it.
+# How an image is split into tiles in the published checkpoints; the code's own default is not to split it.
 TILING = {"dynamic_image_size": True, "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 12}
 
 
-def config_to_json(config: InternVLConfig):
+def config_to_json(config: InternVLConfig) -> dict[str, Any]:
     """The public config.json; the inverse of `config_from_json`."""
     return {
         "architectures": ["InternVLChatModel"],
@@ -87,8 +89,8 @@ def config_to_json(config: InternVLConfig):
     }
 
 
-def vision_to_json(config: ViTConfig):
-    """The public config of an InternViT. Raises UserError for a tower that is none, as CLIP's."""
+def vision_to_json(config: ViTConfig) -> dict[str, Any]:
+    """The public config of an InternViT. Raises UserError for another tower, such as CLIP's."""
     if config.pre_norm or config.post_norm or not config.layer_scale or not config.patch_bias:
         raise UserError("this tower is not an InternViT (CLIP's have other norms): it cannot be written in its format")
     return {
@@ -109,8 +111,8 @@ def vision_to_json(config: ViTConfig):
     }
 
 
-def patch_rules(patch_size, public):
-    """Rules of class token, learned positions and patch convolution, of InternViT and HoVLE; `public` is a prefix."""
+def patch_rules(patch_size: int, public: str) -> list[Rule]:
+    """The rules of InternViT's and HoVLE's class token, positions and patch convolution; `public` is a prefix."""
     return [
         rule(public + "class_embedding", "class_embedding", CLASS_TOKEN),
         rule(public + "position_embedding", "class_position position_embedding", POSITIONS),
@@ -119,8 +121,8 @@ def patch_rules(patch_size, public):
     ]
 
 
-def vision_rules(config: ViTConfig):
-    """Rules of an InternViT as `VisionTransformer`."""
+def vision_rules(config: ViTConfig) -> list[Rule]:
+    """The rules of an InternViT as `VisionTransformer`."""
     layer = [
         ("attn.qkv.weight", "query/kernel key/kernel value/kernel", STACKED_QKV),
         *([("attn.qkv.bias", "query/bias key/bias value/bias", STACKED_BIAS)] if config.qkv_bias else []),
@@ -141,8 +143,8 @@ def vision_rules(config: ViTConfig):
     ]
 
 
-def tower_rules(config: ViTConfig):
-    """Rules of a checkpoint that is an InternViT alone: {'teacher': {'vision'}}."""
+def tower_rules(config: ViTConfig) -> list[Rule]:
+    """The rules of a checkpoint that is an InternViT alone: {'teacher': {'vision'}}."""
     return nested(vision_rules(config), ours="teacher/vision")
 
 
@@ -156,8 +158,8 @@ def _norm(kind, name):
     return [(f"{name}.weight", f"{name}/norm/scale", SAME), (f"{name}.bias", f"{name}/norm/bias", SAME)]
 
 
-def teacher_rules(config: InternVLConfig):
-    """Rules of `VisionTeacher` with the 'mlp1' projector; its tensors start with 'vision_model.' or 'mlp1.'."""
+def teacher_rules(config: InternVLConfig) -> list[Rule]:
+    """The rules of `VisionTeacher` with the 'mlp1' projector; its tensors start with 'vision_model.' or 'mlp1.'."""
     projector = [
         rule("0.weight", "norm/norm/scale", SAME),
         rule("0.bias", "norm/norm/bias", SAME),
@@ -169,8 +171,8 @@ def teacher_rules(config: InternVLConfig):
     ]
 
 
-def rules(config: InternVLConfig):
-    """Rules of the whole checkpoint: {'teacher': {'vision', 'mlp1'}, 'llm'}."""
+def rules(config: InternVLConfig) -> list[Rule]:
+    """The rules of the whole checkpoint: {'teacher': {'vision', 'mlp1'}, 'llm'}."""
     return [
         *nested(teacher_rules(config), ours="teacher"),
         *nested(llms.rules(config.llm), public="language_model.", ours="llm"),

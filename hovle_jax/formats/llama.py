@@ -5,23 +5,24 @@ What differs is which projections have biases, whether queries and keys are norm
 
 import dataclasses
 import math
+from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.formats import internlm2
 from hovle_jax.formats.fields import REQUIRED, count, field, flag, number, only, table
-from hovle_jax.formats.mapping import LINEAR, SAME, nested, padded, rule
+from hovle_jax.formats.mapping import LINEAR, SAME, Rule, nested, padded, rule
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The public config class's defaults and what is fixed in its code.
+    """Defaults of the public config class, and what its code fixes.
 
     Attributes:
       kv_heads, head_dim: None = the number of heads, hidden_size / heads.
       biases: (qkv, output) that the code fixes; None = both are the config's `attention_bias`.
-      mlp_bias: whether the config may ask for it.
-      slides: whether a `sliding_window` in the config is used without being switched on.
+      mlp_bias: whether the config may ask for biases in the MLP.
+      slides: whether a `sliding_window` in the config applies without being switched on.
     """
 
     max_length: int
@@ -40,7 +41,7 @@ FAMILIES = {
 }
 
 
-def config_from_json(config, where="config.json"):
+def config_from_json(config: dict[str, Any], where: str = "config.json") -> LLMConfig:
     """-> LLMConfig. Defaults are those of the public config classes."""
     kind = only(config, "model_type", tuple(FAMILIES), where=where)
     family = FAMILIES[kind]
@@ -91,7 +92,7 @@ def _rope(config, max_length, head_dim, where):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind == "dynamic":  # acts beyond max_position_embeddings, whatever the original length is said to be
+    if kind == "dynamic":  # acts beyond max_position_embeddings, whatever original length is given
         return theta, RopeScaling("dynamic", number(rope, "factor", where=where), max_length)
     if kind not in ROPE_KINDS:
         known = ", ".join(("default", "dynamic", *ROPE_KINDS))
@@ -123,7 +124,7 @@ def _yarn(scaling, rope, head_dim, max_length, where):
 
 
 def _longrope(scaling, rope, head_dim, max_length, where):
-    """Texts up to the original length have factors of their own in public code; here one set serves all."""
+    """Public code has separate factors for texts up to the original length; here one set serves all lengths."""
     short, long = (tuple(map(float, field(rope, f"{name}_factor", where=where))) for name in ("short", "long"))
     if short != long or len(long) != head_dim // 2:
         raise UserError(f"{where}: longrope is supported with short_factor = long_factor of {head_dim // 2} numbers")
@@ -137,13 +138,13 @@ ROPE_KINDS = {"linear": lambda scaling, *_: scaling, "llama3": _llama3, "yarn": 
 
 
 def _check_window(config, family, num_layers, max_length, where):
-    """A sliding window is not supported where it would leave anything out (as transformers reads these keys)."""
-    window = config.get("sliding_window", 4096)
+    """Refuses a sliding window that would hide a token (these keys are read as transformers reads them)."""
+    window, is_used = config.get("sliding_window", 4096), flag(config, "use_sliding_window", False, where)
     if window is None or window >= max_length:
         return
     if family.slides:
         raise UserError(f"{where}: sliding_window={window} is not supported")
-    if not flag(config, "use_sliding_window", False, where):
+    if not is_used:
         return
     kinds = config.get("layer_types") or []
     sliding = "sliding_attention" in kinds if kinds else config.get("max_window_layers", 28) < num_layers
@@ -151,7 +152,7 @@ def _check_window(config, family, num_layers, max_length, where):
         raise UserError(f"{where}: use_sliding_window=True is not supported (sliding_window={window})")
 
 
-def config_to_json(config: LLMConfig):
+def config_to_json(config: LLMConfig) -> dict[str, Any]:
     """The public config.json; the inverse of `config_from_json`.
 
     Raises:
@@ -205,8 +206,8 @@ def _scaling_to_json(scaling: RopeScaling):
     return common
 
 
-def stack_rules(config: StackConfig, public):
-    """Rules of a `Stack`; `public` is what stands before the layers' numbers, as 'model.layers.'."""
+def stack_rules(config: StackConfig, public: str) -> list[Rule]:
+    """The rules of a `Stack`; `public` is what precedes the layers' numbers, such as 'model.layers.'."""
     linears = {
         "self_attn.q_proj": ("query", config.qkv_bias),
         "self_attn.k_proj": ("key", config.qkv_bias),
@@ -228,8 +229,8 @@ def stack_rules(config: StackConfig, public):
     return nested(rules, public=public + "{layer}.", ours="layers")
 
 
-def rules(config: LLMConfig):
-    """Rules of `LanguageModel`."""
+def rules(config: LLMConfig) -> list[Rule]:
+    """The rules of `LanguageModel`."""
     rows = config.vocab_size, config.table_rows
     return [
         rule("model.embed_tokens.weight", "token_embedding/embedding", padded(SAME, *rows)),

@@ -1,7 +1,7 @@
 """Rules between the tensors of a public checkpoint and the leaves of our parameter trees.
 
 A family is a list of `Rule`: which public tensor becomes which of our leaves, and how. The same list imports
-(`load`) and exports (`to_public`), and as every transform only moves numbers, it maps gradients as well.
+(`load`) and exports (`to_public`). As every transform only moves numbers, it maps gradients as well.
 
 Dimension letters: D width, N layers, K kv heads, G query heads of one kv head, C head dim, P patches, F output width.
 """
@@ -10,29 +10,34 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hovle_jax.components import Params
 from hovle_jax.errors import UserError
+from hovle_jax.formats.source import TensorSource
 
+Array: TypeAlias = jax.Array | np.ndarray
+DeferredLeaf: TypeAlias = tuple[tuple[int, ...], Callable[[], np.ndarray]]  # its shape, a function that reads it
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How one public tensor is cut into our leaves, and its exact inverse.
+    """How one public tensor is split into our leaves, and the exact inverse.
 
     Attributes:
       split: public array -> tuple of our arrays.
       join: our arrays, as arguments -> public array.
     """
 
-    split: Callable
-    join: Callable
+    split: Callable[[Any], tuple[Any, ...]]
+    join: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Rule:
 
     Attributes:
       public: its name; '{layer}' stands for the layer's number.
-      ours: paths of the leaves that it becomes, parts joined with '/'.
+      ours: paths of the leaves that it becomes, keys joined with '/'.
       num_layers: None = a single tensor; N = the layers' tensors are stacked on axis 0 of our leaves.
     """
 
@@ -50,82 +55,81 @@ class Rule:
     transform: Transform
     num_layers: int | None = None
 
-    def names(self):
+    def names(self) -> list[str]:
         """The public names, in the order of layers."""
         if self.num_layers is None:
             return [self.public]
         return [self.public.replace("{layer}", str(layer)) for layer in range(self.num_layers)]
 
 
-def rule(public, ours, transform, num_layers=None):
+def rule(public: str, ours: str, transform: Transform, num_layers: int | None = None) -> Rule:
     """A Rule; `ours` is one path, or several separated by blanks."""
     return Rule(public, tuple(ours.split()), transform, num_layers)
 
 
-def nested(rules, *, ours, public=""):
+def nested(rules: Iterable[Rule], *, ours: str, public: str = "") -> list[Rule]:
     """The rules of a component inside a larger checkpoint: prefixes for the public names and for our paths."""
     return [
         dataclasses.replace(r, public=public + r.public, ours=tuple(f"{ours}/{path}" for path in r.ours)) for r in rules
     ]
 
 
-def check(rules, source, abstract=None):
-    """Compares a checkpoint's tensors, by their shapes alone, with what the rules and our parameters need.
+def check(rules: list[Rule], source: TensorSource, abstract: Params | None = None) -> None:
+    """Compares the names and shapes of a checkpoint's tensors with what the rules and our parameters need.
 
     Args:
-      source: `shapes` {public name: shape} and `file_of(name)`.
+      source: no tensor of it is read.
       abstract: our parameters' shapes, where they are known.
     Raises:
-      UserError: tensors are missing, not known, or of a shape that the config does not allow, by name.
+      UserError: tensors are missing, unknown, or of a shape that the config does not allow; it names them.
     """
     rules = _present(rules)
     shapes, names = source.shapes, {n for r in rules for n in r.names()}
     _check_names(names, set(shapes), f"{source.file_of(None)} (the checkpoint)")
-    wanted = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
+    wanted: dict[str, Any] = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
     for r in rules:
         for name in r.names():
             tensor = jax.ShapeDtypeStruct(shapes[name], jnp.float32)
-            parts = _split(r, f"{source.file_of(name)}: {name}", tensor)
-            for path, part in zip(r.ours, parts, strict=True):
-                shape = wanted[path].shape[r.num_layers is not None :] if path in wanted else part.shape
-                if tuple(part.shape) != tuple(shape):
+            pieces = _split(r, f"{source.file_of(name)}: {name}", tensor)
+            for path, piece in zip(r.ours, pieces, strict=True):
+                shape = wanted[path].shape[r.num_layers is not None :] if path in wanted else piece.shape
+                if tuple(piece.shape) != tuple(shape):
                     raise UserError(
                         f"{source.file_of(name)}: {name} has shape {list(tensor.shape)}, which gives {path} of "
-                        f"{list(part.shape)}; the config needs {list(shape)}"
+                        f"{list(piece.shape)}; the config needs {list(shape)}"
                     )
 
 
-def load(rules, source, abstract=None):
+def load(rules: list[Rule], source: TensorSource, abstract: Params | None = None) -> Params:
     """Parameters from a source, one public tensor at a time.
 
     Args:
-      source: `shapes` {public name: shape}, `read(name)` -> float32 array, `file_of(name)`.
-      abstract: our parameters' shapes with shardings: each leaf goes to its shards as soon as it is whole, so the host
-        holds no more than one leaf. None: numpy arrays.
+      abstract: our parameters' shapes with shardings: each leaf goes to its devices as soon as it is complete, so the
+        host never holds more than one leaf. None: numpy arrays.
     Raises:
-      UserError: see `check`. Tensors with values that are not finite are counted in a warning.
+      UserError: see `check`. Values that are not finite are counted in a warning.
     """
     check(rules, source, abstract)
-    targets = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
+    targets: dict[str, Any] = {} if abstract is None else flax.traverse_util.flatten_dict(abstract, sep="/")
     leaves = {}
     for r in _present(rules):
         leaves |= {path: _place(leaf, targets.get(path)) for path, leaf in zip(r.ours, _read(r, source), strict=True)}
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def deferred(rules, source):
-    """Our leaves, none of them read yet: {path: (shape, function that reads it)}. The functions work once."""
+def deferred(rules: list[Rule], source: TensorSource) -> dict[str, DeferredLeaf]:
+    """{path: (shape, function that reads the leaf)}; nothing is read yet, and each function may be called once."""
     check(rules, source)
     leaves = {}
     for r in _present(rules):
         first = r.names()[0]
         shapes = [x.shape for x in _split(r, first, jax.ShapeDtypeStruct(source.shapes[first], jnp.float32))]
-        parts = {}  # of tensors that are read; those that become several leaves wait here for their turn
+        waiting = {}  # leaves that were read with another one of the same tensor
 
-        def read(path, r=r, parts=parts):
-            if not parts:
-                parts.update(zip(r.ours, _read(r, source), strict=True))
-            return parts.pop(path)
+        def read(path, r=r, waiting=waiting):
+            if not waiting:
+                waiting.update(zip(r.ours, _read(r, source), strict=True))
+            return waiting.pop(path)
 
         for path, shape in zip(r.ours, shapes, strict=True):
             layers = () if r.num_layers is None else (r.num_layers,)
@@ -138,25 +142,25 @@ def _present(rules):
     return [r for r in rules if r.num_layers != 0]
 
 
-def _read(r, source):
+def _read(r: Rule, source: TensorSource) -> tuple[np.ndarray, ...]:
     """The leaves of one rule, layers stacked."""
-    buffers = None
+    buffers: tuple[np.ndarray, ...] = ()
     for layer, name in enumerate(r.names()):
         tensor = source.read(name)
         wrong = tensor.size - np.count_nonzero(np.isfinite(tensor))
         if wrong:
             log.warning("%s: %s: %d of %d values are not finite", source.file_of(name), name, wrong, tensor.size)
-        parts = r.transform.split(tensor)
+        pieces = r.transform.split(tensor)
         if r.num_layers is None:
-            return parts
-        buffers = buffers or [_aligned((r.num_layers, *part.shape), part.dtype) for part in parts]
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer[layer] = part
+            return pieces
+        buffers = buffers or tuple(_aligned((r.num_layers, *piece.shape), piece.dtype) for piece in pieces)
+        for buffer, piece in zip(buffers, pieces, strict=True):
+            buffer[layer] = piece
     return buffers
 
 
 def _aligned(shape, dtype, alignment=64):
-    """An uninitialised array that a CPU device can take over without a copy, as XLA wants buffers aligned."""
+    """An uninitialised array, aligned as XLA wants it, so that a CPU device can use it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment
@@ -169,25 +173,25 @@ def _place(leaf, target):
     return jax.make_array_from_callback(leaf.shape, target.sharding, lambda index: leaf[index])
 
 
-def to_public(rules, params):
+def to_public(rules: list[Rule], params: Params) -> dict[str, Array]:
     """A tree of parameters (or of their gradients) -> public tensors {name: array}. The inverse of `load`.
 
     Raises:
-      UserError: leaves are missing or not known; all are named.
+      UserError: leaves are missing or unknown; it names them.
     """
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     _check_names({path for r in _present(rules) for path in r.ours}, set(leaves), "the parameter tree")
     return dict(public_tensors(rules, leaves.__getitem__))
 
 
-def public_shapes(rules, abstract):
-    """{public name: shape} of a tree of our parameters' shapes, in the order of `public_tensors`."""
+def public_shapes(rules: list[Rule], abstract: Params) -> dict[str, tuple[int, ...]]:
+    """{public name: shape}, from the shapes of our parameters, in the order of `public_tensors`."""
     shapes = jax.eval_shape(lambda params: to_public(rules, params), abstract)  # whose keys come back sorted
     return {name: shapes[name].shape for r in rules for name in r.names()}
 
 
-def public_tensors(rules, read):
-    """Iterates over (public name, array); `read(path)` gives a leaf, and is asked once for each."""
+def public_tensors(rules: list[Rule], read: Callable[[str], Array]) -> Iterator[tuple[str, Array]]:
+    """Iterates over (public name, array). `read(path)` gives a leaf, and is called once for each."""
     for r in _present(rules):
         leaves = [read(path) for path in r.ours]
         for layer, name in enumerate(r.names()):
@@ -231,8 +235,8 @@ LINEAR = Transform(lambda x: (x.T,), lambda x: x.T)
 CLASS_TOKEN = Transform(lambda x: (x.reshape(1, -1),), lambda x: x[None])  # [1, 1, D] <-> [1, D]
 
 
-def padded(transform, rows, padded_rows):
-    """`transform`, whose public array has `rows` rows, with zeros behind them up to `padded_rows` on our side."""
+def padded(transform: Transform, rows: int, padded_rows: int) -> Transform:
+    """`transform` of a public array of `rows` rows that is padded with zeros to `padded_rows` rows on our side."""
     if rows == padded_rows:
         return transform
 
@@ -242,7 +246,7 @@ def padded(transform, rows, padded_rows):
         zeros = ((0, padded_rows - rows), *((0, 0) for _ in x.shape[1:]))
         return transform.split(_namespace(x).pad(x, zeros))
 
-    return Transform(split, lambda *parts: transform.join(*parts)[:rows])
+    return Transform(split, lambda *pieces: transform.join(*pieces)[:rows])
 
 
 def _join_positions(first, rest):
@@ -253,7 +257,7 @@ def _join_positions(first, rest):
 POSITIONS = Transform(lambda x: (x[0, :1], x[0, 1:]), _join_positions)
 
 
-def patch_kernel(patch_size, channels=3):
+def patch_kernel(patch_size: int, channels: int = 3) -> Transform:
     """Convolution [F, channels, p, p] <-> Dense kernel [p * p * channels, F], flattened as `patchify` flattens."""
 
     def split(x):
@@ -265,7 +269,7 @@ def patch_kernel(patch_size, channels=3):
     return Transform(split, join)
 
 
-def packed_wqkv(num_heads, num_kv_heads, head_dim):
+def packed_wqkv(num_heads: int, num_kv_heads: int, head_dim: int) -> Transform:
     """InternLM2's `wqkv` [K * (G + 2) * C, D] <-> query [D, K * G * C], key [D, K * C], value [D, K * C].
 
     The output dimension is (kv head, slot, head dim): the group's G queries, then its key, then its value. The same
@@ -276,22 +280,22 @@ def packed_wqkv(num_heads, num_kv_heads, head_dim):
     def split(x):
         rest = x.shape[1:]
         x = x.reshape(num_kv_heads, groups + 2, head_dim, *rest)
-        return tuple(part.reshape(-1, *rest).T for part in (x[:, :groups], x[:, groups], x[:, groups + 1]))
+        return tuple(piece.reshape(-1, *rest).T for piece in (x[:, :groups], x[:, groups], x[:, groups + 1]))
 
-    def join(*parts):
-        rest = parts[0].shape[:-1]
-        parts = [part.T.reshape(num_kv_heads, -1, head_dim, *rest) for part in parts]
-        return _namespace(parts[0]).concatenate(parts, axis=1).reshape(-1, *rest)
+    def join(*pieces):
+        rest = pieces[0].shape[:-1]
+        pieces = [piece.T.reshape(num_kv_heads, -1, head_dim, *rest) for piece in pieces]
+        return _namespace(pieces[0]).concatenate(pieces, axis=1).reshape(-1, *rest)
 
     return Transform(split, join)
 
 
 # Stacked [3 D, D] <-> three kernels [D, D]; the same for the biases [3 D].
 STACKED_QKV = Transform(
-    lambda x: tuple(part.T for part in x.reshape(3, -1, x.shape[1])),
-    lambda *parts: _namespace(parts[0]).concatenate([part.T for part in parts]),
+    lambda x: tuple(piece.T for piece in x.reshape(3, -1, x.shape[1])),
+    lambda *pieces: _namespace(pieces[0]).concatenate([piece.T for piece in pieces]),
 )
 STACKED_BIAS = Transform(
     lambda x: tuple(x.reshape(3, -1)),
-    lambda *parts: _namespace(parts[0]).concatenate(parts),
+    lambda *pieces: _namespace(pieces[0]).concatenate(pieces),
 )

@@ -1,7 +1,10 @@
-"""Where the tensors of a foreign checkpoint lie: described by their headers, read one at a time."""
+"""Where the tensors of a public checkpoint are stored: described by their headers, read one at a time."""
 
+import os
 import pathlib
 import stat
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -15,22 +18,43 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # in old Llama checkpoints: computed, an
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+class TensorSource(Protocol):
+    """Tensors by their public names.
+
+    Attributes:
+      shapes: {tensor name: shape} of all of them; reads no tensor.
+    """
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str, /) -> np.ndarray:
+        """One tensor, float32."""
+        ...
+
+    def file_of(self, name: str | None, /) -> pathlib.Path:
+        """The file that a tensor is in; for None the checkpoint's file or folder. For messages."""
+        ...
+
+
 class SafetensorsFolder:
     """One .safetensors file, or several with or without an index.
 
     Attributes:
       shapes: {tensor name: shape}, from the headers alone.
-      dtype: the narrowest type that holds all tensors: 'bfloat16', or 'float32'.
+      dtype: the narrowest type that represents all tensors exactly: 'bfloat16' or 'float32'.
 
     Raises:
-      UserError: no such file, pickles instead, a file or tensor that the index lists is missing, a truncated file, a
-        tensor in two files.
+      UserError: no such file, pickle files instead, a file or tensor that the index lists is missing, a truncated
+        file, a tensor in two files.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike):
         self.folder = pathlib.Path(folder)
         index = self._index()
-        self.shapes, self._files, dtypes = {}, {}, set()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, pathlib.Path] = {}
+        dtypes = set()
         for path in self._paths(index):
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
@@ -38,7 +62,7 @@ class SafetensorsFolder:
                         continue
                     if name in self._files:
                         raise UserError(
-                            f"{self.folder}: tensor {name} lies in {self._files[name].name} and {path.name}"
+                            f"{self.folder}: tensor {name} is in {self._files[name].name} and in {path.name}"
                         )
                     tensor = file.get_slice(name)
                     if tensor.get_dtype() not in DTYPES:
@@ -52,8 +76,8 @@ class SafetensorsFolder:
         if missing:
             raise UserError(f"{self.folder}: the files lack tensors that {INDEX} lists: {', '.join(missing)}")
 
-    def read(self, name):
-        """-> float32 array, the type of our masters (exact from bfloat16 and float16).
+    def read(self, name: str) -> np.ndarray:
+        """-> float32 array (exact from bfloat16 and float16).
 
         The file is opened anew for each tensor, so that no more than one tensor's pages stay in memory.
         """
@@ -70,12 +94,12 @@ class SafetensorsFolder:
             raise UserError(f"{path} is not an index of safetensors files: its weight_map must be {{tensor: file}}")
         outside = sorted({name for name in files.values() if pathlib.PurePosixPath(name).name != name or "\\" in name})
         if outside:
-            raise UserError(f"{path} names {outside[0]!r}: a file beside it is meant, not one in another folder")
+            raise UserError(f"{path} names {outside[0]!r}: it must name files in its own folder")
         return files
 
-    def file_of(self, name):
-        """The path of the file that a tensor is in; of the folder for None."""
-        return self._files.get(name, self.folder)
+    def file_of(self, name: str | None) -> pathlib.Path:
+        """The file that a tensor is in; for None the folder."""
+        return self.folder if name is None else self._files.get(name, self.folder)
 
     def _paths(self, index):
         if index:
@@ -92,24 +116,24 @@ class SafetensorsFolder:
             if pickles:
                 raise UserError(
                     f"{self.folder} holds its weights as pickle files ({pickles[0]}), which can run any code when they "
-                    "are read; take the safetensors version, or convert them with safetensors' own convert script"
+                    "are read; get the safetensors version, or convert them with safetensors' own convert script"
                 )
             raise UserError(f"{self.folder} lacks a .safetensors file")
         return paths
 
 
 def _check_regular(path):
-    """Raises UserError for what cannot be read as a file: opening a pipe would wait for ever."""
+    """Raises UserError for what cannot be read as a file: opening a pipe would wait forever."""
     try:
         mode = path.stat().st_mode
     except OSError as error:  # a link to itself, or to nothing
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is not a regular file (a folder, a pipe or a device); fetch it again")
+        raise UserError(f"{path} is not a regular file (a folder, a pipe or a device); download it again")
 
 
 def _open(path):
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+        raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from None

@@ -1,15 +1,17 @@
-"""How InternVL's public config.json says into how many tiles an image is cut."""
+"""The tiling of images in InternVL's public config.json."""
+
+from typing import Any
 
 from hovle_jax.config import ModelConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import count, field
 
 
-def tiling_from_json(config: dict, where: str = "config.json") -> dict:
-    """A public config -> the tiling's fields of `ModelConfig`; keys that it lacks have the defaults of these.
+def tiling_from_json(config: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """A public config -> the tiling fields of `ModelConfig`; a missing key has that field's default.
 
     Raises:
-      UserError: a number of tiles that is none, or fewest above most.
+      UserError: a value of the wrong kind, or a minimum above the maximum.
     """
     default = ModelConfig()
     fewest = count(config, "min_dynamic_patch", default.min_tiles, where)
@@ -32,7 +34,7 @@ def _flag(config, key, default, where):
     return value
 
 
-def tiling_to_json(config: ModelConfig) -> dict:
+def tiling_to_json(config: ModelConfig) -> dict[str, Any]:
     """The inverse: the public keys of a model's tiling."""
     return {
         "dynamic_image_size": config.max_tiles > 1,

@@ -1,6 +1,6 @@
-"""Several hosts as one run: their start, what must be equal on all of them, and how one's failure ends the others.
+"""Several hosts as one run: how they start, what must be equal on all of them, and how a failure ends them all.
 
-Nothing here does anything in a run of one process.
+In a run of one process nothing here has an effect.
 """
 
 import contextlib
@@ -17,41 +17,46 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
 from hovle_jax.errors import UserError
 from hovle_jax.hosts.rollcall import numbers, roll_call
 
-HEARTBEAT_SECONDS = 60  # without a sign of life jax takes a host for dead, and ends the others
+HEARTBEAT_SECONDS = 60  # without a heartbeat jax considers a host dead, and ends the others
 WAIT_MS = 7 * 24 * 3600 * 1000  # hosts wait for each other while one indexes or scores; a failure ends it earlier
-FAREWELL_SECONDS = 2  # in which host 0 can still be asked why the run ends
-ENDING = "hovle_jax/ending"  # a key of the store: why the run ends; null where nothing failed
+FAREWELL_SECONDS = 2  # host 0 stays so long, so that the others can still read why the run ends
+ENDING = "hovle_jax/ending"  # key in the store: why the run ends; null where nothing failed
 
-_counts = {}  # of each kind of meeting: keys and barriers are used once
+_counts: dict[str, Iterator[int]] = {}  # by name: every key and barrier can be used only once
 
 
 class SharedError(UserError):
-    """A user's mistake that all hosts have found together, so that none needs to tell the others."""
+    """A user's mistake that all hosts find at the same time, so that none has to tell the others."""
 
 
 def start(
-    coordinator: str = "", hosts: int = 0, host: int = -1, timeout: float = 300, announcement: dict | None = None
+    coordinator: str = "",
+    hosts: int = 0,
+    host: int = -1,
+    timeout: float = 300,
+    announcement: dict[str, Any] | None = None,
 ) -> None:
-    """Makes this process one of a run's hosts, where there are several.
+    """Makes this process a host of a run of several hosts; does nothing for one host.
 
-    On a TPU pod, in GKE, under Slurm and Open MPI jax finds out who they are; elsewhere all three arguments say it.
+    On a TPU pod, in GKE, under Slurm and Open MPI jax detects the hosts; elsewhere all three arguments are needed.
 
     Args:
       coordinator: HOST:PORT of host 0.
-      hosts, host: how many there are (1: this process alone, whatever jax finds), and this one's index.
-      timeout: seconds in which all of them must have started.
-      announcement: what must be the same on all hosts besides their software; a dict of JSON values.
+      hosts, host: the number of hosts (1: this process alone, whatever jax detects), and the index of this one.
+      timeout: seconds in which all hosts must start.
+      announcement: JSON values that must be equal on all hosts, as their software must.
     Raises:
-      UserError: hosts are missing, or differ; it says which.
+      UserError: hosts are missing or differ; it names them.
     """
-    coordinator, hosts, host, devices = _who_are_we(coordinator, hosts, host, timeout)
+    coordinator, hosts, host, devices = _find_hosts(coordinator, hosts, host, timeout)
     if hosts <= 1:
         return
     name, _, port = coordinator.rpartition(":")
@@ -70,38 +75,42 @@ def start(
     )
 
 
-def _who_are_we(coordinator, hosts, host, timeout):
+def _find_hosts(coordinator: str, hosts: int, host: int, timeout: float) -> tuple[str, int, int, Sequence[int] | None]:
     """-> (coordinator, hosts, host, local device ids or None)."""
-    said = {"--coordinator": coordinator, "--hosts": hosts, "--host": host >= 0}
+    given = {"--coordinator": coordinator, "--hosts": hosts, "--host": host >= 0}
     if hosts == 1 and not coordinator:
         return "", 1, 0, None
-    if any(said.values()):
-        missing = [flag for flag, value in said.items() if not value]
+    if any(given.values()):
+        missing = [flag for flag, value in given.items() if not value]
         if missing:
             raise UserError(f"{' and '.join(missing)} must be given too: --coordinator HOST:PORT --hosts N --host I")
         if not host < hosts:
             raise UserError(f"--host={host} is not one of --hosts={hosts}, which count from 0")
         return coordinator, hosts, host, None
-    if jax.config.jax_platforms == "cpu":  # on a pod's machine, perhaps, but not for its TPUs
+    if jax.config.jax_platforms == "cpu":  # perhaps on a machine of a pod, but not on its TPUs
         return "", 1, 0, None
     return _detected(timeout)
 
 
-def _detected(timeout):
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks
+def _detected(timeout: float) -> tuple[str, int, int, Sequence[int] | None]:
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() uses
 
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
     except Exception as error:  # whatever a cluster's interface raises
         raise UserError(
-            f"jax sees a cluster here and cannot read who is in it ({error}); say it with --coordinator HOST:PORT "
-            "--hosts N --host I, or --hosts 1 for this machine alone"
+            f"jax sees a cluster and cannot find its hosts ({error}); give --coordinator HOST:PORT --hosts N --host I, "
+            "or --hosts 1 for this machine alone"
         ) from error
-    return found if found[0] else ("", 1, 0, None)
+    coordinator, hosts, host, devices = found
+    if not coordinator:
+        return "", 1, 0, None
+    assert hosts is not None and host is not None
+    return coordinator, hosts, host, devices
 
 
 def software() -> dict[str, str]:
-    """Versions, and a digest of this package's code."""
+    """{name: version}, and a digest of this package's code."""
     content = hashlib.sha256()
     package = pathlib.Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
@@ -111,23 +120,23 @@ def software() -> dict[str, str]:
 
 
 def several() -> bool:
-    """Whether there are other hosts; starts no backend."""
+    """Whether there are several hosts; starts no backend."""
     return jax.distributed.is_initialized()
 
 
 def is_leader() -> bool:
-    """Whether this process is host 0, which alone speaks and writes all but the arrays."""
+    """Whether this process is host 0, which alone prints, and writes everything but the arrays."""
     return not several() or jax.process_index() == 0
 
 
 def _client():
-    from jax._src.distributed import global_state  # jax has no public way to its key-value store
+    from jax._src.distributed import global_state  # jax has no public access to its key-value store
 
     return global_state.client
 
 
 def wait(name: str) -> None:
-    """All hosts wait here for each other."""
+    """A barrier: returns when all hosts have called it with this name."""
     if several():
         _client().wait_at_barrier(f"hovle_jax/{_once(name)}", WAIT_MS)
 
@@ -137,8 +146,8 @@ def _once(name):
     return f"{name}/{number}"
 
 
-def gather(name: str, value: object) -> list:
-    """Every host's JSON value, in the order of hosts."""
+def gather(name: str, value: object) -> list[Any]:
+    """All-gathers JSON values -> every host's, in the order of hosts."""
     if not several():
         return [value]
     client, folder = _client(), f"hovle_jax/{_once(name)}"
@@ -149,7 +158,7 @@ def gather(name: str, value: object) -> list:
 
 
 def check_same(what: str, value: object, remedy: str) -> None:
-    """Raises SharedError where one has another JSON value than host 0."""
+    """Raises SharedError on all hosts where one's JSON value differs from host 0's."""
     values = gather(what, value)
     others = {host for host, theirs in enumerate(values) if theirs != values[0]}
     if others:
@@ -160,10 +169,10 @@ def check_same(what: str, value: object, remedy: str) -> None:
 
 
 def check_shared(folder: str | os.PathLike) -> None:
-    """Raises SharedError where one does not see what host 0 writes into the run's folder."""
+    """Raises SharedError on all hosts where one does not see what host 0 writes into the run's folder."""
     if not several():
         return
-    probe = folder / gather("probe", f".seen_by_all_{secrets.token_hex(4)}")[0]
+    probe = pathlib.Path(folder) / gather("probe", f".seen_by_all_{secrets.token_hex(4)}")[0]
     if is_leader():
         probe.touch()
     wait("probe is there")
@@ -173,12 +182,12 @@ def check_shared(folder: str | os.PathLike) -> None:
     if blind:
         raise SharedError(
             f"host{'s' * (len(blind) > 1)} {numbers(blind)} of {jax.process_count()} cannot see what host 0 writes "
-            f"into {folder}; give a folder of a file system that all hosts share with --workdir"
+            f"into {folder}; give a folder on a file system that all hosts share with --workdir"
         )
 
 
 def everyone_says(name: object) -> bool:
-    """Whether all hosts have called this with the name; for those that the others need not wait for."""
+    """Whether all hosts have called this with the name so far; waits for none."""
     if not several():
         return True
     client, folder = _client(), f"hovle_jax/said/{name}"
@@ -187,16 +196,16 @@ def everyone_says(name: object) -> bool:
 
 
 def host_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> tuple[tuple[int, ...], bool]:
-    """Which rows of the global batch this host makes, and whether it is the first of those that make them.
+    """The rows of the global batch that this host makes, and whether it is the first host that makes them.
 
-    Hosts whose devices hold different shards of the same rows (a tensor or sequence axis between them) make them all.
+    Hosts whose devices have different shards of the same rows (a tensor or sequence axis between them) make them all.
 
     Args:
       sharding: of a batch (`Placement.batch_sharding`).
     Raises:
-      UserError: two hosts hold some rows in common, and others not.
+      UserError: two hosts share some of their rows but not all.
     """
-    blocks = {}  # of each host: (first row, last row + 1)
+    blocks: dict[int, set[tuple[int, int]]] = {}  # by host: (first row, last row + 1)
     for device, (rows, *_) in sharding.devices_indices_map((batch_size,)).items():
         blocks.setdefault(device.process_index, set()).add(rows.indices(batch_size)[:2])
     own = blocks[jax.process_index()]
@@ -211,9 +220,9 @@ def host_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> tuple[tu
 
 
 def preempted() -> bool:
-    """Whether all hosts are to save and stop here, because one of them was preempted (SIGTERM).
+    """Whether all hosts must save and stop now, because one of them was preempted (SIGTERM).
 
-    To be called on all hosts equally often, at steps: jax agrees on a step that none of them has passed.
+    Call it on all hosts after every step: jax picks a step that none of them has passed.
     """
     if not several():
         return False
@@ -223,12 +232,12 @@ def preempted() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How a run of several hosts ends
+# The end of a run of several hosts
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """What is raised within ends the run on all hosts: the others would wait for this one in a collective forever."""
+    """An error inside the block ends the run on all hosts; the others would wait forever in a collective."""
     if not several():
         yield
         return
@@ -244,14 +253,14 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         _tell(error)
         traceback.print_exc()
-        _leave("error: this host failed, and so the run; the same command goes on from the newest checkpoint")
+        _leave("error: this host failed, which ends the run; the same command resumes it from the newest checkpoint")
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was faster
         _client().key_value_set(ENDING, "null")
     watch.join()
 
 
 def _tell(error):
-    """Says to the others why this host ends. Where another was first, `_watch` ends this one with that reason."""
+    """Tells the others why this host ends. Where another host was first, `_watch` ends this one with its reason."""
     text = f"host {jax.process_index()} ({socket.gethostname()}) stopped: {type(error).__name__}: {error}"
     reason = {"host": jax.process_index(), "text": " ".join(text.split())[:2000]}
     try:
@@ -264,14 +273,14 @@ def _watch():
     """Ends this process when another host fails."""
     try:
         reason = json.loads(_client().blocking_key_value_get(ENDING, WAIT_MS))
-    except jax.errors.JaxRuntimeError as error:  # host 0 keeps the store
+    except jax.errors.JaxRuntimeError as error:  # the store is on host 0
         reason = {"host": 0, "text": f"host 0 is gone: {' '.join(str(error).split())[:200]}"}
     if reason and reason["host"] != jax.process_index():
         _leave(f"error: {reason['text']}")
 
 
 def _leave(message, status=1):
-    """Ends this process at once: an orderly end would wait for hosts that do not come any more."""
+    """Ends this process at once; an orderly exit would wait for hosts that have gone."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         print(" ".join(message.split()), file=sys.stderr, flush=True)

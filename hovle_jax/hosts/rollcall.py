@@ -1,8 +1,8 @@
-"""The roll-call: before jax.distributed starts, every host says who it is to host 0, which waits for all.
+"""The roll-call: before jax.distributed starts, every host announces itself to host 0, which waits for all of them.
 
-jax's own start would end with a stack trace that counts the hosts which came and says nothing about the others. This
-one takes place at the coordinator's address and port, so it needs no other way through a firewall, and leaves the port
-to jax. One line of JSON goes each way: a host's announcement, and the verdict, the same for all.
+Where hosts are missing, jax's own start ends with a stack trace that counts those that came and does not name the
+others. The roll-call uses the coordinator's address and port, so it needs no other hole in a firewall, and frees the
+port for jax. One line of JSON goes each way: a host's announcement, and the verdict, which is the same for all.
 """
 
 import contextlib
@@ -10,26 +10,27 @@ import json
 import socket
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from hovle_jax.config import differences
 from hovle_jax.errors import UserError
 
 RETRY_SECONDS = 0.3
-LINE_SECONDS = 10  # in which a host that has connected must have sent its line
-GRACE_SECONDS = 15  # a host waits so much longer than host 0, whose clock began later or earlier
+LINE_SECONDS = 10  # a connected host must send its line within them
+GRACE_SECONDS = 15  # a host waits so much longer than host 0, which may have started later
 MOST_BYTES = 2**20
 
 
-def roll_call(announcement: dict, address: tuple[str, int], hosts: int, host: int, timeout: float) -> None:
-    """Returns when all hosts have announced themselves, and the same of what must be the same.
+def roll_call(announcement: dict[str, Any], address: tuple[str, int], hosts: int, host: int, timeout: float) -> None:
+    """Returns when all hosts have announced themselves with equal values.
 
     Args:
-      announcement: dict of JSON values: 'name' of this host, and anything else, which must be equal on all of them.
+      announcement: JSON values: 'name', this host's; all others must be equal on all hosts.
       address: (name, port) of host 0.
-      hosts, host: how many there are, and the index of this one.
+      hosts, host: the number of hosts, and the index of this one.
       timeout: seconds.
     Raises:
-      UserError: some did not come in time, or say something else than host 0; every host raises the same.
+      UserError: hosts did not come in time, or differ from host 0; every host raises the same error.
     """
     call = json.loads(json.dumps({"host": host, "hosts": hosts, **announcement}))
     error = _lead(call, address, timeout) if host == 0 else _join(call, address, timeout)
@@ -39,7 +40,7 @@ def roll_call(announcement: dict, address: tuple[str, int], hosts: int, host: in
 
 def numbers(indices: Iterable[int]) -> str:
     """{0, 1, 2, 5} -> '0-2, 5'."""
-    runs = []
+    runs: list[list[int]] = []
     for index in sorted(indices):
         if runs and index == runs[-1][1] + 1:
             runs[-1][1] = index
@@ -48,8 +49,8 @@ def numbers(indices: Iterable[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
-def verdict(calls: dict[int, dict], hosts: int, timeout: float) -> str:
-    """A user's message about the announcements {host: dict}, '' where all is well."""
+def verdict(calls: dict[int, dict[str, Any]], hosts: int, timeout: float) -> str:
+    """What is wrong with the announcements {host: values}, as a message for the user; '' where all is well."""
     missing = set(range(hosts)) - calls.keys()
     if missing:
         names = ", ".join(f"{host} ({calls[host]['name']})" for host in sorted(calls)[:4])
@@ -75,7 +76,7 @@ def _shared(call):
 
 
 def _lead(own, address, timeout):
-    """Host 0: collects the calls and answers all that came -> the verdict."""
+    """Host 0: collects the calls and answers all hosts that came -> the verdict."""
     deadline = time.monotonic() + timeout
     calls, lines = {0: own}, {}
     with _listen(address) as server:
@@ -90,7 +91,7 @@ def _lead(own, address, timeout):
                 with contextlib.suppress(OSError):
                     line.sendall(json.dumps({"error": error}).encode() + b"\n")
                     line.shutdown(socket.SHUT_WR)
-            for line in lines.values():  # the other end closes first: the port is then free for jax at once
+            for line in lines.values():  # let the other end close first: then the port is free for jax at once
                 with contextlib.suppress(OSError):
                     line.settimeout(1)
                     line.recv(1)
@@ -113,7 +114,7 @@ def _listen(address):
 
 
 def _receive(server, deadline, calls, lines):
-    """Takes one host's call. Who says nothing that can be understood is not one of ours."""
+    """Receives one host's call. A caller that does not speak this protocol is ignored."""
     server.settimeout(max(0.01, min(1, deadline - time.monotonic())))
     try:
         line, _ = server.accept()
@@ -136,7 +137,7 @@ def _receive(server, deadline, calls, lines):
 
 
 def _join(own, address, timeout):
-    """Another host: calls until host 0 answers -> the verdict."""
+    """Any other host: calls until host 0 answers -> the verdict."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
@@ -144,7 +145,7 @@ def _join(own, address, timeout):
                 line.sendall(json.dumps(own).encode() + b"\n")
                 line.settimeout(timeout + GRACE_SECONDS)
                 return json.loads(_read_line(line))["error"]
-        except (OSError, ValueError, KeyError):  # it does not listen yet, or was started anew
+        except (OSError, ValueError, KeyError):  # it does not listen yet, or was restarted
             time.sleep(RETRY_SECONDS)
     name, port = address
     return (
@@ -164,7 +165,7 @@ def _read_line(line):
 
 
 def _is_closed(line):
-    """Whether the other end has gone: it sends nothing after its call."""
+    """Whether the other end has closed the line; it sends nothing after its call."""
     line.settimeout(0)
     try:
         return not line.recv(1, socket.MSG_PEEK)

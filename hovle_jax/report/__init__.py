@@ -1,1 +1,1 @@
-"""What a run leaves for people: metrics, the progress line, plots, pictures and the report page."""
+"""What a run writes for people: metrics, the progress line, plots, images of batches and the report page."""

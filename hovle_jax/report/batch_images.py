@@ -1,12 +1,15 @@
-"""The batch as a person would check it: the images beside the text, with what the loss counts marked.
+"""Draws a batch as a person would check it: the images beside the text, the tokens that count in the loss marked.
 
-Letters: B batch, L tokens, M tiles, S side of a tile, P visual tokens of a tile.
+Letters: B batch, L tokens, M tiles, S side of a tile, P visual tokens per tile.
 """
 
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 import numpy as np
 
@@ -14,8 +17,11 @@ WIDTH = 1000
 MARGIN = 16
 FONT_SIZE = 15
 LINE_HEIGHT = 25
-MAX_LINES = 24  # of one row; a 32k-token row would make a picture that no viewer opens
+MAX_LINES = 24  # of one row; a row of 32k tokens would make an image that no viewer opens
 TILE_SIDES = {1: 192, 2: 128, 3: 96}  # columns of tiles -> side in pixels
+
+Batch: TypeAlias = Mapping[str, np.ndarray]
+Decode: TypeAlias = Callable[[list[int]], list[str]]
 
 INK, FAINT, PAPER, RULE = "#1b1b1b", "#77777c", "#ffffff", "#d8d8dc"
 FILLS = {"plain": "#f1f1f3", "image": "#d5e3f5", "trained": "#ffd978", "mismatch": "#f6a5a0"}
@@ -32,7 +38,7 @@ class Piece:
     """A box of text: a token, or a run of image tokens.
 
     Attributes:
-      kind: 'plain', 'image', 'trained' (the loss counts it) or 'mismatch' (trained towards another token than this).
+      kind: 'plain', 'image', 'trained' (it counts in the loss) or 'mismatch' (the target is another token).
     """
 
     text: str
@@ -40,14 +46,17 @@ class Piece:
     segment: int = 1
 
 
-def batch_picture(batch, decode, path, rows=8):
-    """Draws the first rows of a batch.
+Line: TypeAlias = list[tuple[int, int, Piece]]  # (x, box width, piece)
+
+
+def batch_image(batch: Batch, decode: Decode, path: str | os.PathLike, rows: int = 8) -> pathlib.Path:
+    """Draws the first rows of a batch of any stage.
 
     Args:
-      batch: the host's numpy arrays of the batch contract, of any stage.
-      decode: ids -> the text piece of each id.
+      batch: numpy arrays, as `data.batch` lays them out.
+      decode: ids -> the text of each id.
       path: the PNG to write.
-      rows: how many rows at most.
+      rows: the most rows to draw.
 
     Returns:
       the path.
@@ -64,25 +73,25 @@ def batch_picture(batch, decode, path, rows=8):
     kinds = [kind for kind in FILLS if any(piece.kind == kind for row in pieces for piece in row)]
 
     heights = [_row_height(layout, len(images), num_columns, side) for layout, images in zip(layouts, tiles)]
-    picture = Image.new("RGB", (WIDTH, 2 * MARGIN + LINE_HEIGHT + sum(heights)), PAPER)
-    draw = ImageDraw.Draw(picture)
+    canvas = Image.new("RGB", (WIDTH, 2 * MARGIN + LINE_HEIGHT + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(canvas)
     _draw_legend(draw, kinds)
     top = MARGIN + LINE_HEIGHT
     for layout, images, height in zip(layouts, tiles, heights):
         draw.line((MARGIN, top, WIDTH - MARGIN, top), fill=RULE)
         for i, image in enumerate(images):
             row, column = divmod(i, num_columns)
-            picture.paste(_resize(image, side), (MARGIN + column * (side + 6), top + MARGIN + row * (side + 6)))
+            canvas.paste(_resize(image, side), (MARGIN + column * (side + 6), top + MARGIN + row * (side + 6)))
         _draw_text(draw, layout, text_left, top + MARGIN)
         top += height
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    canvas.save(path)
     return path
 
 
-def row_tiles(batch, row):
-    """The tiles that the row uses, each [S, S, 3]."""
+def row_tiles(batch: Batch, row: int) -> list[np.ndarray]:
+    """The tiles that a row uses, each [S, S, 3]."""
     if "tiles" not in batch:
         return []
     tiles = np.asarray(batch["tiles"][row])
@@ -93,11 +102,11 @@ def row_tiles(batch, row):
     return [tile for tile, used in zip(tiles, (positions < length).any(axis=1)) if used]
 
 
-def row_pieces(batch, row, decode):
+def row_pieces(batch: Batch, row: int, decode: Decode) -> list[Piece]:
     """The boxes of one row, without its padding.
 
-    A position i with loss_weights[i] > 0 is trained to predict targets[i], so the box that is marked is token i + 1.
-    Distillation compares a position with itself: there the marked box is token i.
+    Where loss_weights[i] > 0, position i is trained to predict targets[i], so the box of token i + 1 is marked.
+    Distillation compares a position with itself: there the box of token i is marked.
     """
     tokens = np.asarray(batch["tokens"][row])
     segments = np.asarray(batch["segment_ids"][row]) if "segment_ids" in batch else _caption_segments(tokens)
@@ -105,34 +114,35 @@ def row_pieces(batch, row, decode):
     targets = _targets(batch, row)
     texts = [_visible(text) for text in decode(tokens.tolist())]
     target_text = lambda i: f"target: {_visible(decode([int(targets[i])])[0])}"
-    pieces = []
+    boxes = []
     for i in np.flatnonzero(segments > 0):
         kind = "trained" if trained[i] else "image" if image[i] else "plain"
         text = texts[i]
         if targets[i] not in (-1, tokens[i]):
             kind, text = "mismatch", f"{text} ({target_text(i)})"
-        pieces.append((Piece(text, kind, int(segments[i])), bool(image[i])))
-    pieces = _collapse(pieces)
-    # A target where the text has ended has no box of its own.
+        boxes.append((Piece(text, kind, int(segments[i])), bool(image[i])))
+    pieces = _collapse(boxes)
+    # A target after the end of the text has no box of its own.
     for i in np.flatnonzero((targets >= 0) & (np.append(segments, 0) == 0)):
         pieces.append(Piece(f"(past the end, {target_text(i)})", "mismatch", int(segments.max())))
     return pieces
 
 
-def wrap(pieces, width):
-    """Lines of boxes, [[(x, box width, piece)]], none wider than `width`; a segment starts a line."""
-    lines, x, segment = [[]], 0, None
+def wrap(pieces: Iterable[Piece], width: int) -> list[Line]:
+    """Lines of boxes, none wider than `width`; every segment starts a new line."""
+    lines: list[Line] = [[]]
+    x, segment = 0, None
     for piece in pieces:
         if segment is not None and piece.segment != segment:
             lines.append([])
             x = 0
         segment = piece.segment
-        for part in _split(piece, width):
-            box = _text_width(part.text) + 8
+        for fitting in _split(piece, width):
+            box = _text_width(fitting.text) + 8
             if x and x + box > width:
                 lines.append([])
                 x = 0
-            lines[-1].append((x, box, part))
+            lines[-1].append((x, box, fitting))
             x += box + 3
     if len(lines) > MAX_LINES:
         left_out = sum(map(len, lines[MAX_LINES - 1 :]))
@@ -142,7 +152,7 @@ def wrap(pieces, width):
 
 
 def _targets(batch, row):
-    """[L + 1]: what the box at i is trained to be; -1 = the loss does not ask."""
+    """[L + 1]: the target of the box at i; -1 = it does not count in the loss."""
     length = len(batch["tokens"][row])
     wanted = np.full(length + 1, -1)
     if "targets" in batch:
@@ -152,7 +162,7 @@ def _targets(batch, row):
 
 
 def _trained_mask(batch, row):
-    """[L]: the boxes that the loss counts."""
+    """[L]: whether a box counts in the loss."""
     length = len(batch["tokens"][row])
     mask = _targets(batch, row)[:length] >= 0
     if "text_weights" in batch:
@@ -165,7 +175,7 @@ def _trained_mask(batch, row):
 
 
 def _image_mask(batch, row):
-    """[L]: the places of visual tokens."""
+    """[L]: whether a token is a visual one."""
     mask = np.zeros(len(batch["tokens"][row]), bool)
     if "image_positions" in batch:
         positions = np.asarray(batch["image_positions"][row])
@@ -181,10 +191,10 @@ def _caption_segments(tokens):
     return (np.arange(len(tokens)) < len(used)).astype(np.int32)
 
 
-def _collapse(pieces):
+def _collapse(boxes: list[tuple[Piece, bool]]) -> list[Piece]:
     """Joins neighbouring equal image tokens into one box, '<IMG_CONTEXT> x16'."""
     joined = []
-    for (piece, is_image), run in itertools.groupby(pieces):
+    for (piece, is_image), run in itertools.groupby(boxes):
         count = len(list(run))
         if is_image and count > 1:
             joined.append(dataclasses.replace(piece, text=f"{piece.text} x{count}"))
@@ -193,8 +203,8 @@ def _collapse(pieces):
     return joined
 
 
-def _split(piece, width):
-    """The piece, in parts if it is too wide for a line of its own."""
+def _split(piece: Piece, width: int) -> Iterator[Piece]:
+    """The piece, split where it is too wide for a line."""
     text = piece.text
     while text:
         end = len(text)
@@ -205,7 +215,7 @@ def _split(piece, width):
 
 
 def _visible(text):
-    """Blanks as a middle dot; what the font cannot draw as its code point."""
+    """The text with spaces as middle dots, and what the font cannot draw as code points."""
     text = text.replace(" ", "\u00b7").replace("\u2581", "\u00b7") or "(empty)"
     text = text.replace("\n", "\\n").replace("\t", "\\t")
     return "".join(char if _has_glyph(char) else f"\\u{ord(char):04x}" for char in text)
@@ -221,7 +231,9 @@ def _font():
 @functools.cache
 def _has_glyph(char):
     mask, missing = _font().getmask(char), _font().getmask("\uffff")
-    return char.isprintable() and (mask.size != missing.size or bytes(mask) != bytes(missing))
+    # A Pillow core image can be read as bytes, which its stub lacks.
+    same = mask.size == missing.size and bytes(mask) == bytes(missing)  # pyright: ignore[reportArgumentType]
+    return char.isprintable() and not same
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -235,7 +247,7 @@ def _row_height(layout, num_tiles, num_columns, side):
 
 
 def _resize(tile, side):
-    """Enlarged by whole factors with hard pixels, so that what the model sees can be counted; reduced smoothly."""
+    """Enlarged by a whole factor without smoothing, so that the model's pixels can be counted; reduced smoothly."""
     from PIL import Image
 
     image = Image.fromarray(np.asarray(tile))

@@ -1,10 +1,11 @@
-"""The page of a work folder: all stages of a chain, what each gave and took, with a link to its own report."""
+"""The page of a work folder: the result and cost of each stage of the chain, with a link to its own report."""
 
 import html
 import os
 import pathlib
 import tempfile
 import urllib.parse
+from typing import Any
 
 from hovle_jax.report.html import figure, grid, section, table, write
 from hovle_jax.report.page import FILE_NAME
@@ -17,7 +18,7 @@ HEAD = ["stage", "result", "loss", "steps", "parameters", "tokens", "images", "t
 
 
 def write_chain(workdir: str | os.PathLike) -> pathlib.Path | None:
-    """Writes `workdir/report.html` about the runs in it, finished or not -> its path; None where there is no run."""
+    """Writes `workdir/report.html` about the runs in it, finished or not -> its path; None without a run."""
     workdir = pathlib.Path(workdir)
     runs = runs_in(workdir)
     if not runs:
@@ -49,7 +50,7 @@ def _row(name: str, run: Run) -> list[str]:
     ]
 
 
-def _parameters(facts: dict) -> str:
+def _parameters(facts: dict[str, Any]) -> str:
     if "parameters_trained" not in facts:
         return ""
     frozen = facts["parameters_frozen"]
@@ -67,10 +68,10 @@ def _together(runs: dict[str, Run]) -> dict[str, str]:
 def _losses(runs: dict[str, Run]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = plot_stages({name: run.rows for name, run in runs.items()}, pathlib.Path(folder) / "losses.png")
-        return figure(path, "Each stage has a loss of its own kind, so the heights do not compare.")
+        return figure(path, "Each stage has a different loss, so the heights do not compare.")
 
 
 def _answers(runs: dict[str, Run]) -> str:
-    """Of the last stage that has answered."""
+    """The answers of the last stage that has any."""
     answered = [name for name, run in runs.items() if (run.folder / "answers.png").is_file()]
     return figure(runs[answered[-1]].folder / "answers.png", f"Answers of {answered[-1]}.") if answered else ""

@@ -1,4 +1,4 @@
-"""Runs side by side: what they ended with, what it took, what differs in their configs; seeds as mean and spread."""
+"""Runs side by side: results, costs and differences of their configs; several seeds as mean and spread."""
 
 import dataclasses
 import itertools
@@ -6,6 +6,7 @@ import os
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.report.facts import HOST_PEAK
@@ -22,25 +23,29 @@ SEED = "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A run under a name, with its config and those of the stages beside it that it starts from.
+    """A run under a name, with its config and those of the stages in its work folder that it starts from.
 
     Attributes:
-      keys: {key: value}; those of other stages begin with their name.
+      keys: {key: value} of the configs; other stages' keys begin with the stage's name.
     """
 
     name: str
     run: Run
-    keys: dict
+    keys: dict[str, Any]
 
     @property
     def recipe(self) -> tuple:
-        """Equal for runs that differ in their seeds alone."""
+        """Equal for runs that differ only in their seeds."""
         return tuple(sorted((key, str(value)) for key, value in self.keys.items() if key.split(".")[-1] != SEED))
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A line of the table: numbers with one way to write them."""
+    """A line of the table: a number of each run, and how it is written.
+
+    Attributes:
+      of: the number of a run; None = it has none.
+    """
 
     name: str
     of: Callable[[Run], float | None]
@@ -48,16 +53,16 @@ class Quantity:
 
 
 def compare(paths: Sequence[str | os.PathLike], out: str | os.PathLike) -> str:
-    """The tables of these runs, one for each stage, as text; draws `out/compare.png`. Errors: see `open_runs`."""
+    """One table for each stage, as text; draws `out/compare.png`. Raises UserError as `open_runs`."""
     stages = open_runs(paths)
     return f"{text_of(stages)}\n\ncurves: {plot(stages, out)}"
 
 
 def open_runs(paths: Sequence[str | os.PathLike]) -> dict[str, list[Column]]:
-    """{stage: its runs}, of folders of runs (runs/instruct), of work folders (runs) and of folders of these (--seeds).
+    """{stage: its runs}, from folders of runs (runs/instruct), work folders (runs), and folders of these (--seeds).
 
     Raises:
-      UserError: a folder without any run.
+      UserError: a folder has no run.
     """
     folders = list(itertools.chain.from_iterable(_expand(pathlib.Path(path)) for path in paths))
     folders = list(dict.fromkeys(folder.absolute() for folder in folders))
@@ -78,12 +83,14 @@ def _expand(path: pathlib.Path) -> list[pathlib.Path]:
         return [path]
     chains = [child for child in children if any(is_run(folder) for folder in child.iterdir() if folder.is_dir())]
     if not chains:
-        raise UserError(f"{path} holds no run; give the folder of a run, as runs/instruct, or of a chain, as runs")
+        raise UserError(
+            f"{path} has no run; give the folder of a run, such as runs/instruct, or of a chain, such as runs"
+        )
     return chains
 
 
 def _short_names(folders: list[pathlib.Path]) -> list[str]:
-    """The parts of the paths in which they differ; of one folder alone its name."""
+    """Where the paths differ; a single folder's name."""
     if len(folders) == 1:
         return [folders[0].name]
     parts = [folder.parts for folder in folders]
@@ -94,7 +101,7 @@ def _short_names(folders: list[pathlib.Path]) -> list[str]:
 
 
 def _keys(run: Run, beside: dict[str, Run]) -> dict:
-    """The run's config, and, named, those of the stages that it starts from."""
+    """The keys of the run's config, and of the stages that it starts from with their names."""
     found = flatten(run.config)
     for name in sources_of(run.folder.name, beside):
         found |= {f"{name}.{key}": value for key, value in flatten(beside[name].config).items()}
@@ -109,7 +116,7 @@ def differing_keys(columns: list[Column]) -> dict[str, list[str]]:
 
 
 def quantities(columns: list[Column]) -> list[Quantity]:
-    """The lines of a stage's table that any of its runs has."""
+    """The lines of a stage's table that at least one of its runs has."""
     held_out = dict.fromkeys(n for c in columns for row in c.run.rows for n in row if n.startswith(HELD_OUT))
     scores = dict.fromkeys(name for column in columns for name in column.run.accuracies())
     lines = [Quantity("loss (last 5% of its points)", Run.final_loss)]
@@ -131,14 +138,14 @@ def _percent(value: float) -> str:
 
 
 def table(columns: list[Column]) -> list[list[str]]:
-    """The table of one stage, cells of text: a heading, the quantities, the config keys that differ.
+    """The table of one stage, as text: a heading, the quantities, the config keys that differ.
 
-    Runs that differ by seed alone stand side by side, followed by their mean and sample standard deviation.
+    Runs that differ only in their seed stand side by side, followed by their mean and sample standard deviation.
     """
     groups = {}
     for column in columns:
         groups.setdefault(column.recipe, []).append(column)
-    # A column is a run, or the runs that a mean is taken over.
+    # A cell is a run, or the runs of a mean.
     cells = [cell for group in groups.values() for cell in ([*group, group] if len(group) > 1 else group)]
     rows = [[columns[0].run.stage, *(_each(cells, lambda one: one.name, lambda group: f"mean ± sd of {len(group)}"))]]
     rows.append(["steps", *_each(cells, lambda column: _steps(column.run), lambda group: "")])
@@ -194,7 +201,7 @@ def plot(stages: dict[str, list[Column]], folder: str | os.PathLike) -> pathlib.
     for stage, columns in stages.items():
         runs = {column.name: column.run.curves() for column in columns}
         for column in columns:
-            # One colour for a name throughout, and for its seeds.
+            # A name keeps its colour in all panels, and shares it with other seeds of its recipe.
             recipe = recipes.setdefault(column.recipe, colors.get(column.name, f"C{len(set(colors.values()))}"))
             colors.setdefault(column.name, recipe)
         for metric in ("loss", HELD_OUT + "loss"):

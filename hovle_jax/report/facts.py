@@ -1,4 +1,4 @@
-"""What a run is made of and what it took: versions and machine, command, commit, parameters, memory."""
+"""Facts about a run: versions and machine, command, commit, parameters, memory."""
 
 import importlib.metadata
 import json
@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import hovle_jax
 
@@ -19,28 +20,28 @@ HOST_PEAK, DEVICE_PEAK = "memory/host_peak_bytes", "memory/device_peak_bytes"
 
 
 def write_facts(folder: str | os.PathLike, **facts: str | int) -> None:
-    """Replaces `folder/facts.json`: the command line and the code's commit of this process, and these facts."""
+    """Replaces `folder/facts.json`: this process's command line, the code's commit, and these facts."""
     found = {"command": command_line(), "commit": git_commit()} | facts
     (pathlib.Path(folder) / FILE_NAME).write_text(json.dumps(found, indent=2) + "\n")
 
 
-def read_facts(folder: str | os.PathLike) -> dict:
-    """What `write_facts` left in a run's folder; {} without the file."""
+def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
+    """What `write_facts` wrote into a run's folder; {} without the file."""
     path = pathlib.Path(folder) / FILE_NAME
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def command_line() -> str:
-    """How this process was started, as one would type it."""
+    """The command that started this process, as one would type it."""
     python, *rest = sys.orig_argv
     return shlex.join([os.path.basename(python), *rest])
 
 
 def git_commit(package: pathlib.Path = pathlib.Path(hovle_jax.__file__).parent) -> str:
-    """The commit of the code, with '-dirty' where tracked files differ from it; empty without git.
+    """The commit of the code, with '-dirty' where tracked files differ from it; '' without git.
 
     Args:
-      package: the folder of the code; it must be in the repository, not just below its root as an installed one is.
+      package: the folder of the code; it must be tracked by the repository, unlike an installed package below its root.
     """
 
     def git(*arguments: str) -> str:
@@ -56,13 +57,13 @@ def git_commit(package: pathlib.Path = pathlib.Path(hovle_jax.__file__).parent) 
 
 
 def peak_memory(devices: Iterable) -> dict[str, int]:
-    """Peak bytes of this process and, where JAX tells it (TPU, GPU), of that of its devices that has used most.
+    """Peak bytes of this process and, where JAX reports it (TPU, GPU), of the device that used most.
 
     Args:
-      devices: jax.Devices; those of other hosts are left out.
+      devices: jax.Devices; other hosts' are left out.
 
     Returns:
-      {HOST_PEAK: bytes, DEVICE_PEAK: bytes}; what is not known is missing.
+      {HOST_PEAK: bytes, DEVICE_PEAK: bytes}, without what is unknown.
     """
     return _host_peak() | _device_peak(devices)
 

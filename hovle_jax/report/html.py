@@ -1,4 +1,4 @@
-"""What the pages are made of. Text is escaped, images are inside, so that a page that is sent alone is whole."""
+"""The building blocks of the pages. Text is escaped and images are embedded, so a page is one file."""
 
 import base64
 import html
@@ -58,7 +58,7 @@ def write(path: pathlib.Path, title: str, sections: list[str], above: str = "") 
     Args:
       title: the heading.
       sections: HTML, in order; empty ones are left out.
-      above: HTML over the heading.
+      above: HTML before the heading.
 
     Returns:
       the path.
@@ -66,7 +66,7 @@ def write(path: pathlib.Path, title: str, sections: list[str], above: str = "") 
     path.write_text(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Without an icon of its own, a browser asks the server for one.
+        # Without an icon here, a browser asks the server for one.
         '<link rel="icon" href="data:,">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{above}"
         f"<h1>{html.escape(title)}</h1>\n{''.join(sections)}</body>\n</html>\n",
@@ -76,12 +76,12 @@ def write(path: pathlib.Path, title: str, sections: list[str], above: str = "") 
 
 
 def section(heading: str, body: str) -> str:
-    """A headed part of a page; empty without a body."""
+    """A section of a page with its heading; '' without a body."""
     return f"<section>\n<h2>{html.escape(heading)}</h2>\n{body}\n</section>\n" if body else ""
 
 
 def table(values: dict, kind: str) -> str:
-    """Rows 'name, value' or, of a value (value, note), 'name, value, note'; a dict in it becomes rows 'name.key'.
+    """Rows 'name, value', or 'name, value, note' for a pair (value, note); a nested dict becomes rows 'name.key'.
 
     Args:
       kind: the CSS class.
@@ -95,7 +95,7 @@ def table(values: dict, kind: str) -> str:
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A table with a heading over each column, of HTML cells; it scrolls where the screen is narrower."""
+    """A table of HTML cells with a heading for each column; it scrolls on a narrower screen."""
     cells = lambda tag, row: "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
     body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
     heading = cells("th", map(html.escape, head))
@@ -103,7 +103,7 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
 
 
 def figure(path: str | os.PathLike, caption: str = "") -> str:
-    """An image of a file; a tall one scrolls. Raises UserError where it does not exist."""
+    """An image file, embedded; a tall one scrolls. Raises UserError where it does not exist."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"the report's image {path} does not exist")
@@ -114,14 +114,14 @@ def figure(path: str | os.PathLike, caption: str = "") -> str:
 
 
 def details(summary: str, body: str) -> str:
-    """Something that is shown when it is asked for."""
+    """A summary line that unfolds to the body."""
     return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
 
 
-def text_of(value) -> str:
-    """A number as a person reads it."""
+def text_of(value: object) -> str:
+    """A value as text; numbers as a person reads them."""
     if isinstance(value, (float, np.floating)):
-        return format_number(value)
+        return format_number(float(value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
@@ -145,5 +145,5 @@ def png(image: np.ndarray) -> bytes:
 
 
 def data_uri(content: bytes) -> str:
-    """A PNG file's bytes as an address that holds them."""
+    """A data: URI that contains a PNG file's bytes."""
     return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -1,10 +1,11 @@
-"""The numbers of a run: one JSON object per line, the same for TensorBoard, and for a service that follows the run."""
+"""The metrics of a run: one JSON object per line, and the same numbers for TensorBoard and a tracking service."""
 
 import json
 import math
 import numbers
 import os
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -13,29 +14,29 @@ from hovle_jax.report.tracking import NoTracker, Tracker
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-TIMES = "seconds/"  # where the time went until the end of a process (`report.goodput`), one number for each activity
+TIMES = "seconds/"  # by activity, up to the end of a process (`report.goodput`)
 SCORES = "score/"  # of a finished run
 MEMORY = "memory/"
 RATES = ("tokens_per_second", "model_flops_per_second", "mfu", "goodput")
-WALL = "wall_seconds"  # since the run began, over all its processes
+WALL = "wall_seconds"  # of the run, over all its processes
 
 
 def is_measured(name: str) -> bool:
-    """Whether a metric tells of the machine and the clock: two equal runs differ in it, and so does a resumed one."""
+    """Whether a metric measures the machine and the clock: it differs between two equal runs, and in a resumed one."""
     return name in RATES or name == WALL or name.startswith((TIMES, MEMORY))
 
 
 class MetricsWriter:
-    """Appends to `folder/metrics.jsonl` and `folder/tensorboard`, and tells a tracker; a context manager.
+    """Appends to `folder/metrics.jsonl` and `folder/tensorboard`, and sends to a tracker; a context manager.
 
-    Lines after `resume_step` come from a run that was killed after its last checkpoint; they are dropped, since the
-    resumed run writes them again. The file never holds a step twice: a second `write` of the newest step (its
-    evaluation, say) joins that step's line.
+    Lines after `resume_step` were written by a process that died after its last checkpoint. They are dropped, as the
+    resumed run writes them again. The file never has a step twice: a second `write` for the newest step (say, of its
+    evaluation) adds to that step's line.
 
     Attributes:
-      folder: the run's folder; made if absent.
+      folder: the run's folder; created if absent.
       resume_step: the step of the checkpoint that the run continues from; 0 = a new run.
-      tracker: is told the same numbers, and finished at the end; None = there is none.
+      tracker: gets the same numbers, and is finished at the end; None = no tracker.
       last: the newest line, as a dict; {"step": -1} before the first.
     """
 
@@ -48,18 +49,18 @@ class MetricsWriter:
         self._file = _rewrite(folder / FILE_NAME, kept)
         self.last = kept[-1] if kept else {"step": -1}
         self._last_offset = self._file.tell() - (len(_to_line(kept[-1])) if kept else 0)
-        # The purge hides what a killed process wrote at later steps; the suffix keeps two files of one second apart.
+        # The purge hides later steps of a killed process; the suffix tells two files of the same second apart.
         self._tensorboard = SummaryWriter(
             str(folder / TENSORBOARD), purge_step=resume_step + 1, filename_suffix=f".{resume_step}"
         )
         self._tracker = tracker or NoTracker()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the scalars of one step.
 
         Args:
           step: not before the step of the last call.
-          values: {name: number}; a non-finite number is written as null. Nothing is written of an empty dict.
+          values: {name: number}; a non-finite number is written as null. An empty dict writes nothing.
         """
         if not values:
             return
@@ -79,46 +80,47 @@ class MetricsWriter:
         self._tracker.log(step, values)
 
     def show(self, step: int, name: str, path: str | os.PathLike) -> None:
-        """Gives TensorBoard an image file that belongs to a step."""
+        """Adds an image file to TensorBoard at a step."""
         from PIL import Image
 
         pixels = np.asarray(Image.open(path).convert("RGB"))
         self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
+        """Ends the files and the tracker."""
         self._file.close()
         self._tensorboard.close()
         self._tracker.finish()
 
-    def __enter__(self):
+    def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, *unused: object) -> None:
         self.close()
 
 
 class NoMetrics:
-    """In the place of a MetricsWriter on hosts that write nothing."""
+    """Replaces MetricsWriter on hosts that write nothing."""
 
     last = {"step": -1}
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         pass
 
     def show(self, step: int, name: str, path: str | os.PathLike) -> None:
         pass
 
-    def __enter__(self):
+    def __enter__(self) -> "NoMetrics":
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, *unused: object) -> None:
         pass
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict]:
     """The lines of `folder/metrics.jsonl` as dicts, in order; [] without the file.
 
-    A last line that was cut in the middle of its writing is left out; null becomes nan.
+    A truncated last line is left out; null becomes nan.
 
     Raises:
       UserError: a broken line before the last one.
@@ -139,18 +141,18 @@ def read_metrics(folder: str | os.PathLike) -> list[dict]:
 
 
 def _number(value):
-    """A count stays whole in the file; all else is a float."""
+    """A count stays an integer in the file; all else is a float."""
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _to_line(row):
-    """One line in bytes. NaN is no JSON, and other readers of the file would stumble over it."""
+    """One line in bytes. NaN becomes null, as it is not JSON."""
     values = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(values).encode() + b"\n"
 
 
 def _rewrite(path, rows):
-    """Replaces the file in one move, so that a kill leaves the old or the new one; returns it open at its end."""
+    """Replaces the file by a rename, so that a kill leaves the old or the new one -> the file, open at its end."""
     fresh = path.with_suffix(".jsonl.new")
     fresh.write_bytes(b"".join(map(_to_line, rows)))
     os.replace(fresh, path)

@@ -1,10 +1,11 @@
-"""The report of a run: one HTML file that needs no other."""
+"""The report of a run: one self-contained HTML file."""
 
 import dataclasses
 import html
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -16,11 +17,11 @@ BAD_SHOWN = 500
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A question and what the model made of it.
+    """A question and the model's answer.
 
     Attributes:
       image: uint8 [H, W, 3], or None.
-      expected: the reference answer; empty = there is none, and the answer gets no mark.
+      expected: the reference answer; '' = there is none, and the answer gets no mark.
     """
 
     image: np.ndarray | None
@@ -30,12 +31,12 @@ class Sample:
 
     @property
     def right(self) -> bool | None:
-        """Whether the answer is the expected one but for case, blanks and a full stop; None without one."""
+        """Whether the answer is the expected one, apart from case, spaces and a full stop; None without one."""
         return plain(self.answer) == plain(self.expected) if self.expected else None
 
 
 def plain(text: str) -> str:
-    """An answer without what does not count when it is compared: case, blanks and a full stop."""
+    """An answer without what a comparison ignores: case, extra spaces and a full stop."""
     return " ".join(text.lower().split()).rstrip(".")
 
 
@@ -47,34 +48,34 @@ def write_page(
     results: dict,
     samples: list[Sample],
     images: list,
-    bad=(),
+    bad: Iterable = (),
     times: dict | None = None,
     *,
     mistakes: int | None = None,
     about: dict | None = None,
     chain: str = "",
 ) -> pathlib.Path:
-    """Writes `folder/report.html`, with what it shows inside.
+    """Writes `folder/report.html`.
 
     Args:
-      folder: the run's folder; made if absent.
+      folder: the run's folder; created if absent.
       title: the heading.
       config: the resolved config, a nested dict.
       versions: what `facts.versions()` returned.
-      results: {name: number, text or (text, note)}, the headline table; a dict in it becomes rows 'name.key'.
-      samples: [Sample], in the order to show.
+      results: {name: number, text or (text, note)}, the headline table; a nested dict becomes rows 'name.key'.
+      samples: in the order to show.
       images: PNG paths, or (path, heading, caption)s, in the order to show.
       bad: `data.bad_samples.BadEvent`s of samples that could not be used.
       times: {activity: text}, where the time went.
-      mistakes: of all answers from which the samples were chosen; None = the samples are all there are.
-      about: {name: text}, what the run was made of and took.
-      chain: where the page of all stages is, relative to this one; empty = there is none.
+      mistakes: how many there are among all answers; None = the samples are all answers.
+      about: {name: text}, facts about the run.
+      chain: the path of the chain's page, relative to this one; '' = there is none.
 
     Returns:
       the page's path.
 
     Raises:
-      UserError: an image that does not exist.
+      UserError: an image does not exist.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def write_page(
         section("Results", table(results, "results")),
         section(samples_heading(samples, mistakes), _samples(samples)),
         *[section(heading, figure(path, caption)) for path, heading, caption in images],
-        section("Samples that could not be used", _bad_samples(bad) if bad else ""),
+        section("Samples that could not be used", _bad_samples(bad)),
         section("The run", table(about or {}, "about")),
         section("Where the time went", table(times or {}, "times")),
         section("Config", _config(config)),
@@ -134,17 +135,19 @@ def _sample(sample):
 
 
 def _bad_samples(events):
-    """Each once, in the order in which they were found."""
+    """Each sample once, in the order in which they were found."""
     first = {}
     for event in events:
         first.setdefault((event.source, event.shard, event.sample), event)
+    if not first:
+        return ""
     rows = "".join(
         f"<tr><td>{html.escape(e.reason)}</td><td>{html.escape(f'{e.shard}: {e.sample}')}</td>"
         f'<td class="faint">{html.escape(e.detail)}</td></tr>\n'
         for e in list(first.values())[:BAD_SHOWN]
     )
     more = f"<p>{len(first) - BAD_SHOWN:,} more are in bad_samples.jsonl.</p>" if len(first) > BAD_SHOWN else ""
-    heading = f"{len(first):,} samples, most of which another one of their source replaced"
+    heading = f"{len(first):,} samples; most were replaced by another one of their source"
     return details(heading, f"<table>\n{rows}</table>{more}")
 
 

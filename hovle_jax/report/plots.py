@@ -20,21 +20,21 @@ UNITS = {
 }
 HELD_OUT = "held_out/"
 SMOOTH_FROM = 20  # points; fewer are drawn as they are, with markers
-LINE_FROM = 3  # points; a line through two would tell of steps that nobody measured
+LINE_FROM = 3  # points; a line through two would suggest steps that were not measured
 PANEL = (4.2, 2.5)  # inches
 ANSWER_WIDTH = 26  # characters under an image
 COLOR = "#2563a8"
 HELD_OUT_COLOR = "#b45309"
-RIGHT, WRONG = "#18794e", "#c0362c"  # those of the page
+RIGHT, WRONG = "#18794e", "#c0362c"  # the page's
 
 
 def plot_metrics(rows: list[dict], path: str | os.PathLike, title: str) -> pathlib.Path:
-    """Every metric of a run in its own panel, the loss first; a held-out metric lies in the panel of its own name.
+    """Every metric of a run in its own panel, the loss first; a held-out metric is in the panel of its training metric.
 
     Args:
       rows: what `read_metrics` returns; a metric may be missing from some rows.
       path: the PNG to write.
-      title: above the panels.
+      title: printed above the panels.
 
     Returns:
       the path.
@@ -96,7 +96,7 @@ def plot_comparison(
     Args:
       panels: {title: (metric, {run: rows})}; a run without the metric is left out.
       path: the PNG to write.
-      colors: {run: a colour of matplotlib's}; None = each its own.
+      colors: {run: a matplotlib colour}; None = one for each run.
 
     Returns:
       the path.
@@ -144,7 +144,7 @@ def plot_answers(samples: list, path: str | os.PathLike, columns: int = 6) -> pa
 
 
 def _lines(text, most):
-    """As many lines as there is room for beside its neighbours."""
+    """The text wrapped to the width of an image, truncated to `most` lines."""
     return "\n".join(textwrap.wrap(text, ANSWER_WIDTH, max_lines=most, placeholder=" ..."))
 
 
@@ -192,13 +192,13 @@ def metric_names(rows: list[dict]) -> list[str]:
 
 
 def unit_of(metric: str) -> str:
-    """What stands beside the numbers of a metric: its unit, or what it is where it has none."""
+    """The label of a metric's axis: its unit, or its name where it has none."""
     name = metric.removeprefix(HELD_OUT)
     return UNITS.get(name) or ("cosine" if name.endswith("_cosine") else name)
 
 
 def _pair(rows, name):
-    """Whether a held-out metric has a panel to lie in."""
+    """Whether the rows have the training metric of a held-out one."""
     return bool(series(rows, name.removeprefix(HELD_OUT))[0])
 
 
@@ -209,9 +209,9 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def running_mean(values: list[float]) -> list[float]:
-    """Mean of a window of a twentieth of the points around each one; a non-finite point counts in no mean.
+    """The mean around each point, over a twentieth of all points; non-finite ones are left out.
 
-    The window reaches equally far to both sides and shrinks at the ends: a trailing one would lag behind the curve.
+    The window is symmetric and shrinks at the ends: a trailing window would lag the curve.
     """
     means = []
     for i in range(len(values)):
@@ -232,7 +232,7 @@ def _figure(width, height):
 
 
 def _panels(count, columns=3, size=PANEL):
-    """-> (figure, `count` axes of one size, each with its own numbers on both sides)."""
+    """-> (figure, `count` axes of one size, each with its own scales)."""
     columns = min(columns, max(1, count))
     rows = max(1, math.ceil(count / columns))
     figure = _figure(size[0] * columns, size[1] * rows + 0.4)
@@ -243,7 +243,7 @@ def _panels(count, columns=3, size=PANEL):
 
 
 def format_tick(value: float, position: int | None = None) -> str:
-    """200000000000 -> '200G', 0.0004 -> '0.0004': a number whole beside its line, with no exponent above the axis."""
+    """200000000000 -> '200G', 0.0004 -> '0.0004': complete at each tick, without an exponent above the axis."""
     if abs(value) >= 1e4:
         size, suffix = next((pair for pair in SUFFIXES if abs(value) >= pair[0]))
         return f"{value / size:.4g}{suffix}"
@@ -251,7 +251,7 @@ def format_tick(value: float, position: int | None = None) -> str:
 
 
 def _draw(axis, steps, values, color, label=None):
-    """The raw line faint under its running mean; a short one as it is, with its points; two as points alone."""
+    """A long curve faint under its running mean; a short one with markers; one or two points alone."""
     if len(values) < LINE_FROM:
         axis.plot(steps, values, "o", color=color, markersize=5, label=label)
     elif len(values) < SMOOTH_FROM:
@@ -270,7 +270,7 @@ def _annotate_last(axis, steps, values):
     finite = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
     if finite:
         step, value = finite[-1]
-        # In the title's line, at the right: beside the curve it would cover it.
+        # On the title's line: at the curve's end it would cover the curve.
         axis.set_title(f"{format_tick(float(f'{value:.4g}'))} at step {step}", fontsize=8, loc="right", color="0.35")
 
 

@@ -1,7 +1,8 @@
-"""The line that a training run shows while it works."""
+"""The line that a training run prints as it goes."""
 
 import numbers
 import time
+from collections.abc import Callable, Mapping
 
 from hovle_jax.system.progress import format_duration
 
@@ -11,35 +12,42 @@ SUFFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 class Progress:
     """Formats a run's progress.
 
-    Speed and time left come from the steps of this process after its first one, which also compiles: call `started`
-    once the first step has ended.
+    Speed and time left are measured over the steps of this process after its first one, which also compiles: call
+    `started` when the first step has ended.
 
     Attributes:
-      stage: name at the head of the line.
+      stage: the name at the start of the line.
       total_steps: the step at which the run ends.
-      first_step: steps that were done before this process (the checkpoint's step; 0 for a new run).
+      first_step: steps done before this process (the checkpoint's step; 0 for a new run).
       tokens_per_step: tokens of a global batch; 0 leaves the speed out.
       clock: seconds, from any origin.
     """
 
-    def __init__(self, stage, total_steps, first_step, tokens_per_step, clock=time.monotonic):
+    def __init__(
+        self,
+        stage: str,
+        total_steps: int,
+        first_step: int,
+        tokens_per_step: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.stage = stage
         self.total_steps = total_steps
         self.first_step = first_step
         self.tokens_per_step = tokens_per_step
         self._clock = clock
-        self._start_time = None
-        self._widths = {}  # of each column so far; a column only grows, so the lines stay aligned
+        self._start_time: float | None = None
+        self._widths: dict[str, int] = {}  # of each column so far; a column only grows, so the lines stay aligned
 
-    def started(self):
-        """Starts the clock: the process's first step is done."""
+    def started(self) -> None:
+        """Starts the clock; call it when the process's first step has ended."""
         self._start_time = self._clock()
 
-    def line(self, step, values, rates=None):
+    def line(self, step: int, values: Mapping[str, float], rates: Mapping[str, float | None] | None = None) -> str:
         """One aligned line.
 
         Args:
-          step: steps done, counted from the start of the run.
+          step: steps done since the start of the run.
           values: {name: number}, shown in this order.
           rates: {name: number or None}, as `format_rates` reads them.
         """
@@ -57,7 +65,7 @@ class Progress:
         return "  ".join(columns)
 
     def _seconds_per_step(self, step):
-        """None while only the compiling step has run."""
+        """None while only the first step, which compiles, has run."""
         timed_steps = step - self.first_step - 1
         if self._start_time is None or timed_steps < 1:
             return None
@@ -68,8 +76,8 @@ class Progress:
         return text.rjust(self._widths[name])
 
 
-def format_number(value):
-    """Three decimals where they say enough, else an exponent: 0.931, 12345.7, 2.1e-04."""
+def format_number(value: float) -> str:
+    """Three decimals where they suffice, else one, or an exponent: 0.931, 12345.7, 2.1e-04."""
     if isinstance(value, numbers.Integral):
         return str(value)
     value = float(value)
@@ -87,17 +95,17 @@ def format_count(value: float, space: str = "") -> str:
     return f"{value:.0f}{space}"
 
 
-def format_rates(rates):
+def format_rates(rates: Mapping[str, float | None]) -> dict[str, str]:
     """{'mfu', 'model_flops_per_second', 'goodput': number} -> {name: '41.2% MFU', '38.2 GFLOP/s', '93.1% goodput'}.
 
-    Any may be missing, or None for not known yet. FLOPs a second are shown only where there is no MFU.
+    Each may be missing, or None while it is not known. FLOP/s are shown only without an MFU.
     """
     percent = lambda value: f"{100 * value:.1f}% "
     formats = {"mfu": (percent, "MFU"), "goodput": (percent, "goodput")}
     if "mfu" not in rates:
         formats = {"model_flops_per_second": (lambda value: format_count(value, " "), "FLOP/s")} | formats
     return {
-        name: ("- " if rates[name] is None else as_text(rates[name])) + unit
+        name: ("- " if (rate := rates[name]) is None else as_text(rate)) + unit
         for name, (as_text, unit) in formats.items()
         if name in rates
     }

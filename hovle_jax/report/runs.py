@@ -1,10 +1,11 @@
-"""A run as its folder tells it: what pages and comparisons are made of."""
+"""A run, read from its folder, for pages and comparisons."""
 
 import dataclasses
 import json
 import math
 import os
 import pathlib
+from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.report.facts import DEVICE_PEAK, HOST_PEAK, SEEN, read_facts
@@ -24,25 +25,25 @@ class Run:
 
     Attributes:
       config: the resolved one, a nested dict.
-      rows: of metrics.jsonl.
-      results: of results.json; {} before the run's report is written.
-      facts: of facts.json.
+      rows: from metrics.jsonl.
+      results: from results.json; {} before the run's report is written.
+      facts: from facts.json.
       seconds: {activity: seconds} over all processes.
     """
 
     folder: pathlib.Path
-    config: dict
-    rows: list[dict]
-    results: dict
-    facts: dict
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    results: dict[str, Any]
+    facts: dict[str, Any]
     seconds: dict[str, float]
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "Run":
-        """Raises UserError where the folder holds no run."""
+        """The run in a folder. Raises UserError where there is none."""
         folder = pathlib.Path(folder)
         if not is_run(folder):
-            raise UserError(f"{folder} holds no run: it has no config.json")
+            raise UserError(f"{folder} is not a run's folder: it has no config.json")
         results = folder / "results.json"
         return cls(
             folder=folder,
@@ -59,7 +60,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The newest step that is written of."""
+        """The last step in the metrics."""
         return max((row["step"] for row in self.rows), default=0)
 
     @property
@@ -76,13 +77,13 @@ class Run:
         return values[-1] if values else None
 
     def final_loss(self) -> float | None:
-        """The mean loss of the last twentieth of its points, as a single batch's says little; None without one."""
+        """The mean of the last twentieth of the logged losses, as one batch's says little; None without a loss."""
         values = [value for value in series(self.rows, "loss")[1] if math.isfinite(value)]
         last = values[-max(1, len(values) // 20) :]
         return sum(last) / len(last) if last else None
 
     def epochs(self) -> float | None:
-        """How often the training data was read; None where it is not known."""
+        """How often the training data was read; None where it is unknown."""
         samples, seen = self.facts.get("samples"), self.last("samples_seen")
         return seen / samples if samples and seen is not None else None
 
@@ -91,7 +92,7 @@ class Run:
         return {name: value for name, value in self.results.items() if name.startswith("accuracy")}
 
     def curves(self) -> list[dict]:
-        """The rows with what is worth a curve: no sums that only grow, nothing that is known at the end alone."""
+        """The rows with only what is worth a curve: no growing sums, nothing that is known only at the end."""
         curve = lambda name: name not in NOT_CURVES and not name.startswith(NOT_CURVES_BEGIN)
         return [{name: value for name, value in row.items() if curve(name)} for row in self.rows]
 
@@ -107,44 +108,45 @@ class Run:
         return "" if loss is None else f"loss {format_number(loss)}"
 
     def about(self) -> dict[str, str]:
-        """{name: text} of what the run was made of and took; what is not known is left out."""
+        """{name: text}: facts about the run, without what is unknown."""
         facts, epochs = self.facts, self.epochs()
         found = {"steps": f"{self.step:,} of {self.config['steps']:,}"}
         if "parameters_trained" in facts:
             trained, frozen = facts["parameters_trained"], facts["parameters_frozen"]
             found["parameters"] = f"{trained:,} trained, {frozen:,} frozen"
         for name, metric in zip(("tokens", "images", "samples"), SEEN):
-            if self.last(metric):
-                found[f"{name} seen"] = f"{int(self.last(metric)):,}"
+            if seen := self.last(metric):
+                found[f"{name} seen"] = f"{int(seen):,}"
         if epochs is not None:
             found["epochs"] = f"{epochs:.2f} of {facts['samples']:,} samples"
         busy = self.seconds.get("training", 0) + self.seconds.get("data", 0)
-        if busy and self.last("tokens_seen"):
-            found["speed"] = f"{format_count(self.last('tokens_seen') / busy)} tokens a second while training"
+        tokens = self.last("tokens_seen")
+        if busy and tokens:
+            found["speed"] = f"{format_count(tokens / busy)} tokens a second while training"
         for name, metric in (("peak memory, host", HOST_PEAK), ("peak memory, device", DEVICE_PEAK)):
-            if self.last(metric):
-                found[name] = f"{format_count(self.last(metric), ' ')}B"
+            if peak := self.last(metric):
+                found[name] = f"{format_count(peak, ' ')}B"
         found["time"] = format_duration(self.wall_seconds)
         return found | {name: facts[name] for name in ("commit", "command") if facts.get(name)}
 
 
 def is_run(folder: pathlib.Path) -> bool:
-    """Whether it is the folder of a run; a model's config.json, of an import, names no stage."""
+    """Whether a folder is a run's: the config.json of a model or an import names no stage."""
     path = folder / "config.json"
     return path.is_file() and "stage" in json.loads(path.read_text())
 
 
 def runs_in(workdir: str | os.PathLike) -> dict[str, Run]:
-    """{name of its folder: run} of a work folder, each after those that it starts from."""
+    """{folder name: run} of a work folder, each run after those that it starts from."""
     workdir = pathlib.Path(workdir)
     found = {path.name: Run.read(path) for path in sorted(workdir.iterdir()) if path.is_dir() and is_run(path)}
-    # The end of the chain first, so that its other stages come in the order in which it needs them.
+    # Visit the end of the chain first: the other stages then come in the order in which it needs them.
     ends = sorted(found, key=lambda name: (-len(sources_of(name, found)), name))
     return {name: found[name] for end in ends for name in [*sources_of(end, found), end]}
 
 
 def sources_of(name: str, runs: dict[str, Run]) -> list[str]:
-    """The runs that one of `runs` starts from, directly or not, each after its own sources."""
+    """The runs that a run starts from, directly or not, each after its own sources."""
     ordered, seen = [], {name}
 
     def visit(current):

@@ -1,6 +1,6 @@
-"""How much a run has read: tokens, images and samples of all its batches, over all its processes.
+"""How much a run has read: the tokens, images and samples of all batches, over all its processes.
 
-Letters: B batch, L tokens, M tiles, P visual tokens of a tile.
+Letters: B batch, L tokens, M tiles, P visual tokens per tile.
 """
 
 import functools
@@ -13,30 +13,30 @@ from hovle_jax.report.facts import SEEN
 
 
 class Seen:
-    """Adds up what batches hold. They are counted on the devices, where a global batch is, so that no step waits.
+    """Counts what batches hold, on the devices, where a global batch is, so that no step waits.
 
     Attributes:
-      before: {'tokens_seen', 'images_seen', 'samples_seen': number} of the steps before this process; None = not known.
+      before: {'tokens_seen', 'images_seen', 'samples_seen': number} of the steps before this process; None = unknown.
     """
 
     def __init__(self, before: dict[str, int] | None):
         self.before = before
         self._counted = [0] * len(SEEN)
-        self._waiting = []
+        self._waiting: list[jax.Array] = []
 
     @classmethod
     def since(cls, first_step: int, last_row: dict) -> "Seen":
-        """Goes on from the metrics of the step that a run continues from."""
+        """Continues the counts in the metrics of the step that a run is resumed from."""
         if first_step == 0:
             return cls(dict.fromkeys(SEEN, 0))
         known = last_row.get("step") == first_step and all(name in last_row for name in SEEN)
         return cls({name: int(last_row[name]) for name in SEEN} if known else None)
 
     def add(self, batch: dict[str, jax.Array], drawn: int) -> None:
-        """Counts a batch that lies on the devices; its numbers are read later.
+        """Counts a batch on the devices; the numbers are read later.
 
         Args:
-          drawn: samples of the rows that this host has made, of which the batch alone does not tell.
+          drawn: samples in the rows that this host made, which cannot be read off the batch.
         """
         fields = {name: batch[name] for name in ("tokens", "segment_ids", "image_positions") if name in batch}
         fields["samples"] = _spread(drawn, batch["tokens"])
@@ -44,37 +44,38 @@ class Seen:
         self._waiting.append(_counter(batch["tokens"].sharding, tiles)(fields))
 
     def here(self) -> dict[str, int]:
-        """What this process has read; waits for the batches."""
+        """The counts of this process; waits for its batches."""
         for counts in jax.device_get(self._waiting):
             self._counted = [total + int(count) for total, count in zip(self._counted, counts)]
         self._waiting = []
         return dict(zip(SEEN, self._counted))
 
     def totals(self) -> dict[str, int]:
-        """What the run has read from its beginning on; {} where that is not known."""
+        """The counts of the run from its beginning; {} where they are unknown."""
         here = self.here()
         return {} if self.before is None else {name: self.before[name] + count for name, count in here.items()}
 
 
 def _spread(drawn: int, tokens: jax.Array) -> jax.Array:
-    """[B], each host's samples spread over its rows: its sum is that of all hosts, also where several share rows."""
+    """[B]: each host's samples spread over its rows; the sum is that of all hosts, also where hosts share rows."""
     rows, sharding = len(tokens), tokens.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
     share = np.float32(drawn / _rows_here(sharding, rows))
     size = lambda index: len(range(*index[0].indices(rows)))
-    return jax.make_array_from_callback((rows,), sharding, lambda index: np.full(size(index), share))
+    fill = lambda index: np.full(size(index), share)
+    return jax.make_array_from_callback((rows,), sharding, fill)
 
 
 @functools.cache
 def _rows_here(sharding: jax.sharding.Sharding, rows: int) -> int:
     indices = sharding.addressable_devices_indices_map((rows,)).values()
-    return sum(stop - start for start, stop, _ in {index[0].indices(rows) for index in indices})
+    return sum(stop - start for start, stop, _ in {index[0].indices(rows) for index in indices if index})
 
 
 @functools.cache
 def _counter(sharding: jax.sharding.Sharding, tiles: int):
-    """Compiled for batches that lie so; on every host the result is whole."""
+    """`count`, compiled for batches of this sharding; every host gets the whole result."""
     whole = sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
@@ -84,11 +85,12 @@ def _counter(sharding: jax.sharding.Sharding, tiles: int):
 def count(batch: dict[str, jax.Array], tiles: int) -> jax.Array:
     """Tokens, images and samples of a batch, int32 [3].
 
-    An image is a run of neighbouring visual tokens, however many tiles it was cut into. In a contrastive batch each row
-    is an image with its caption, and the padding of captions is counted.
+    An image is a run of neighbouring visual tokens, of however many tiles. In a contrastive batch each row is an image
+    with its caption, and the padding of captions counts.
 
     Args:
-      batch: tokens [B, L], samples [B]; unless it is contrastive, segment_ids [B, L]; with images [B, M * P] positions.
+      batch: tokens [B, L] and samples [B]; segment_ids [B, L] unless contrastive; with images, image_positions
+        [B, M * P].
       tiles: M.
     """
     tokens, samples = batch["tokens"], jnp.round(jnp.sum(batch["samples"])).astype(jnp.int32)

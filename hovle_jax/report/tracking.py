@@ -1,4 +1,4 @@
-"""Services that follow a run while it goes, beside the run's own files: `train --track wandb` or `trackio`."""
+"""Services that receive a run's metrics as it goes, besides the run's own files: `train --track wandb` or `trackio`."""
 
 import importlib
 import importlib.util
@@ -6,26 +6,27 @@ import json
 import os
 import pathlib
 import secrets
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from hovle_jax.errors import UserError
 
 PROJECT = "hovle_jax"
-FILE_NAME = "tracking.json"  # the name under which a service knows the run, so that a resumed one goes on there
+FILE_NAME = "tracking.json"  # the service's id of the run, with which a resumed run continues there
 
 
 class Tracker(Protocol):
-    """Takes a run's numbers."""
+    """Receives a run's metrics."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds the numbers of a step; a second call for the same step adds to them."""
+        """Adds the metrics of a step; a second call for the same step adds to them."""
 
     def finish(self) -> None:
-        """Sends what is left."""
+        """Sends what has not been sent."""
 
 
 class NoTracker:
-    """Takes numbers and keeps none."""
+    """Drops all metrics."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         pass
@@ -37,11 +38,11 @@ class NoTracker:
 class WandbTracker:
     """Weights & Biases."""
 
-    def __init__(self, run_id: str, name: str, config: dict):
+    def __init__(self, run_id: str, name: str, config: dict[str, Any]):
         import wandb
 
         self._run = wandb.init(project=PROJECT, id=run_id, name=name, config=config, resume="allow")
-        # Its own count of steps never goes back, as a run does that is resumed from a checkpoint.
+        # Its own step count cannot go back, as a run resumed from a checkpoint does.
         self._run.define_metric("train_step")
         self._run.define_metric("*", step_metric="train_step")
 
@@ -53,13 +54,13 @@ class WandbTracker:
 
 
 class TrackioTracker:
-    """Trackio, which keeps its numbers on this machine unless it is told otherwise."""
+    """Trackio, which stores metrics on this machine by default."""
 
-    def __init__(self, run_id: str, name: str, config: dict):
+    def __init__(self, run_id: str, name: str, config: dict[str, Any]):
         import trackio
 
         self._trackio = trackio
-        # It knows a run by its name alone.
+        # It identifies a run by its name.
         trackio.init(project=PROJECT, name=f"{name} {run_id}", config=config, resume="allow")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -69,7 +70,7 @@ class TrackioTracker:
         self._trackio.finish()
 
 
-TRACKERS = {"wandb": WandbTracker, "trackio": TrackioTracker}
+TRACKERS: dict[str, Callable[[str, str, dict[str, Any]], Tracker]] = {"wandb": WandbTracker, "trackio": TrackioTracker}
 
 
 def check_installed(service: str) -> None:
@@ -83,8 +84,8 @@ def check_installed(service: str) -> None:
         )
 
 
-def open_tracker(service: str, folder: str | os.PathLike, config: dict) -> Tracker:
-    """Tells the service of a run, or goes on with one that it knows.
+def open_tracker(service: str, folder: str | os.PathLike, config: dict[str, Any]) -> Tracker:
+    """Starts the run at the service, or continues it.
 
     Args:
       service: 'wandb', 'trackio' or '' for none.
@@ -101,7 +102,7 @@ def open_tracker(service: str, folder: str | os.PathLike, config: dict) -> Track
     name = "/".join(folder.parts[-2:])
     try:
         return TRACKERS[service](_run_id(folder), name, config)
-    except Exception as error:  # of its own kinds: no login, no network, no space
+    except Exception as error:  # each service's own errors: no login, no network, no space
         raise UserError(f"--track={service}: the service cannot be used: {error}") from error
 
 

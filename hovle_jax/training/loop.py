@@ -16,7 +16,7 @@ from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import BadSamples, merge_bad_samples
 from hovle_jax.hosts import distributed
-from hovle_jax.report.batch_images import batch_picture
+from hovle_jax.report.batch_images import batch_image
 from hovle_jax.sharding import table
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
@@ -88,7 +88,7 @@ def run(
         run_folder.check_same_data(folder, dataset.summary)
         run_folder.save_config(folder, config)
         tokenizer.save(folder)
-        batch_picture(first, tokenizer.pieces, folder / "first_batch.png")
+        batch_image(first, tokenizer.pieces, folder / "first_batch.png")
     bad = BadSamples(folder if lists_bad else None, config.bad_ceiling, host=jax.process_index())
 
     # 3. State.

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -55,7 +55,7 @@ class Monitor:
         self._facts = facts
 
     @contextlib.contextmanager
-    def following(self, first_step: int, tokens_per_step: int, devices: Sequence) -> Iterator[None]:
+    def following(self, first_step: int, tokens_per_step: int, devices: Iterable) -> Iterator[None]:
         """The steps of this process are made within.
 
         Args:
@@ -135,11 +135,11 @@ class Monitor:
         with self._sheet.spent(activity):
             yield
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds to the metrics of a step."""
         self._writer.write(step, values)
 
-    def held_out(self, step: int, metrics: dict[str, float], rows: int) -> None:
+    def held_out(self, step: int, metrics: Mapping[str, float], rows: int) -> None:
         """Writes and says the held-out metrics at a step, of so many rows."""
         self.write(step, {f"held_out/{name}": value for name, value in metrics.items()})
         values = "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
@@ -151,7 +151,7 @@ class Monitor:
         self.write(done, {f"{TIMES}{activity}": value for activity, value in seconds.items()})
         if distributed.is_leader():
             goodput.write_time(self.folder, done, seconds)
-        self._say_of_stage(goodput.describe(seconds))
+        self._say_of_stage(goodput.summary(seconds))
 
     def _metrics_writer(self):
         """On the host that writes; what was known before the first step is written here."""

@@ -14,7 +14,7 @@ from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import count_reasons
 from hovle_jax.data.text.tokenizer import Tokenizer
-from hovle_jax.report.batch_images import batch_picture
+from hovle_jax.report.batch_images import batch_image
 from hovle_jax.report.facts import versions
 from hovle_jax.report.page import write_page
 from hovle_jax.report.plots import plot_bars, plot_histograms
@@ -46,7 +46,7 @@ def preview(config: RunConfig, folder: str | os.PathLike, tokenizer_place: str =
     dataset, tokenizer = open_dataset(config, tokenizer_place)
     folder.mkdir(parents=True, exist_ok=True)
     first = dataset[0]
-    images = [batch_picture(first, tokenizer.pieces, folder / "batch.png")]
+    images = [batch_image(first, tokenizer.pieces, folder / "batch.png")]
     rows, events = [], list(dataset.summary.bad)
     for batch, found, _ in dataset.iterate():
         rows += [row_figures({name: array[i] for name, array in batch.items()}) for i in range(len(batch["tokens"]))]

@@ -1,9 +1,9 @@
-"""A checkpoint against reference outputs that lie beside it: every array of `expected.npz` that is known.
+"""Compares a checkpoint with reference outputs in its folder: every known array of `expected.npz`.
 
 The names are the field's own (`logits`, `loss`, `grad.<tensor>`, ...); gradients have the public names and layouts.
 """
 
-from hovle_jax.conversion.verify.report import TOLERANCE, Report
+from hovle_jax.conversion.verify.reference import TOLERANCE, Reference
 from hovle_jax.conversion.verify.run import verify
 
-__all__ = ["TOLERANCE", "Report", "verify"]
+__all__ = ["TOLERANCE", "Reference", "verify"]

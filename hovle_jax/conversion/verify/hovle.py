@@ -1,32 +1,38 @@
 """HoVLE and HoVLE-HD: the embedding's outputs, logits, loss, gradients and greedy tokens of one prompt with images."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.conversion.verify.llm import EXECUTION, with_loss
+from hovle_jax.conversion.verify.reference import Reference
 from hovle_jax.errors import UserError
+from hovle_jax.formats.families import Checkpoint
+from hovle_jax.model.config import HoVLEConfig
 from hovle_jax.model.hovle import HoVLE
 
 
 class HoVLEInputs:
-    """One prompt row with its tiles as the batch contract has it; tokens may be appended within a static length."""
+    """One prompt row with its tiles, as a model's batch; tokens can be appended within a static length."""
 
-    def __init__(self, config, context_id, report):
+    def __init__(self, config: HoVLEConfig, context_id: int, reference: Reference):
         self.config, self.context_id = config.embedding, context_id
-        self.tokens = report.ids("input_ids", config.num_tokens)
+        self.tokens = reference.ids("input_ids", config.num_tokens)
         is_hd = config.embedding.pixel_shuffle == "post"
-        self.long_tokens = report.ids("hd_input_ids", config.num_tokens) if is_hd else None
-        self.tiles = report.tiles(config.embedding.patch_size)[None]
-        if len(self.tokens) != 1 or ("attention_mask" in report and not report.input("attention_mask").all()):
-            raise UserError(f"expected.npz: input_ids {list(self.tokens.shape)}: HoVLE is compared on one row unpadded")
+        self.long_tokens = reference.ids("hd_input_ids", config.num_tokens) if is_hd else None
+        self.tiles = reference.tiles(config.embedding.patch_size)[None]
+        if len(self.tokens) != 1 or ("attention_mask" in reference and not reference.input("attention_mask").all()):
+            raise UserError(
+                f"expected.npz: input_ids {list(self.tokens.shape)}: HoVLE is compared on one row without padding"
+            )
         grid = self.tiles.shape[2] // config.embedding.patch_size
         visual = self.tiles.shape[1] * grid**2
         is_shuffled = config.embedding.pixel_shuffle != "none"
         self._check_places("input_ids", self.tokens, visual // 4 if is_shuffled else visual)
-        if is_hd:
+        if self.long_tokens is not None:
             self._check_places("hd_input_ids", self.long_tokens, visual)
             texts = [stream[stream != context_id].size for stream in (self.tokens, self.long_tokens)]
             if texts[0] != texts[1] or len(self.long_tokens) != 1:
@@ -37,8 +43,8 @@ class HoVLEInputs:
         if visual != places:
             raise UserError(f"expected.npz: {visual} visual tokens and {places} places for them in {name}")
 
-    def batch(self, appended=(), room=0):
-        """The batch of the prompt, then `appended`, then padding; `room` tokens are added to the length in all."""
+    def batch(self, appended: Sequence[int] = (), room: int = 0) -> dict[str, np.ndarray]:
+        """The batch of the prompt, the `appended` tokens and padding, `room` tokens longer than the prompt."""
         batch = self.stream(self.tokens, appended, room) | {"tiles": self.tiles}
         if self.long_tokens is None:
             return batch
@@ -49,7 +55,7 @@ class HoVLEInputs:
         long_text_positions[0, text] = long_text
         return batch | {f"long_{key}": x for key, x in long.items()} | {"long_text_positions": long_text_positions}
 
-    def stream(self, prompt, appended, room):
+    def stream(self, prompt: np.ndarray, appended: Sequence[int], room: int) -> dict[str, np.ndarray]:
         """One stream's tokens, positions, segment_ids and image_positions, each [1, L]."""
         L, real = prompt.shape[1] + room, prompt.shape[1] + len(appended)
         tokens = np.zeros((1, L), np.int32)
@@ -62,22 +68,22 @@ class HoVLEInputs:
             "image_positions": np.flatnonzero(prompt[0] == self.context_id)[None].astype(np.int32),
         }
 
-    def text_places(self, stream):
-        """Indices of what is neither an image's nor padding."""
+    def text_places(self, stream: dict[str, np.ndarray]) -> np.ndarray:
+        """Indices of the tokens that are neither an image's nor padding."""
         is_text = stream["segment_ids"][0] > 0
         is_text[stream["image_positions"][0]] = False
         return np.flatnonzero(is_text)
 
 
-def verify_hovle(checkpoint, report):
-    """All that expected.npz has of a HoVLE."""
+def verify_hovle(checkpoint: Checkpoint, reference: Reference) -> None:
+    """Compares all that expected.npz has of a HoVLE."""
     config, params = checkpoint.config, checkpoint.load()
     context_id = checkpoint.public_config["embedding_config"].get("img_context_token_id")
     if not isinstance(context_id, int):
         raise UserError(f"config.json embedding_config: img_context_token_id={context_id!r} must be a token's id")
-    inputs = HoVLEInputs(config, context_id, report)
+    inputs = HoVLEInputs(config, context_id, reference)
     batch, model = inputs.batch(), HoVLE(config, EXECUTION)
-    # Patches with their positions, before any shuffle: what the variant without one gives.
+    # Patches with their positions before any pixel shuffle: the output of the variant without one.
     plain = HoVLE(dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, pixel_shuffle="none")))
 
     def forward(params):
@@ -87,19 +93,19 @@ def verify_hovle(checkpoint, report):
         patches = plain.embedding.apply(variables, batch["tiles"], method="embed_tiles")
         return model.logits(params, batch), (output, features[0], patches)
 
-    logits, (output, features, patches) = with_loss(forward, report, params, checkpoint.rules)
-    report.compare("logits", logits)
-    report.compare("embedding_output", output)
-    report.compare("image_features", features)
+    logits, (output, features, patches) = with_loss(forward, reference, params, checkpoint.rules)
+    reference.compare("logits", logits)
+    reference.compare("embedding_output", output)
+    reference.compare("image_features", features)
     M = batch["tiles"].shape[1]
-    report.compare("vision_embeddings", patches.reshape(M, -1, patches.shape[-1]))
-    if "greedy_tokens" in report:
-        steps = len(report.input("greedy_tokens", (None,), np.integer))
-        report.compare_tokens("greedy_tokens", _greedy(model, params, inputs, steps))
+    reference.compare("vision_embeddings", patches.reshape(M, -1, patches.shape[-1]))
+    if "greedy_tokens" in reference:
+        steps = len(reference.input("greedy_tokens", (None,), np.integer))
+        reference.compare_tokens("greedy_tokens", _greedy(model, params, inputs, steps))
 
 
 def _greedy(model, params, inputs, steps):
-    """The most likely tokens behind the prompt, each from a full forward; padded to one length, so compiled once."""
+    """The most likely tokens after the prompt, each from a full forward pass of one length, so compiled once."""
     run, tokens, prompt = jax.jit(model.logits), [], inputs.tokens.shape[1]
     for step in range(steps):
         tokens.append(int(jnp.argmax(run(params, inputs.batch(tokens, room=steps))[0, prompt + step - 1])))

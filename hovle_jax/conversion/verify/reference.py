@@ -1,6 +1,9 @@
-"""What a reference has, what was compared with it, and how far off it was."""
+"""Reference outputs, and how far ours are from them."""
+
+from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hovle_jax.errors import UserError
 
@@ -12,39 +15,40 @@ GRADIENT_ALIASES = {  # older names of two gradients
 }
 
 
-class Report:
-    """What was compared.
+class Reference:
+    """The arrays of an expected.npz, and the result of comparing ours with them.
 
     Attributes:
-      arrays: {name: array} of the reference.
-      errors: {array: largest absolute error}; not a number stays so.
-      tokens: {array: whether all tokens are equal}.
-      unknown: arrays that nothing is known about, so far.
+      arrays: {name: array}: inputs and outputs of the reference.
+      errors: {array: largest absolute error}, of those compared so far; NaN stays NaN.
+      tokens: {array: whether all tokens are equal}, of those compared so far.
+      unknown: names of arrays that nothing has read yet.
     """
 
-    def __init__(self, arrays):
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
         self.arrays = dict(arrays)
-        self.errors, self.tokens = {}, {}
+        self.errors: dict[str, float] = {}
+        self.tokens: dict[str, bool] = {}
         self.unknown = set(self.arrays)
         for name, array in self.arrays.items():
             if array.dtype.kind not in "biuf":
                 raise UserError(f"expected.npz: {name} holds {array.dtype}, not numbers")
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         return name in self.arrays
 
-    def has(self, *names):
-        """Whether all of these are there; what needs an input that is not stays unknown."""
+    def has(self, *names: str) -> bool:
+        """Whether all of these arrays are there."""
         return all(name in self.arrays for name in names)
 
     # Inputs, each checked before it is used.
 
-    def input(self, name, shape=None, kind=None):
-        """An array that the reference was given. Raises UserError where it is missing, or of another shape or kind.
+    def input(self, name: str, shape: tuple[int | None, ...] | None = None, kind: type | None = None) -> np.ndarray:
+        """An input of the reference. Raises UserError where it is missing, or of another shape or kind.
 
         Args:
-          shape: the shape that it must have; None = any length along that axis.
-          kind: NumPy's type class that it must be of, as np.integer.
+          shape: the required shape; None in it = any length along that axis.
+          kind: the required NumPy type class, such as np.integer.
         """
         if name not in self.arrays:
             raise UserError(f"expected.npz lacks {name!r}, without which nothing can be compared")
@@ -59,28 +63,28 @@ class Report:
             raise UserError(f"expected.npz: {name} of shape {list(array.shape)} must be [{wanted}]")
         return array
 
-    def ids(self, name, vocab_size, shape=(None, None)):
-        """An input of token ids [B, L], int32. Raises UserError for another shape, or an id that is none."""
+    def ids(self, name: str, vocab_size: int, shape: tuple[int | None, ...] = (None, None)) -> np.ndarray:
+        """An input of token ids [B, L], int32. Raises UserError for another shape, or an id outside the vocabulary."""
         ids = self.input(name, shape, np.integer)
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise UserError(f"expected.npz: {name} has id {ids.max()}; the checkpoint has {vocab_size} tokens")
         return ids.astype(np.int32)
 
-    def mask(self, name, tokens):
-        """An input of zeros and ones, of the shape of `tokens`, with something in every row."""
+    def mask(self, name: str, tokens: np.ndarray) -> np.ndarray:
+        """An input of zeros and ones, int32, of the shape of `tokens`. Raises UserError where a row has no one."""
         mask = self.input(name, tokens.shape)
         if not mask.astype(bool).any(1).all():
             raise UserError(f"expected.npz: {name} leaves nothing of row {int(np.argmin(mask.any(1)))} to compare")
         return mask.astype(bool).astype(np.int32)
 
-    def number(self, name):
+    def number(self, name: str) -> int:
         """An input that is one integer."""
         array = self.input(name, kind=np.integer)
         if array.size != 1:
             raise UserError(f"expected.npz: {name} of shape {list(array.shape)} must be one number")
         return int(array.reshape(()))
 
-    def tiles(self, patch_size):
+    def tiles(self, patch_size: int) -> np.ndarray:
         """The input pixel_values [M, 3, S, S], normalised, as [M, S, S, 3]."""
         pixels = self.input("pixel_values")
         size = pixels.shape[-1] if pixels.ndim else 0
@@ -93,50 +97,50 @@ class Report:
 
     # Outputs.
 
-    def compare(self, name, ours, where=True):
-        """Notes the largest difference, if the reference has this array; `where` leaves out what is not defined.
+    def compare(self, name: str, ours: ArrayLike, where: ArrayLike = True) -> None:
+        """Records the largest difference, if the reference has this array; `where` masks out what is not defined.
 
         Raises:
-          UserError: shapes differ, or nothing is left to compare.
+          UserError: the shapes differ, or nothing is left to compare.
         """
         if name not in self.arrays:
             return
         self.unknown.discard(name)
-        reference, ours = self.arrays[name], np.asarray(ours)
-        if ours.shape != reference.shape:
-            raise UserError(f"{name} has shape {list(reference.shape)} in expected.npz; ours is {list(ours.shape)}")
-        difference = np.abs(ours.astype(np.float64) - reference)
+        expected, found = self.arrays[name], np.asarray(ours)
+        if found.shape != expected.shape:
+            raise UserError(f"{name} has shape {list(expected.shape)} in expected.npz; ours is {list(found.shape)}")
+        difference = np.abs(found.astype(np.float64) - expected)
         if where is not True:
             difference = difference[np.asarray(where, bool)]
         if not difference.size:
-            raise UserError(f"expected.npz: nothing of {name} (shape {list(reference.shape)}) is left to compare")
+            raise UserError(f"expected.npz: nothing of {name} (shape {list(expected.shape)}) is left to compare")
         self.errors[name] = float(np.max(difference))
 
-    def compare_gradients(self, gradients):
-        """Public gradients {name: array} with every `grad.<name>`."""
+    def compare_gradients(self, gradients: Mapping[str, ArrayLike]) -> None:
+        """Compares public gradients {name: array} with every `grad.<name>`."""
         for name in self.arrays:
             public = GRADIENT_ALIASES.get(name, name.removeprefix(GRADIENT) if name.startswith(GRADIENT) else None)
-            if public in gradients:
+            if public is not None and public in gradients:
                 self.compare(name, gradients[public])
 
-    def compare_tokens(self, name, ours):
-        """Notes whether all tokens are equal."""
+    def compare_tokens(self, name: str, ours: ArrayLike) -> None:
+        """Records whether all tokens are equal."""
         self.unknown.discard(name)
         self.tokens[name] = np.array_equal(self.arrays[name], ours)
 
-    def check_gradients(self):
-        """Raises UserError where a gradient of the reference was compared with nothing."""
+    def check_gradients(self) -> None:
+        """Raises UserError where nothing was compared with one of the reference's gradients."""
         left = sorted(name for name in self.unknown if name.startswith(GRADIENT) or name in GRADIENT_ALIASES)
         if left and "labels" not in self.arrays:
             raise UserError(f"expected.npz has {left[0]} and no labels, without which there are no gradients")
         if left:
             raise UserError(f"expected.npz: {', '.join(left)}: the checkpoint has no such tensor")
 
-    def failed(self, tolerance=TOLERANCE):
-        """Names of arrays that differ; NaN differs."""
+    def failed(self, tolerance: float = TOLERANCE) -> list[str]:
+        """The names of the arrays that differ; NaN counts as different."""
         wrong = [name for name, error in self.errors.items() if not error <= tolerance]
         return wrong + [name for name, equal in self.tokens.items() if not equal]
 
-    def passed(self, tolerance=TOLERANCE):
-        """Whether something was compared, and nothing differs."""
+    def passed(self, tolerance: float = TOLERANCE) -> bool:
+        """Whether something was compared and nothing differs."""
         return bool(self.errors or self.tokens) and not self.failed(tolerance)
