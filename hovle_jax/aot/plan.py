@@ -13,7 +13,7 @@ from hovle_jax.hardware.topology import Topology
 from hovle_jax.training.stages import find
 
 REMATS = ("none", "dots", "full")  # offload waits for the host, of which nothing is known here
-ROWS = (1, 2, 4)  # of a device in a microbatch
+ROWS = (4, 2, 1)  # of a device in a microbatch
 
 
 @dataclasses.dataclass(frozen=True)
