@@ -126,14 +126,14 @@ def _template(folder, settings):
 def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     """Writes the files from which `read_tokenizer` and `transformers` load the same tokenizer."""
     tokenizer.save(folder)
-    names: dict[int | None, str] = {i: token for token, i in tokenizer.specials.items()}
+    names = {i: token for token, i in tokenizer.specials.items()}
     added = {str(i): {"content": names[i], "special": True} for i in sorted(names)}
     for token in added.values():
         token |= dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
     is_json = isinstance(tokenizer, HuggingFaceTokenizer)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast" if is_json else "LlamaTokenizer",
-        "bos_token": names.get(tokenizer.bos),
+        "bos_token": None if tokenizer.bos is None else names.get(tokenizer.bos),
         "eos_token": names.get(tokenizer.eos),
         "added_tokens_decoder": added,
         "clean_up_tokenization_spaces": tokenizer.clean_up,
