@@ -242,7 +242,7 @@ class RunConfig:
     bad_ceiling: float = 0.01  # the share of samples that may be unusable before the run stops
 
     @classmethod
-    def from_dict(cls, mapping) -> "RunConfig":
+    def from_dict(cls, mapping: dict) -> "RunConfig":
         """Reads older files too (`MOVED`). Raises UserError for a key or a type that is not known."""
         return from_dict(cls, _renewed(mapping), "config")
 
@@ -345,7 +345,7 @@ RUN_ONLY_KEYS = (
 )
 
 
-def from_dict(cls, mapping: Any, path: str = "config") -> Any:
+def from_dict(cls: type, mapping: Any, path: str = "config") -> Any:
     """A frozen dataclass from a nested mapping.
 
     Raises:

@@ -81,7 +81,7 @@ def bench() -> None:
     show(bench(run_config(), STEPS.value, TOKENIZER.value))
 
 
-def show(facts) -> None:
+def show(facts: dict) -> None:
     if JSON.value:
         print(json.dumps(facts))
         return

@@ -233,7 +233,7 @@ def train(
         if not result.finished:
             without = " without stop_at_step" if stage.stop_at_step else ""
             say(f"stopped at step {result.step} of {stage.steps}; the same command{without} goes on")
-            return exit_status(stage, result)
+            return exit_status(stage, result.step)
         if distributed.is_leader():
             for name, value in summarize(stage, result, find(stage.stage).benchmark, track).items():
                 say(f"{stage.stage}: {name} {value}")
@@ -243,9 +243,9 @@ def train(
     return 0
 
 
-def exit_status(config: RunConfig, result) -> int:
+def exit_status(config: RunConfig, step: int) -> int:
     """Of a run that has ended without an error: one that stops before its last step was preempted."""
-    return 0 if result.step >= config.last_step else PREEMPTED
+    return 0 if step >= config.last_step else PREEMPTED
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main(job, host):
         for run in job["runs"]:
             prepare(run, host)
             config = config_of(run, host)
-            status = exit_status(config, loop.run(config, pathlib.Path(run["folder"]), {}))
+            status = exit_status(config, loop.run(config, pathlib.Path(run["folder"]), {}).step)
     sys.exit(status)
 
 

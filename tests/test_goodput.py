@@ -238,10 +238,9 @@ def test_steps_to_trace():
 
 def test_a_run_that_was_preempted_is_not_done():
     config = dataclasses.replace(RUN, stop_at_step=0)
-    ended = lambda step: loop.Result(pathlib.Path(), step, step == config.steps, {})
-    assert train.exit_status(config, ended(6)) == 0 and train.exit_status(config, ended(4)) == 143
-    assert train.exit_status(dataclasses.replace(config, stop_at_step=4), ended(4)) == 0
-    assert train.exit_status(dataclasses.replace(config, stop_at_step=9), ended(6)) == 0
+    assert train.exit_status(config, 6) == 0 and train.exit_status(config, 4) == 143
+    assert train.exit_status(dataclasses.replace(config, stop_at_step=4), 4) == 0
+    assert train.exit_status(dataclasses.replace(config, stop_at_step=9), 6) == 0
 
 
 def test_only_the_named_stage_is_traced(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import hovle_jax
-from tests.benchmarks.annotations import functions_of
+from tests.benchmarks.annotations import functions_in, functions_of
 from tests.launch_tools import ROOT
 
 SETUP = (ROOT / "setup.py").read_text()
@@ -68,7 +68,12 @@ def test_the_changelog_has_this_version():
     assert f"## [{hovle_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_return_types_of_public_functions_are_counted():
+def test_public_functions_say_their_types():
+    missing = [f"{f.place}: {f.name}" for f in functions_in(ROOT / "hovle_jax") if not f.annotated]
+    assert not missing
+
+
+def test_types_of_public_functions_are_counted():
     source = """
 def one() -> int: ...
 def two(): ...
@@ -78,8 +83,11 @@ class A:
         def inner(): ...
     def __init__(self): ...
     async def five(self): ...
+    @staticmethod
+    def six(x) -> int: ...
+    def seven(self, x: int, *, y) -> int: ...
 class _B:
-    def six(self): ...
+    def eight(self): ...
 """
     found = {function.name: function.annotated for function in functions_of(source)}
-    assert found == {"one": True, "two": False, "A.four": True, "A.five": False}
+    assert found == {"one": True, "two": False, "A.four": True, "A.five": False, "A.six": False, "A.seven": False}

@@ -18,7 +18,7 @@ def load_corpus(config: RunConfig, split: str, say: Callable[[str], object] = pr
     return IndexedCorpus.load(source_path(source, split, say), split, say)
 
 
-def source_path(source: str, split: str, say=print) -> str:
+def source_path(source: str, split: str, say: Callable[[str], object] = print) -> str:
     """A corpus by package as the folder and split where it is kept, fetched and prepared the first time; others as they
     are."""
     name, _, named_split = source.partition(":")

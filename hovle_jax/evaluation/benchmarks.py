@@ -1,6 +1,7 @@
 """THE table of benchmarks. Another one is a file beside this one and a row here."""
 
 import itertools
+import pathlib
 from collections.abc import Callable
 
 from hovle_jax.data.bad_samples import BadEvent
@@ -27,7 +28,11 @@ def find(name: str) -> Benchmark:
 
 
 def evaluate(
-    folder, name: str, limit: int = 0, max_tiles: int | None = None, say: Callable[[str], None] | None = None
+    folder: str | pathlib.Path,
+    name: str,
+    limit: int = 0,
+    max_tiles: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Scored:
     """Scores a finished run, on the first `limit` items of the benchmark (0: all).
 

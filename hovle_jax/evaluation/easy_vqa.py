@@ -28,9 +28,9 @@ def answer_kind(expected: str) -> str:
 
 def questions() -> Iterator[Item]:
     """All 9,673 test questions, in groups by their kind of answer."""
-    for picture in easy_vqa.load("test"):
-        for question, answer in picture.questions:
-            yield Item.of(picture.image, question, answer, group=answer_kind(answer))
+    for example in easy_vqa.load("test"):
+        for question, answer in example.questions:
+            yield Item.of(example.image, question, answer, group=answer_kind(answer))
 
 
 def captions() -> Iterator[Item]:

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def items_of(record: Record, scorer: Scorer, where: tuple[str, str] = ("", "")) 
     return found
 
 
-def read_items(entry: Entry, indices, scorer: Scorer) -> Iterator[Item | BadEvent]:
+def read_items(entry: Entry, indices: Iterable[int], scorer: Scorer) -> Iterator[Item | BadEvent]:
     """The questions of a source's rows, one row in memory at a time; a row that cannot be asked is a BadEvent."""
     source = entry.source
     for index in indices:

@@ -4,6 +4,7 @@ import json
 import numbers
 import pathlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -29,11 +30,19 @@ HELD_OUT_ROWS = 200  # of data.held_out that are asked, unless eval_limit says a
 ANSWERING = ("embedding", "llm")
 
 
-def summarize(config: RunConfig, result, benchmark: str | None, track: str = "") -> dict[str, float]:
+class Finished(Protocol):
+    """What the summary needs of a run's result: its folder, its last step, held-out metrics {step: {name: value}}."""
+
+    folder: pathlib.Path
+    step: int
+    held_out: dict[int, dict[str, float]]
+
+
+def summarize(config: RunConfig, result: Finished, benchmark: str | None, track: str = "") -> dict[str, float]:
     """Scores a finished run, and writes RUN/results.json, metrics.png, answers.png, report.html and the chain's page.
 
     Args:
-      result: `loop.Result` of the run.
+      result: of the run, as `train` has it.
       benchmark: the stage's own, by name; None = it has none.
       track: a service that follows the run (`report.tracking`); '' = none.
 
@@ -113,7 +122,7 @@ def write_scores(config: RunConfig, folder: pathlib.Path, step: int, scores: dic
             writer.show(step, "answers", folder / "answers.png")
 
 
-def held_out_change(result) -> dict[str, float]:
+def held_out_change(result: Finished) -> dict[str, float]:
     """The held-out metrics before the first step and at the end."""
     if not result.held_out:
         return {}
@@ -126,7 +135,7 @@ def held_out_change(result) -> dict[str, float]:
     return changes
 
 
-def held_out_rows(result) -> dict[str, tuple[float, str]]:
+def held_out_rows(result: Finished) -> dict[str, tuple[float, str]]:
     """The same for the page: {name: (the number at the end, what it was before)}."""
     if not result.held_out:
         return {}

@@ -106,7 +106,7 @@ class HolisticEmbedding(nn.Module):
             x = scatter_rows(x, self.embed_tiles(batch["tiles"]), stream.image_positions)
         return self.stack(x, stream.positions, stream.segment_ids, cache)
 
-    def stream(self, batch) -> Stream:
+    def stream(self, batch: dict) -> Stream:
         """The stream of a batch that the layers run over: HD's long one, else the short one."""
         return Stream.of(batch, long=self.config.pixel_shuffle == "post")
 

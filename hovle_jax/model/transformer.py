@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.model.attention import AttentionMask, attend, prepare
 from hovle_jax.model.config import StackConfig
-from hovle_jax.model.execution import Execution
+from hovle_jax.model.execution import Execution, LogicalAxes
 from hovle_jax.model.rotary import rotary_angles, rotate
 
 
@@ -23,7 +23,9 @@ def partitioned(init: Callable, *names) -> Callable:
     return nn.with_logical_partitioning(init, names)
 
 
-def dense(features: int, axes, name: str, execution: Execution, use_bias=False, branches=1) -> nn.Dense:
+def dense(
+    features: int, axes: LogicalAxes, name: str, execution: Execution, use_bias: bool = False, branches: int = 1
+) -> nn.Dense:
     """A standard Linen Dense with logical axes on its kernel (and on its bias the output axis).
 
     Kernels start with a variance of 1 / fan-in, which at the paper's width of 2048 is the usual 0.02 and at small

@@ -82,7 +82,7 @@ class MatmulSharding:
             return tuple(shape)
         return tuple(n // jax.lax.axis_size(FSDP) if i == self.scattered else n for i, n in enumerate(shape))
 
-    def per_shard(self, local: Callable, in_specs: Sequence, out_specs) -> Callable:
+    def per_shard(self, local: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
         """`local` on each device's shards of its arguments; as it is on one device."""
         if self.mesh is None or self.mesh.size == 1:
             return local

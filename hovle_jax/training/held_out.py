@@ -1,7 +1,7 @@
 """Held-out losses: of samples that are never trained on, every one of them once."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from hovle_jax.training.step import eval_step
 
 
 def open_held_out(
-    config: RunConfig, tokenizer: Tokenizer, numbers: Sequence[int] | None = None, say=print
+    config: RunConfig, tokenizer: Tokenizer, numbers: Sequence[int] | None = None, say: Callable = print
 ) -> pipeline.HeldOut | None:
     """The held-out rows of a run, or None where it has none.
 

@@ -11,7 +11,7 @@ from hovle_jax.training.stages import STAGES
 
 
 def choose_tokenizer(
-    config: RunConfig, folders: Sequence[pathlib.Path], sources: Sequence[pathlib.Path], corpus
+    config: RunConfig, folders: Sequence[pathlib.Path], sources: Sequence[pathlib.Path], corpus: pipeline.Corpus
 ) -> Tokenizer:
     """The tokenizer of one of these folders (the run's own, its sources'), the configured one, or one trained here."""
     place = next((place for place in (*folders, *sources) if has_tokenizer(place)), config.tokenizer.path)

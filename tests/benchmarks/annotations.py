@@ -1,4 +1,4 @@
-"""The share of public functions that say what they return.
+"""The share of public functions with types: of what they return and of each parameter.
 
     python tests/benchmarks/annotations.py [FOLDER]        default: hovle_jax
     python tests/benchmarks/annotations.py --missing       names those that do not, FILE:LINE a line
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A public function: where it is, its dotted name in the file, and whether its return type is written."""
+    """A public function: where it is, its dotted name in the file, and whether it says all its types."""
 
     place: str
     name: str
@@ -37,7 +37,13 @@ def _walk(body, place, prefix):
         if isinstance(node, ast.ClassDef):
             yield from _walk(node.body, place, f"{prefix}{node.name}.")
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield Function(f"{place}:{node.lineno}", prefix + node.name, node.returns is not None)
+            yield Function(f"{place}:{node.lineno}", prefix + node.name, _is_annotated(node, in_class=bool(prefix)))
+
+
+def _is_annotated(node, in_class):
+    static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
+    named = [*node.args.posonlyargs, *node.args.args][in_class and not static :] + node.args.kwonlyargs
+    return node.returns is not None and all(argument.annotation for argument in named)
 
 
 def functions_in(folder: pathlib.Path) -> list[Function]:
