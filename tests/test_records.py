@@ -31,6 +31,8 @@ def test_how_rows_say_where_images_and_marks_are():
     assert record(conversations=columns).turns == (("hi", "yes"),)
     assert record(questions=["a", "b"], answers=["c", "d"]).turns == (("a", "c"), ("b", "d"))
     assert record(question="a", answers=["c", "d"]).turns == (("a", "c"),)
+    people = record(question="a", answers=[{"answer": "c", "answer_id": 1}, {"answer": "d", "answer_id": 2}])  # VQAv2
+    assert people.turns == (("a", "c"),) and people.references == (("c", "d"),)
     parts = [{"type": "image"}, {"type": "text", "text": "hi"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}]
     assert record(image="a.png", messages=messages).turns == ((f"{IMAGE_MARK}\nhi", "yes"),)

@@ -190,7 +190,7 @@ def unreadable(folder):
 
 @pytest.mark.parametrize("pattern, message", [
     ("a.csv", r"a.csv: a source is one of .jsonl, .*, a meta .json, or the name of a corpus"),
-    ("none.jsonl", "no file at .*none.jsonl; check data.source"),
+    ("none.jsonl", "no file at .*none.jsonl; check the path"),
     ("none-*.tar", "no file at .*none-"),
     ("none-{0..2}.tar", "no file at .*none-0.tar"),
     ("none-{2..0}.tar", "the range {2..0} is empty; the smaller number comes first"),

@@ -187,7 +187,8 @@ def _questions(row):
         return ()
     several = lambda value: list(value) if isinstance(value, (list, tuple)) else [value]
     # A single question may have several answers; the first one is learned.
-    questions, answers = several(questions), several(answers)[: None if isinstance(questions, (list, tuple)) else 1]
+    one = not isinstance(questions, (list, tuple))
+    questions, answers = several(questions), [_answer(value) for value in several(answers)[: 1 if one else None]]
     pairs = list(zip(questions, answers))
     if not pairs or len(questions) != len(answers):
         raise BadSample("wrong_questions", f"it has {len(questions)} questions and {len(answers)} answers")
@@ -196,11 +197,16 @@ def _questions(row):
     return _answered(tuple((_valid(question), _valid(answer)) for question, answer in pairs))
 
 
+def _answer(value):
+    """An answer's text; VQAv2 has an object for each person who was asked."""
+    return value.get("answer") if isinstance(value, dict) else value
+
+
 def _references(row: dict, turns: tuple) -> tuple:
     """The right answers of each turn: of a single one all that are under `answers`."""
     several = row.get("answers")
     if len(turns) == 1 and isinstance(several, (list, tuple)):
-        texts = tuple(text for text in several if isinstance(text, str))
+        texts = tuple(text for text in map(_answer, several) if isinstance(text, str))
         if texts:
             return (texts,)
     return tuple((answer,) for _, answer in turns)

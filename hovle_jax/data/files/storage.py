@@ -53,7 +53,7 @@ def expand(pattern: str | os.PathLike) -> list[str]:
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
         exists = all(os.path.exists(path) for path in found) and bool(found)
     if not exists:
-        raise UserError(f"no file at {pattern}; check data.source, or the annotation that names it")
+        raise UserError(f"no file at {pattern}; check the path, or the annotation that names it")
     return found
 
 
