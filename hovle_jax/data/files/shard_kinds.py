@@ -41,8 +41,6 @@ def _json(raw):
 class JsonlShard(Shard):
     """One JSON object per line; blank lines are skipped."""
 
-    path: str
-
     @property
     def lines(self) -> np.ndarray:
         """[n, 2] int64: where each line begins and ends."""
@@ -77,8 +75,6 @@ def _lines(path):
 @dataclasses.dataclass(frozen=True)
 class TextShard(Shard):
     """Plain text: rows of whole lines, up to 64 KiB."""
-
-    path: str
 
     @property
     def spans(self) -> np.ndarray:
@@ -118,8 +114,6 @@ def _spans(path):
 @dataclasses.dataclass(frozen=True)
 class TarShard(Shard):
     """webdataset and img2dataset: members that share a name up to its first dot are one row."""
-
-    path: str
 
     @property
     def _index(self):
@@ -217,8 +211,6 @@ def _tar_index(path):
 class ParquetShard(Shard):
     """A table. A row group is read as a whole and the last few are kept in memory, so small row groups are better."""
 
-    path: str
-
     def _file(self):
         def open_file():
             try:
@@ -267,8 +259,6 @@ class ParquetShard(Shard):
 class ArrayRecordShard(Shard):
     """ArrayRecord files of msgpack rows: what `prepare` writes."""
 
-    path: str
-
     def _reader(self):
         from array_record.python.array_record_module import ArrayRecordReader
 
@@ -311,7 +301,6 @@ class ArrayRecordShard(Shard):
 class TfdsShard(Shard):
     """A split of a prepared TFDS data set (a folder with dataset_info.json), images left encoded."""
 
-    path: str
     split: str
 
     def _data(self):

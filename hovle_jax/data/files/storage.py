@@ -135,6 +135,6 @@ def fingerprint(path: str | os.PathLike) -> list:
     return [os.path.abspath(path), files]
 
 
-def hash_key(*parts) -> str:
+def hash_key(*parts: object) -> str:
     """A short hash of anything that JSON can write, by which cache folders and open readers are named."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""What a kind of batch is, and what reads its records."""
+"""The interfaces of a kind of batch and of the reader of its records."""
 
 import abc
 import dataclasses

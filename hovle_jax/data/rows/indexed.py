@@ -86,7 +86,7 @@ class EpochPlan:
     def __reduce__(self):
         return EpochPlan, (self.key,)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> np.ndarray:
         try:
             return self.__dict__["_arrays"][name]
         except KeyError:
@@ -103,7 +103,7 @@ class EpochPlan:
         return content.hexdigest()[:24]
 
     def row(self, index: int) -> list[tuple[int, ...]]:
-        """[(entry, record, piece, tokens, tiles), ...]"""
+        """The places of a row: [(entry, record, piece, tokens, tiles), ...]."""
         here = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
         fields = (self.entry, self.record, self.piece, self.tokens, self.tiles)
         return list(zip(*(field[here].tolist() for field in fields)))
@@ -120,6 +120,7 @@ class IndexedCorpus:
     def load(
         cls, path: str | os.PathLike, split: str = "train", say: Callable[[str], object] = print
     ) -> "IndexedCorpus":
+        """The corpus of a meta file or a source. Raises UserError if it cannot be opened."""
         return cls(tuple(open_mixture(path, split)), say)
 
     def texts(self) -> Iterator[str]:
