@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from hovle_jax.checkpoints import load_model_config
 from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.companions import drop_missing_code
-from hovle_jax.conversion.exporting import export_model, own_dtype, scheme
+from hovle_jax.conversion.exporting import export_model, own_dtype, public_format
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.formats.families import open_checkpoint
 from hovle_jax.model.presets import hovle_model
@@ -98,7 +98,7 @@ def test_what_the_config_tells_public_code(name, ratio, tmp_path):
 
 def test_a_trained_model_keeps_the_dynamic_positions_of_its_llm():
     model = hovle_model()
-    _, config = scheme(ModelConfig(embedding=model.embedding, llm=model.llm))
+    _, config = public_format(ModelConfig(embedding=model.embedding, llm=model.llm))
     llm = config["llm_config"]
     assert llm["rope_scaling"] == {"type": "dynamic", "factor": 2.0}  # of InternLM2-chat-1.8B
     assert llm["max_position_embeddings"] == 32768

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from hovle_jax.checkpoints import abstract_component, load_component, load_model_config, save_model
 from hovle_jax.components import shapes as shapes_of
 from hovle_jax.config import MeshConfig, ModelConfig
-from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, scheme
+from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, public_format
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llms
@@ -106,7 +106,7 @@ def test_shards_and_their_index(tmp_path):
 def test_total_size_of_the_published_checkpoint():
     model = hovle_model()
     config = ModelConfig(embedding=model.embedding, llm=model.llm)
-    rules, _ = scheme(config)
+    rules, _ = public_format(config)
     params = {component: shapes_of(config, component) for component in ("embedding", "llm")}
     shapes = {name: x.shape for name, x in jax.eval_shape(lambda p: to_public(rules, p), params).items()}
     index = make_index(shapes, DTYPES["float32"])

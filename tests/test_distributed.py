@@ -48,22 +48,22 @@ def free_port():
 
 def call_in_threads(calls, hosts, timeout, port=None, delays=()):
     """{host: its announcement} -> {host: what it was told, '' = all are there}."""
-    told, port = {}, port or free_port()
+    reasons, port = {}, port or free_port()
 
     def call(index, announcement):
         time.sleep(dict(delays).get(index, 0))
         try:
             roll_call(announcement, ("127.0.0.1", port), hosts, index, timeout)
-            told[index] = ""
+            reasons[index] = ""
         except UserError as error:
-            told[index] = str(error)
+            reasons[index] = str(error)
 
     threads = [threading.Thread(target=call, args=item) for item in calls.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout + 20)
-    return told
+    return reasons
 
 
 def announcements(hosts, **more):
@@ -71,43 +71,43 @@ def announcements(hosts, **more):
 
 
 def test_all_hosts_start_when_the_last_one_has_come():
-    told = call_in_threads(announcements(range(6), config={"steps": (1, 2)}), 6, 20, delays={0: 0.5, 4: 1}.items())
-    assert told == dict.fromkeys(range(6), "")
+    reasons = call_in_threads(announcements(range(6), config={"steps": (1, 2)}), 6, 20, delays={0: 0.5, 4: 1}.items())
+    assert reasons == dict.fromkeys(range(6), "")
 
 
 def test_missing_hosts_are_named_to_those_that_came():
-    told = call_in_threads(announcements([0, 1, 2, 4, 5, 6]), 9, 1.5)
-    assert len(set(told.values())) == 1 and len(told) == 6
-    assert told[0].startswith("hosts 3, 7-8 of 9 did not start within 1.5 s; came: 0-2, 4-6; see the logs")
-    told = call_in_threads(announcements([0, 1]), 3, 1)
-    assert told[1].startswith("host 2 of 3 did not start within 1 s; came: 0 (vm-0), 1 (vm-1);")
+    reasons = call_in_threads(announcements([0, 1, 2, 4, 5, 6]), 9, 1.5)
+    assert len(set(reasons.values())) == 1 and len(reasons) == 6
+    assert reasons[0].startswith("hosts 3, 7-8 of 9 did not start within 1.5 s; came: 0-2, 4-6; see the logs")
+    reasons = call_in_threads(announcements([0, 1]), 3, 1)
+    assert reasons[1].startswith("host 2 of 3 did not start within 1 s; came: 0 (vm-0), 1 (vm-1);")
 
 
 def test_without_host_0_the_others_say_so():
-    told = call_in_threads(announcements([1]), 2, 1)
-    assert "host 0 (127.0.0.1:" in told[1] and "did not answer host 1 (vm-1) within 1 s" in told[1]
+    reasons = call_in_threads(announcements([1]), 2, 1)
+    assert "host 0 (127.0.0.1:" in reasons[1] and "did not answer host 1 (vm-1) within 1 s" in reasons[1]
 
 
 def test_a_host_that_is_not_like_host_0_is_named_with_the_difference():
     calls = announcements(range(4), software={"jax": "0.12.0"}, config={"data": {"batch_size": 8}})
     calls[2]["config"] = {"data": {"batch_size": 16}}
     calls[3]["software"] = {"jax": "0.10.2"}
-    told = call_in_threads(calls, 4, 20)
-    assert len(set(told.values())) == 1
+    reasons = call_in_threads(calls, 4, 20)
+    assert len(set(reasons.values())) == 1
     expected = "host 2 (vm-2) (and hosts 3) differs from host 0: config.data.batch_size is 16 there and 8 here"
-    assert told[1].startswith(expected)
+    assert reasons[1].startswith(expected)
     other_number = call_in_threads({0: {"name": "a"}}, 2, 3)
     assert "host 1 of 2 did not start" in other_number[0]
 
 
 def test_two_hosts_of_one_index_and_strangers_at_the_port():
-    port, told = free_port(), {}
+    port, reasons = free_port(), {}
 
     def double():
         try:
             roll_call({"name": "twin"}, ("127.0.0.1", port), 3, 1, 3)
         except UserError as error:
-            told["twin"] = str(error)
+            reasons["twin"] = str(error)
 
     def stranger():
         time.sleep(0.2)
@@ -118,17 +118,17 @@ def test_two_hosts_of_one_index_and_strangers_at_the_port():
     others = [threading.Thread(target=stranger), threading.Timer(1.0, double)]
     for thread in others:
         thread.start()
-    told |= call_in_threads(announcements(range(3)), 3, 30, port, delays={2: 3}.items())
+    reasons |= call_in_threads(announcements(range(3)), 3, 30, port, delays={2: 3}.items())
     for thread in others:
         thread.join()
-    assert told.pop("twin") == "two hosts call themselves 1: vm-1 and twin; see --host"
-    assert told == {0: "", 1: "", 2: ""}
+    assert reasons.pop("twin") == "two hosts call themselves 1: vm-1 and twin; see --host"
+    assert reasons == {0: "", 1: "", 2: ""}
 
 
 def test_a_port_that_is_taken_is_said():
     with socket.create_server(("", 0)) as server:
-        told = call_in_threads(announcements([0]), 2, 1, server.getsockname()[1])
-    assert "host 0 cannot listen on port" in told[0] and "--coordinator" in told[0]
+        reasons = call_in_threads(announcements([0]), 2, 1, server.getsockname()[1])
+    assert "host 0 cannot listen on port" in reasons[0] and "--coordinator" in reasons[0]
 
 
 def test_numbers_are_short():
@@ -178,7 +178,7 @@ def test_a_pod_is_found_and_a_cluster_that_cannot_be_read_is_said(monkeypatch):
 
 @pytest.fixture
 def start_hosts(tmp_path):
-    """Function of (name, hosts, devices of each, runs) -> Job; what still runs behind the test is killed."""
+    """Function of (name, hosts, devices of each, runs) -> Job; what still runs after the test is killed."""
     jobs = []
 
     def start(name, hosts, devices, runs, heartbeat=60):
@@ -267,8 +267,10 @@ def assert_same_run(folder, expected):
 def test_two_hosts_train_what_one_does_and_either_goes_on_where_the_other_stopped(tmp_path, start_hosts, monkeypatch):
     two, one = tmp_path / "two", tmp_path / "one"
     run = run_of(two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3)
-    cut = run_of(two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3, stop_at_step=2)
-    job = start_hosts("job", 2, 4, [cut, run])
+    interrupted = run_of(
+        two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3, stop_at_step=2
+    )
+    job = start_hosts("job", 2, 4, [interrupted, run])
     run_alone(run, one, monkeypatch)
     assert job.statuses(WITHIN) == [0, 0], job.err(0)
     assert_same_run(two, one)

@@ -99,7 +99,7 @@ RUN = micro.run_config("contrast", steps=6, log_every=4, checkpoint_every=3, exe
 
 
 def test_a_run_says_what_it_has_read_and_what_it_took_and_goes_on_counting(tmp_path, micro_corpus, quick_compilation):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     loop.run(RUN, whole, {}, quiet)
     rows = {row["step"]: row for row in read_metrics(whole)}
     assert list(rows) == [3, 4, 6]  # the third is that of the checkpoint
@@ -112,13 +112,13 @@ def test_a_run_says_what_it_has_read_and_what_it_took_and_goes_on_counting(tmp_p
     assert (0, "first_batch", "image") in events(whole)
 
     # Killed after step 4: its checkpoint is that of step 3, which no line was due for.
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "model")
-    shutil.rmtree(cut / "checkpoints" / "6")
-    loop.run(RUN, cut, {}, quiet)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "model")
+    shutil.rmtree(resumed / "checkpoints" / "6")
+    loop.run(RUN, resumed, {}, quiet)
     # What a line means over its steps differs, as a process starts between them; what was read until then does not.
     read = lambda folder: [{k: v for k, v in row.items() if k.endswith("_seen")} for row in read_metrics(folder)]
-    assert read(cut) == read(whole)
+    assert read(resumed) == read(whole)
 
 
 def test_what_the_clock_and_the_machine_say_is_left_out_of_comparisons():
@@ -201,12 +201,12 @@ def test_a_tracker_is_told_the_numbers_and_finished(tmp_path, service):
 
 def test_the_tracker_of_a_run_hears_what_the_file_has(tmp_path, micro_corpus, quick_compilation, service):
     loop.run(RUN, tmp_path / "run", {}, quiet, track=service.name)
-    told = {}
+    sent = {}
     for numbers, named in service.of("log"):
         step = named.get("step") or numbers[0]["train_step"]
-        told.setdefault(step, {}).update({k: v for k, v in numbers[0].items() if k != "train_step"})
+        sent.setdefault(step, {}).update({k: v for k, v in numbers[0].items() if k != "train_step"})
     written = {row.pop("step"): row for row in read_metrics(tmp_path / "run")}
-    assert told == written
+    assert sent == written
     assert json.loads((tmp_path / "run" / tracking.FILE_NAME).read_text())["id"]
 
 

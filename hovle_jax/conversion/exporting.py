@@ -34,7 +34,7 @@ SHARD_BYTES = 5 * 10**9  # what transformers writes by default
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of public tensors, by name
 
 
-def scheme(config: ModelConfig, tokenizer: Tokenizer | None = None) -> tuple[list[Rule], dict[str, Any]]:
+def public_format(config: ModelConfig, tokenizer: Tokenizer | None = None) -> tuple[list[Rule], dict[str, Any]]:
     """The public format of a model: (rules over the dict of components, config.json).
 
     Args:
@@ -107,7 +107,7 @@ def export_model(
     config = dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - set(stored)))
     dtype = dtype or own_dtype(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-    rules, public_config = scheme(config, tokenizer)
+    rules, public_config = public_format(config, tokenizer)
     components = dict.fromkeys(r.ours[0].split("/")[0] for r in rules)
     abstract = {c: shapes(config, c) for c in components}
     if config.teacher and not config.llm and abstract["teacher"].pop("mlp1", None):

@@ -17,7 +17,7 @@ from hovle_jax.conversion.companions import copy_companions
 from hovle_jax.conversion.tokenizer_files import read_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llms
-from hovle_jax.formats.families import Checkpoint, local, open_checkpoint
+from hovle_jax.formats.families import Checkpoint, local_path, open_checkpoint
 from hovle_jax.formats.tiling import tiling_from_json
 from hovle_jax.system.files import whole_folder
 
@@ -41,7 +41,7 @@ def import_checkpoint(
       UserError: the checkpoint is broken, not supported or has no such component; its tokenizer is broken or belongs to
         another model; or the folder cannot be written.
     """
-    name, source = str(source), local(source)
+    name, source = str(source), local_path(source)
     checkpoint = open_checkpoint(source)
     configs = checkpoint.components()
     components = tuple(configs) if kind is None else TAKEN[kind]
@@ -80,7 +80,7 @@ def public_config(checkpoint: Checkpoint, kind: str | None) -> dict[str, Any]:
     """Of the checkpoint's config.json what describes the imported components, unchanged."""
     whole = checkpoint.public_config
     if kind == "llm":
-        return llms.named(whole.get("llm_config", whole))
+        return llms.with_model_type(whole.get("llm_config", whole))
     if kind == "teacher":
         return {"model_type": "intern_vit_6b"} | whole.get("vision_config", whole)
     return whole

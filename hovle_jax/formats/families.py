@@ -123,7 +123,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> str:
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.py", "merges.txt")
 
 
-def local(source: str | os.PathLike) -> pathlib.Path:
+def local_path(source: str | os.PathLike) -> pathlib.Path:
     """The path of a checkpoint. Files of a hub id ('OpenGVLab/HoVLE') are downloaded into the cache folder first.
 
     Raises:
@@ -208,7 +208,7 @@ def _with_bias(public_config, names):
     """InternLM2's config with its `bias` from the tensors, where config.json leaves it to the public code's default."""
     key = "llm_config" if "llm_config" in public_config else None
     llm = public_config[key] if key else public_config
-    if not isinstance(llm, dict) or llms.named(llm)["model_type"] != "internlm2" or "bias" in llm:
+    if not isinstance(llm, dict) or llms.with_model_type(llm)["model_type"] != "internlm2" or "bias" in llm:
         return public_config
     llm = llm | {"bias": any(name.endswith(".attention.wqkv.bias") for name in names)}
     return public_config | {key: llm} if key else llm

@@ -13,11 +13,11 @@ MODULES: dict[str, Any] = {"internlm2": internlm2, **dict.fromkeys(llama.FAMILIE
 
 def config_from_json(config: dict[str, Any], where: str = "config.json") -> LLMConfig:
     """-> LLMConfig of a public LLM config, which may be nested in a larger one."""
-    config = named(config)
+    config = with_model_type(config)
     return MODULES[only(config, "model_type", tuple(MODULES), where=where)].config_from_json(config, where)
 
 
-def named(config: dict[str, Any]) -> dict[str, Any]:
+def with_model_type(config: dict[str, Any]) -> dict[str, Any]:
     """A public LLM config with a `model_type`: its own, else from `architectures`, else InternLM2's."""
     architecture = (config.get("architectures") or ["InternLM2ForCausalLM"])[0]
     return {"model_type": str(architecture).removesuffix("ForCausalLM").lower()} | config

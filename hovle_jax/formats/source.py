@@ -79,7 +79,7 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         """-> float32 array (exact from bfloat16 and float16).
 
-        The file is opened anew for each tensor, so that no more than one tensor's pages stay in memory.
+        The file is opened for each tensor, so that no more than one tensor's pages stay in memory.
         """
         with _open(self._files[name]) as file:
             return np.asarray(file.get_tensor(name)).astype(np.float32, copy=False)

@@ -186,11 +186,11 @@ def check_shared(folder: str | os.PathLike) -> None:
         )
 
 
-def everyone_says(name: object) -> bool:
+def reached_by_all(name: object) -> bool:
     """Whether all hosts have called this with the name so far; waits for none."""
     if not several():
         return True
-    client, folder = _client(), f"hovle_jax/said/{name}"
+    client, folder = _client(), f"hovle_jax/reached/{name}"
     client.key_value_set(f"{folder}/{jax.process_index()}", "")
     return len(client.key_value_dir_get(folder)) == jax.process_count()
 

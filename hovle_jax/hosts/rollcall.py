@@ -159,7 +159,7 @@ def _read_line(line):
     while not content.endswith(b"\n"):
         more = line.recv(2**16)
         if not more or len(content) > MOST_BYTES:
-            raise ValueError("no whole line")
+            raise ValueError("incomplete line")
         content += more
     return content
 
