@@ -198,7 +198,7 @@ def timed(take, tiles):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=120)
+    parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiles", type=int, default=450, help="of each turn")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of the peer")
@@ -209,7 +209,7 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         os.environ["HOVLE_CACHE"] = str(folder / "cache")
-        write_images(folder, arguments.pictures)
+        write_images(folder, arguments.images)
         check_equal(folder)
         peer = peer_batches(folder, arguments.workers, batch=4)
         next(peer)  # its workers start before JAX has threads
