@@ -168,7 +168,7 @@ def test_a_pod_is_found_and_a_cluster_that_cannot_be_read_is_said(monkeypatch):
         raise RuntimeError("Kubernetes API Error: 403")
 
     monkeypatch.setattr(ClusterEnv, "auto_detect_unset_distributed_params", unreadable)
-    with pytest.raises(UserError, match="cannot read who is in it .*403.*--hosts 1 for this machine alone"):
+    with pytest.raises(UserError, match="cannot find its hosts .*403.*--hosts 1 for this machine alone"):
         distributed._detected(300)
 
 
