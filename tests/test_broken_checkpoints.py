@@ -164,7 +164,7 @@ HOSTILE = {  # model, keys to the config's part, changes, what the line says
         {"image_size": 14 * HUGE},
         "image_size=14,000,000,000 is not possible",
     ),
-    "tiles": ("hovle", (), {"force_image_size": 14 * HUGE}, "is not possible: a tile has at most 14,336 pixels"),
+    "tiles": ("hovle", (), {"force_image_size": 14 * HUGE}, "is not possible: a tile has at most 8,192 pixels"),
     "pixels of a tower": ("internvit", (), {"image_size": 14 * HUGE, "patch_size": 14}, "image_size=14,000,000,000"),
     "width": ("internlm2", (), {"hidden_size": 2**60, "num_attention_heads": 4}, "width=1,152,921,504,606,846,976"),
     "vocabulary": ("internlm2", (), {"vocab_size": HUGE}, "vocab_size=1,000,000,000 is not possible: no dim"),

@@ -77,7 +77,7 @@ def test_hosts_of_a_torus_whose_lines_are_one_row_make_it_both(monkeypatch):
 @pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
 def test_libtpu_puts_its_hosts_so():
     hosts = collections.Counter(
-        (d.process_index, d.coords[0] // 2, d.coords[1] // 2) for d in topology.devices("v5e-16")
+        (d.process_index, d.coords[0] // 2, d.coords[1] // 2) for d in topology.find("v5e-16").devices()
     )
     assert len(hosts) == 4 and set(hosts.values()) == {4}  # a quarter of the square each
 

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from hovle_jax.data.processor import Processor
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation.benchmarks import evaluate
 from hovle_jax.inference import generate
@@ -84,7 +85,7 @@ def test_texts_longer_than_the_model():
     message = r"has 60 tokens and its answer may have 5: the model reads 64 in all; ask for at most 4 new tokens"
     with pytest.raises(UserError, match=message):
         check_lengths(config, 60, 5)
-    with pytest.raises(UserError, match="64 in all; shorten the prompt or give fewer images"):
+    with pytest.raises(UserError, match="64 in all; shorten the prompt, or give fewer images"):
         check_lengths(config, 64, 1)
     linear = dataclasses.replace(config.stack, rope_scaling=RopeScaling("linear", 2.0, 64))
     with pytest.raises(UserError, match="shorten the prompt"):
@@ -97,7 +98,7 @@ def test_nothing_is_compiled_for_a_text_that_is_too_long(monkeypatch):
     compiled = []
     monkeypatch.setattr(generate, "greedy", lambda *_, **k: compiled.append(k) or np.zeros((1, 40), np.int32))
     config = dataclasses.replace(llm("internlm2"), vocab_size=micro.VOCAB, max_length=40)
-    answerer = generate.Answerer(HoVLE(HoVLEConfig(None, config)), {}, micro.tokenizer(), "")
+    answerer = generate.Answerer(HoVLE(HoVLEConfig(None, config)), {}, Processor(micro.tokenizer()))
     with pytest.raises(UserError, match="the model reads 40 in all"):
-        generate.answer(answerer, [("hello", [])], max_new_tokens=40)
+        generate.answer(answerer, [generate.Prompt.of("hello")], max_new_tokens=40)
     assert not compiled
