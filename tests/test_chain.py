@@ -1,6 +1,7 @@
 """Which stages a command trains, which finished ones it uses, and which it refuses as another config's."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from hovle_jax import train
 from hovle_jax.errors import UserError
 from hovle_jax.training import run_folder
+from hovle_jax.training.checks import check_sources
 from hovle_jax.training.stages import STAGES
 from hovle_jax.training.weights import save_result
 from tests import micro
@@ -74,3 +76,35 @@ def test_a_run_may_start_from_a_finished_model(tmp_path):
         train.start_from(config_of("contrast"), str(tmp_path / "model"))
     with pytest.raises(UserError, match="there is no folder"):
         train.start_from(config_of("instruct"), str(tmp_path / "nothing"))
+
+
+def with_llm(config, **stack):
+    llm = config.model.llm
+    llm = dataclasses.replace(llm, stack=dataclasses.replace(llm.stack, **stack))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
+
+
+def write_model_config(folder, config):
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(dataclasses.asdict(config.model_config)))
+
+
+def test_a_source_that_computes_otherwise_is_refused_though_its_shapes_fit(tmp_path):
+    config = micro.run_config("instruct")
+    write_model_config(tmp_path, config)
+    sources = {"llm": tmp_path, "embedding": tmp_path}
+    assert check_sources(config, sources) == []
+    with pytest.raises(UserError, match="trained with model.llm.stack.norm_eps=1e-05, not 1e-06; set --config.model"):
+        check_sources(with_llm(config, norm_eps=1e-6), sources)
+    (line,) = check_sources(with_llm(config, rope_theta=5e6), sources)
+    assert line.startswith("model.llm.stack.rope_theta=5000000.0 changes the rotary positions of")
+
+
+def test_a_teacher_is_compared_with_the_tower_that_it_comes_from(tmp_path):
+    config = micro.run_config("distill")
+    write_model_config(tmp_path, config)
+    assert check_sources(config, {"teacher": tmp_path}) == []
+    vision = dataclasses.replace(config.teacher.vision, activation="quick_gelu")
+    other = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, vision=vision))
+    with pytest.raises(UserError, match="teacher.vision.activation='gelu', not 'quick_gelu'"):
+        check_sources(other, {"teacher": tmp_path})

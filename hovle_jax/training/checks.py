@@ -1,16 +1,29 @@
 """What is wrong with a run, said before it costs time: its config, its mesh, its tokenizer, its hosts' data."""
 
+import dataclasses
 import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+from hovle_jax import checkpoints
 from hovle_jax.config import ExecutionConfig, RunConfig
 from hovle_jax.data.batch import WEIGHTINGS, CorpusSummary
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
+from hovle_jax.model.config import TEACHER_KINDS
 from hovle_jax.model.transformer import REMAT_POLICIES
 from hovle_jax.training.check_numbers import check_numbers
 from hovle_jax.training.stages import find
+
+# What weights were trained with and no shape shows; the rotary positions may be changed on purpose, for longer texts.
+ROTARY = ("rope_theta", "rope_scaling")
+UNSEEN_IN_SHAPES = (
+    *ROTARY,
+    *("norm", "norm_eps", "activation", "num_heads", "num_kv_heads", "normalize_output", "image_mean", "image_std"),
+)
 
 
 def check(config: RunConfig) -> None:
@@ -52,6 +65,49 @@ def check_execution(execution: ExecutionConfig) -> None:
         raise UserError(f"execution.zero={execution.zero} is a level of ZeRO: set it from 0 to 3")
     if execution.vocab_chunk < 0:
         raise UserError(f"execution.vocab_chunk={execution.vocab_chunk} is a number of columns; 0 takes all at once")
+
+
+def check_sources(config: RunConfig, sources: Mapping[str, Path]) -> list[str]:
+    """Whether the run computes with each source's weights as its own model does (`UNSEEN_IN_SHAPES`).
+
+    Args:
+      sources: {component: folder of a finished model}; a folder without one is left to `checkpoints.load_component`.
+    Returns:
+      A line for each source whose rotary positions the run changes.
+    Raises:
+      UserError: any other difference, with the flags that would take the source's values.
+    """
+    lines = []
+    for component, folder in sources.items():
+        if not checkpoints.is_finished(folder):
+            continue
+        model, wanted = checkpoints.load_model_config(folder), getattr(config.model_config, component)
+        path = component if component in ("teacher", "clip") else f"model.{component}"
+        stored = getattr(model, component)
+        if component == "teacher":  # a tower may be another component's there, and its projector is not taken
+            tower = getattr(model, TEACHER_KINDS[wanted.kind].component)
+            path, wanted, stored = "teacher.vision", wanted.vision, tower and tower.vision
+        values = dict(_unseen(wanted, path))
+        theirs = {key: value for key, value in _unseen(stored, path) if values.get(key, value) != value}
+        changed = {key: value for key, value in theirs.items() if key.endswith(ROTARY)}
+        wrong = {key: value for key, value in theirs.items() if key not in changed}
+        if wrong:
+            found = ", ".join(f"{key}={value!r}, not {values[key]!r}" for key, value in wrong.items())
+            flags = " ".join(f"--config.{key}={value}" for key, value in wrong.items())
+            raise UserError(f"{folder} was trained with {found}; set {flags}, or take another {component}")
+        for key, value in changed.items():
+            lines.append(f"{key}={values[key]!r} changes the rotary positions of {folder}, which has {value!r}")
+    return lines
+
+
+def _unseen(config: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of UNSEEN_IN_SHAPES in a component's config; nothing for None."""
+    for field in dataclasses.fields(config) if config is not None else ():
+        key, value = f"{path}.{field.name}", getattr(config, field.name)
+        if field.name in UNSEEN_IN_SHAPES:
+            yield key, value
+        elif dataclasses.is_dataclass(value):
+            yield from _unseen(value, key)
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -21,7 +21,7 @@ from hovle_jax.sharding import table
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import profiling, resumable, run_folder
-from hovle_jax.training.checks import check, check_same_data_everywhere, check_tokenizer
+from hovle_jax.training.checks import check, check_same_data_everywhere, check_sources, check_tokenizer
 from hovle_jax.training.held_out import evaluate, open_held_out
 from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate
@@ -71,6 +71,8 @@ def run(
     folder = run_folder.open_run_folder(folder)
     run_folder.check_same_config(folder, config)
     say = say if distributed.is_leader() else lambda line: None
+    for line in check_sources(config, sources):
+        say(f"{config.stage}: {line}")
     monitor = Monitor(config, folder, profile, say, track)
     stage, run = find(config.stage), build(config, make_mesh(config.mesh))
     corpus = loading.load_corpus(config, config.data.split, say)
