@@ -127,7 +127,7 @@ def the_report_counts_and_names_them(folder, found):
 
 
 def a_resumed_run_replaces_and_lists_the_same(config, whole, cut):
-    # As a kill behind step 6 leaves it: a list with steps that happen again, the last one written in part.
+    # As a kill after step 6 leaves it: a list with steps that happen again, the last one written in part.
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "9")
     shutil.rmtree(cut / "model")
@@ -322,7 +322,7 @@ def test_each_orientation_is_turned_upright(format, orientation):
 
 
 def test_the_size_of_an_image_is_told_without_decoding_it():
-    """A row's plan needs the size alone; what is behind the header shows when it is decoded."""
+    """A row's plan needs the size alone; what follows the header shows when it is decoded."""
     data, _ = broken.broken_images()["png_cut_in_half"]
     assert image_size(data) == (32, 32)
     with pytest.raises(BadSample):

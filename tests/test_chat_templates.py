@@ -101,7 +101,7 @@ def test_random_text_in_a_template(chatty):
     image = "<img><IMG_CONTEXT><IMG_CONTEXT></img>"
     assert rest == f"<|im_start|>user\n{image}<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
     runs = np.flatnonzero(np.diff(encoded.supervised.astype(int)))
-    assert len(runs) == 4, "one run of random ids behind the image, one in the answer"
+    assert len(runs) == 4, "one run of random ids after the image, one in the answer"
 
 
 def test_a_user_cannot_speak_for_the_assistant(chatty):

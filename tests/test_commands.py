@@ -88,7 +88,7 @@ MISTAKES = {
     "steps to trace that are none": (
         "train --config configs/pretrain.py --workdir TMP/w --profile=15:10", ["--profile='15:10'", "FIRST:LAST"]
     ),
-    "steps to trace behind the last": (
+    "steps to trace after the last": (
         "train --config configs/pretrain.py --workdir TMP/w --config.steps=9 --profile=5:10", ["--profile=5:10", "0:9"]
     ),
     "another seed": (

@@ -85,7 +85,7 @@ def test_random_text_of_distillation():
     assert encoded.tokens[starts[0] - 1] == tokenizer.special("</img>")
     template = tokenizer.decode(encoded.tokens[~encoded.supervised], skip_special=False)
     assert template == "<s>" + text_of([("<image>", "")], micro.SYSTEM, (1,), 4)
-    # Each half is inside its own turn: what stands behind it is the turn's end.
+    # Each half is inside its own turn: what follows it is the turn's end.
     assert encoded.tokens[starts + 50].tolist() == [tokenizer.special("<|im_end|>")] * 2
     other = encode_random_text(tokenizer, np.random.default_rng(1), 50, micro.SYSTEM, (1,), 4)
     assert (other.tokens != encoded.tokens).any() and (other.supervised == encoded.supervised).all()

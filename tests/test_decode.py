@@ -52,7 +52,7 @@ def prompts():
 
 
 def longer(sample, tokens):
-    """The sample with generated tokens behind it."""
+    """The sample followed by generated tokens."""
     both = np.concatenate([sample.tokens, np.asarray(tokens, np.int32)])
     return Sample(both, np.zeros(len(both), bool), sample.tiles)
 
@@ -73,7 +73,7 @@ def test_cached_decoding_is_the_full_forward(name):
     tokens = run_greedy(answerer, batch)
 
     # The full forward over prompt and answer. Causality makes one pass do for all steps: a token is judged by the
-    # logits of the place before it, which see nothing behind.
+    # logits of the place before it, which see nothing after it.
     whole = prompt_batch(answerer, [longer(s, row) for s, row in zip(samples, tokens)])
     logits = np.asarray(jax.jit(hovle.logits)(params, whole))
     full = np.stack([row[n - 1 : n - 1 + NEW] for row, n in zip(logits, lengths)])  # [B, NEW, V]

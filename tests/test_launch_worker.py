@@ -146,7 +146,7 @@ def test_a_pod_ends_as_its_training_does(checkout, code):
 def test_a_pod_that_is_preempted_saves_and_asks_to_be_started_again(checkout):
     with pod(checkout, "--config", "a") as process:
         process.stdout.readline()
-        time.sleep(0.2)  # the stand-in is ready for the signal behind its first line
+        time.sleep(0.2)  # the stand-in is ready for the signal once its first line is out
         process.terminate()
         assert process.stdout.read() == "saved\n"
     assert process.returncode == 143

@@ -65,7 +65,7 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
 def test_sentencepiece_with_its_added_tokens_elsewhere(tmp_path):
     model = micro.tokenizer().model
     size = micro.tokenizer().first_special
-    # As InternLM2 has them: two inside the base vocabulary, the others behind it.
+    # As InternLM2 has them: two inside the base vocabulary, the others after it.
     added = {"<|im_end|>": size - 2, "<|im_start|>": size - 1} | {t: size + i for i, t in enumerate(ADDED_TOKENS[2:])}
     tokenizer = SentencePieceTokenizer(model, added)
     assert tokenizer.vocab_size == size + len(ADDED_TOKENS) - 2
@@ -226,7 +226,7 @@ def files_of(folder):
 
 
 def test_the_tokenizer_files_of_internlm2(tmp_path):
-    """A SentencePiece model, two added tokens in the place of its last pieces, the others behind, as InternVL2 has."""
+    """A SentencePiece model, two added tokens in the place of its last pieces, the others after it, as InternVL2 has."""
     unused = ["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]"]
     model = sentencepiece_model(LINES, user_defined_symbols=unused)
     plain = SentencePieceTokenizer(model, {})

@@ -122,7 +122,7 @@ def pixels(count, side, generator):
 
 
 def hovle_inputs(config, tiles, generator):
-    """-> (inputs, labels) of one prompt: text, then images with text behind each; HD's long stream has its own ids.
+    """-> (inputs, labels) of one prompt: text, then images, each followed by text; HD's long stream has its own ids.
 
     Args:
       tiles: of each image.
@@ -140,8 +140,8 @@ def hovle_inputs(config, tiles, generator):
 
     def stream(tokens_per_tile):
         ids = list(first)
-        for count, behind in zip(tiles, between, strict=True):
-            ids += [*specials[:1], *[context] * count * tokens_per_tile, *specials[1:2], *behind]
+        for count, after in zip(tiles, between, strict=True):
+            ids += [*specials[:1], *[context] * count * tokens_per_tile, *specials[1:2], *after]
         return torch.tensor([ids + last])
 
     inputs = {
@@ -230,7 +230,7 @@ def check(folder):
             continue
         error = (ours.detach() - expected).abs()
         if mask is not None and error.shape[:2] == mask.shape:
-            error = error[mask > 0]  # behind the text nothing is defined
+            error = error[mask > 0]  # after the text nothing is defined
         print(f"  {name}: {float(error.max()):.1e}")
         right &= bool(error.max() <= TOLERANCE)
     return right

@@ -3,7 +3,7 @@
     pip install -e ".[reference]" && python tests/reference/make_smol.py SmolLM2-135M-Instruct.Q4_1.gguf
 
 The weights are dequantised by transformers' own reader; prompts are rendered with the file's chat template. Kept are
-each prompt's ids, the logits behind its last token at a few ids, and their largest.
+each prompt's ids, the logits after its last token at a few ids, and their largest.
 """
 
 import json

@@ -296,7 +296,7 @@ def outputs(model, inputs, labels=None):
 
 @torch.no_grad()
 def greedy(model, inputs, steps):
-    """`steps` tokens behind a single prompt, each from a full forward.
+    """`steps` tokens after a single prompt, each from a full forward.
 
     Returns:
       (tokens [steps], the smallest distance between a step's two largest logits).
