@@ -43,7 +43,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpu
     said = []
     assert loop.run(LOOP, cut, {}, say=said.append).finished
     assert "contrast: resuming at step 2" in said
-    # Killed behind step 4 without a checkpoint of it: what was written after step 3 happens again.
+    # Killed after step 4 without a checkpoint of it: what was written after step 3 happens again.
     import shutil
 
     shutil.copytree(whole, killed)

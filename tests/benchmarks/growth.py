@@ -165,7 +165,7 @@ def time_compilation(lower, times):
 
 
 def time_steps(step, state, batch):
-    """The median time of a step in seconds, behind a few that are not counted."""
+    """The median time of a step in seconds, after a few that are not counted."""
     import jax
 
     seconds = []
