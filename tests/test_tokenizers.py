@@ -226,7 +226,7 @@ def files_of(folder):
 
 
 def test_the_tokenizer_files_of_internlm2(tmp_path):
-    """A SentencePiece model, two added tokens in place of its last pieces, the others after them, as InternVL2."""
+    """A SentencePiece model, two added tokens in place of its last pieces, the others after them, as in InternVL2."""
     unused = ["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]"]
     model = sentencepiece_model(LINES, user_defined_symbols=unused)
     plain = SentencePieceTokenizer(model, {})
