@@ -138,10 +138,12 @@ class VisionTransformer(nn.Module):
         patches = patchify(normalize_tiles(tiles, c.image_mean, c.image_std), c.patch_size)
         x = dense(c.width, ("patch", "embed"), "patch_embedding", self.execution, use_bias=c.patch_bias)(patches)
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
+        # Linen numbers the parameters of a module as they are made, and draws each by its number.
+        names = ("class_embedding", "class_position") if c.class_token else ()
+        vectors = [self.param(name, init, (1, c.width)) for name in names]
         positions = self.param("position_embedding", init, (c.grid**2, c.width))
         x = x + resize_positions(positions, S // c.patch_size).astype(x.dtype)
-        if c.class_token:
-            vectors = [self.param(f"class_{name}", init, (1, c.width)) for name in ("embedding", "position")]
+        if vectors:
             first = jnp.broadcast_to((vectors[0] + vectors[1]).astype(x.dtype), (M, 1, c.width))
             x = jnp.concatenate([first, x], axis=1)
         if c.pre_norm:
