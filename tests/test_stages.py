@@ -34,6 +34,24 @@ CLASS_TOKEN = {"embedding/class_embedding", "embedding/class_position"}
 TABLE = {"llm/token_embedding/embedding"}
 
 
+@pytest.mark.parametrize(
+    "stage, component, total",
+    [
+        ("pretrain", "llm", 5134.934918835337),
+        ("contrast", "clip", 5204.31419060634),
+        ("distill", "embedding", 4536.454189802309),
+        ("distill", "head", 584.0578497992665),
+    ],
+)
+def test_a_seed_draws_the_parameters_that_it_always_drew(stage, component, total):
+    """The order in which a module makes its parameters decides what each is drawn as; runs of a seed are compared."""
+    config = micro.run_config(stage)
+    run = micro.run(config)
+    params = fresh(run.models.config, component, config.seed, run.abstract_params()[component])
+    drawn = sum(np.abs(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(params))
+    np.testing.assert_allclose(drawn, total, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stage_changes_what_it_trains_and_nothing_else(name):
     config = micro.run_config(**RUNS[name])
