@@ -4,7 +4,7 @@
 
 Runs the whole chain where the earlier stages are missing: pretrain, contrast, distill, align, instruct.
 
-tiny: the training questions of easy-VQA; five minutes on two CPU cores, sixteen for the chain.
+tiny: the training questions of easy-VQA; five minutes on two CPU cores, eighteen for the chain.
 tiny_no_distill: the chain without stage 1, to show what distillation is for.
 smol: over SmolLM2-135M-Instruct, after its own distill and align.
 hovle, hovle_hd: 1.2k steps of 4096 samples, peak learning rate 4e-5.
@@ -32,7 +32,7 @@ def get_config(preset="tiny"):
     config.easy_vqa.ask_caption = True
     config.data.sequence_length = 98
     config.data.augment = True
-    config.steps = 1000
+    config.steps = 1500
     config.optimizer.learning_rate = 4e-4
     config.optimizer.warmup_steps = 60
     config.optimizer.b2 = 0.98
