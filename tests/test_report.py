@@ -168,7 +168,9 @@ def test_plots_are_images_of_a_sane_size(tmp_path):
     rows[-1]["accuracy"] = 0.9
     height, width, _ = open_image(plots.plot_metrics(rows, tmp_path / "new" / "metrics.png", "a run")).shape
     assert 1000 < width < 2000 and 200 < height < 800
-    height, width, _ = open_image(plots.plot_runs({"a": rows, "b": rows[:9]}, "loss", tmp_path / "runs.png")).shape
+    height, width, _ = open_image(
+        plots.plot_comparison({"loss": ("loss", {"a": rows, "b": rows[:9]})}, tmp_path / "runs.png")
+    ).shape
     assert 600 < width < 2000 and 300 < height < 1000
 
 
@@ -235,7 +237,7 @@ def test_answers_fill_rows_of_images(tmp_path):
 
 def test_plots_of_a_run_that_has_logged_nothing(tmp_path):
     assert plots.plot_metrics([], tmp_path / "empty.png", "a run").exists()
-    assert plots.plot_runs({"a": []}, "loss", tmp_path / "empty_runs.png").exists()
+    assert plots.plot_comparison({"loss": ("loss", {"a": []})}, tmp_path / "empty_runs.png").exists()
 
 
 def test_loss_comes_first_and_the_running_mean_does_not_lag():

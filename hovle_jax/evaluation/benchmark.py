@@ -137,7 +137,7 @@ BATCHES_AT_ONCE = 4
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of so many of them; the last may be shorter."""
+    """Lists of so many of them; the last may be shorter (itertools.batched is new in Python 3.12)."""
     items = iter(items)
     while part := list(itertools.islice(items, size)):
         yield part

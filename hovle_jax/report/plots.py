@@ -72,20 +72,6 @@ def plot_stages(stages: dict[str, list[dict]], path: str | os.PathLike) -> pathl
     return _save(figure, path)
 
 
-def plot_runs(runs: dict[str, list[dict]], metric: str, path: str | os.PathLike) -> pathlib.Path:
-    """One metric of several runs in one axis.
-
-    Args:
-      runs: {name: rows}; a run without the metric is left out.
-      metric: such as 'loss'.
-      path: the PNG to write.
-
-    Returns:
-      the path.
-    """
-    return plot_comparison({metric: (metric, runs)}, path)
-
-
 def plot_comparison(
     panels: dict[str, tuple[str, dict[str, list[dict]]]],
     path: str | os.PathLike,

@@ -14,7 +14,7 @@ import sys
 import time
 
 from hovle_jax.report.metrics import read_metrics
-from hovle_jax.report.plots import plot_runs
+from hovle_jax.report.plots import plot_comparison
 
 PRESETS = {"with distillation": "tiny", "without": "tiny_no_distill"}
 
@@ -37,7 +37,7 @@ def main():
         scores = json.loads((workdir / preset / "instruct" / "results.json").read_text())
         report[name] = scores | {"seconds": seconds}
     runs = {name: read_metrics(workdir / preset / "instruct") for name, preset in PRESETS.items()}
-    plot_runs(runs, "loss", workdir / "distillation.png")
+    plot_comparison({"loss": ("loss", runs)}, workdir / "distillation.png")
     report["error ratio (without / with)"] = round(
         (100 - report["without"]["accuracy"]) / max(100 - report["with distillation"]["accuracy"], 1e-3), 2
     )
