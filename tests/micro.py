@@ -169,11 +169,14 @@ def shardings(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def start(config, mesh=None):
-    """-> (state at step 0, data set, function of (state, batch) -> (state, metrics)); without a mesh on one device."""
+def start(config, mesh=None, drawn=None):
+    """-> (state at step 0, data set, function of (state, batch) -> (state, metrics)); without a mesh on one device.
+
+    `drawn`: parameters in place of `params`; the state takes them over.
+    """
     made = run(config, mesh)
 
     def step(state, batch):
         return train_step(state, made.placement.put_batch(batch), stage=config.stage, run=made)
 
-    return make_state(STAGES[config.stage], made, params(config, mesh)), dataset(config), step
+    return make_state(STAGES[config.stage], made, drawn or params(config, mesh)), dataset(config), step

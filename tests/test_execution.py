@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hovle_jax.components import select
 from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig
@@ -168,16 +169,26 @@ def test_a_mesh_changes_nothing_of_the_chunked_loss(mesh_name):
 def test_a_batch_read_in_microbatches_gives_the_same_update(stage):
     """With the usual eps of 1e-8 Adam's first update is the sign of the gradient, which rounding turns around wherever
     the gradient is nothing but rounding. With an eps of 1 the update is as smooth as the (clipped) gradient, and at a
-    rate of 1 the rounding of the parameters themselves hides nothing of it."""
+    rate of 1 the rounding of the parameters themselves hides nothing of it.
+
+    A batch of other rows takes other matmul kernels, which round otherwise. The first norm's derivative multiplies that
+    by the inverse of its input's size, so tokens get vectors of size 1: with 32**-0.5, as drawn, rounding alone reaches
+    the bound on some processors."""
     smooth = OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0, weight_decay=0.1)
     config = micro.run_config(stage, optimizer=smooth)
 
+    def params():
+        is_table = lambda path: path[-1] == "embedding" and path[-2] in ("text_embedding", "token_embedding")
+        drawn = flatten_dict(micro.params(config))
+        return unflatten_dict({path: leaf * 32**0.5 if is_table(path) else leaf for path, leaf in drawn.items()})
+
     def run(parts):
-        state, batches, step = micro.start(dataclasses.replace(config, execution=ExecutionConfig(accumulate=parts)))
+        config_of_parts = dataclasses.replace(config, execution=ExecutionConfig(accumulate=parts))
+        state, batches, step = micro.start(config_of_parts, drawn=params())
         state, metrics = step(state, batches[0])
         return host(state.trained), host(optax.tree_utils.tree_get(state.opt_state, "mu")), metrics
 
-    (wanted, moments, metrics), before = run(1), host(micro.params(config))
+    (wanted, moments, metrics), before = run(1), host(params())
     assert max(np.abs(value - before[name]).max() for name, value in wanted.items()) > 1e-2
     scale = max(np.abs(value).max() for value in moments.values())
     for parts in (2, 4):
