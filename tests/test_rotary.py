@@ -11,7 +11,8 @@ import pytest
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import HoVLEConfig, RopeScaling
 from hovle_jax.model.hovle import HoVLE
-from hovle_jax.model.rotary import rotary_angles
+from hovle_jax.model.execution import Execution
+from hovle_jax.model.rotary import needs_lengths, rotary_angles, text_lengths
 from tests.public_models import STACK, llm
 
 ORIGINAL, FACTOR = 8, 2.5
@@ -34,7 +35,7 @@ def angles_of(base, positions, C=STACK.head_dim):
 @pytest.mark.parametrize("length", [3, ORIGINAL, ORIGINAL + 1, 40, 3000])
 def test_the_base_is_public_codes(length):
     positions = np.arange(length, dtype=np.int32)[None]
-    cos, sin = rotary_angles(positions, SCALED, np.ones_like(positions), longest=length)
+    cos, sin = rotary_angles(positions, SCALED, np.full_like(positions, length))
     expected, tolerance = angles_of(grown_base(length), positions), 1e-6 * max(length, 20)
     np.testing.assert_allclose(cos[:, :, 0], np.cos(expected), atol=tolerance)
     np.testing.assert_allclose(sin[:, :, 0], np.sin(expected), atol=tolerance)
@@ -46,7 +47,7 @@ def test_texts_of_a_packed_row_are_turned_by_their_own_lengths():
     lengths = (12, 5, 9)
     positions = np.concatenate([np.arange(n) for n in (*lengths, 4)]).astype(np.int32)[None]
     segments = np.repeat([1, 2, 3, 0], (*lengths, 4)).astype(np.int32)[None]
-    cos, _ = rotary_angles(positions, SCALED, segments, longest=positions.shape[1])
+    cos, _ = rotary_angles(positions, SCALED, text_lengths(positions, segments))
     expected = np.concatenate([angles_of(grown_base(n), np.arange(n)) for n in lengths])
     np.testing.assert_allclose(cos[0, : sum(lengths), 0], np.cos(expected), atol=1e-5)
 
@@ -100,11 +101,15 @@ def test_a_row_does_not_depend_on_its_company(params):
 
 def test_within_the_original_length_nothing_is_added_to_the_program():
     """Training never goes beyond it: no lengths are computed there."""
-    positions = jnp.zeros((2, ORIGINAL), jnp.int32)
-    scaled, plain = (
-        str(jax.make_jaxpr(lambda p, c=c: rotary_angles(p, c, p, longest=ORIGINAL))(positions)) for c in (SCALED, STACK)
-    )
-    assert scaled == plain
+    rows = np.zeros((2, ORIGINAL), np.int32)
+
+    def program(stack):
+        module = Stack(stack, Execution())
+        run = lambda x: module.init_with_output(jax.random.key(0), x, rows, rows)[0]
+        return str(jax.make_jaxpr(run)(jnp.zeros((*rows.shape, stack.width))))
+
+    assert program(SCALED) == program(STACK)
+    assert needs_lengths(SCALED, ORIGINAL + 1) and not needs_lengths(STACK, 3000)
 
 
 def test_heads_too_small_to_stretch():

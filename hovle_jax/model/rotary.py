@@ -88,8 +88,14 @@ def text_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(ends, segment_ids, axis=1)
 
 
+def needs_lengths(config: StackConfig, longest: int) -> bool:
+    """Whether angles depend on how long a text is: dynamic NTK, where texts can be longer than the original length."""
+    scaling = config.rope_scaling
+    return scaling is not None and scaling.kind == "dynamic" and longest > scaling.original_length
+
+
 def rotary_angles(
-    positions: jax.Array, config: StackConfig, segment_ids: jax.Array | None = None, longest: int = 0
+    positions: jax.Array, config: StackConfig, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Angles in float32.
 
@@ -99,17 +105,14 @@ def rotary_angles(
 
     Args:
       positions: [B, L] int32.
-      segment_ids: [B, L] int32; of dynamic NTK alone.
-      longest: how long a text can be at most, with what is cached; within the original length dynamic NTK does nothing.
+      lengths: [B, L] int32: how long the text is that each token is read in; where `needs_lengths` says so.
     Returns:
       (cos, sin), each [B, L, 1, C / 2].
     """
     frequency, factor = frequencies(config)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "dynamic" and longest > scaling.original_length:
-        assert segment_ids is not None
-        lengths = text_lengths(positions, segment_ids)
-        frequency = frequency * stretch(lengths, scaling, config.head_dim)[:, :, None]
+    if lengths is not None:
+        assert config.rope_scaling is not None
+        frequency = frequency * stretch(lengths, config.rope_scaling, config.head_dim)[:, :, None]
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequency
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

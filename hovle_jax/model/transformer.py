@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hovle_jax.model.attention import AttentionMask, attend, prepare
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution, LogicalAxes
-from hovle_jax.model.rotary import rotary_angles, rotate
+from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
 
 
 def partitioned(init: Callable, *names) -> Callable:
@@ -73,6 +73,11 @@ class Cache:
         shape = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((slots,), jnp.int32))
 
+    @property
+    def layers(self) -> "LayerCache":
+        """What the layers are given, scanned over."""
+        return LayerCache(self.key, self.value)
+
     def mask(self, segment_ids: jax.Array) -> AttentionMask:
         """The mask of new tokens [B, L] (segment 1, padding 0) that are appended to what is cached."""
         B, L = segment_ids.shape
@@ -84,10 +89,37 @@ class Cache:
             key_index=jnp.arange(S, dtype=jnp.int32)[None],
         )
 
-    def advanced(self, layers: tuple[jax.Array, jax.Array], segment_ids: jax.Array) -> "Cache":
+    def advanced(self, layers: "LayerCache", segment_ids: jax.Array) -> "Cache":
         """The cache after its layers were written: lengths grow by each row's real tokens."""
-        key, value = layers
-        return Cache(key, value, self.length + jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
+        return Cache(layers.key, layers.value, self.length + jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
+
+
+@flax.struct.dataclass
+class Appended:
+    """Where new tokens go in a `Cache` and what they see: start [B]; mask as `attention.prepare` made it."""
+
+    start: jax.Array
+    mask: Any
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one layer [B, S, K, C]; other kinds of cache have the same method."""
+
+    key: jax.Array
+    value: jax.Array
+
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, where: Appended, execution: Execution
+    ) -> tuple[jax.Array, "LayerCache"]:
+        """Writes new keys and values [B, L, K, C] and lets the queries [B, L, H, C] read what is there then.
+
+        Returns:
+          (out [B, L, H, C], the cache).
+        """
+        written = LayerCache(write_rows(self.key, key, where.start), write_rows(self.value, value, where.start))
+        key, value = written.key.astype(query.dtype), written.value.astype(query.dtype)
+        return attend(query, key, value, where.mask, execution.attention, execution.placement), written
 
 
 def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
@@ -104,20 +136,28 @@ class DecoderLayer(nn.Module):
     execution: Execution
 
     @nn.compact
-    def __call__(self, x, cache, angles, mask, start):
-        """x: [B, L, D]; cache: (key, value) [B, S, K, C] or None; start: [B] or None. -> (x, cache)."""
-        x, cache = self.attention(checkpoint_name(x, LAYER_INPUT), cache, angles, mask, start)
+    def __call__(self, x, cache, angles, where):
+        """One layer.
+
+        Args:
+          x: [B, L, D].
+          cache: a `LayerCache` or another with its method; or None.
+          where: what the cache's method wants; without a cache the mask, as `attention.prepare` made it.
+        Returns:
+          (x, cache).
+        """
+        x, cache = self.attention(checkpoint_name(x, LAYER_INPUT), cache, angles, where)
         return self.feed_forward(x), cache
 
     def attention(
-        self, x: jax.Array, cache: Any, angles: tuple[jax.Array, jax.Array], mask: Any, start: Any
+        self, x: jax.Array, cache: Any, angles: tuple[jax.Array, jax.Array], where: Any
     ) -> tuple[jax.Array, Any]:
-        c, dtype = self.config, self.execution.dtype
+        c, how = self.config, self.execution
         B, L = x.shape[:2]
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
 
         def heads(name, count, axis):
-            projected = dense(count * c.head_dim, ("embed", axis), name, self.execution, use_bias=c.qkv_bias)(y)
+            projected = dense(count * c.head_dim, ("embed", axis), name, how, use_bias=c.qkv_bias)(y)
             return projected.reshape(B, L, count, c.head_dim)
 
         query, key = heads("query", c.num_heads, "heads"), heads("key", c.num_kv_heads, "kv_heads")
@@ -126,11 +166,11 @@ class DecoderLayer(nn.Module):
             query = RMSNorm(c.norm_eps, name="query_norm")(query)
             key = RMSNorm(c.norm_eps, name="key_norm")(key)
         query, key = rotate(query, *angles), rotate(key, *angles)
-        if cache is not None:
-            cache = (write_rows(cache[0], key, start), write_rows(cache[1], value, start))
-            key, value = cache[0].astype(dtype), cache[1].astype(dtype)
-        out = attend(query, key, value, mask, self.execution.attention, self.execution.placement)
-        output = dense(c.width, ("heads", "embed"), "output", self.execution, c.output_bias, branches=2 * c.num_layers)
+        if cache is None:
+            out = attend(query, key, value, where, how.attention, how.placement)
+        else:
+            out, cache = cache.attend(query, key, value, where, how)
+        output = dense(c.width, ("heads", "embed"), "output", how, c.output_bias, branches=2 * c.num_layers)
         return x + output(out.reshape(B, L, c.num_heads * c.head_dim)), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
@@ -202,14 +242,14 @@ class Stack(nn.Module):
         mask = AttentionMask.for_rows(segment_ids) if cache is None else cache.mask(segment_ids)
         # Without the barrier the CPU backend computes sines and cosines anew for every head of every layer.
         longest = x.shape[1] if cache is None else cache.key.shape[2]
-        angles = jax.lax.optimization_barrier(rotary_angles(positions, self.config, segment_ids, longest))
-        layers = None if cache is None else (cache.key, cache.value)
-        start = None if cache is None else cache.length
+        lengths = text_lengths(positions, segment_ids) if needs_lengths(self.config, longest) else None
+        angles = jax.lax.optimization_barrier(rotary_angles(positions, self.config, lengths))
         constrain = lambda x: self.execution.placement.constrain(x, ("batch", "length", "embed_act"))
         x = constrain(x.astype(self.execution.dtype))
-        block = scanned(DecoderLayer, self.execution, self.config.num_layers, broadcast=3)
+        block = scanned(DecoderLayer, self.execution, self.config.num_layers, broadcast=2)
         mask = prepare(mask, self.execution.attention, self.config.head_dim)
-        x, layers = block(self.config, self.execution, name="layers")(x, layers, angles, mask, start)
+        layers, where = (None, mask) if cache is None else (cache.layers, Appended(cache.length, mask))
+        x, layers = block(self.config, self.execution, name="layers")(x, layers, angles, where)
         return constrain(x), None if cache is None else cache.advanced(layers, segment_ids)
 
 

@@ -1,0 +1,314 @@
+"""An engine that answers many requests at once: each has a slot, and every step makes a token for all of them.
+
+    engine = Engine(answerer, slots=8, length=1024)
+    streams = [engine.submit(prompt, Request(max_new_tokens=32)) for prompt in prompts]
+    engine.run()
+    print([stream.text for stream in streams])
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from hovle_jax.data.batch import BatchShape
+from hovle_jax.errors import UserError
+from hovle_jax.inference import slots as programs
+from hovle_jax.inference.generate import Answerer, Prompt, prompt_samples
+from hovle_jax.inference.limits import check_lengths
+from hovle_jax.inference.reading import Reading
+from hovle_jax.inference.sampling import GREEDY, Sampling, SamplingRows
+from hovle_jax.inference.slots import NOWHERE, STOPS, Slots
+from hovle_jax.inference.texts import TextSoFar
+
+CHUNKS = (16, 64, 256)  # lengths that a prompt is read in; the rest is padded to the smallest that holds it
+TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """How one prompt is to be answered.
+
+    Attributes:
+      max_new_tokens: the longest answer.
+      sampling: how its tokens are chosen.
+      stops: texts that end it; they are not part of it.
+      stop_ids: tokens that end it, beside the tokenizer's own.
+    """
+
+    max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
+    stops: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+
+class Stream:
+    """An answer that is being made.
+
+    Attributes:
+      tokens, logprobs: those made so far, the one that ended it included.
+      finish: '' while it is made, then 'stop', 'length' or 'cancelled'.
+      reused: tokens of the prompt that an earlier request had left in the slot.
+    """
+
+    def __init__(self, reading: Reading, request: Request, stop_ids: tuple[int, ...], text: TextSoFar, listener):
+        self.reading, self.request, self.stop_ids = reading, request, stop_ids
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish, self.reused = "", 0
+        self._text, self._listener = text, listener
+
+    @property
+    def text(self) -> str:
+        return self._text.text
+
+    def take(self, token: int, logprob: float) -> None:
+        """One more token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        piece = "" if token in self.stop_ids else self._text.add(token)
+        if token in self.stop_ids or self._text.is_stopped:
+            self.close("stop", piece)
+        elif len(self.tokens) == self.request.max_new_tokens:
+            self.close("length", piece)
+        elif piece:
+            self._listener(piece)
+
+    def close(self, finish: str, piece: str = "") -> None:
+        """The answer is complete."""
+        self.finish = finish
+        piece += self._text.end()
+        if piece:
+            self._listener(piece)
+
+
+@dataclasses.dataclass
+class Slot:
+    """The host's view of a slot.
+
+    Attributes:
+      stream: whose it is; None = free.
+      identity: what its caches hold, as `Reading.identity`.
+      chunks: of its prompt, still to be read: (program, *arguments).
+      used: when it was last given away; the free slot that was used longest ago is given first.
+    """
+
+    stream: Stream | None = None
+    identity: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    used: int = 0
+
+
+class Engine:
+    """See the module's docstring. Not thread-safe: one thread calls it.
+
+    Args:
+      slots: requests that are answered at once.
+      length: the most tokens of a prompt with its answer, as the LLM reads them.
+      tiles: the most tiles of a prompt; of HD's longer stream alone.
+      chunks: see `CHUNKS`.
+    """
+
+    def __init__(
+        self, answerer: Answerer, slots: int = 8, length: int = 1024, tiles: int = 12, chunks: Sequence[int] = CHUNKS
+    ):
+        self._answerer, self._hovle = answerer, answerer.hovle
+        self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
+        embedding = self._hovle.config.embedding
+        more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
+        self._params = programs.unstacked(answerer.params, self._hovle)
+        self._state = Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
+        self._slots = [Slot() for _ in range(slots)]
+        self._waiting: collections.deque[Stream] = collections.deque()
+        self._reading: tuple[int, Iterator[bool]] | None = None  # (slot, the rest of its chunks)
+        self._made: collections.deque = collections.deque()  # ([(row, slot, stream)], Made) that the host has not seen yet
+        self._clock = itertools.count(1)
+
+    # -- what is asked
+
+    def submit(self, prompt: Prompt, request: Request = Request(), listener: Callable[[str], None] = lambda piece: None) -> Stream:
+        """Queues a prompt.
+
+        Args:
+          listener: called with each piece of the answer's text.
+        Raises:
+          UserError: marks and images disagree, or it is too long.
+        """
+        (sample,) = prompt_samples(self._answerer, [prompt])
+        n, tiles = len(sample.tokens), len(sample.tiles)
+        check_lengths(self._hovle.config.llm, n, request.max_new_tokens, tiles)
+        if n + request.max_new_tokens > self._length or tiles > self._tiles and self._is_hd:
+            raise UserError(
+                f"the prompt has {n:,} tokens, {tiles} tiles among them, and its answer may have "
+                f"{request.max_new_tokens:,}: the engine was made for {self._length:,} tokens and {self._tiles} tiles"
+            )
+        stop_ids = tuple(dict.fromkeys((*self._answerer.tokenizer.stop_ids, *request.stop_ids)))
+        if len(stop_ids) > STOPS:
+            raise UserError(f"{len(stop_ids)} stop ids, the tokenizer's included: at most {STOPS} are possible")
+        text = TextSoFar(self._answerer.tokenizer, request.stops)
+        stream = Stream(self._read(sample), request, stop_ids, text, listener)
+        self._waiting.append(stream)
+        return stream
+
+    @property
+    def _is_hd(self):
+        embedding = self._hovle.config.embedding
+        return embedding is not None and embedding.pixel_shuffle == "post"
+
+    def _read(self, sample):
+        embedding = self._hovle.config.embedding
+        if embedding is None:
+            return Reading.of_text(sample.tokens)
+        shape = BatchShape(
+            length=len(sample.tokens),
+            tiles=len(sample.tiles),
+            tile_size=embedding.tile_size,
+            tokens_per_tile=embedding.tokens_per_tile,
+            expansion=embedding.stack_tokens_per_tile // embedding.tokens_per_tile,
+            image_id=self._answerer.tokenizer.image_id,
+        )
+        return Reading.of(sample, shape)
+
+    def cancel(self, stream: Stream) -> None:
+        """Ends an answer; its slot is free for the next request."""
+        if stream.finish:
+            return
+        stream.close("cancelled")
+        if stream in self._waiting:
+            self._waiting.remove(stream)
+        for index, slot in enumerate(self._slots):
+            if slot.stream is stream:
+                if self._reading and self._reading[0] == index:
+                    self._reading = None
+                self._free(index)
+
+    # -- what is done
+
+    def run(self) -> None:
+        """Answers all that was asked."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """One chunk of a prompt, if one is to be read, and one token for all that are being answered.
+
+        The host looks at the tokens of a step while the devices do the next one. Returns whether anything is left.
+        """
+        self._admit()
+        self._read_chunk()
+        answering = {i: s.stream for i, s in enumerate(self._slots) if s.stream and not self._is_reading(i)}
+        if answering:
+            self._state, made = programs.decode(self._params, self._state, hovle=self._hovle)
+            self._made.append(([(index, index, stream) for index, stream in answering.items()], made))
+        while self._made and (len(self._made) > 1 or not answering):
+            self._take(*self._made.popleft())
+        return bool(self._waiting or self._made or any(slot.stream for slot in self._slots))
+
+    def _is_reading(self, index):
+        return self._reading is not None and self._reading[0] == index
+
+    def _admit(self):
+        """Gives a free slot to the next request: the one that holds most of its prompt, else that used longest ago."""
+        free = [i for i, slot in enumerate(self._slots) if slot.stream is None]
+        if self._reading is not None or not self._waiting or not free:
+            return
+        stream = self._waiting.popleft()
+        reading = stream.reading
+        shared = {i: reading.shared(self._slots[i].identity, self._tokens_per_tile) for i in free}
+        index = max(free, key=lambda i: (shared[i], -self._slots[i].used))
+        stream.reused = shared[index] if self._can_reuse else 0
+        self._slots[index] = Slot(stream, reading.identity[:0], next(self._clock))
+        self._begin(index, stream)
+        self._reading = index, self._programs(index, stream)
+
+    @property
+    def _can_reuse(self):
+        """With dynamic NTK keys belong to the length of the text that they were read in."""
+        stacks = [part.stack for part in (self._hovle.config.embedding, self._hovle.config.llm) if part]
+        return not any(stack.rope_scaling and stack.rope_scaling.kind == "dynamic" for stack in stacks)
+
+    @property
+    def _tokens_per_tile(self):
+        return self._hovle.config.embedding.tokens_per_tile if self._hovle.config.embedding else 1
+
+    def _begin(self, index, stream):
+        seen = np.zeros(self._state.seen.shape[1], bool)
+        seen[stream.reading.tokens] = True
+        lengths = np.asarray([stream.reading.long_place(stream.reused), stream.reused], np.int32)
+        stops = np.full(STOPS, NOWHERE, np.int32)
+        stops[: len(stream.stop_ids)] = stream.stop_ids
+        self._state = programs.begin(
+            self._state, np.int32(index), lengths, seen, SamplingRows.of([stream.request.sampling]), stops
+        )
+
+    def _programs(self, index, stream):
+        """Reads a prompt: a generator that stops after each chunk and says whether it was the last."""
+        reading, hovle, slot = stream.reading, self._hovle, np.int32(index)
+        embedding, vectors = hovle.config.embedding, None
+        start = reading.long_place(stream.reused)
+        if embedding is not None:
+            if (reading.visual[start:] >= 0).any():
+                vectors = self._visual_inputs(reading)
+            for first, chunk in reading.embedding_chunks(start, self._chunks):
+                here = self._window(vectors, first, chunk)
+                self._state = programs.read_embedding(self._params, self._state, slot, chunk, here, hovle=hovle)
+                yield False
+            if self._is_hd and vectors is not None:
+                vectors = self._visual_outputs(reading)
+        if not self._is_hd:
+            vectors = None
+        chunks = list(reading.llm_chunks(stream.reused, self._chunks))
+        for number, (first, chunk) in enumerate(chunks, 1):
+            most = np.int32(stream.request.max_new_tokens if number == len(chunks) else 0)
+            here = self._window(vectors, first, chunk)
+            self._state, made = programs.read_llm(self._params, self._state, slot, chunk, here, most, hovle=hovle)
+            if most:
+                self._made.append(([(0, index, stream)], made))
+            yield number == len(chunks)
+
+    def _visual_inputs(self, reading):
+        tiles = _padded(reading.tiles)
+        return programs.visual_inputs(self._params, tiles, hovle=self._hovle)
+
+    def _visual_outputs(self, reading):
+        starts = _padded(reading.tile_starts(self._hovle.config.embedding.stack_tokens_per_tile))
+        return programs.visual_outputs(self._params, self._state.outputs, starts, hovle=self._hovle)
+
+    def _window(self, vectors, first, chunk):
+        if first == NOWHERE or vectors is None:
+            return None
+        return programs.window(vectors, np.int32(first), count=len(chunk.tokens))
+
+    def _read_chunk(self):
+        if self._reading is None:
+            return
+        index, rest = self._reading
+        if next(rest):
+            self._reading = None
+            self._slots[index].identity = self._slots[index].stream.reading.identity
+
+    def _take(self, rows, made):
+        """The host's part of a step: tokens to their streams."""
+        tokens, logprobs, is_new = (np.asarray(x) for x in (made.token, made.logprob, made.is_new))
+        for row, index, stream in rows:
+            if stream.finish or not is_new[row]:
+                continue
+            stream.take(int(tokens[row]), float(logprobs[row]))
+            if stream.finish:
+                self._free(index)
+
+    def _free(self, index):
+        """The slot's caches stay: a prompt that goes on from them finds them."""
+        slot = self._slots[index]
+        self._state = programs.end(self._state, np.int32(index))
+        # The last token was made and not read.
+        read = np.asarray(slot.stream.tokens[:-1], np.int64)
+        slot.identity = np.concatenate([slot.identity, read]) if len(slot.identity) else slot.identity
+        slot.stream = None
+
+
+def _padded(rows):
+    """Up to the next of `TILES`, with zeros."""
+    count = next((n for n in TILES if n >= len(rows)), len(rows))
+    return np.pad(rows, [(0, count - len(rows)), *[(0, 0)] * (rows.ndim - 1)])

@@ -1,0 +1,370 @@
+"""What a serving engine keeps on the devices: caches of a fixed number of slots, and the programs that fill and read them.
+
+A slot is the place of one request. Prompts are read in chunks, one request at a time: first all of it by the embedding's
+layers, then by the LLM's, because HD's two streams differ in length. Decoding makes one token for every slot at once.
+
+Layers are written out, each with parameters and caches of its own: a loop would copy them in and out at every step, and
+decoding is bound by what it reads.
+
+Dimension letters: B slots, T tokens of a chunk, S capacity, D width, H heads, K kv heads, G = H / K, C head dim,
+V vocabulary, W stop ids.
+"""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, penalized
+from hovle_jax.model.config import StackConfig
+from hovle_jax.model.execution import Execution
+from hovle_jax.model.hovle import HoVLE
+from hovle_jax.model.rotary import needs_lengths, rotary_angles
+from hovle_jax.model.transformer import DecoderLayer
+
+STOPS = 8  # stop ids that a request can have
+NOWHERE = -1
+
+
+@flax.struct.dataclass
+class One:
+    """A chunk of one request: where its keys go.
+
+    Attributes:
+      slot, start: int32 scalars; what lies before `start` in the slot has been read before.
+    """
+
+    slot: jax.Array
+    start: jax.Array
+
+
+@flax.struct.dataclass
+class All:
+    """One token of every slot; start [B] int32: how much has been read before it."""
+
+    start: jax.Array
+
+
+@flax.struct.dataclass
+class LayerSlots:
+    """Keys and values of one layer, [B, K, S, C]: heads in front, so that nothing is moved to attend."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def empty(cls, config: StackConfig, slots: int, capacity: int, dtype: Any) -> "LayerSlots":
+        shape = (slots, config.num_kv_heads, capacity, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, where: One | All, execution: Execution
+    ) -> tuple[jax.Array, "LayerSlots"]:
+        """See `transformer.LayerCache`; query [1, T, H, C] for `One`, [B, 1, H, C] for `All`."""
+        made = LayerSlots(_write(self.key, key, where), _write(self.value, value, where))
+        return _attention(query, _read(made.key, where), _read(made.value, where), where), made
+
+
+def _write(cache, new, where):
+    if isinstance(where, One):
+        new = new.astype(cache.dtype).transpose(0, 2, 1, 3)
+        return jax.lax.dynamic_update_slice(cache, new, (where.slot, 0, where.start, 0))
+    return cache.at[jnp.arange(len(cache)), :, where.start].set(new[:, 0].astype(cache.dtype))
+
+
+def _read(cache, where):
+    return jax.lax.dynamic_slice_in_dim(cache, where.slot, 1) if isinstance(where, One) else cache
+
+
+def _attention(query, key, value, where):
+    """query [B, T, H, C] over key and value [B, K, S, C], of which those up to the query's own place are seen."""
+    B, T, H, C = query.shape
+    K, S = key.shape[1:3]
+    query = query.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C]
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    scores = jnp.einsum("bkgtc,bksc->bkgts", query, key, preferred_element_type=jnp.float32) * C**-0.5
+    last = jnp.reshape(where.start, (-1, 1, 1)) + jnp.arange(T)[:, None]  # [B, T, 1]
+    seen = jnp.arange(S) <= last
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    out = jnp.einsum("bkgts,bksc->bkgtc", probabilities, value)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
+
+
+@flax.struct.dataclass
+class Slots:
+    """What is known of all requests.
+
+    Attributes:
+      embedding, llm: a `LayerSlots` for each layer of the two stacks.
+      embedding_length, length: [B] int32: how many tokens of each stream have been read.
+      outputs: [S + T, D]: what the embedding's layers gave for the prompt that is being read.
+      token: [B] int32: made last, and read next.
+      left: [B] int32: tokens that a request may still make; 0 = idle.
+      made: [B] int32: tokens that it has made.
+      seen: [B, V] bool: the tokens that it has read or made.
+      sampling: how its tokens are chosen.
+      stops: [B, W] int32: the ids that end it; `NOWHERE` for none.
+    """
+
+    embedding: tuple[LayerSlots, ...]
+    llm: tuple[LayerSlots, ...]
+    embedding_length: jax.Array
+    length: jax.Array
+    outputs: jax.Array
+    token: jax.Array
+    left: jax.Array
+    made: jax.Array
+    seen: jax.Array
+    sampling: SamplingRows
+    stops: jax.Array
+
+    @classmethod
+    def empty(cls, hovle: HoVLE, slots: int, capacity: int, long_capacity: int, chunk: int) -> "Slots":
+        """Idle slots.
+
+        Args:
+          capacity, long_capacity: S of the LLM's stream and of the embedding's, which a prompt with its answer fits.
+          chunk: the most tokens of a chunk; the last one of a prompt is padded.
+        """
+        c, dtype = hovle.config, hovle.execution.dtype
+        embedding = c.embedding.stack if c.embedding else None
+
+        def layers(stack, room):
+            return tuple(LayerSlots.empty(stack, slots, room + chunk, dtype) for _ in range(stack.num_layers))
+
+        zeros = lambda: jnp.zeros(slots, jnp.int32)
+        sampling = jax.tree.map(jnp.asarray, SamplingRows.of([GREEDY] * slots))
+        return cls(
+            embedding=layers(embedding, long_capacity) if embedding else (),
+            llm=layers(c.llm.stack, capacity),
+            embedding_length=zeros(),
+            length=zeros(),
+            outputs=jnp.zeros((long_capacity + chunk if embedding else 0, c.llm.stack.width), dtype),
+            token=zeros(),
+            left=zeros(),
+            made=zeros(),
+            seen=jnp.zeros((slots, c.llm.table_rows), bool),
+            sampling=sampling,
+            stops=jnp.full((slots, STOPS), NOWHERE, jnp.int32),
+        )
+
+
+def unstacked(params: dict, hovle: HoVLE) -> dict:
+    """Parameters with a list of layers in place of the stacked ones, as the programs here take them."""
+    sizes = {"llm": hovle.config.llm.stack} | ({"embedding": hovle.config.embedding.stack} if hovle.config.embedding else {})
+
+    def component(name, tree):
+        rest = {key: value for key, value in tree.items() if key != "stack"}
+        stacked = traverse_util.flatten_dict(tree.get("stack", {}).get("layers", {}))
+        layer = lambda i: traverse_util.unflatten_dict({path: leaf[i] for path, leaf in stacked.items()})
+        return rest | {"layers": [layer(i) for i in range(sizes[name].num_layers)]}
+
+    return {name: component(name, params[name]) for name in sizes}
+
+
+def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):
+    """The layers of a stack over x [B, T, D] -> (x, caches). `text_length`: see `rotary.needs_lengths`."""
+    capacity = caches[0].key.shape[2] if caches else 0
+    lengths = jnp.broadcast_to(text_length, positions.shape) if needs_lengths(config, capacity) else None
+    angles = jax.lax.optimization_barrier(rotary_angles(positions, config, lengths))
+    layer, made = DecoderLayer(config, execution), []
+    x = x.astype(execution.dtype)
+    for params, cache in zip(layers, caches, strict=True):
+        x, cache = layer.apply({"params": params}, x, cache, angles, where)
+        made.append(cache)
+    return x, tuple(made)
+
+
+def _bound(params: dict, hovle: HoVLE):
+    """-> (the embedding or None, the LLM), ready to be called; their stacks are run by `_run`."""
+    embedding = hovle.embedding.bind({"params": params["embedding"]}) if hovle.config.embedding else None
+    return embedding, hovle.llm.bind({"params": params["llm"]})
+
+
+@functools.partial(jax.jit, static_argnames="hovle")
+def visual_inputs(params: dict, tiles: jax.Array, *, hovle: HoVLE) -> jax.Array:
+    """Tiles [M, S, S, 3] uint8 -> what the embedding's layers read of them, [M * P, D]."""
+    embedding, _ = _bound(params, hovle)
+    return embedding.embed_tiles(tiles[None])[0]
+
+
+@functools.partial(jax.jit, static_argnames="hovle")
+def visual_outputs(params: dict, outputs: jax.Array, starts: jax.Array, *, hovle: HoVLE) -> jax.Array:
+    """HD: what the LLM reads of tiles, [M * P, D], from `Slots.outputs`, where they begin at `starts` [M]."""
+    embedding, _ = _bound(params, hovle)
+    places = starts[:, None] + jnp.arange(hovle.config.embedding.stack_tokens_per_tile)
+    shuffled = embedding.pixel_shuffle_projection(jnp.take(outputs, places, axis=0))
+    return shuffled.reshape(-1, outputs.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def window(vectors: jax.Array, start: jax.Array, *, count: int) -> jax.Array:
+    """`count` rows of vectors [n, D] from `start` on, wherever that is; rows that are not there repeat the last one."""
+    return jnp.take(vectors, start + jnp.arange(count), axis=0, mode="clip")
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def begin(slots: Slots, slot: jax.Array, lengths: jax.Array, seen: jax.Array, request: SamplingRows, stops: jax.Array):
+    """Gives a slot to a request.
+
+    Args:
+      slot: int32 scalar.
+      lengths: [2] int32: how much of the embedding's stream and of the LLM's the slot has read already.
+      seen: [V] bool: the tokens of its prompt.
+      request: one row.
+      stops: [W] int32.
+    """
+    return slots.replace(
+        embedding_length=slots.embedding_length.at[slot].set(lengths[0]),
+        length=slots.length.at[slot].set(lengths[1]),
+        left=slots.left.at[slot].set(0),
+        made=slots.made.at[slot].set(0),
+        seen=slots.seen.at[slot].set(seen),
+        sampling=slots.sampling.at(slot, request),
+        stops=slots.stops.at[slot].set(stops),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def end(slots: Slots, slot: jax.Array) -> Slots:
+    """Takes a slot from its request, which makes no further token."""
+    return slots.replace(left=slots.left.at[slot].set(0))
+
+
+@flax.struct.dataclass
+class Chunk:
+    """Tokens of a prompt that are read at once.
+
+    Attributes:
+      tokens: [T] int32, padded.
+      visual: [T] int32: the row of the chunk's visual vectors that stands in a token's place; `NOWHERE` for text.
+      text: [T] int32: the row of `Slots.outputs` that a text token is read from; of the LLM's chunks alone.
+      count: int32 scalar: tokens that are no padding.
+      text_length: int32 scalar: how long the whole prompt is in this stream.
+    """
+
+    tokens: jax.Array
+    visual: jax.Array
+    text: jax.Array
+    count: jax.Array
+    text_length: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="hovle", donate_argnames="slots")
+def read_embedding(params: dict, slots: Slots, slot: jax.Array, chunk: Chunk, vectors: Any, *, hovle: HoVLE) -> Slots:
+    """The embedding's layers read a chunk; their outputs are kept for `read_llm`.
+
+    Args:
+      vectors: [T, D] of `visual_inputs`, or None where the chunk is text alone.
+    """
+    embedding, _ = _bound(params, hovle)
+    x = _placed(embedding.embed_text(chunk.tokens), vectors, chunk)
+    start = slots.embedding_length[slot]
+    positions = start + jnp.arange(len(chunk.tokens), dtype=jnp.int32)
+    x, caches = _run(
+        hovle.config.embedding.stack, hovle.execution, params["embedding"]["layers"], x[None], positions[None],
+        slots.embedding, One(slot, start), chunk.text_length,
+    )  # fmt: skip
+    outputs = jax.lax.dynamic_update_slice(slots.outputs, x[0].astype(slots.outputs.dtype), (start, 0))
+    length = slots.embedding_length.at[slot].add(chunk.count)
+    return slots.replace(embedding=caches, outputs=outputs, embedding_length=length)
+
+
+def _placed(text, vectors, chunk):
+    """Visual vectors in the places that are theirs."""
+    if vectors is None:
+        return text
+    visual = jnp.take(vectors, jnp.maximum(chunk.visual, 0), axis=0).astype(text.dtype)
+    return jnp.where((chunk.visual >= 0)[:, None], visual, text)
+
+
+@flax.struct.dataclass
+class Made:
+    """The token that a row made, and its log-probability before any filter; `is_new` where it made one."""
+
+    token: jax.Array
+    logprob: jax.Array
+    is_new: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="hovle", donate_argnames="slots")
+def read_llm(
+    params: dict, slots: Slots, slot: jax.Array, chunk: Chunk, vectors: Any, most: jax.Array, *, hovle: HoVLE
+) -> tuple[Slots, Made]:
+    """The LLM reads a chunk of what `read_embedding` gave, or of tokens where there is no embedding.
+
+    Args:
+      vectors: HD: [T, D] of `visual_outputs`, or None where the chunk is text alone.
+      most: int32 scalar: after a prompt's last chunk the most tokens of the answer, of which the first is made here;
+        else 0.
+    Returns:
+      (slots, Made of one row).
+    """
+    embedding, llm = _bound(params, hovle)
+    if embedding is None:
+        x = llm.token_embedding(chunk.tokens)
+    else:
+        x = embedding.for_llm(_placed(jnp.take(slots.outputs, chunk.text, axis=0), vectors, chunk))
+    start = slots.length[slot]
+    positions = start + jnp.arange(len(chunk.tokens), dtype=jnp.int32)
+    x, caches = _run(
+        hovle.config.llm.stack, hovle.execution, params["llm"]["layers"], x[None], positions[None], slots.llm,
+        One(slot, start), chunk.text_length,
+    )  # fmt: skip
+    logits = llm.logits(jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
+    slots = slots.replace(llm=caches, length=slots.length.at[slot].add(chunk.count))
+    rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1)
+    token, made = _choose(logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0)
+    left = jnp.where(jnp.any(token[0] == slots.stops[slot]), 0, jnp.maximum(most - 1, 0))
+    slots = slots.replace(
+        token=slots.token.at[slot].set(token[0]),
+        left=slots.left.at[slot].set(left),
+        made=slots.made.at[slot].add(most > 0),
+        seen=slots.seen.at[slot, token[0]].max(most > 0),
+    )
+    return slots, made
+
+
+def _choose(logits, seen, sampling, index, is_new):
+    token = draw(penalized(logits, seen, sampling.repetition_penalty), sampling, index)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return token, Made(token, logprob, jnp.broadcast_to(is_new, token.shape))
+
+
+@functools.partial(jax.jit, static_argnames="hovle", donate_argnames="slots")
+def decode(params: dict, slots: Slots, *, hovle: HoVLE) -> tuple[Slots, Made]:
+    """Every slot reads its last token and makes another; idle ones are computed and forgotten."""
+    embedding, llm = _bound(params, hovle)
+    tokens, active = slots.token[:, None], slots.left > 0
+    caches = ()
+    if embedding is None:
+        x = llm.token_embedding(tokens)
+    else:
+        start = slots.embedding_length
+        x, caches = _run(
+            hovle.config.embedding.stack, hovle.execution, params["embedding"]["layers"], embedding.embed_text(tokens),
+            start[:, None], slots.embedding, All(start), start[:, None] + 1,
+        )  # fmt: skip
+        x = embedding.for_llm(x)
+    start = slots.length
+    x, llm_caches = _run(
+        hovle.config.llm.stack, hovle.execution, params["llm"]["layers"], x, start[:, None], slots.llm, All(start),
+        start[:, None] + 1,
+    )  # fmt: skip
+    token, made = _choose(llm.logits(x[:, 0]), slots.seen, slots.sampling, slots.made, active)
+    is_stop = jnp.any(token[:, None] == slots.stops, axis=1)
+    return slots.replace(
+        embedding=caches,
+        llm=llm_caches,
+        embedding_length=slots.embedding_length + active,
+        length=slots.length + active,
+        token=jnp.where(active, token, slots.token),
+        left=jnp.where(active & ~is_stop, slots.left - 1, 0),
+        made=slots.made + active,
+        seen=slots.seen.at[jnp.arange(len(token)), token].max(active),
+    ), made
