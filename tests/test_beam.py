@@ -16,7 +16,6 @@ from hovle_jax.model.hovle import HoVLE
 from tests.public_models import llm
 from tests.shared import golden
 
-
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -34,7 +33,7 @@ def found_by(hovle, params, ids, beam, most, stop_ids):
 def test_answers_and_scores_are_public_codes():
     folder = golden("sampling")
     checkpoint = open_checkpoint(golden("llama-hf-tiny"))
-    hovle, params = HoVLE(HoVLEConfig(None, checkpoint.config.llm)), checkpoint.load()
+    hovle, params = HoVLE(HoVLEConfig(None, checkpoint.config)), {"llm": checkpoint.load()}
     expected = np.load(folder / "beam.npz")
     ids = expected["input_ids"]
     for number, s in enumerate(json.loads((folder / "beam_settings.json").read_text())):

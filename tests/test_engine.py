@@ -1,7 +1,5 @@
 """The engine's answers are those of the plain full forward: chunked, side by side, one after another, from a prefix."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.generate import Prompt, prompt_batch, prompt_samples
 from hovle_jax.inference.sampling import Sampling
+from hovle_jax.system import compilations
 from tests import micro
 from tests.test_decode import VARIANTS, longer, make_answerer, prompts
 
@@ -42,3 +41,93 @@ def test_answers_are_those_of_the_full_forward(name):
     assert all(stream.finish in ("length", "stop") for stream in streams)
     assert len({tuple(stream.tokens[:NEW]) for stream in streams}) > 1
     check_greedy(answerer, streams, asked)
+
+
+def answers(engine, asked, requests):
+    streams = [engine.submit(prompt, request) for prompt, request in zip(asked, requests)]
+    engine.run()
+    return streams
+
+
+def test_a_seeded_request_makes_the_same_tokens_alone_and_in_company():
+    answerer, asked = make_answerer(), prompts()
+    requests = [Request(8, Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.2, seed=i)) for i in range(3)]
+    together = answers(Engine(answerer, **SETTINGS | dict(slots=3)), asked, requests)
+    engine = Engine(answerer, **SETTINGS | dict(slots=3))
+    alone = [answers(engine, [prompt], [request])[0] for prompt, request in zip(asked, requests)]
+    assert [stream.tokens for stream in together] == [stream.tokens for stream in alone]
+    other = answers(engine, asked[:1], [Request(8, Sampling(temperature=1.0, seed=99))])
+    assert other[0].tokens != alone[0].tokens
+
+
+@pytest.mark.parametrize("variant", ["pre", "post"])
+def test_a_conversation_reads_what_is_new(variant):
+    """The second turn finds the first one, with its image, in a slot; another image it does not."""
+    answerer = make_answerer(variant)
+    engine = Engine(answerer, **SETTINGS)
+    first, second = (example.image for example in micro.examples()[:2])
+    (begun,) = answers(engine, [Prompt.of("what color is the shape?", first)], [Request(NEW)])
+    said = answerer.tokenizer.decode(begun.tokens)
+    turns = (("what color is the shape?", said), ("and its shape?", None))
+    asked = [Prompt(turns, (first,)), Prompt(turns, (second,))]
+    same, other = (answers(engine, [prompt], [Request(NEW)])[0] for prompt in asked)
+    tokens_per_tile = answerer.hovle.config.embedding.tokens_per_tile
+    assert same.reused >= begun.reading.length > other.reused > 0
+    assert other.reused <= begun.reading.length - tokens_per_tile
+    check_greedy(answerer, [begun], [Prompt.of("what color is the shape?", first)])
+    check_greedy(answerer, [same, other], asked)
+
+
+def test_a_prompt_asked_again_reads_its_last_token_alone():
+    engine, asked = Engine(make_answerer("post"), **SETTINGS), prompts()[2]
+    first, again = (answers(engine, [asked], [Request(NEW)])[0] for _ in range(2))
+    assert again.reused == again.reading.length - 1 and again.tokens == first.tokens
+
+
+def test_answers_end_where_they_are_told_to():
+    answerer = make_answerer()
+    engine = Engine(answerer, **SETTINGS)
+    prompt = prompts()[0]
+    (free,) = answers(engine, [prompt], [Request(12)])
+    assert free.finish == "length" and len(free.text) > 4
+    (by_id,) = answers(engine, [prompt], [Request(12, stop_ids=(free.tokens[3],))])
+    assert by_id.finish == "stop" and by_id.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]
+    end = free.text[3:5]
+    pieces = []
+    by_text = engine.submit(prompt, Request(12, stops=(end,)), pieces.append)
+    engine.run()
+    assert by_text.finish == "stop" and by_text.text == "".join(pieces) == free.text[: free.text.index(end)].rstrip()
+
+
+def test_a_cancelled_answer_leaves_its_slot_to_the_next():
+    answerer = make_answerer()
+    engine = Engine(answerer, **SETTINGS | dict(slots=1))
+    asked = prompts()
+    streams = [engine.submit(prompt, Request(20)) for prompt in asked]
+    while len(streams[0].tokens) < 2:
+        engine.step()
+    engine.cancel(streams[0])  # while it is answered
+    engine.step()
+    engine.cancel(streams[1])  # while its prompt is read
+    engine.run()
+    assert [stream.finish for stream in streams] == ["cancelled", "cancelled", "length"]
+    assert len(streams[0].tokens) < 20 and not streams[1].tokens
+    check_greedy(answerer, streams[2:], asked[2:])
+
+
+def test_nothing_is_compiled_for_prompts_like_those_before():
+    engine = Engine(make_answerer("post"), **SETTINGS | dict(chunks=(8, 24)))  # shapes of its own
+    compilations.count()
+    answers(engine, prompts(), [Request(NEW)] * 3)
+    before = compilations.count()
+    assert before > 0
+    answers(engine, [*prompts()[::-1], Prompt.of("and now?")], [Request(NEW + 2, Sampling(0.7, seed=3))] * 4)
+    assert compilations.count() == before
+
+
+def test_what_does_not_fit_is_refused():
+    engine = Engine(make_answerer("post"), **SETTINGS)
+    with pytest.raises(UserError, match="the engine was made for 160 tokens and 4 tiles"):
+        engine.submit(Prompt.of("hello"), Request(150))
+    with pytest.raises(UserError, match=r"9 stop ids, .* at most 8"):
+        engine.submit(Prompt.of("hello"), Request(5, stop_ids=tuple(range(300, 307))))

@@ -10,9 +10,10 @@ import pytest
 
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import HoVLEConfig, RopeScaling
-from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.execution import Execution
+from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, text_lengths
+from hovle_jax.model.transformer import Stack
 from tests.public_models import STACK, llm
 
 ORIGINAL, FACTOR = 8, 2.5

@@ -1,9 +1,9 @@
 """An engine that answers many requests at once: each has a slot, and every step makes a token for all of them.
 
-    engine = Engine(answerer, slots=8, length=1024)
-    streams = [engine.submit(prompt, Request(max_new_tokens=32)) for prompt in prompts]
-    engine.run()
-    print([stream.text for stream in streams])
+engine = Engine(answerer, slots=8, length=1024)
+streams = [engine.submit(prompt, Request(max_new_tokens=32)) for prompt in prompts]
+engine.run()
+print([stream.text for stream in streams])
 """
 
 import collections
@@ -122,12 +122,16 @@ class Engine:
         self._slots = [Slot() for _ in range(slots)]
         self._waiting: collections.deque[Stream] = collections.deque()
         self._reading: tuple[int, Iterator[bool]] | None = None  # (slot, the rest of its chunks)
-        self._made: collections.deque = collections.deque()  # ([(row, slot, stream)], Made) that the host has not seen yet
+        self._made: collections.deque = (
+            collections.deque()
+        )  # ([(row, slot, stream)], Made) that the host has not seen yet
         self._clock = itertools.count(1)
 
     # -- what is asked
 
-    def submit(self, prompt: Prompt, request: Request = Request(), listener: Callable[[str], None] = lambda piece: None) -> Stream:
+    def submit(
+        self, prompt: Prompt, request: Request = Request(), listener: Callable[[str], None] = lambda piece: None
+    ) -> Stream:
         """Queues a prompt.
 
         Args:

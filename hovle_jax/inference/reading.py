@@ -1,4 +1,4 @@
-"""How a prompt is read: the index maps of both streams, cut into chunks of a few lengths so that few programs compile."""
+"""How a prompt is read: index maps of both streams, in chunks of a few lengths so that few programs are compiled."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ class Reading:
       short_visual: [n] int32: HD: that of the LLM's stream. Other variants: `NOWHERE`, as all comes from the layers.
       source: [n] int32: the place of the embedding's stream that a token of the LLM's comes from.
       tiles: [M, S, S, 3] uint8.
-      identity: [n] int64: equal where two prompts read the same: a text's id, or a hash of the tile and the place in it.
+      identity: [n] int64: equal where two prompts read the same: an id, or a hash of the tile and the place in it.
     """
 
     tokens: np.ndarray

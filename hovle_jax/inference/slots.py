@@ -1,6 +1,6 @@
-"""What a serving engine keeps on the devices: caches of a fixed number of slots, and the programs that fill and read them.
+"""What an engine keeps on the devices: caches of a fixed number of slots, and the programs that fill and read them.
 
-A slot is the place of one request. Prompts are read in chunks, one request at a time: first all of it by the embedding's
+A slot is the place of one request. Prompts are read in chunks, one request at a time: all of it by the embedding's
 layers, then by the LLM's, because HD's two streams differ in length. Decoding makes one token for every slot at once.
 
 Layers are written out, each with parameters and caches of its own: a loop would copy them in and out at every step, and
@@ -155,7 +155,9 @@ class Slots:
 
 def unstacked(params: dict, hovle: HoVLE) -> dict:
     """Parameters with a list of layers in place of the stacked ones, as the programs here take them."""
-    sizes = {"llm": hovle.config.llm.stack} | ({"embedding": hovle.config.embedding.stack} if hovle.config.embedding else {})
+    sizes = {"llm": hovle.config.llm.stack} | (
+        {"embedding": hovle.config.embedding.stack} if hovle.config.embedding else {}
+    )
 
     def component(name, tree):
         rest = {key: value for key, value in tree.items() if key != "stack"}
