@@ -1,3 +1,32 @@
 """HoVLE, the monolithic vision-language model with a holistic embedding, in JAX and Flax."""
 
+import typing
+
+if typing.TYPE_CHECKING:  # JAX is imported when it is needed
+    from hovle_jax.inference.answering import AnsweringModel
+
 __version__ = "0.1.0"
+
+
+def load(name: str, *, max_tiles: int | None = None, slots: int = 8, length: int | None = None) -> "AnsweringModel":
+    """A model that answers.
+
+        model = hovle_jax.load("runs/instruct")
+        model.answer("what color is the shape?", images=["photo.png"])
+
+    Args:
+      name: the folder of a finished run or an import; or smol-llm, which is downloaded once.
+      max_tiles: the most tiles of an image; None = as in training.
+      slots: prompts that are answered at once.
+      length: the most tokens of a prompt with its answer; None = what the model reads, up to 4,096.
+    Raises:
+      UserError: no such folder, or it holds no finished model that answers.
+    """
+    from hovle_jax.conversion.downloads import resolve
+    from hovle_jax.inference.answering import AnsweringModel
+    from hovle_jax.inference.folders import check_model_folder
+    from hovle_jax.inference.load import load_run
+
+    folder = resolve(name)
+    check_model_folder(folder)
+    return AnsweringModel(load_run(folder).with_max_tiles(max_tiles), slots, length)

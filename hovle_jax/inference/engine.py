@@ -106,17 +106,23 @@ class Engine:
     Args:
       slots: requests that are answered at once.
       length: the most tokens of a prompt with its answer, as the LLM reads them.
-      tiles: the most tiles of a prompt; of HD's longer stream alone.
+      tiles: HD: the most tiles of a prompt, which make the embedding's caches longer; None = those that fit.
       chunks: see `CHUNKS`.
     """
 
     def __init__(
-        self, answerer: Answerer, slots: int = 8, length: int = 1024, tiles: int = 12, chunks: Sequence[int] = CHUNKS
+        self,
+        answerer: Answerer,
+        slots: int = 8,
+        length: int = 1024,
+        tiles: int | None = None,
+        chunks: Sequence[int] = CHUNKS,
     ):
         self._answerer, self._hovle = answerer, answerer.hovle
-        self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
         embedding = self._hovle.config.embedding
+        tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
+        self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
         self._params = programs.unstacked(answerer.params, self._hovle)
         self._state = Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
         self._slots = [Slot() for _ in range(slots)]
