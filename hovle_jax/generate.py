@@ -1,13 +1,25 @@
-"""Answers a question about an image.
+"""Answers questions about images.
 
     python -m hovle_jax.generate --checkpoint runs/instruct --image photo.png --prompt "what color is the shape?"
     python -m hovle_jax.generate --checkpoint smol-llm --prompt "What is the capital of France?"
+    python -m hovle_jax.generate --checkpoint runs/instruct --input questions.jsonl --output answers.jsonl
 
-Each `<image>` in the prompt takes one --image, in order; without any mark the images come first.
+Each `<image>` in a prompt takes one --image, in order; without any mark the images come first. A row of --input is
+{"prompt": "...", "image": "a.png"} or has several under "images"; paths are relative to the file. A run that was
+interrupted goes on by the same command.
 """
+
+import functools
+import json
+import pathlib
+import sys
+from typing import Any
 
 from absl import flags
 
+import hovle_jax
+from hovle_jax.errors import UserError
+from hovle_jax.inference import options
 from hovle_jax.system import command_line
 
 CHECKPOINT = flags.DEFINE_string(
@@ -17,34 +29,56 @@ IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be given several t
 PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "The question; may be given several times: answers in order, all about the same images"
 )
-MAX_TILES = flags.DEFINE_integer(
-    "max_tiles", None, "The most tiles of an image; several images share them. Default: as in training", lower_bound=1
-)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer", lower_bound=1)
+INPUT = flags.DEFINE_string("input", "", "A .jsonl file of questions, in place of --prompt and --image")
+OUTPUT = flags.DEFINE_string("output", "", "The .jsonl file that the answers to --input are written to")
 
 
-def main() -> None:
-    folder, prompts = command_line.local_folder("checkpoint"), command_line.required("prompt")
+def load() -> Any:
+    """The model of --checkpoint."""
+    return hovle_jax.load(CHECKPOINT.value, max_tiles=options.MAX_TILES.value)
+
+
+def on_prompts(prompts: list[str]) -> None:
+    """Prints an answer a prompt. All that can be wrong with the input is known before a model is loaded."""
     from hovle_jax.data.images import load_image
     from hovle_jax.data.text.conversation import with_image_marks
 
-    # All that can be wrong with the input is known before a model is loaded.
     images = [load_image(path) for path in IMAGE.value]
     for prompt in prompts:
         with_image_marks([(prompt, None)], len(images))
-
-    from hovle_jax.conversion.downloads import resolve
-    from hovle_jax.inference.folders import check_model_folder
-
-    folder = resolve(folder)
-    check_model_folder(folder)
-
-    from hovle_jax.inference.generate import Prompt, answer
-    from hovle_jax.inference.load import load_run
-
-    loaded = load_run(folder).with_max_tiles(MAX_TILES.value)
-    for said in answer(loaded.answerer, [Prompt.of(prompt, *images) for prompt in prompts], MAX_NEW_TOKENS.value):
+    for said in load().answer(prompts, images, options.SYSTEM.value, **options.request()):
         print(said)
+
+
+def on_file() -> None:
+    """Writes a row of --output for each of --input that it lacks."""
+    from hovle_jax.inference.many import answer_rows, read_questions, rows_done
+
+    if PROMPT.value or IMAGE.value:
+        raise UserError("--input has questions and images of its own: leave --prompt and --image out")
+    if not OUTPUT.value:
+        raise UserError("--output is missing: the .jsonl file for the answers to --input")
+    questions, output = read_questions(pathlib.Path(INPUT.value)), pathlib.Path(OUTPUT.value)
+    done = rows_done(output, questions)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    if done:
+        say(f"{output} has {done:,} of {len(questions):,} answers: going on from there")
+    if done < len(questions):
+        with output.open("a", encoding="utf-8") as file:
+            for row in answer_rows(load(), questions[done:], options.SYSTEM.value, options.request(), say):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+    say(f"{len(questions):,} answers in {output}")
+
+
+def main() -> None:
+    command_line.local_folder("checkpoint")
+    if INPUT.value:
+        on_file()
+    elif OUTPUT.value:
+        raise UserError("--output is for the answers to --input; those to --prompt are printed")
+    else:
+        on_prompts(command_line.required("prompt"))
 
 
 if __name__ == "__main__":

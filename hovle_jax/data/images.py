@@ -149,6 +149,10 @@ class Tiling:
         """The tiling of each image of a sample with so many images, which share `max_tiles`."""
         return dataclasses.replace(self, max_tiles=max(1, self.max_tiles // max(images, 1)))
 
+    def at_most(self, tiles: int) -> "Tiling":
+        """The same with another `max_tiles`."""
+        return dataclasses.replace(self, min_tiles=min(self.min_tiles, tiles), max_tiles=tiles)
+
     def within(self, tiles: int) -> "Tiling":
         """A tiling in which no image has more than so many tiles, its thumbnail included."""
         fewest, most = grid_within(self.min_tiles, self.max_tiles, self.thumbnail, tiles)

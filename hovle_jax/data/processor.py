@@ -5,6 +5,7 @@ Its settings are saved with the model (`ModelConfig`), so that a model is asked 
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import numpy as np
 
@@ -46,7 +47,9 @@ class Processor:
         """The processor of a run, and so of the model that it will save."""
         return cls.of(config.model_config, tokenizer)
 
-    def sample(self, turns: Turns, images: Iterable = (), system: str = "") -> Sample:
+    def sample(
+        self, turns: Turns, images: Iterable = (), system: str = "", max_tiles: Sequence[int | None] = ()
+    ) -> Sample:
         """A conversation with its images.
 
         Args:
@@ -54,26 +57,31 @@ class Processor:
             takes one image, in order; without any mark the images come first.
           images: Pillow images or [H, W, 3] uint8; they share the tiling's `max_tiles`.
           system: replaces the processor's system message.
+          max_tiles: of each image, its thumbnail not counted; None = the tiling's. Empty = None for all.
         Raises:
           UserError: more or fewer marks than images, images for an LLM alone, or a template that refuses the turns.
         """
-        tiles = self.cut(images)
+        tiles = self.cut(images, max_tiles=max_tiles)
         encoded = self.encode(turns, tuple(map(len, tiles)), system)
         return Sample(encoded.tokens, encoded.supervised, self.joined(tiles))
 
-    def cut(self, images: Iterable, sharing: int | None = None) -> list[np.ndarray]:
+    def cut(
+        self, images: Iterable, sharing: int | None = None, max_tiles: Sequence[int | None] = ()
+    ) -> list[np.ndarray]:
         """The tiles of each image, [n, S, S, 3] uint8.
 
         Args:
-          sharing: how many images share `max_tiles`; None = these.
+          sharing: how many images share the tiling's `max_tiles`; None = these.
+          max_tiles: see `sample`.
         """
         if sharing is None:
             images = list(images)
             sharing = len(images)
         if sharing and not self.tokens_per_tile:
             raise UserError(f"this model is an LLM alone and sees no images; {sharing} were given")
-        tiling = self.tiling.shared_by(sharing)
-        return [tiling.cut(as_image(image)) for image in images]
+        shared = self.tiling.shared_by(sharing)
+        limited = (shared if limit is None else self.tiling.at_most(limit) for limit in max_tiles)
+        return [tiling.cut(as_image(image)) for image, tiling in zip(images, limited if max_tiles else repeat(shared))]
 
     def joined(self, tiles: list[np.ndarray]) -> np.ndarray:
         """The tiles of several images, or of none, in one array."""

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from hovle_jax.data.batch import BatchShape
@@ -103,8 +104,11 @@ class Slot:
 class Engine:
     """See the module's docstring. Not thread-safe: one thread calls it.
 
+    Attributes:
+      num_slots: requests that are answered at once.
+
     Args:
-      slots: requests that are answered at once.
+      slots: that number.
       length: the most tokens of a prompt with its answer, as the LLM reads them.
       tiles: HD: the most tiles of a prompt, which make the embedding's caches longer; None = those that fit.
       chunks: see `CHUNKS`.
@@ -124,21 +128,46 @@ class Engine:
         more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
         self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
         self._params = programs.unstacked(answerer.params, self._hovle)
-        self._state = Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
-        self._slots = [Slot() for _ in range(slots)]
+        self._empty = lambda: Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
+        self.num_slots = slots
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all requests and what the caches hold."""
+        self._state = self._empty()
+        self._slots = [Slot() for _ in range(self.num_slots)]
         self._waiting: collections.deque[Stream] = collections.deque()
         self._reading: tuple[int, Iterator[bool]] | None = None  # (slot, the rest of its chunks)
-        self._made: collections.deque = (
-            collections.deque()
-        )  # ([(row, slot, stream)], Made) that the host has not seen yet
+        # ([(row, slot, stream)], Made) that the host has not looked at yet.
+        self._made: collections.deque = collections.deque()
         self._clock = itertools.count(1)
+
+    def memory(self) -> str:
+        """What it takes, in words."""
+        size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
+        caches = size((self._state.embedding, self._state.llm))
+        return (
+            f"{size(self._params):.2f} GB of weights; {self.num_slots} answers at once of {self._length:,} tokens each "
+            f"with their prompts: {caches:.2f} GB of caches, {1e3 * caches / self.num_slots:.0f} MB an answer"
+        )
+
+    @property
+    def num_free(self) -> int:
+        """Slots without a request."""
+        return sum(slot.stream is None for slot in self._slots)
 
     # -- what is asked
 
     def submit(
         self, prompt: Prompt, request: Request = Request(), listener: Callable[[str], None] = lambda piece: None
     ) -> Stream:
-        """Queues a prompt.
+        """Queues a prompt; see `prepare`."""
+        return self.enqueue(self.prepare(prompt, request, listener))
+
+    def prepare(
+        self, prompt: Prompt, request: Request = Request(), listener: Callable[[str], None] = lambda piece: None
+    ) -> Stream:
+        """Tokens and tiles of a prompt, to be queued; changes nothing, so any thread may call it.
 
         Args:
           listener: called with each piece of the answer's text.
@@ -150,16 +179,24 @@ class Engine:
         check_lengths(self._hovle.config.llm, n, request.max_new_tokens, tiles)
         if n + request.max_new_tokens > self._length or tiles > self._tiles and self._is_hd:
             raise UserError(
-                f"the prompt has {n:,} tokens, {tiles} tiles among them, and its answer may have "
+                f"the prompt has {n:,} tokens, those of {tiles} tiles among them, and its answer may have "
                 f"{request.max_new_tokens:,}: the engine was made for {self._length:,} tokens and {self._tiles} tiles"
             )
         stop_ids = tuple(dict.fromkeys((*self._answerer.tokenizer.stop_ids, *request.stop_ids)))
         if len(stop_ids) > STOPS:
             raise UserError(f"{len(stop_ids)} stop ids, the tokenizer's included: at most {STOPS} are possible")
         text = TextSoFar(self._answerer.tokenizer, request.stops)
-        stream = Stream(self._read(sample), request, stop_ids, text, listener)
+        return Stream(self._read(sample), request, stop_ids, text, listener)
+
+    def enqueue(self, stream: Stream) -> Stream:
+        """Queues what `prepare` gave."""
         self._waiting.append(stream)
         return stream
+
+    @property
+    def length(self) -> int:
+        """The most tokens of a prompt with its answer."""
+        return self._length
 
     @property
     def _is_hd(self):

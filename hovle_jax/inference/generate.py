@@ -39,11 +39,13 @@ class Prompt:
         without any mark they come first.
       images: Pillow images or [H, W, 3] uint8.
       system: the system message; empty = the model's own.
+      max_tiles: of each image, or None for the model's own; empty = None for all.
     """
 
     turns: tuple[tuple[str, str | None], ...]
     images: tuple = ()
     system: str = ""
+    max_tiles: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, question: str, *images) -> "Prompt":
@@ -91,7 +93,7 @@ def greedy(params: Params, batch: dict, *, hovle: HoVLE, max_new_tokens: int, st
 
 def prompt_samples(answerer: Answerer, prompts: Sequence[Prompt]) -> list[Sample]:
     """The tokens and tiles of each prompt. Raises UserError when marks and images disagree."""
-    return [answerer.processor.sample(p.turns, p.images, p.system) for p in prompts]
+    return [answerer.processor.sample(p.turns, p.images, p.system, p.max_tiles) for p in prompts]
 
 
 def prompt_batch(

@@ -1,0 +1,94 @@
+"""Many questions from a file: answered in order, as many at a time as there are slots, and resumable."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+from hovle_jax.errors import UserError
+from hovle_jax.inference.answering import AnsweringModel, opened, request_of
+from hovle_jax.inference.generate import Prompt
+from hovle_jax.system.progress import track
+
+PROMPTS = ("prompt", "question")  # the key that a question may have
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A row of the file: `row` as it is, what is asked, and the paths of its images."""
+
+    row: dict
+    prompt: str
+    images: tuple[pathlib.Path, ...]
+
+
+def read_questions(path: pathlib.Path) -> list[Question]:
+    """The rows of a .jsonl file. Raises UserError, with the number of the line, for one that asks nothing."""
+    if not path.is_file():
+        raise UserError(f"no file at {path}")
+    lines = path.read_text("utf-8").splitlines()
+    return [_question(line, f"{path}:{number}", path.parent) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _question(line, where, folder):
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: no JSON ({error})") from None
+    asked = [row[key] for key in PROMPTS if isinstance(row, dict) and isinstance(row.get(key), str)]
+    if not asked:
+        raise UserError(f'{where}: no text under "{PROMPTS[0]}" or "{PROMPTS[1]}"')
+    images = row.get("images", row.get("image", []))
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise UserError(f'{where}: "image" is a path, "images" a list of paths')
+    paths = tuple(folder / image for image in images)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{where}: there is no image {missing[0]}")
+    return Question(row, asked[0], paths)
+
+
+def rows_done(output: pathlib.Path, questions: Sequence[Question]) -> int:
+    """How many of the first questions a file has answers to; an unfinished line at its end is cut off.
+
+    Raises:
+      UserError: its rows are not those of the questions.
+    """
+    if not output.exists():
+        return 0
+    whole, _, rest = output.read_bytes().rpartition(b"\n")
+    if rest:
+        output.write_bytes(whole + b"\n" if whole else b"")
+    done = [json.loads(line) for line in whole.splitlines() if line.strip()]
+    for number, (row, question) in enumerate(zip(done, questions), 1):
+        if {**row, "answer": None} != {**question.row, "answer": None}:
+            raise UserError(f"{output}:{number} answers another question than --input: give another --output")
+    if len(done) > len(questions):
+        raise UserError(f"{output} has {len(done):,} answers to {len(questions):,} questions: give another --output")
+    return len(done)
+
+
+def answer_rows(
+    model: AnsweringModel,
+    questions: Sequence[Question],
+    system: str,
+    options: dict,
+    say: Callable[[str], None],
+) -> Iterator[dict]:
+    """Each question's row with its "answer", in order. `say` is called with lines of progress."""
+    request, rest, waiting = request_of(**options), iter(questions), collections.deque()
+
+    def answered():
+        for _ in questions:
+            # Twice as many as there are slots, so that a free one is given away at once.
+            while len(waiting) < 2 * model.engine.num_slots and (question := next(rest, None)):
+                prompt = Prompt(((question.prompt, None),), opened(question.images), system)
+                waiting.append((question, model.engine.submit(prompt, request)))
+            question, stream = waiting.popleft()
+            while not stream.finish:
+                model.engine.step()
+            yield question.row | {"answer": stream.text}
+
+    return track(answered(), say, "answers", "questions", len(questions))

@@ -1,0 +1,66 @@
+"""Serves a model by OpenAI's chat completions, and a page to ask from.
+
+    python -m hovle_jax.serve --checkpoint runs/instruct
+
+Then open http://127.0.0.1:8000, or point any client of that protocol at http://127.0.0.1:8000/v1.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+import hovle_jax
+from hovle_jax.errors import UserError
+from hovle_jax.system import command_line
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
+)
+HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0: all of this machine's")
+PORT = flags.DEFINE_integer("port", 8000, "The port; 0: a free one", lower_bound=0)
+NAME = flags.DEFINE_string("name", "", "The model's name for clients; empty: the folder's")
+SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are answered at once", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", None, "The most tokens of a prompt with its answer", lower_bound=2)
+MAX_TILES = flags.DEFINE_integer(
+    "max_tiles", None, "The most tiles of an image; default: as in training", lower_bound=1
+)
+IMAGE_HOST = flags.DEFINE_multi_string("image_host", [], "A host that images may be fetched from; default: none")
+KEY = flags.DEFINE_string("api_key", "", "Clients must send it; default: HOVLE_API_KEY, or none")
+SECONDS = flags.DEFINE_float("seconds", 600.0, "The longest that a request may take", lower_bound=1.0)
+GRACE = flags.DEFINE_float("grace", 30.0, "Seconds that running answers have to end when the server is stopped")
+
+
+def main() -> None:
+    """Serves until SIGINT or SIGTERM; running answers end first."""
+    command_line.local_folder("checkpoint")
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ModuleNotFoundError:
+        raise UserError('serving needs starlette and uvicorn; run: pip install "hovle_jax[serve]"') from None
+    from hovle_jax.serving.app import Server
+    from hovle_jax.serving.limits import Limits
+    from hovle_jax.serving.metrics import Metrics
+    from hovle_jax.serving.worker import Worker
+
+    model = hovle_jax.load(CHECKPOINT.value, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value)
+    limits = Limits(seconds=SECONDS.value, hosts=tuple(host.lower() for host in IMAGE_HOST.value))
+    worker = Worker(model.engine, limits, Metrics())
+    name = NAME.value or pathlib.Path(CHECKPOINT.value).absolute().name
+    tokenizer = model.loaded.tokenizer
+    key = KEY.value or os.environ.get("HOVLE_API_KEY", "")
+    server = Server(worker, name, lambda token: tokenizer.decode([token]), limits, key)
+    print(model.engine.memory(), file=sys.stderr)
+    config = uvicorn.Config(
+        server.app(), HOST.value, PORT.value, log_level="warning", timeout_graceful_shutdown=int(GRACE.value)
+    )
+    web = uvicorn.Server(config)
+    print(f"serving {name} at http://{HOST.value}:{PORT.value} (Ctrl-C ends)", file=sys.stderr)
+    web.run()
+    worker.stop(GRACE.value)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

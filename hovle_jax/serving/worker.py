@@ -1,0 +1,125 @@
+"""The thread that owns the engine: requests come in by a queue, answers go out by callbacks."""
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from hovle_jax.inference.engine import Engine, Stream
+from hovle_jax.serving.limits import Limits, Refused
+from hovle_jax.serving.metrics import Metrics
+
+
+@dataclasses.dataclass
+class Job:
+    """A request on its way.
+
+    Attributes:
+      stream: as `Engine.prepare` made it.
+      on_end: called once in the worker's thread, with the Stream, or with the exception that ended it.
+      first: when its first text was made.
+      failure: what ends it in place of an answer.
+    """
+
+    stream: Stream
+    on_end: Callable[[Stream | Exception], None]
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    first: float = 0.0
+    failure: Exception | None = None
+    is_cancelled: bool = False
+
+
+class Worker:
+    """Runs an engine in a thread of its own.
+
+    A mistake in one request ends that request alone. An error of the engine itself ends all that it was answering, and
+    the worker goes on with empty slots.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics):
+        self.engine, self._limits, self.metrics = engine, limits, metrics
+        self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: list[Job] = []
+        self._open, self._lock, self._stopping = 0, threading.Lock(), False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises Refused where too many wait, or the server is being stopped."""
+        with self._lock:
+            if self._stopping:
+                raise Refused(503, "the server is being stopped", "server_error")
+            if self._open >= self._limits.queue:
+                raise Refused(429, f"{self._open} requests wait already; try again later", "rate_limit_error")
+            self._open += 1
+        self._incoming.put(job)
+
+    def cancel(self, job: Job) -> None:
+        """The answer is no longer wanted."""
+        job.is_cancelled = True
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self, seconds: float) -> bool:
+        """Takes nothing more and finishes what it has, for so long at most. Returns whether it finished."""
+        with self._lock:
+            self._stopping = True
+        self._incoming.put(None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    # -- in the thread
+
+    def _run(self):
+        while not (self._stopping and not self._open):
+            try:
+                self._take_in(self.engine)
+                self._drop(self.engine)
+                self.engine.step()
+                self._finish()
+            except Exception as error:  # noqa: BLE001 (whatever it is, the server goes on)
+                self.metrics.errors += 1
+                for job in self._jobs:
+                    self._end(job, error)
+                self._jobs = []
+                self.engine.reset()
+            self.metrics.watch(self.engine, len(self._jobs))
+
+    def _take_in(self, engine):
+        """All that came in; waits where there is nothing to do."""
+        while True:
+            try:
+                job = self._incoming.get(block=not self._jobs and not self._stopping)
+            except queue.Empty:
+                return
+            if job is None:
+                return
+            engine.enqueue(job.stream)
+            self._jobs.append(job)
+
+    def _drop(self, engine):
+        """Those that nobody waits for, or that took too long."""
+        now = time.monotonic()
+        for job in self._jobs:
+            if now - job.arrived > self._limits.seconds and job.failure is None:
+                job.failure = Refused(504, f"no answer within {self._limits.seconds:g} seconds", "server_error")
+            if job.is_cancelled or job.failure:
+                engine.cancel(job.stream)
+
+    def _finish(self):
+        now = time.monotonic()
+        for job in self._jobs:
+            if job.stream.tokens and not job.first:
+                job.first = now
+        for job in [job for job in self._jobs if job.stream.finish]:
+            self._jobs.remove(job)
+            self._end(job, job.failure or job.stream)
+
+    def _end(self, job, result):
+        with self._lock:
+            self._open -= 1
+        self.metrics.ended(job, result)
+        job.on_end(result)

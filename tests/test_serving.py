@@ -1,0 +1,225 @@
+"""The server, by its own protocol: answers, streams, images, refusals, limits, cancelling, metrics."""
+
+import base64
+import contextlib
+import dataclasses
+import io
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hovle_jax.inference.engine import Engine, Request
+from hovle_jax.inference.generate import Prompt
+from hovle_jax.serving import images
+from hovle_jax.serving.app import Server
+from hovle_jax.serving.limits import Limits, Refused
+from hovle_jax.serving.metrics import Metrics
+from hovle_jax.serving.worker import Worker
+from tests import micro
+from tests.test_decode import make_answerer
+
+testclient = pytest.importorskip("starlette.testclient")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+URL = "/v1/chat/completions"
+LIMITS = Limits(body_bytes=200_000, pixels=10_000, images=3, new_tokens=40, queue=4, seconds=60)
+
+
+def engine():
+    return Engine(make_answerer(), slots=2, length=200, chunks=(8, 32))
+
+
+@contextlib.contextmanager
+def serving(limits=LIMITS, key=""):
+    worker = Worker(engine(), limits, Metrics())
+    server = Server(worker, "tiny", lambda token: str(token), limits, key)
+    with testclient.TestClient(server.app()) as client:
+        client.worker = worker
+        yield client
+    assert worker.stop(30)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serving() as made:
+        yield made
+
+
+def data_url(pixels, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def said(text, *urls, **image):
+    parts = [{"type": "text", "text": text}]
+    return [
+        {"role": "user", "content": parts + [{"type": "image_url", "image_url": {"url": u, **image}} for u in urls]}
+    ]
+
+
+def body(messages="hello", **more):
+    messages = said(messages) if isinstance(messages, str) else messages
+    return {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 6, **more}
+
+
+def expected(prompt, new=6):
+    made = engine()
+    stream = made.submit(prompt, Request(new))
+    made.run()
+    return stream
+
+
+def test_a_completion_is_the_engines_answer(client):
+    picture = micro.examples()[3].image
+    for messages, prompt in (
+        (said("hello"), Prompt.of("hello")),
+        ([{"role": "user", "content": "hello"}], Prompt.of("hello")),
+        # Text before its images, as some clients send it: the model wants images first.
+        (said("what is it?", data_url(picture)), Prompt.of("what is it?", picture)),
+        (
+            [{"role": "system", "content": "be kind"}, *said("a?"), {"role": "assistant", "content": "b"}, *said("c?")],
+            Prompt((("a?", "b"), ("c?", None)), system="be kind"),
+        ),
+    ):
+        reply = client.post(URL, json=body(messages))
+        assert reply.status_code == 200, reply.text
+        wanted, (choice,) = expected(prompt), reply.json()["choices"]
+        assert choice["message"] == {"role": "assistant", "content": wanted.text}
+        assert choice["finish_reason"] == wanted.finish
+        usage = reply.json()["usage"]
+        assert usage["prompt_tokens"] == wanted.reading.length and usage["completion_tokens"] == len(wanted.tokens)
+
+
+def events(reply):
+    lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_stream_has_the_pieces_of_the_same_answer(client):
+    whole = client.post(URL, json=body(max_tokens=12)).json()["choices"][0]["message"]["content"]
+    reply = client.post(URL, json=body(max_tokens=12, stream=True, stream_options={"include_usage": True}))
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *parts, counts = events(reply)
+    deltas = [part["choices"][0]["delta"] for part in parts]
+    assert deltas[0]["role"] == "assistant" and parts[-1]["choices"][0]["finish_reason"] == "length"
+    assert "".join(delta.get("content", "") for delta in deltas) == whole and len(deltas) > 3
+    assert counts["choices"] == [] and counts["usage"]["completion_tokens"] == 12
+
+
+def test_several_answers_seeds_stops_and_logprobs(client):
+    drawn = body(temperature=1.5, seed=5, n=3)
+    first, again = (client.post(URL, json=drawn).json()["choices"] for _ in range(2))
+    assert first == again and len({choice["message"]["content"] for choice in first}) > 1
+    alone = client.post(URL, json=body(temperature=1.5, seed=6)).json()["choices"][0]["message"]
+    assert alone == first[1]["message"]
+    whole = client.post(URL, json=body(logprobs=True)).json()["choices"][0]
+    listed = whole["logprobs"]["content"]
+    assert len(listed) == 6 and all(row["logprob"] <= 0 for row in listed)
+    stop = whole["message"]["content"][2:4]
+    ended = client.post(URL, json=body(stop=[stop])).json()["choices"][0]
+    assert ended["finish_reason"] == "stop" and stop not in ended["message"]["content"]
+
+
+def test_the_budget_of_tiles_is_the_requests(client):
+    wide = np.concatenate([example.image for example in micro.examples()[:3]], axis=1)
+    per_tile = make_answerer().hovle.config.embedding.tokens_per_tile
+
+    def read(**image):
+        usage = client.post(URL, json=body(said("what?", data_url(wide), **image))).json()["usage"]
+        return usage["prompt_tokens"]
+
+    one = read(detail="low")
+    assert read(max_dynamic_patch=3) == one + 3 * per_tile  # three tiles and a thumbnail
+    assert read(max_dynamic_patch=2) == one + 2 * per_tile
+    assert read() == read(max_dynamic_patch=12) and read(max_dynamic_patch=1) == one
+
+
+BROKEN = {
+    "no JSON": ("{", 400, "no JSON"),
+    "a list": ([], 400, "must be a JSON object"),
+    "no messages": ({"model": "tiny"}, 400, "messages"),
+    "an unknown field": (body(frobnicate=1), 400, "frobnicate is not supported"),
+    "tools": (body(tools=[{"type": "function"}]), 400, "tools is not supported"),
+    "a temperature": (body(temperature="hot"), 400, "temperature='hot'"),
+    "below zero": (body(temperature=-1), 400, "temperature=-1"),
+    "no tokens": (body(max_tokens=0.5), 400, "max_tokens=0.5"),
+    "too many answers": (body(n=17), 400, "n=17: from 1 to 16"),
+    "the assistant last": (body([*said("a"), {"role": "assistant", "content": "b"}]), 400, "the last one"),
+    "a part": (body([{"role": "user", "content": [{"type": "audio"}]}]), 400, "'audio'"),
+    "a broken image": (body(said("?", "data:image/png;base64,aGVsbG8=")), 400, "not_an_image"),
+    "broken base64": (body(said("?", "data:image/png;base64,%%%")), 400, "base64 is broken"),
+    "a file": (body(said("?", "file:///etc/passwd")), 400, "a data URL is needed"),
+    "a host": (body(said("?", "http://example.org/a.png")), 403, "example.org are not allowed"),
+    "a bomb": (body(said("?", data_url(np.zeros((200, 200, 3), np.uint8)))), 413, "200 x 200 pixels"),
+    "too many images": (body(said("?", *[data_url(np.zeros((4, 4, 3), np.uint8))] * 4)), 413, "4 images; at most 3"),
+    "a long prompt": (body("word " * 300), 400, "tokens"),
+    "a large body": (body("x" * 300_000), 413, "more than 200,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_served_is_said(client, name):
+    sent, status, message = BROKEN[name]
+    content = sent if isinstance(sent, str) else json.dumps(sent)
+    reply = client.post(URL, content=content)
+    assert reply.status_code == status and message in reply.json()["error"]["message"], reply.text
+    assert client.post(URL, json=body()).status_code == 200
+
+
+def test_the_key_opens_all_but_the_page():
+    with serving(key="secret") as closed:
+        assert closed.post(URL, json=body()).status_code == 401
+        assert closed.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert closed.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert closed.get("/health").status_code == 200 and "<title>tiny</title>" in closed.get("/").text
+
+
+def test_models_health_metrics(client):
+    client.post(URL, json=body())
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "tiny" and model["max_model_len"] == 200
+    assert client.get("/health").json() == {"status": "ok"}
+    lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    assert float(lines["hovle_made_tokens_total"]) >= 6 and float(lines["hovle_slots"]) == 2
+    assert float(lines['hovle_requests_total{finish="length"}']) >= 1
+    assert lines['hovle_request_seconds_bucket{le="+Inf"}'] == lines["hovle_request_seconds_count"]
+
+
+def test_more_than_may_wait_are_sent_away_and_a_slow_one_ends():
+    limits = dataclasses.replace(LIMITS, queue=1, seconds=0.0)
+    with serving(limits) as strict:
+        slow = strict.post(URL, json=body())
+        assert slow.status_code == 504 and "no answer within 0 seconds" in slow.json()["error"]["message"]
+        crowded = strict.post(URL, json=body(n=2))
+        assert crowded.status_code == 429
+        deadline = time.monotonic() + 20
+        while strict.worker.engine.num_free < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert strict.worker.engine.num_free == 2
+
+
+def test_a_client_that_goes_away_frees_its_slot(client):
+    prompt = Prompt.of("hello")
+    ended = threading.Event()
+    from hovle_jax.serving.worker import Job
+
+    job = Job(client.worker.engine.prepare(prompt, Request(40)), lambda result: ended.set())
+    client.worker.submit(job)
+    client.worker.cancel(job)
+    assert ended.wait(30) and job.stream.finish == "cancelled" and len(job.stream.tokens) < 40
+
+
+def test_private_addresses_are_not_fetched(monkeypatch):
+    limits = dataclasses.replace(LIMITS, hosts=("inside.example",))
+    for address in ("127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "fd00::1"):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, found=found, **__: found)
+        with pytest.raises(Refused, match="inside.example is a private address"):
+            images.fetched("http://inside.example/a.png", limits)
