@@ -41,9 +41,9 @@ class Case:
         given = row["answers"] if "answers" in row else row["answer"]
         answers = (given,) if isinstance(given, str) else tuple(given)
         fields = {field.name for field in dataclasses.fields(cls)} - {"answers", "options", "l2_category"}
-        more = {name: row[name] for name in fields if name in row}
-        l2_category = row.get("l2-category", row.get("l2_category", ""))
-        return cls(answers=answers, options=tuple(row.get("options", ())), l2_category=l2_category, **more)
+        more = {name: row[name] for name in fields if row.get(name) is not None}
+        l2_category = row.get("l2-category") or row.get("l2_category") or ""
+        return cls(answers=answers, options=tuple(row.get("options") or ()), l2_category=l2_category, **more)
 
 
 @dataclasses.dataclass(frozen=True)

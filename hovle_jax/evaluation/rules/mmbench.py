@@ -6,6 +6,7 @@ Liu et al., "MMBench", 2024, section 4.
 from collections.abc import Sequence
 from typing import Any
 
+from hovle_jax.errors import UserError
 from hovle_jax.evaluation.rules.case import Case, Scored, Verdict
 from hovle_jax.evaluation.rules.options import FAILED, LETTERS, only
 from hovle_jax.evaluation.rules.reports import grouped, mean
@@ -110,10 +111,17 @@ def score_lmms_eval(case: Case) -> Verdict:
 
 def hits(scored: Scored) -> list[tuple[Case, int]]:
     """[(a question's first row, 1 where all of its rotations are right)], by index; none without its first row."""
-    questions = grouped(scored, lambda item: int(item[0].index) % ROTATIONS)
-    firsts = {int(case.index): case for case, _ in scored if int(case.index) < ROTATIONS}
+    questions = grouped(scored, lambda item: _number(item[0].index) % ROTATIONS)
+    firsts = {_number(case.index): case for case, _ in scored if _number(case.index) < ROTATIONS}
     right = {index: all(verdict.score == 1 for _, verdict in rows) for index, rows in questions.items()}
     return [(firsts[index], int(right[index])) for index in sorted(firsts)]
+
+
+def _number(index):
+    try:
+        return int(index)
+    except ValueError as error:
+        raise UserError(f"MMBench's index {index!r} is no number, so no rotations can be told: take its own") from error
 
 
 def circular_vlmevalkit(scored: Scored) -> dict[str, Any]:

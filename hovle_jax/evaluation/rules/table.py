@@ -37,6 +37,10 @@ def _hallusion(report: dict[str, Any]) -> float:
     return reports.mean(report["rating"]["Overall"].values())
 
 
+def _circular(report: dict[str, Any]) -> float:
+    return reports.mean(report["group_hit"].values())  # of all splits
+
+
 def _mean(score, *levels, metric="accuracy", name="overall", needs=()):
     return Rule(score=score, aggregate=overall(*levels, name=name), main=_at(name), metric=metric, needs=needs)
 
@@ -146,7 +150,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
     ("MMBench", VLMEVALKIT): Rule(
         score=_INFERRED,
         aggregate=mmbench.circular_vlmevalkit,
-        main=_at("accuracy", "Overall"),
+        main=_circular,
         metric="circular accuracy",
         needs=_CIRCULAR,
     ),
