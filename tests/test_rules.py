@@ -6,12 +6,13 @@ import pytest
 
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import rules
-from hovle_jax.evaluation.rules import Case, mmmu
+from hovle_jax.evaluation.rules import Case, mmmu, yes_no
 from hovle_jax.evaluation.rules.table import RULES
 from tests.rule_cases import ANIMALS, BY_HAND, FORMULA, asked
 from tests.shared import golden
 
 VLMEVALKIT, LMMS_EVAL, INTERNVL = rules.RULE_SETS
+SCORED = [key for key, rule in RULES.items() if not isinstance(rule, str)]
 HAND_CASES = [
     pytest.param(benchmark, rule_set, *case[:2], score, id=f"{benchmark}-{rule_set}-{case[0]}")
     for benchmark, cases in BY_HAND.items()
@@ -30,7 +31,7 @@ def test_a_case_scores_as_the_rules_say(benchmark, rule_set, prediction, row, sc
 def test_every_rule_has_cases_by_hand():
     """InfoVQA's is DocVQA's."""
     covered = {(case.values[0], case.values[1]) for case in HAND_CASES}
-    assert covered == {key for key, rule in RULES.items() if not isinstance(rule, str) and key[0] != "InfoVQA"}
+    assert covered == {key for key in SCORED if key[0] != "InfoVQA"}
     assert all(RULES["InfoVQA", rule_set] is RULES["DocVQA", rule_set] for rule_set in rules.RULE_SETS)
 
 
@@ -98,6 +99,27 @@ def test_a_right_pair_of_mme_has_200_points_and_reasoning_counts():
         report("MME", VLMEVALKIT, pair[:1])
 
 
+def all_right(benchmark):
+    texts = ("TextVQA", "DocVQA", "InfoVQA", "ChartQA", "GQA", "MMMU open")
+    answer = "blue" if benchmark in texts else "yes" if benchmark in ("POPE", "HallusionBench") else "A"
+    row = asked(
+        answer, "cat", "dog", index="0_1_2_3_4_5", category="c", split="s", question_type_id=1, prediction=answer
+    )
+    row |= {"answers": [answer] * (10 if benchmark == "TextVQA" else 1), "l2-category": "d"}
+    if benchmark == "MME":
+        categories = [*yes_no.PERCEPTION, *yes_no.COGNITION]
+        return [
+            {**row, "category": name, "image": "1", "answers": ["no"], "prediction": "no"} for name in categories
+        ] * 2
+    kept = {"index": 1} if benchmark == "MMBench" else {"category": FORMULA} if benchmark == "OCRBench" else {}
+    return [row | kept] * (1000 if benchmark == "OCRBench" else 1)
+
+
+@pytest.mark.parametrize("benchmark, rule_set", [key for key in SCORED if key != ("MMBench", INTERNVL)])
+def test_where_every_answer_is_right_the_number_is_full(benchmark, rule_set):
+    assert report(benchmark, rule_set, all_right(benchmark))[0] == pytest.approx(RULES[benchmark, rule_set].full)
+
+
 def test_pope_counts_a_row_of_two_categories_twice_and_recall_of_unknown_answers():
     rows = [{"answer": "yes", "category": "random,popular", "prediction": "yes"},
             {"answer": "yes", "category": "popular", "prediction": "maybe"}]  # fmt: skip
@@ -143,6 +165,11 @@ def test_a_question_of_mmbench_counts_where_all_rotations_are_right():
         report("MMBench", VLMEVALKIT, [{**rows[0], "index": "x"}])
 
 
+def test_a_case_of_a_row_has_texts():
+    case = Case.of({"answer": 3, "options": [1, 3], "l2-category": None, "category": "count", "prediction": "3"})
+    assert (case.answers, case.options, case.l2_category, case.category) == (("3",), ("1", "3"), "", "count")
+
+
 def test_candidates_of_an_open_answer():
     answers = {
         "First 5.\nSo the result is = 1,234.567": (234.57, 1234.0, 1234.57),  # also 1,234 and 234.567
@@ -159,12 +186,13 @@ def test_candidates_of_an_open_answer():
     ("MathVista", INTERNVL, [], "needs a judge model"),
     ("HallusionBench", LMMS_EVAL, [], "needs a judge model.* or use vlmevalkit"),
     ("OCRBench", INTERNVL, [], "not in InternVL's repository: use vlmevalkit or lmms-eval"),
-    ("MMBench", INTERNVL, [], "on a server: write the submission file"),
+    ("MMBench", INTERNVL, [], "leave MMBench to its server: write the submission file and have that scored there"),
     ("MMBench", "openai", [], "unknown rule set 'openai'; use one of vlmevalkit, lmms-eval, internvl"),
     ("CIFAR", LMMS_EVAL, [], "no rule set scores 'CIFAR'; they score TextVQA, DocVQA"),
     ("AI2D", VLMEVALKIT, [], "no answers to score"),
     ("AI2D", VLMEVALKIT, [{"index": 7, "answer": "A", "prediction": "A"}], "the row 7 has no options"),
     ("MME", VLMEVALKIT, [{"index": 0, "answers": [], "prediction": ""}], "row 0 has no answers and no category and no"),
+    ("GQA", VLMEVALKIT, [{"index": 3, "answer": None, "prediction": None}], "row 3 has no answers"),
     ("SEED", INTERNVL, [asked("A", "x", "y", prediction="A")], "no question_type_id, which accuracy needs"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_said(benchmark, rule_set, rows, match):
@@ -176,7 +204,7 @@ def test_what_cannot_be_scored_is_said(benchmark, rule_set, rows, match):
 # The original scorers
 
 SAME = ("InfoVQA", "MMMU")  # rules whose parts are in the files
-LISTED = [key for key, rule in RULES.items() if not isinstance(rule, str) and key[0] not in SAME]
+LISTED = [key for key in SCORED if key[0] not in SAME]
 # What stands for `Verdict.extracted` and `.score` in the files.
 EXTRACTED = "extracted normalised_prediction parsed prefetched value converted filtered prediction candidates".split()
 SCORES = ("score", "hit", "correct")

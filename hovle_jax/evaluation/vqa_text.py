@@ -7,7 +7,7 @@ after VLMEvalKit's variant of it.
 import re
 
 ARTICLES = frozenset(("a", "an", "the"))
-NUMBERS = dict(none="0") | {
+NUMBERS: dict[str, str] = {"none": "0"} | {
     word: str(number)
     for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }  # fmt: skip
@@ -53,7 +53,7 @@ def without_punctuation(text: str) -> str:
     return _without_punctuation(text, NOT_BESIDE_A_DIGIT)
 
 
-def _without_punctuation(text, full_stops):
+def _without_punctuation(text: str, full_stops: re.Pattern[str]) -> str:
     """A mark beside a blank goes, one between letters becomes a blank; beside a number like 1,000 all marks go."""
     grouped = re.search(r"\d,\d", text)
     found = text
@@ -63,7 +63,7 @@ def _without_punctuation(text, full_stops):
     return full_stops.sub("", found, count=MOST_FULL_STOPS)
 
 
-def _in_common_words(text):
+def _in_common_words(text: str) -> str:
     """Lower case, without articles, numbers up to ten in digits, contractions with their apostrophes."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)

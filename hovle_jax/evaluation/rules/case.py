@@ -37,13 +37,24 @@ class Case:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Case":
-        """A case of a row with these fields; also 'answer' for one reference or a list, and 'l2-category'."""
-        given = row["answers"] if "answers" in row else row["answer"]
-        answers = (given,) if isinstance(given, str) else tuple(given)
+        """A case of a row with these fields; also 'answer' for one reference or a list, and 'l2-category'.
+
+        What the row lacks or has as None is empty; numbers among answers and options become texts.
+        """
         fields = {field.name for field in dataclasses.fields(cls)} - {"answers", "options", "l2_category"}
-        more = {name: row[name] for name in fields if row.get(name) is not None}
-        l2_category = row.get("l2-category") or row.get("l2_category") or ""
-        return cls(answers=answers, options=tuple(row.get("options") or ()), l2_category=l2_category, **more)
+        given: dict[str, Any] = {name: row[name] for name in fields if row.get(name) is not None}
+        return cls(
+            answers=_texts(row.get("answers", row.get("answer"))),
+            options=_texts(row.get("options")),
+            l2_category=row.get("l2-category") or row.get("l2_category") or "",
+            **{"prediction": ""} | given,
+        )
+
+
+def _texts(given):
+    if given is None:
+        return ()
+    return tuple(map(str, given)) if isinstance(given, list | tuple) else (str(given),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Rule:
         fraction). None where the original scores nothing itself but writes a submission.
       main: what `aggregate` returned -> the number that stands for the benchmark, as the original scales it.
       metric: what that number is called.
+      full: that number where every answer is right: 1 = a fraction, 100 = percent.
       needs: the fields of a case that must not be empty, besides the prediction and the answers.
     """
 
@@ -79,6 +91,7 @@ class Rule:
     aggregate: Callable[[Scored], dict[str, Any]] | None
     main: Callable[[dict[str, Any]], float]
     metric: str
+    full: float = 1
     needs: tuple[str, ...] = ()
 
     def check(self, case: Case) -> None:

@@ -150,8 +150,8 @@ def _group_hit(found):
 def circular_lmms_eval(scored: Scored) -> dict[str, Any]:
     """Fractions: 'overall', and of each category and l2-category."""
     found = hits(scored)
-    parts = {"overall": mean(hit for _, hit in found)}
-    for level, name in (("category", "category"), ("l2_category", "l2_category")):
+    report: dict[str, Any] = {"overall": mean(hit for _, hit in found)}
+    for level in ("category", "l2_category"):
         groups = grouped(found, lambda hit: getattr(hit[0], level))
-        parts[name] = {part: mean(hit for _, hit in groups[part]) for part in sorted(groups) if part}
-    return parts | {"group_hit": _group_hit(found)}
+        report[level] = {part: mean(hit for _, hit in groups[part]) for part in sorted(groups) if part}
+    return report | {"group_hit": _group_hit(found)}

@@ -130,7 +130,7 @@ def open_vlmevalkit(case: Case) -> Verdict:
     """VLMEvalKit makes an open question one of two options: A is the reference, B is 'Other Answers', and A is right.
 
     So a text that contains the reference is right unless it is too long. A reference that is itself a capital letter
-    stays the letter that is asked for.
+    stays the letter that is asked for. Several references are the one text that they are in VLMEvalKit's file.
     """
     answer = case.answers[0] if len(case.answers) == 1 else str(list(case.answers))
     found = inferred(case.prediction, (answer, "Other Answers"))

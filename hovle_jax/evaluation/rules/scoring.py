@@ -16,7 +16,8 @@ class Score:
     Attributes:
       benchmark, split, rule_set: without all three a number says little.
       metric: what `value` is called.
-      value: the main number, as the rule set scales it: percent, a fraction, points.
+      value: the main number, as the rule set scales it.
+      full: what `value` is where every answer is right: 1 = a fraction, 100 = percent, 1000 and 2800 = points.
       report: all that the rule set reports, in its names.
       verdicts: of each case, in the order of the cases.
     """
@@ -26,6 +27,7 @@ class Score:
     rule_set: str
     metric: str
     value: float
+    full: float
     report: dict[str, Any]
     verdicts: tuple[Verdict, ...]
 
@@ -41,11 +43,11 @@ def scored(benchmark: str, split: str, rule_set: str, cases: Iterable[Case]) -> 
     """
     rule, cases = find(benchmark, rule_set), list(cases)
     if rule.aggregate is None:
-        raise UserError(f"the rules of {rule_set} score {benchmark} on a server: {SUBMISSION}")
+        raise UserError(f"the rules of {rule_set} leave {benchmark} to its server: {SUBMISSION} there")
     if not cases:
         raise UserError(f"{benchmark} {split}: no answers to score; give at least one")
     for case in cases:
         rule.check(case)
     verdicts = tuple(map(rule.score, cases))
     report = rule.aggregate(tuple(zip(cases, verdicts, strict=True)))
-    return Score(benchmark, split, rule_set, rule.metric, rule.main(report), report, verdicts)
+    return Score(benchmark, split, rule_set, rule.metric, rule.main(report), rule.full, report, verdicts)

@@ -15,16 +15,17 @@ from hovle_jax.evaluation.rules.case import Rule
 from hovle_jax.evaluation.rules.reports import overall
 
 VLMEVALKIT, LMMS_EVAL, INTERNVL = RULE_SETS = ("vlmevalkit", "lmms-eval", "internvl")
-SUBMISSION = "write the submission file and have it scored there"
+SUBMISSION = "write the submission file and have that scored"
 
 
 def _at(*path: str) -> Callable[[dict[str, Any]], float]:
     """The number that lies at this path in a report."""
 
     def main(report: dict[str, Any]) -> float:
+        found: Any = report
         for name in path:
-            report = report[name]
-        return report
+            found = found[name]
+        return found
 
     return main
 
@@ -48,7 +49,7 @@ def _mean(score, *levels, metric="accuracy", name="overall", needs=()):
 def _percent(score, metric, needs=()):
     """VLMEvalKit's short answers."""
     aggregate = reports.splits_or_categories
-    return Rule(score=score, aggregate=aggregate, main=_at("overall"), metric=metric, needs=needs)
+    return Rule(score=score, aggregate=aggregate, main=_at("overall"), metric=metric, full=100, needs=needs)
 
 
 def _choice(score):
@@ -63,7 +64,7 @@ _MMMU_INTERNVL = options.read_by(options.leading_of_stripped)
 _PARTS = ("category",)
 _CIRCULAR = ("options", "index")
 _PAIRS = ("category", "image")
-_JUDGE = f"needs a judge model: {SUBMISSION}"
+_JUDGE = f"needs a judge model: {SUBMISSION} by one"
 _SEED_TYPES = ("question_type_id",)
 _WITHOUT_RANDOM = "accuracy_without_random_hits"
 
@@ -91,6 +92,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=reports.ocrbench_vlmevalkit,
         main=_at("Final Score"),
         metric="right answers of 1000",
+        full=1000,
         needs=_PARTS,
     ),
     ("OCRBench", LMMS_EVAL): Rule(
@@ -98,6 +100,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=reports.ocrbench_lmms_eval,
         main=_at("total"),
         metric="right answers of 1000",
+        full=1000,
         needs=_PARTS,
     ),
     ("OCRBench", INTERNVL): f"is not in InternVL's repository: use {VLMEVALKIT} or {LMMS_EVAL}",
@@ -106,6 +109,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=yes_no.pope_vlmevalkit,
         main=_at("rating", "Overall", "Overall"),
         metric="F1 of all",
+        full=100,
     ),
     ("POPE", LMMS_EVAL): Rule(
         score=yes_no.read_by(yes_no.whole), aggregate=yes_no.pope_lmms_eval, main=_at("f1"), metric="F1 of all"
@@ -115,6 +119,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=yes_no.pope_internvl,
         main=_at("overall_f1"),
         metric="mean of the categories' F1",
+        full=100,
         needs=_PARTS,
     ),
     ("MME", VLMEVALKIT): Rule(
@@ -122,6 +127,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=yes_no.mme_vlmevalkit,
         main=_sum_of("perception", "reasoning"),
         metric="points of 2800",
+        full=2800,
         needs=_PAIRS,
     ),
     ("MME", LMMS_EVAL): Rule(
@@ -129,6 +135,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=yes_no.mme_lmms_eval,
         main=_sum_of("mme_perception_score", "mme_cognition_score"),
         metric="points of 2800",
+        full=2800,
         needs=_PAIRS,
     ),
     ("MME", INTERNVL): Rule(
@@ -136,6 +143,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=yes_no.mme_internvl,
         main=_sum_of("perception", "cognition"),
         metric="points of 2800",
+        full=2800,
         needs=_PAIRS,
     ),
     ("HallusionBench", VLMEVALKIT): Rule(
@@ -143,6 +151,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=yes_no.hallusion_vlmevalkit,
         main=_hallusion,
         metric="mean of aAcc, fAcc and qAcc",
+        full=100,
         needs=("index", "category", "l2_category"),
     ),
     ("HallusionBench", LMMS_EVAL): f"{_JUDGE}, or use {VLMEVALKIT}",
@@ -161,9 +170,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         metric="circular accuracy",
         needs=_CIRCULAR,
     ),
-    ("MMBench", INTERNVL): Rule(
-        score=_LEADING, aggregate=None, main=_at(), metric="nothing but a submission", needs=_CIRCULAR
-    ),
+    ("MMBench", INTERNVL): Rule(score=_LEADING, aggregate=None, main=_at(), metric="a submission", needs=_CIRCULAR),
     ("MMMU multiple-choice", VLMEVALKIT): _choice(_INFERRED),
     ("MMMU multiple-choice", LMMS_EVAL): _mean(_MMMU_LMMS_EVAL, name=_WITHOUT_RANDOM, needs=("options",)),
     ("MMMU multiple-choice", INTERNVL): _mean(_MMMU_INTERNVL, name="accuracy", needs=("options",)),
@@ -180,6 +187,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         aggregate=reports.seed_internvl,
         main=_at("accuracy_percent", "Total"),
         metric="accuracy",
+        full=100,
         needs=_SEED_TYPES,
     ),
     ("ScienceQA", VLMEVALKIT): _choice(_INFERRED),

@@ -180,7 +180,7 @@ def hallusion_vlmevalkit(scored: Scored) -> dict[str, Any]:
     """aAcc, fAcc and qAcc in percent: of all cases, of each category (VD, VS) and of each l2-category.
 
     aAcc: the share of right answers; fAcc: of figures with all their questions right; qAcc: of questions that are right
-    of all their figures (Guan et al., "HallusionBench", 2024, section 4.1).
+    of all their figures (Guan et al., "HallusionBench", 2024).
     """
     rating = {"Overall": _hallusion(scored)}
     for level in ("category", "l2_category"):
