@@ -42,12 +42,13 @@ class Case:
         What the row lacks or has as None is empty; numbers among answers and options become texts.
         """
         fields = {field.name for field in dataclasses.fields(cls)} - {"answers", "options", "l2_category"}
-        given: dict[str, Any] = {name: row[name] for name in fields if row.get(name) is not None}
+        given: dict[str, Any] = {"prediction": ""}
+        given |= {name: row[name] for name in fields if row.get(name) is not None}
         return cls(
             answers=_texts(row.get("answers", row.get("answer"))),
             options=_texts(row.get("options")),
             l2_category=row.get("l2-category") or row.get("l2_category") or "",
-            **{"prediction": ""} | given,
+            **given,
         )
 
 

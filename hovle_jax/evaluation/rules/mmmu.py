@@ -47,7 +47,7 @@ def letter(answer: str, options: Sequence[str], *forms: str) -> str | None:
 
 
 def letter_lmms_eval(answer: str, options: Sequence[str]) -> str | None:
-    """As the authors now do: a letter before a blank or a full stop, be it the end of a word ('PLAN B' or 'CIA ')."""
+    """As the authors now do: a letter before a blank or a full stop, be it the end of a word (the A of 'CIA.')."""
     return letter(answer, options, "{} ", "{}.")
 
 
