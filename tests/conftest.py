@@ -25,7 +25,7 @@ if _CACHE not in os.environ:
 # Files whose tests have the mark `quick`: fast, of every part, together under a minute on two cores ...
 QUICK_FILES = """
 accelerators check_numbers chips chunked_loss config_help configs goodput hlo host launch launch_gke launch_tpu_vm main
-mixture packing progress project records report scorers sources tiling
+mixture packing progress project records report rules scorers sources tiling
 """.split()
 # ... but these, of seconds each.
 NOT_QUICK = (
