@@ -102,14 +102,19 @@ def _image_id(source, tokenizer):
 def _write_tokenizer(tokenizer, system, folder):
     """The tokenizer's files; one without a chat template gets the built-in one, which a plain Llama cannot know."""
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = internlm2_template(system or DEFAULT_SYSTEM)
+        tokenizer.chat_template = internlm2_template(system or DEFAULT_SYSTEM, begins=tokenizer.bos is not None)
     write_tokenizer(tokenizer, folder)
 
 
-def internlm2_template(system: str) -> str:
-    """InternLM2's chat template as Jinja, `conversation.internlm2_spans` after `<s>`; `system` is the default."""
-    return (
-        "{{ bos_token }}"
+def internlm2_template(system: str, begins: bool) -> str:
+    """InternLM2's chat template (`conversation.internlm2_spans`) as Jinja.
+
+    Args:
+      system: the system message of a chat without one.
+      begins: whether the tokenizer has a token that everything begins with.
+    """
+    begin = "{{ bos_token }}" if begins else ""
+    return begin + (
         "{% if messages[0]['role'] != 'system' %}"
         "{{ '<|im_start|>system\\n' + " + json.dumps(system, ensure_ascii=False) + " + '<|im_end|>' }}"
         "{% endif %}"

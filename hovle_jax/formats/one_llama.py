@@ -39,13 +39,7 @@ def llm_config(config: HoVLEConfig) -> LLMConfig:
             raise UserError(
                 f"{_NOT} the layers of a Llama are alike, and here the embedding has {name}={first}, the LLM {second}"
             )
-    if llm.stack.qk_norm:
-        raise UserError(f"{_NOT} its layers norm queries and keys (qk_norm, as Qwen3's), and a Llama's do not")
-    if llm.stack.qkv_bias != llm.stack.output_bias:
-        raise UserError(
-            f"{_NOT} a Llama has biases in all projections of its attention or in none, and here "
-            f"qkv_bias={llm.stack.qkv_bias}, output_bias={llm.stack.output_bias}"
-        )
+    _check_layers(llm.stack)
     scaling, longest = _rope(embedding, llm)
     layers = embedding.stack.num_layers + llm.stack.num_layers
     stack = dataclasses.replace(llm.stack, num_layers=layers, rope_scaling=scaling)
@@ -73,6 +67,22 @@ def _check_between(embedding, llm):
         raise UserError(
             f"{_NOT} the embedding reads {embedding.vocab_size:,} ids and the LLM writes {llm.vocab_size:,}, and a "
             "Llama's table and head have the same ids"
+        )
+
+
+def _check_layers(stack):
+    """Raises UserError where a layer has what a Llama's has not."""
+    if stack.qk_norm:
+        raise UserError(f"{_NOT} its layers norm queries and keys (qk_norm, as Qwen3's), and a Llama's do not")
+    if stack.qkv_bias != stack.output_bias:
+        raise UserError(
+            f"{_NOT} a Llama has biases in all projections of its attention or in none, and here "
+            f"qkv_bias={stack.qkv_bias}, output_bias={stack.output_bias}"
+        )
+    if stack.width % stack.num_heads:
+        raise UserError(
+            f"{_NOT} transformers loads a Llama whose width is a multiple of its heads, and here width={stack.width}, "
+            f"num_heads={stack.num_heads}"
         )
 
 
