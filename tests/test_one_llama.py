@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
+import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,19 +14,22 @@ import pytest
 from safetensors.numpy import load_file
 
 from hovle_jax.checkpoints import load_component, load_model_config, save_model
-from hovle_jax.components import shapes
+from hovle_jax.components import select, shapes
 from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.conversion.llama_folder import export_as_llama
 from hovle_jax.data.text.conversation import encode_conversation
 from hovle_jax.data.text.tokenizer import load_tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.formats import one_llama
+from hovle_jax.formats.mapping import public_shapes
 from hovle_jax.inference.generate import Prompt, answer
 from hovle_jax.inference.load import load_run
-from hovle_jax.model.config import HoVLEConfig, LLMConfig, RopeScaling
+from hovle_jax.model.config import LLMConfig, RopeScaling
 from hovle_jax.model.embedding import scatter_rows
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import HoVLE, LanguageModel
+from hovle_jax.model.presets import hovle_model
 from hovle_jax.model.vision import IMAGENET_MEAN, IMAGENET_STD
 from tests import bpe, micro, shared
 from tests.public_models import LLAMA3, YARN, random_params
@@ -103,12 +109,6 @@ def batch_of(ids, tiles=None):
     return batch | {"tiles": tiles[None], "image_positions": places}
 
 
-def logits_of(config, params, ids, tiles=None):
-    """[L, V] of the HoVLE itself, without the padding of its vocabulary."""
-    model = HoVLE(HoVLEConfig(config.embedding, config.llm))
-    return np.asarray(model.logits(params, batch_of(ids, tiles))[0, :, : config.llm.vocab_size])
-
-
 def imported(folder, into):
     """The exported folder by `convert import` -> (LLMConfig, parameters)."""
     import_checkpoint(folder, into, say=quiet)
@@ -128,26 +128,75 @@ def own_llama(config: LLMConfig, params, x, batch):
     return np.asarray(llm.logits(llm.run(x, batch["positions"], batch["segment_ids"])[0])[0])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_our_own_llama_gives_the_same_logits(name, tmp_path):
-    config = MODELS[name]
-    params = made(tmp_path / "ours", config)
-    text, ids, tiles = prompts(config)
-    export_as_llama(tmp_path / "ours", tmp_path / "llama", say=quiet)
-    llama, merged = imported(tmp_path / "llama", tmp_path / "back")
-    assert llama.family == "llama"
-    assert llama.stack.num_layers == config.embedding.stack.num_layers + config.llm.stack.num_layers
-    expected = logits_of(config, params, text)
-    assert 0.5 < np.abs(expected).max() < 20  # so that the tolerance says something
-    np.testing.assert_allclose(own_llama(llama, merged, None, batch_of(text)), expected, atol=TOLERANCE)
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """One of `MODELS`, as a HoVLE and as the folder of a Llama.
 
-    batch = batch_of(ids, tiles)
-    embedding = HoVLE(HoVLEConfig(config.embedding, config.llm)).embedding.bind({"params": params["embedding"]})
-    table = merged["token_embedding"]["embedding"][ids][None]
-    x = scatter_rows(table, embedding.embed_tiles(batch["tiles"]), batch["image_positions"])
-    np.testing.assert_allclose(
-        own_llama(llama, merged, x, batch), logits_of(config, params, ids, tiles), atol=TOLERANCE
-    )
+    Attributes:
+      text, ids: [L]; `ids` has places for two tiles.
+      tiles: [2, S, S, 3] uint8.
+      text_logits, image_logits: [L, V] of the HoVLE itself, without the padding of its vocabulary.
+      embedding: the bound module.
+    """
+
+    config: ModelConfig
+    folder: pathlib.Path
+    text: np.ndarray
+    ids: np.ndarray
+    tiles: np.ndarray
+    text_logits: np.ndarray
+    image_logits: np.ndarray
+    embedding: Any
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tmp_path_factory):
+    config, folder = MODELS[request.param], tmp_path_factory.mktemp("exported")
+    params = made(folder / "ours", config)
+    export_as_llama(folder / "ours", folder / "llama", shard_bytes=60_000, say=quiet)
+    text, ids, tiles = prompts(config)
+    model = HoVLE(config.model)
+    run = jax.jit(lambda batch: model.logits(params, batch)[0, :, : config.llm.vocab_size])
+    logits = [np.asarray(run(batch)) for batch in (batch_of(text), batch_of(ids, tiles))]
+    assert all(0.5 < np.abs(x).max() < 20 for x in logits)  # so that the tolerance says something
+    embedding = model.embedding.bind({"params": params["embedding"]})
+    return Exported(config, folder / "llama", text, ids, tiles, *logits, embedding)
+
+
+def test_our_own_llama_gives_the_same_logits(exported, tmp_path):
+    llama, merged = imported(exported.folder, tmp_path / "back")
+    assert llama.family == "llama"
+    assert llama.stack.num_layers == exported.config.embedding.stack.num_layers + exported.config.llm.stack.num_layers
+    found = own_llama(llama, merged, None, batch_of(exported.text))
+    np.testing.assert_allclose(found, exported.text_logits, atol=TOLERANCE)
+    batch = batch_of(exported.ids, exported.tiles)
+    table = merged["token_embedding"]["embedding"][exported.ids][None]
+    x = scatter_rows(table, exported.embedding.embed_tiles(batch["tiles"]), batch["image_positions"])
+    np.testing.assert_allclose(own_llama(llama, merged, x, batch), exported.image_logits, atol=TOLERANCE)
+
+
+def test_the_documented_example_embeds_tiles_as_we_do(exported):
+    torch = pytest.importorskip("torch")
+    found = documented(0)["embed_tiles"](exported.folder, torch.from_numpy(exported.tiles))
+    np.testing.assert_allclose(found, exported.embedding.embed_tiles(exported.tiles[None])[0], atol=TOLERANCE)
+
+
+def test_transformers_llama_gives_the_same_logits(exported, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder = shutil.copytree(exported.folder, tmp_path / "llama")
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert not any(report.values())
+    sizes = json.loads((folder / "vision.json").read_text())
+    assert sizes["image_token_id"] is None  # without a tokenizer no id is known
+    (folder / "vision.json").write_text(json.dumps(sizes | {"image_token_id": IMAGE_ID}))
+    text, ids, tiles = map(torch.from_numpy, (exported.text, exported.ids, exported.tiles))
+    x = documented(0)["embed_prompt"](folder, model.get_input_embeddings(), ids, tiles)
+    with torch.no_grad():
+        text_logits = model(text[None]).logits[0].numpy()
+        image_logits = model(inputs_embeds=x[None]).logits[0].numpy()
+    np.testing.assert_allclose(text_logits, exported.text_logits, atol=TOLERANCE)
+    np.testing.assert_allclose(image_logits, exported.image_logits, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["hovle-tiny", "hovle-tiny-stride28"])
@@ -181,43 +230,19 @@ def documented(number, names=None):
     return names
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_documented_example_embeds_tiles_as_we_do(name, tmp_path):
-    torch = pytest.importorskip("torch")
-    config = MODELS[name]
-    params = made(tmp_path / "ours", config)
-    export_as_llama(tmp_path / "ours", tmp_path / "llama", say=quiet)
-    _, _, tiles = prompts(config)
-    embedding = HoVLE(HoVLEConfig(config.embedding, config.llm)).embedding.bind({"params": params["embedding"]})
-    found = documented(0)["embed_tiles"](tmp_path / "llama", torch.from_numpy(tiles))
-    np.testing.assert_allclose(found, embedding.embed_tiles(tiles[None])[0], atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_transformers_llama_gives_the_same_logits(name, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    config = MODELS[name]
-    params = made(tmp_path / "ours", config)
-    text, ids, tiles = prompts(config)
-    export_as_llama(tmp_path / "ours", tmp_path / "llama", shard_bytes=60_000, say=quiet)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", output_loading_info=True)
-    assert type(model) is transformers.LlamaForCausalLM
-    assert not any(report.values())
-    change_image_id(tmp_path / "llama")
-    embed = documented(0)["embed_prompt"]
-    x = embed(tmp_path / "llama", model.get_input_embeddings(), torch.from_numpy(ids), torch.from_numpy(tiles))
-    with torch.no_grad():
-        text_logits = model(torch.from_numpy(text)[None]).logits[0].numpy()
-        image_logits = model(inputs_embeds=x[None]).logits[0].numpy()
-    np.testing.assert_allclose(text_logits, logits_of(config, params, text), atol=TOLERANCE)
-    np.testing.assert_allclose(image_logits, logits_of(config, params, ids, tiles), atol=TOLERANCE)
-
-
-def change_image_id(folder):
-    """These models have no tokenizer, and so no known id of <IMG_CONTEXT>."""
-    sizes = json.loads((folder / "vision.json").read_text())
-    assert sizes["image_token_id"] is None
-    (folder / "vision.json").write_text(json.dumps(sizes | {"image_token_id": IMAGE_ID}))
+def test_the_published_model_is_a_llama_of_32_layers():
+    model = hovle_model()
+    config = ModelConfig(embedding=model.embedding, llm=model.llm)
+    llama = one_llama.llm_config(model)
+    rules = [*one_llama.rules(model), *one_llama.vision_rules(model.embedding)]
+    wanted = {tuple(path.split("/")) for r in rules for path in r.ours}
+    whole = {component: shapes(config, component) for component in ("embedding", "llm")}
+    written = public_shapes(rules, select(whole, lambda path: path in wanted))
+    assert (llama.stack.num_layers, llama.max_length, llama.stack.rope_scaling) == (32, 32768, None)
+    layers = {int(match[1]) for name in written if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    assert layers == set(range(32))
+    # All that is published, without the LLM's own table, the class token and its position.
+    assert sum(map(math.prod, written.values())) == 2_606_327_808 - (92553 + 2) * 2048
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +356,9 @@ def of_embedding(**changes):
 
 REFUSED = {
     "HoVLE-HD shuffles the visual tokens": hovle("post"),
-    "output is L2-normalised": hovle(embedding=dict(normalize_output=True)),
+    "L2-normalised before the LLM reads it; a model that is trained with --config.": hovle(
+        embedding=dict(normalize_output=True)
+    ),
     "a second table of 9 special tokens": hovle(embedding=dict(num_special_tokens=9, vocab_size=micro.VOCAB - 9)),
     "reads 330 ids and the LLM writes 320": hovle(embedding=dict(vocab_size=330)),
     "num_heads=8, the LLM 4": of_embedding(num_heads=8, head_dim=4),

@@ -54,10 +54,13 @@ def _check_between(embedding, llm):
     if embedding.pixel_shuffle == "post":
         raise UserError(
             f"{_NOT} HoVLE-HD shuffles the visual tokens between the embedding and the LLM (pixel_shuffle='post'), so "
-            "that the two read sequences of different lengths"
+            "that the two read sequences of different lengths; export it without --as"
         )
     if embedding.normalize_output:
-        raise UserError(f"{_NOT} the embedding's output is L2-normalised (normalize_output) before the LLM reads it")
+        raise UserError(
+            f"{_NOT} the embedding's output is L2-normalised before the LLM reads it; a model that is trained with "
+            "--config.model.embedding.normalize_output=False can be exported"
+        )
     if embedding.num_special_tokens:
         raise UserError(
             f"{_NOT} the embedding has a second table of {embedding.num_special_tokens} special tokens "
