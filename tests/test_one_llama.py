@@ -1,6 +1,7 @@
 """A base HoVLE exported as one Llama: our own Llama and transformers' give its logits, for text and for images."""
 
 import dataclasses
+import io
 import json
 import math
 import pathlib
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 from safetensors.numpy import load_file
 
 from hovle_jax.checkpoints import load_component, load_model_config, save_model
@@ -19,7 +21,7 @@ from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.conversion.llama_folder import export_as_llama
 from hovle_jax.data.text.conversation import encode_conversation
-from hovle_jax.data.text.tokenizer import load_tokenizer
+from hovle_jax.data.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import one_llama
 from hovle_jax.formats.mapping import public_shapes
@@ -262,6 +264,43 @@ def with_tokenizer(kind, folder):
 
 
 KINDS = ["sentencepiece", "tokenizer.json"]
+
+
+def prefixing(**options):
+    """A SentencePiece tokenizer whose model, by the library's defaults, puts a blank before each text."""
+    model, lines = io.BytesIO(), [question for example in micro.examples() for question, _ in example.questions]
+    options = dict(vocab_size=330, model_type="bpe", byte_fallback=True, normalization_rule_name="identity") | options
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, minloglevel=2, **options
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
+@pytest.mark.parametrize("tokenizer", [micro.tokenizer, prefixing])
+def test_transformers_has_the_ids_of_a_sentencepiece_model(tokenizer, tmp_path):
+    """Of a text alone and of a chat. Whether a blank precedes a text is in the model's file; it is not read there."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tokenizer()
+    made(tmp_path / "ours", hovle(vocab_size=tokenizer.vocab_size), tokenizer)
+    export_as_llama(tmp_path / "ours", tmp_path / "llama", say=quiet)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
+    ids = tokenizer.encode(QUESTION)
+    assert theirs(QUESTION, add_special_tokens=False)["input_ids"] == ids
+    assert theirs.decode(ids) == QUESTION
+    chat = [{"role": "user", "content": QUESTION}]
+    found = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert found == encode_conversation(tokenizer, [(QUESTION, None)]).tokens.tolist()
+
+
+@pytest.mark.parametrize("removes", [True, False])
+def test_what_transformers_cannot_do_with_blanks_is_said(removes, tmp_path):
+    tokenizer, said = prefixing(remove_extra_whitespaces=removes), []
+    assert tokenizer.adds_prefix
+    made(tmp_path / "ours", hovle(vocab_size=tokenizer.vocab_size), tokenizer)
+    export_as_llama(tmp_path / "ours", tmp_path / "llama", say=said.append)
+    assert any("changes blanks or line breaks" in line for line in said) == removes
+    settings = json.loads((tmp_path / "llama" / "tokenizer_config.json").read_text())
+    assert (settings["add_prefix_space"], settings["legacy"]) == (True, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,7 @@ from hovle_jax.conversion.exporting import (
 from hovle_jax.conversion.importing import PUBLIC
 from hovle_jax.conversion.tokenizer_files import write_tokenizer
 from hovle_jax.data.text.conversation import DEFAULT_SYSTEM
-from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, Tokenizer, has_tokenizer, load_tokenizer
+from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, SentencePieceTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llama, one_llama
 from hovle_jax.formats.fields import read_object
@@ -32,6 +32,8 @@ from hovle_jax.formats.mapping import Rule, public_shapes, public_tensors
 from hovle_jax.formats.tiling import tiling_to_json
 from hovle_jax.model.config import HoVLEConfig
 from hovle_jax.system.files import whole_folder
+
+SPACED = "a  b\n\n c"  # what a tokenizer that normalises would change
 
 
 def export_as_llama(
@@ -67,7 +69,7 @@ def export_as_llama(
         rules = one_llama.vision_rules(config.embedding)
         _write(source, config, rules, partial, dtype, 2**62, say, stem="vision")
         if tokenizer is not None:
-            _write_tokenizer(tokenizer, config.system_message, partial)
+            _write_tokenizer(tokenizer, config.system_message, partial, say)
         _write_json(partial / "config.json", with_dtype(public, dtype))
         _write_json(partial / "vision.json", vision | {"system_message": config.system_message})
 
@@ -99,8 +101,10 @@ def _image_id(source, tokenizer):
     return (public.get("embedding_config") or {}).get("img_context_token_id")
 
 
-def _write_tokenizer(tokenizer, system, folder):
+def _write_tokenizer(tokenizer, system, folder, say):
     """The tokenizer's files; one without a chat template gets the built-in one, which a plain Llama cannot know."""
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.decode(tokenizer.encode(SPACED)) != SPACED:
+        say("this tokenizer changes blanks or line breaks; transformers' does not, so such texts have other ids there")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = internlm2_template(system or DEFAULT_SYSTEM, begins=tokenizer.bos is not None)
     write_tokenizer(tokenizer, folder)
