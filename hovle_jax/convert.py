@@ -1,13 +1,14 @@
 """Public checkpoints in and out, and whether our numbers are those of the reference.
 
     python -m hovle_jax.convert import SRC DST [--as hovle|llm|teacher]
-    python -m hovle_jax.convert export SRC DST [--dtype float32|bfloat16]
+    python -m hovle_jax.convert export SRC DST [--as llama] [--dtype float32|bfloat16]
     python -m hovle_jax.convert verify DIR [--json]
 
 import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3), a .gguf file
 or a hub id; DST can then stand where a run's folder can.
 
-export: SRC is a finished run or an import; DST has the public names, shapes and config.json.
+export: SRC is a finished run or an import; DST has the public names, shapes and config.json. With --as llama a base
+HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it.
 
 verify: runs the inputs of DIR/expected.npz through the checkpoint in DIR (Hugging Face layout, or .gguf files) and
 compares every array that it knows: logits, features, loss, gradients, greedy tokens.
@@ -21,7 +22,13 @@ from hovle_jax.errors import UserError
 from hovle_jax.system import command_line, malloc
 
 USAGE = "import SRC DST | export SRC DST | verify DIR"
-AS = flags.DEFINE_enum("as", None, ["hovle", "llm", "teacher"], "import: the part to take (default: all of it)")
+PARTS, FORMATS = ("hovle", "llm", "teacher"), ("llama",)  # of --as, for import and for export
+AS = flags.DEFINE_enum(
+    "as",
+    None,
+    [*PARTS, *FORMATS],
+    "import: the part to take (default: all of it); export: llama = HoVLE as one plain Llama",
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "export: the type of the tensors (default: an import's own, else float32)"
 )
@@ -32,21 +39,32 @@ TOLERANCE = flags.DEFINE_float("tolerance", 2e-5, "verify: the largest absolute 
 def import_(source: str, folder: str) -> None:
     from hovle_jax.conversion.importing import import_checkpoint
 
+    _check_as("import", PARTS)
     import_checkpoint(source, folder, AS.value)
     print(f"imported into {folder}")
 
 
 def export(source: str, folder: str) -> None:
     from hovle_jax.conversion.exporting import export_model
+    from hovle_jax.conversion.llama_folder import export_as_llama
 
-    export_model(source, folder, DTYPE.value)
+    _check_as("export", FORMATS)
+    write = export_as_llama if AS.value == "llama" else export_model
+    write(source, folder, DTYPE.value)
     print(f"exported to {folder}")
+
+
+def _check_as(action, allowed):
+    if AS.value not in (None, *allowed):
+        instead = f"give {' or '.join(allowed)}, or leave --as out" if allowed else "leave it out"
+        raise UserError(f"{action} has no --as {AS.value}: {instead}")
 
 
 def verify(folder: str) -> None:
     """Prints each array's error; raises UserError where one exceeds the tolerance."""
     from hovle_jax.conversion.verify import verify
 
+    _check_as("verify", ())
     report = verify(folder)
     failed = report.failed(TOLERANCE.value)
     if JSON.value:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from hovle_jax.checkpoints import load_component, load_model_config
-from hovle_jax.components import shapes
+from hovle_jax.components import Params, shapes
 from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.companions import drop_missing_code
 from hovle_jax.conversion.importing import NOTE, PUBLIC
@@ -60,13 +60,16 @@ def public_format(config: ModelConfig, tokenizer: Tokenizer | None = None) -> tu
     raise UserError("this model has no public format: an LLM, a teacher, or an embedding with its LLM is needed")
 
 
-def make_index(shapes: Shapes, dtype: np.dtype, shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str, Any]]:
+def make_index(
+    shapes: Shapes, dtype: np.dtype, shard_bytes: int = SHARD_BYTES, stem: str = "model"
+) -> dict[str, dict[str, Any]]:
     """Assigns tensors to files in their order; each file is filled up to `shard_bytes`.
 
     Args:
       shapes: {public name: shape}.
       dtype: the type that is written.
       shard_bytes: a larger tensor has a file of its own.
+      stem: what the files' names begin with.
     Returns:
       The index as transformers writes it: {"metadata": {"total_size"}, "weight_map": {name: file}}.
     """
@@ -78,9 +81,9 @@ def make_index(shapes: Shapes, dtype: np.dtype, shard_bytes: int = SHARD_BYTES) 
             room = shard_bytes
         shards[-1].append(name)
         room -= size
-    names = ["model.safetensors"]
+    names = [f"{stem}.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
 
@@ -102,9 +105,7 @@ def export_model(
       UserError: there is no finished model, it has no public format, the folder exists, or the disk is full.
     """
     source = pathlib.Path(source)
-    config = load_model_config(source)
-    stored = [f.name for f in dataclasses.fields(config) if (source / "model" / f.name).is_dir()]
-    config = dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - set(stored)))
+    config = stored_config(source)
     dtype = dtype or own_dtype(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     rules, public_config = public_format(config, tokenizer)
@@ -113,23 +114,18 @@ def export_model(
     if config.teacher and not config.llm and abstract["teacher"].pop("mlp1", None):
         say("left out: mlp1, the teacher's projector, which is public only together with its LLM (import without --as)")
 
-    def read(path):
-        """One leaf, on the host."""
-        component, *keys = path.split("/")
-        leaf = abstract[component]
-        for key in keys:
-            leaf = leaf[key]
-        for key in reversed(keys):
-            leaf = {key: leaf}
-        return jax.tree.leaves(load_component(source, component, leaf))[0]
-
     if config.embedding:
         public_config |= tiling_to_json(config)
     if config.system_message:
         public_config |= {"system_message": config.system_message}
     with whole_folder(folder) as partial:
         write_tensors(
-            partial, public_shapes(rules, abstract), public_tensors(rules, read), DTYPES[dtype], shard_bytes, say
+            partial,
+            public_shapes(rules, abstract),
+            public_tensors(rules, leaf_reader(source, abstract)),
+            DTYPES[dtype],
+            shard_bytes,
+            say,
         )
         public = source / PUBLIC
         if public.is_dir():
@@ -140,6 +136,32 @@ def export_model(
         text = json.dumps(with_dtype(public_config | {"torch_dtype": dtype}, dtype), indent=2)
         (partial / "config.json").write_text(text + "\n")
         drop_missing_code(partial, say)
+
+
+def stored_config(source: pathlib.Path) -> ModelConfig:
+    """The config of a model's folder, with the components alone that are stored there."""
+    config = load_model_config(source)
+    stored = {f.name for f in dataclasses.fields(config) if (source / "model" / f.name).is_dir()}
+    return dataclasses.replace(config, **dict.fromkeys({"embedding", "llm", "clip", "teacher"} - stored))
+
+
+def leaf_reader(source: pathlib.Path, abstract: Params) -> Callable[[str], Array]:
+    """A function that reads one leaf of a model's folder, 'component/key/...', onto the host.
+
+    Args:
+      abstract: {component: shapes of its parameters}.
+    """
+
+    def read(path: str) -> Array:
+        component, *keys = path.split("/")
+        leaf = abstract[component]
+        for key in keys:
+            leaf = leaf[key]
+        for key in reversed(keys):
+            leaf = {key: leaf}
+        return jax.tree.leaves(load_component(source, component, leaf))[0]
+
+    return read
 
 
 def own_dtype(source: str | os.PathLike) -> str:
@@ -161,14 +183,18 @@ def write_tensors(
     dtype: np.dtype,
     shard_bytes: int,
     say: Callable[[str], object],
+    stem: str = "model",
+    has_index: bool = False,
 ) -> None:
     """Writes safetensors files and, for more than one, their index.
 
     Args:
       shapes: {public name: shape}.
       tensors: (public name, array), in the same order.
+      stem: what the files' names begin with.
+      has_index: an index for one file, too.
     """
-    index = make_index(shapes, dtype, shard_bytes)
+    index = make_index(shapes, dtype, shard_bytes, stem)
     files = {}
     for name, file in index["weight_map"].items():
         files.setdefault(file, []).append(name)
@@ -181,7 +207,7 @@ def write_tensors(
                 assert (name, tensor.shape) == (expected, shapes[expected])
                 stream.write(np.ascontiguousarray(tensor.astype(dtype, copy=False)).view(np.uint8).data)
         say(f"{file}: {len(names)} tensors, {(folder / file).stat().st_size:,} bytes")
-    if len(files) > 1:
+    if has_index or len(files) > 1:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -138,6 +138,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
         "added_tokens_decoder": added,
         "clean_up_tokenization_spaces": tokenizer.clean_up,
     }
+    if isinstance(tokenizer, SentencePieceTokenizer):  # transformers reads neither from tokenizer.model
+        settings |= dict.fromkeys(("add_prefix_space", "legacy"), tokenizer.adds_prefix)  # legacy: before each text
     if tokenizer.chat_template is not None:
         settings |= {"chat_template": tokenizer.chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

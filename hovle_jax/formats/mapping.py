@@ -48,18 +48,21 @@ class Rule:
       public: its name; '{layer}' stands for the layer's number.
       ours: paths of the leaves that it becomes, keys joined with '/'.
       num_layers: None = a single tensor; N = the layers' tensors are stacked on axis 0 of our leaves.
+      first_layer: the number of the first of these layers in the checkpoint.
     """
 
     public: str
     ours: tuple[str, ...]
     transform: Transform
     num_layers: int | None = None
+    first_layer: int = 0
 
     def names(self) -> list[str]:
         """The public names, in the order of layers."""
         if self.num_layers is None:
             return [self.public]
-        return [self.public.replace("{layer}", str(layer)) for layer in range(self.num_layers)]
+        layers = range(self.first_layer, self.first_layer + self.num_layers)
+        return [self.public.replace("{layer}", str(layer)) for layer in layers]
 
 
 def rule(public: str, ours: str, transform: Transform, num_layers: int | None = None) -> Rule:

@@ -219,6 +219,11 @@ class SentencePieceTokenizer(Tokenizer):
         # piece, its bytes are encoded instead.
         return [i for index in ids for i in (self._bytes(index) if index in self._names else [index])]
 
+    @property
+    def adds_prefix(self) -> bool:
+        """Whether the model puts a blank in front of each text."""
+        return self._pieces.encode("a", out_type=str)[0].startswith("\u2581")
+
     @functools.cached_property
     def _lengths(self):
         """[pieces] int32: how many bytes of text each piece stands for."""
