@@ -34,7 +34,7 @@ GRACE = flags.DEFINE_float("grace", 30.0, "Seconds that running answers have to 
 
 def main() -> None:
     """Serves until SIGINT or SIGTERM; running answers end first."""
-    command_line.local_folder("checkpoint")
+    folder = command_line.local_folder("checkpoint")
     try:
         import starlette  # noqa: F401
         import uvicorn
@@ -45,10 +45,10 @@ def main() -> None:
     from hovle_jax.serving.metrics import Metrics
     from hovle_jax.serving.worker import Worker
 
-    model = hovle_jax.load(CHECKPOINT.value, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value)
+    model = hovle_jax.load(folder, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value)
     limits = Limits(seconds=SECONDS.value, hosts=tuple(host.lower() for host in IMAGE_HOST.value))
     worker = Worker(model.engine, limits, Metrics())
-    name = NAME.value or pathlib.Path(CHECKPOINT.value).absolute().name
+    name = NAME.value or pathlib.Path(folder).absolute().name
     tokenizer = model.loaded.tokenizer
     key = KEY.value or os.environ.get("HOVLE_API_KEY", "")
     server = Server(worker, name, lambda token: tokenizer.decode([token]), limits, key)

@@ -29,7 +29,17 @@ ORDER = (
     ("commands",),  # the loose files that can be run
 )
 MOST_LOOSE_FILES = 5  # beside the commands
-WITHOUT_TRAINING = ("conversion", "evaluation", "inference", "serving", "generate", "chat", "serve", "evaluate", "convert")
+WITHOUT_TRAINING = (
+    "conversion",
+    "evaluation",
+    "inference",
+    "serving",
+    "generate",
+    "chat",
+    "serve",
+    "evaluate",
+    "convert",
+)
 # What knows of devices or of a mesh, and so has no place in model/; the names of mesh axes neither.
 OF_DEVICES = {
     "AbstractMesh", "Mesh", "NamedSharding", "PartitionSpec", "all_gather", "axis_index", "device_count", "devices",

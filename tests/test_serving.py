@@ -17,6 +17,7 @@ from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.serving import images
 from hovle_jax.serving.app import Server
+from hovle_jax.serving.job import Job
 from hovle_jax.serving.limits import Limits, Refused
 from hovle_jax.serving.metrics import Metrics
 from hovle_jax.serving.worker import Worker
@@ -208,8 +209,6 @@ def test_more_than_may_wait_are_sent_away_and_a_slow_one_ends():
 def test_a_client_that_goes_away_frees_its_slot(client):
     prompt = Prompt.of("hello")
     ended = threading.Event()
-    from hovle_jax.serving.worker import Job
-
     job = Job(client.worker.engine.prepare(prompt, Request(40)), lambda result: ended.set())
     client.worker.submit(job)
     client.worker.cancel(job)

@@ -91,7 +91,7 @@ def search(
     def one_more(state):
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.length - 1, axis=2, keepdims=False)
         logits, cache = hovle.decode(params, last.reshape(-1), jnp.ones(B * K, bool), state.cache)
-        return grow(state.replace(cache=cache), logits)
+        return grow(dataclasses.replace(state, cache=cache), logits)
 
     done = jax.lax.while_loop(lambda state: (state.length < T) & jnp.any(state.is_open), one_more, first)
     return done.answers, done.answer_scores

@@ -10,6 +10,7 @@ Dimension letters: B slots, T tokens of a chunk, S capacity, D width, H heads, K
 V vocabulary, W stop ids.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -161,7 +162,7 @@ def unstacked(params: dict, hovle: HoVLE) -> dict:
 
     def component(name, tree):
         rest = {key: value for key, value in tree.items() if key != "stack"}
-        stacked = traverse_util.flatten_dict(tree.get("stack", {}).get("layers", {}))
+        stacked: dict = traverse_util.flatten_dict(tree.get("stack", {}).get("layers", {}))
         layer = lambda i: traverse_util.unflatten_dict({path: leaf[i] for path, leaf in stacked.items()})
         return rest | {"layers": [layer(i) for i in range(sizes[name].num_layers)]}
 
@@ -210,7 +211,9 @@ def window(vectors: jax.Array, start: jax.Array, *, count: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
-def begin(slots: Slots, slot: jax.Array, lengths: jax.Array, seen: jax.Array, request: SamplingRows, stops: jax.Array):
+def begin(
+    slots: Slots, slot: jax.Array, lengths: jax.Array, seen: jax.Array, request: SamplingRows, stops: jax.Array
+) -> Slots:
     """Gives a slot to a request.
 
     Args:
@@ -220,7 +223,8 @@ def begin(slots: Slots, slot: jax.Array, lengths: jax.Array, seen: jax.Array, re
       request: one row.
       stops: [W] int32.
     """
-    return slots.replace(
+    return dataclasses.replace(
+        slots,
         embedding_length=slots.embedding_length.at[slot].set(lengths[0]),
         length=slots.length.at[slot].set(lengths[1]),
         left=slots.left.at[slot].set(0),
@@ -234,14 +238,14 @@ def begin(slots: Slots, slot: jax.Array, lengths: jax.Array, seen: jax.Array, re
 @functools.partial(jax.jit, donate_argnames="slots")
 def end(slots: Slots, slot: jax.Array) -> Slots:
     """Takes a slot from its request, which makes no further token."""
-    return slots.replace(left=slots.left.at[slot].set(0))
+    return dataclasses.replace(slots, left=slots.left.at[slot].set(0))
 
 
 @flax.struct.dataclass
 class Chunk:
     """Tokens of a prompt that are read at once.
 
-    Attributes:
+    Attributes: arrays of the host or the device.
       tokens: [T] int32, padded.
       visual: [T] int32: the row of the chunk's visual vectors that stands in a token's place; `NOWHERE` for text.
       text: [T] int32: the row of `Slots.outputs` that a text token is read from; of the LLM's chunks alone.
@@ -249,11 +253,11 @@ class Chunk:
       text_length: int32 scalar: how long the whole prompt is in this stream.
     """
 
-    tokens: jax.Array
-    visual: jax.Array
-    text: jax.Array
-    count: jax.Array
-    text_length: jax.Array
+    tokens: Any
+    visual: Any
+    text: Any
+    count: Any
+    text_length: Any
 
 
 @functools.partial(jax.jit, static_argnames="hovle", donate_argnames="slots")
@@ -273,7 +277,7 @@ def read_embedding(params: dict, slots: Slots, slot: jax.Array, chunk: Chunk, ve
     )  # fmt: skip
     outputs = jax.lax.dynamic_update_slice(slots.outputs, x[0].astype(slots.outputs.dtype), (start, 0))
     length = slots.embedding_length.at[slot].add(chunk.count)
-    return slots.replace(embedding=caches, outputs=outputs, embedding_length=length)
+    return dataclasses.replace(slots, embedding=caches, outputs=outputs, embedding_length=length)
 
 
 def _placed(text, vectors, chunk):
@@ -318,11 +322,12 @@ def read_llm(
         One(slot, start), chunk.text_length,
     )  # fmt: skip
     logits = llm.logits(jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
-    slots = slots.replace(llm=caches, length=slots.length.at[slot].add(chunk.count))
+    slots = dataclasses.replace(slots, llm=caches, length=slots.length.at[slot].add(chunk.count))
     rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1)
     token, made = _choose(logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0)
     left = jnp.where(jnp.any(token[0] == slots.stops[slot]), 0, jnp.maximum(most - 1, 0))
-    slots = slots.replace(
+    slots = dataclasses.replace(
+        slots,
         token=slots.token.at[slot].set(token[0]),
         left=slots.left.at[slot].set(left),
         made=slots.made.at[slot].add(most > 0),
@@ -360,7 +365,8 @@ def decode(params: dict, slots: Slots, *, hovle: HoVLE) -> tuple[Slots, Made]:
     )  # fmt: skip
     token, made = _choose(llm.logits(x[:, 0]), slots.seen, slots.sampling, slots.made, active)
     is_stop = jnp.any(token[:, None] == slots.stops, axis=1)
-    return slots.replace(
+    return dataclasses.replace(
+        slots,
         embedding=caches,
         llm=llm_caches,
         embedding_length=slots.embedding_length + active,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from hovle_jax.errors import UserError
 from hovle_jax.inference.engine import Stream
 from hovle_jax.serving.images import fetched
+from hovle_jax.serving.job import Job
 from hovle_jax.serving.limits import Limits, Refused
 from hovle_jax.serving.protocol import Asked, Reply, parsed
-from hovle_jax.serving.worker import Job, Worker
+from hovle_jax.serving.worker import Worker
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

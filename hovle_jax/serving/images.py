@@ -87,7 +87,7 @@ def _connection(scheme, host, port):
 
 def public_address(host: str, port: int) -> str:
     """An address of a host. Raises Refused where one of its addresses is private: the name may lead inside."""
-    found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     private = [address for address in found if not ipaddress.ip_address(address).is_global]
     if private:
         raise Refused(403, f"image_url: {host} is a private address")

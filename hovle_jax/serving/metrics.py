@@ -4,13 +4,11 @@ import bisect
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hovle_jax.inference.engine import Engine
+from hovle_jax.serving.job import Job
 from hovle_jax.system import compilations
-
-if TYPE_CHECKING:
-    from hovle_jax.serving.worker import Job
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -51,7 +49,7 @@ class Metrics:
         """The state after a step."""
         self.slots, self.running = engine.num_slots, running
 
-    def ended(self, job: "Job", result: Any) -> None:
+    def ended(self, job: Job, result: Any) -> None:
         """A request with its Stream, or what ended it."""
         finish = getattr(result, "finish", "") or f"error_{getattr(result, 'status', 500)}"
         self.requests[finish] = self.requests.get(finish, 0) + 1

@@ -92,8 +92,9 @@ def _number(body, name, kind):
 
 
 def _sampling(body):
-    given = {name: _number(body, name, kind) for name, kind in SAMPLING.items()}
-    given = {"temperature": 1.0} | {name: value for name, value in given.items() if value is not None}
+    numbers = {name: _number(body, name, kind) for name, kind in SAMPLING.items()}
+    given: dict[str, Any] = {"temperature": 1.0}
+    given |= {name: value for name, value in numbers.items() if value is not None}
     if given.get("top_k") == -1:  # off, as others write it
         given["top_k"] = 0
     if "seed" not in given:

@@ -11,7 +11,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 def _counter() -> list[int]:
     counted = [0]
 
-    def listen(event, seconds, **_):
+    def listen(event, duration_secs, **_):
         if event == _EVENT:
             counted[0] += 1
 
