@@ -26,6 +26,8 @@ from hovle_jax.inference.texts import TextSoFar
 
 CHUNKS = (16, 64, 256)  # lengths that a prompt is read in; the rest is padded to the smallest that holds it
 TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise
+REACHES = tuple(64 << n for n in range(16))  # how much of the caches is looked at
+AHEAD = 2  # tokens that the devices may have made and the host has not seen, and the one that is made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +248,24 @@ class Engine:
         self._read_chunk()
         answering = {i: s.stream for i, s in enumerate(self._slots) if s.stream and not self._is_reading(i)}
         if answering:
-            self._state, made = programs.decode(self._params, self._state, hovle=self._hovle)
+            self._state, made = programs.decode(
+                self._params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values())
+            )
             self._made.append(([(index, index, stream) for index, stream in answering.items()], made))
         while self._made and (len(self._made) > 1 or not answering):
             self._take(*self._made.popleft())
         return bool(self._waiting or self._made or any(slot.stream for slot in self._slots))
+
+    def _reaches(self, answering):
+        """How much of the caches of the two stacks the next step looks at."""
+        made = AHEAD + max(len(stream.tokens) for stream in answering)
+        long, short = (max(getattr(s.reading, name) for s in answering) + made for name in ("long_length", "length"))
+        return self._reach(self._state.embedding, long), self._reach(self._state.llm, short)
+
+    def _reach(self, layers, tokens):
+        """The next of few sizes, as each is a program of its own; no more than there is."""
+        capacity = layers[0].key.shape[2] if layers else 0
+        return min(next((size for size in REACHES if size >= tokens), capacity), capacity)
 
     def _is_reading(self, index):
         return self._reading is not None and self._reading[0] == index
@@ -299,17 +314,25 @@ class Engine:
                 vectors = self._visual_inputs(reading)
             for first, chunk in reading.embedding_chunks(start, self._chunks):
                 here = self._window(vectors, first, chunk)
-                self._state = programs.read_embedding(self._params, self._state, slot, chunk, here, hovle=hovle)
+                reach = self._reach(self._state.embedding, start + len(chunk.tokens))
+                self._state = programs.read_embedding(
+                    self._params, self._state, slot, chunk, here, hovle=hovle, reach=reach
+                )
+                start += int(chunk.count)
                 yield False
             if self._is_hd and vectors is not None:
                 vectors = self._visual_outputs(reading)
         if not self._is_hd:
             vectors = None
-        chunks = list(reading.llm_chunks(stream.reused, self._chunks))
+        chunks, start = list(reading.llm_chunks(stream.reused, self._chunks)), stream.reused
         for number, (first, chunk) in enumerate(chunks, 1):
             most = np.int32(stream.request.max_new_tokens if number == len(chunks) else 0)
             here = self._window(vectors, first, chunk)
-            self._state, made = programs.read_llm(self._params, self._state, slot, chunk, here, most, hovle=hovle)
+            reach = self._reach(self._state.llm, start + len(chunk.tokens))
+            self._state, made = programs.read_llm(
+                self._params, self._state, slot, chunk, here, most, hovle=hovle, reach=reach
+            )
+            start += int(chunk.count)
             if most:
                 self._made.append(([(0, index, stream)], made))
             yield number == len(chunks)

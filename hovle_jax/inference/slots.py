@@ -36,17 +36,20 @@ class One:
 
     Attributes:
       slot, start: int32 scalars; what lies before `start` in the slot has been read before.
+      reach: static; how much of the caches is looked at, beyond which nothing is.
     """
 
     slot: jax.Array
     start: jax.Array
+    reach: int = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
 class All:
-    """One token of every slot; start [B] int32: how much has been read before it."""
+    """One token of every slot; start [B] int32: how much has been read before it; reach: as in `One`."""
 
     start: jax.Array
+    reach: int = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
@@ -77,7 +80,8 @@ def _write(cache, new, where):
 
 
 def _read(cache, where):
-    return jax.lax.dynamic_slice_in_dim(cache, where.slot, 1) if isinstance(where, One) else cache
+    rows = jax.lax.dynamic_slice_in_dim(cache, where.slot, 1) if isinstance(where, One) else cache
+    return rows[:, :, : where.reach]
 
 
 def _attention(query, key, value, where):
@@ -260,12 +264,15 @@ class Chunk:
     text_length: Any
 
 
-@functools.partial(jax.jit, static_argnames="hovle", donate_argnames="slots")
-def read_embedding(params: dict, slots: Slots, slot: jax.Array, chunk: Chunk, vectors: Any, *, hovle: HoVLE) -> Slots:
+@functools.partial(jax.jit, static_argnames=("hovle", "reach"), donate_argnames="slots")
+def read_embedding(
+    params: dict, slots: Slots, slot: jax.Array, chunk: Chunk, vectors: Any, *, hovle: HoVLE, reach: int
+) -> Slots:
     """The embedding's layers read a chunk; their outputs are kept for `read_llm`.
 
     Args:
       vectors: [T, D] of `visual_inputs`, or None where the chunk is text alone.
+      reach: static; tokens of the slot, those of the chunk with its padding included, and possibly more.
     """
     embedding, _ = _bound(params, hovle)
     x = _placed(embedding.embed_text(chunk.tokens), vectors, chunk)
@@ -273,7 +280,7 @@ def read_embedding(params: dict, slots: Slots, slot: jax.Array, chunk: Chunk, ve
     positions = start + jnp.arange(len(chunk.tokens), dtype=jnp.int32)
     x, caches = _run(
         hovle.config.embedding.stack, hovle.execution, params["embedding"]["layers"], x[None], positions[None],
-        slots.embedding, One(slot, start), chunk.text_length,
+        slots.embedding, One(slot, start, reach), chunk.text_length,
     )  # fmt: skip
     outputs = jax.lax.dynamic_update_slice(slots.outputs, x[0].astype(slots.outputs.dtype), (start, 0))
     length = slots.embedding_length.at[slot].add(chunk.count)
@@ -297,9 +304,17 @@ class Made:
     is_new: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="hovle", donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("hovle", "reach"), donate_argnames="slots")
 def read_llm(
-    params: dict, slots: Slots, slot: jax.Array, chunk: Chunk, vectors: Any, most: jax.Array, *, hovle: HoVLE
+    params: dict,
+    slots: Slots,
+    slot: jax.Array,
+    chunk: Chunk,
+    vectors: Any,
+    most: jax.Array,
+    *,
+    hovle: HoVLE,
+    reach: int,
 ) -> tuple[Slots, Made]:
     """The LLM reads a chunk of what `read_embedding` gave, or of tokens where there is no embedding.
 
@@ -307,6 +322,7 @@ def read_llm(
       vectors: HD: [T, D] of `visual_outputs`, or None where the chunk is text alone.
       most: int32 scalar: after a prompt's last chunk the most tokens of the answer, of which the first is made here;
         else 0.
+      reach: see `read_embedding`.
     Returns:
       (slots, Made of one row).
     """
@@ -319,7 +335,7 @@ def read_llm(
     positions = start + jnp.arange(len(chunk.tokens), dtype=jnp.int32)
     x, caches = _run(
         hovle.config.llm.stack, hovle.execution, params["llm"]["layers"], x[None], positions[None], slots.llm,
-        One(slot, start), chunk.text_length,
+        One(slot, start, reach), chunk.text_length,
     )  # fmt: skip
     logits = llm.logits(jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
     slots = dataclasses.replace(slots, llm=caches, length=slots.length.at[slot].add(chunk.count))
@@ -343,9 +359,13 @@ def _choose(logits, seen, sampling, index, is_new):
     return token, Made(token, logprob, jnp.broadcast_to(is_new, token.shape))
 
 
-@functools.partial(jax.jit, static_argnames="hovle", donate_argnames="slots")
-def decode(params: dict, slots: Slots, *, hovle: HoVLE) -> tuple[Slots, Made]:
-    """Every slot reads its last token and makes another; idle ones are computed and forgotten."""
+@functools.partial(jax.jit, static_argnames=("hovle", "reaches"), donate_argnames="slots")
+def decode(params: dict, slots: Slots, *, hovle: HoVLE, reaches: tuple[int, int]) -> tuple[Slots, Made]:
+    """Every slot reads its last token and makes another; idle ones are computed and forgotten.
+
+    Args:
+      reaches: static; the most tokens that an active slot has of the embedding's stream and of the LLM's, or more.
+    """
     embedding, llm = _bound(params, hovle)
     tokens, active = slots.token[:, None], slots.left > 0
     caches = ()
@@ -355,13 +375,13 @@ def decode(params: dict, slots: Slots, *, hovle: HoVLE) -> tuple[Slots, Made]:
         start = slots.embedding_length
         x, caches = _run(
             hovle.config.embedding.stack, hovle.execution, params["embedding"]["layers"], embedding.embed_text(tokens),
-            start[:, None], slots.embedding, All(start), start[:, None] + 1,
+            start[:, None], slots.embedding, All(start, reaches[0]), start[:, None] + 1,
         )  # fmt: skip
         x = embedding.for_llm(x)
     start = slots.length
     x, llm_caches = _run(
-        hovle.config.llm.stack, hovle.execution, params["llm"]["layers"], x, start[:, None], slots.llm, All(start),
-        start[:, None] + 1,
+        hovle.config.llm.stack, hovle.execution, params["llm"]["layers"], x, start[:, None], slots.llm,
+        All(start, reaches[1]), start[:, None] + 1,
     )  # fmt: skip
     token, made = _choose(llm.logits(x[:, 0]), slots.seen, slots.sampling, slots.made, active)
     is_stop = jnp.any(token[:, None] == slots.stops, axis=1)
