@@ -7,6 +7,7 @@ Then open http://127.0.0.1:8000, or point any client of that protocol at http://
 
 import os
 import pathlib
+import signal
 import sys
 
 from absl import flags
@@ -58,7 +59,11 @@ def main() -> None:
     )
     web = uvicorn.Server(config)
     print(f"serving {name} at http://{HOST.value}:{PORT.value} (Ctrl-C ends)", file=sys.stderr)
+    # When it has ended in good order uvicorn raises the signal again that ended it.
+    ours = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     web.run()
+    for number, handler in ours.items():
+        signal.signal(number, handler)
     worker.stop(GRACE.value)
 
 
