@@ -18,7 +18,7 @@ from hovle_jax.inference.answering import request_of
 from hovle_jax.inference.generate import Prompt, answer
 from hovle_jax.inference.load import load_run
 from tests import micro
-from tests.test_commands import ROOT, command
+from tests.test_commands import ROOT, command, environment
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -131,8 +131,7 @@ def test_answers_to_other_questions_are_not_gone_on_with(tmp_path):
 
 def test_a_chat_in_the_terminal(folder):
     said = f"/image {folder}/absent.png\n/image {folder}/a.png\nwhat is it?\n/new\nhello\n/quit\n"
-    line = [sys.executable, "-m", "hovle_jax.chat", "--checkpoint", folder / "run", "--max_new_tokens=6"]
-    done = subprocess.run(line, input=said, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = command("chat", "--checkpoint", folder / "run", "--max_new_tokens=6", said=said)
     assert done.returncode == 0, done.stderr
     image = Image.open(folder / "a.png").convert("RGB")
     assert done.stdout.splitlines() == plain(folder, ("what is it?", image), ("hello",))
@@ -145,7 +144,7 @@ def test_a_server_answers_and_ends_in_good_order(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line = [sys.executable, "-m", "hovle_jax.serve", "--checkpoint", folder / "run", f"--port={port}", "--length=256"]
-    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as server:
         try:
             _wait_for(f"http://127.0.0.1:{port}/health", server)
             body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}

@@ -16,12 +16,18 @@ from tests import micro
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def command(name, *arguments, timeout=180, **variables):
-    """Runs `python -m hovle_jax.NAME` on one CPU device; compiled quickly, as by conftest's fixture."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | variables
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    line = [sys.executable, "-m", f"hovle_jax.{name}", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+def environment(**variables):
+    """Of a command on one CPU device; compiled quickly, as by conftest's fixture."""
+    fixed = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    return {**os.environ, **fixed, **variables}
+
+
+def command(name, *arguments, timeout=180, said=None, **variables):
+    """Runs `python -m hovle_jax.NAME`, with `said` on its standard input."""
+    line, env = [sys.executable, "-m", f"hovle_jax.{name}", *map(str, arguments)], environment(**variables)
+    return subprocess.run(
+        line, cwd=ROOT, env=env, input=said, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 @pytest.fixture
