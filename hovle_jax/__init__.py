@@ -8,7 +8,9 @@ if typing.TYPE_CHECKING:  # JAX is imported when it is needed
 __version__ = "0.1.0"
 
 
-def load(name: str, *, max_tiles: int | None = None, slots: int = 8, length: int | None = None) -> "AnsweringModel":
+def load(
+    name: str, *, max_tiles: int | None = None, slots: int = 8, length: int | None = None, dtype: str = ""
+) -> "AnsweringModel":
     """A model that answers.
 
         model = hovle_jax.load("runs/instruct")
@@ -19,6 +21,7 @@ def load(name: str, *, max_tiles: int | None = None, slots: int = 8, length: int
       max_tiles: the most tiles of an image; None = as in training.
       slots: prompts that are answered at once.
       length: the most tokens of a prompt with its answer; None = what the model reads, up to 4,096.
+      dtype: 'float32' or 'bfloat16'; empty = bfloat16, and float32 on a CPU.
     Raises:
       UserError: no such folder, or it holds no finished model that answers.
     """
@@ -29,4 +32,4 @@ def load(name: str, *, max_tiles: int | None = None, slots: int = 8, length: int
 
     folder = resolve(name)
     check_model_folder(folder)
-    return AnsweringModel(load_run(folder).with_max_tiles(max_tiles), slots, length)
+    return AnsweringModel(load_run(folder, dtype=dtype).with_max_tiles(max_tiles), slots, length)

@@ -108,6 +108,7 @@ class Engine:
 
     Attributes:
       num_slots: requests that are answered at once.
+      params: as its programs take them (see `slots.unstacked`).
 
     Args:
       slots: that number.
@@ -129,7 +130,9 @@ class Engine:
         tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
         self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
-        self._params = programs.unstacked(answerer.params, self._hovle)
+        self.params = programs.unstacked(answerer.params, self._hovle)
+        if jax.default_backend() == "cpu" and self._hovle.execution.dtype == "bfloat16":
+            slots = max(slots, 2)  # a product with one vector takes ten times as long as with two
         self._empty = lambda: Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
         self.num_slots = slots
         self.reset()
@@ -149,7 +152,7 @@ class Engine:
         size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
         caches = size((self._state.embedding, self._state.llm))
         return (
-            f"{size(self._params):.2f} GB of weights; {self.num_slots} answers at once of {self._length:,} tokens each "
+            f"{size(self.params):.2f} GB of weights; {self.num_slots} answers at once of {self._length:,} tokens each "
             f"with their prompts: {caches:.2f} GB of caches, {1e3 * caches / self.num_slots:.0f} MB an answer"
         )
 
@@ -249,7 +252,7 @@ class Engine:
         answering = {i: s.stream for i, s in enumerate(self._slots) if s.stream and not self._is_reading(i)}
         if answering:
             self._state, made = programs.decode(
-                self._params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values())
+                self.params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values())
             )
             self._made.append(([(index, index, stream) for index, stream in answering.items()], made))
         while self._made and (len(self._made) > 1 or not answering):
@@ -316,7 +319,7 @@ class Engine:
                 here = self._window(vectors, first, chunk)
                 reach = self._reach(self._state.embedding, start + len(chunk.tokens))
                 self._state = programs.read_embedding(
-                    self._params, self._state, slot, chunk, here, hovle=hovle, reach=reach
+                    self.params, self._state, slot, chunk, here, hovle=hovle, reach=reach
                 )
                 start += int(chunk.count)
                 yield False
@@ -330,7 +333,7 @@ class Engine:
             here = self._window(vectors, first, chunk)
             reach = self._reach(self._state.llm, start + len(chunk.tokens))
             self._state, made = programs.read_llm(
-                self._params, self._state, slot, chunk, here, most, hovle=hovle, reach=reach
+                self.params, self._state, slot, chunk, here, most, hovle=hovle, reach=reach
             )
             start += int(chunk.count)
             if most:
@@ -339,11 +342,11 @@ class Engine:
 
     def _visual_inputs(self, reading):
         tiles = _padded(reading.tiles)
-        return programs.visual_inputs(self._params, tiles, hovle=self._hovle)
+        return programs.visual_inputs(self.params, tiles, hovle=self._hovle)
 
     def _visual_outputs(self, reading):
         starts = _padded(reading.tile_starts(self._hovle.config.embedding.stack_tokens_per_tile))
-        return programs.visual_outputs(self._params, self._state.outputs, starts, hovle=self._hovle)
+        return programs.visual_outputs(self.params, self._state.outputs, starts, hovle=self._hovle)
 
     def _window(self, vectors, first, chunk):
         if first == NOWHERE or vectors is None:

@@ -37,11 +37,12 @@ class Loaded:
         return dataclasses.replace(self, config=self.config.with_max_tiles(tiles))
 
 
-def load_run(folder: str | os.PathLike, components: Sequence[str] | None = None) -> Loaded:
+def load_run(folder: str | os.PathLike, components: Sequence[str] | None = None, dtype: str = "") -> Loaded:
     """Loads components ('embedding', 'llm', 'clip') of a finished run or an import onto this machine's devices.
 
     Args:
       components: None = those that answer: the LLM, and the embedding where the model has one.
+      dtype: in place of the model's own compute type: 'float32' or 'bfloat16'.
     Raises:
       UserError: no such folder, not finished, without these components or a tokenizer, or with another model's.
     """
@@ -58,7 +59,8 @@ def load_run(folder: str | os.PathLike, components: Sequence[str] | None = None)
     tokenizer = own_tokenizer(folder, config, components)
     placement = Placement(make_mesh(MeshConfig(), jax.local_devices()))
     platform = placement.mesh.devices.flat[0].platform
-    config = dataclasses.replace(config, execution=config.execution.resolved(platform))
+    execution = dataclasses.replace(config.execution, dtype=dtype or config.execution.dtype)
+    config = dataclasses.replace(config, execution=execution.resolved(platform))
     params = {c: load_component(folder, c, abstract_component(config, c, placement)) for c in components}
     return Loaded(config, Models(config, placement), params, tokenizer)
 

@@ -159,18 +159,21 @@ class Slots:
 
 
 def unstacked(params: dict, hovle: HoVLE) -> dict:
-    """Parameters with a list of layers in place of the stacked ones, as the programs here take them."""
-    sizes = {"llm": hovle.config.llm.stack} | (
-        {"embedding": hovle.config.embedding.stack} if hovle.config.embedding else {}
-    )
+    """Parameters as the programs here take them: a list of layers in place of the stacked ones, in the compute type.
 
-    def component(name, tree):
+    Decoding is bound by the bytes that it reads, and the modules would convert them at every step.
+    """
+    c, dtype = hovle.config, hovle.execution.dtype
+    stacks = {"embedding": c.embedding.stack if c.embedding else None, "llm": c.llm.stack}
+
+    def component(tree, count):
         rest = {key: value for key, value in tree.items() if key != "stack"}
         stacked: dict = traverse_util.flatten_dict(tree.get("stack", {}).get("layers", {}))
         layer = lambda i: traverse_util.unflatten_dict({path: leaf[i] for path, leaf in stacked.items()})
-        return rest | {"layers": [layer(i) for i in range(sizes[name].num_layers)]}
+        return rest | {"layers": [layer(i) for i in range(count)]}
 
-    return {name: component(name, params[name]) for name in sizes}
+    made = {name: component(params[name], stack.num_layers) for name, stack in stacks.items() if stack}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), made)
 
 
 def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):

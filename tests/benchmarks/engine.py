@@ -52,12 +52,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="smol-llm")
     parser.add_argument("--streams", default="1,8,32")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     malloc.keep_freed_memory()
-    answerer = hovle_jax.load(args.checkpoint, slots=1, length=16).loaded.answerer
+    answerer = hovle_jax.load(args.checkpoint, slots=1, length=16, dtype=args.dtype).loaded.answerer
     engines = {n: Engine(answerer, n, args.length) for n in map(int, args.streams.split(","))}
     for n, engine in engines.items():
         tokens_per_second(engine, n, 8)  # compiles
@@ -66,7 +67,7 @@ def main():
         for _ in range(args.rounds)
     ]
     rates = {n: statistics.median(each[n] for each in rounds) for n in engines}
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(answerer.params))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engines[min(engines)].params))
     read = bandwidth()
     print(
         json.dumps(
