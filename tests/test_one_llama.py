@@ -38,15 +38,15 @@ DYNAMIC = RopeScaling("dynamic", 2.0, 40)
 BIASES = dict(qkv_bias=True, output_bias=True, mlp_bias=True)
 MODELS = {
     "plain": hovle(),
-    "unequal numbers of layers, a kv head for each": hovle(layers=(1, 3), stack=dict(num_kv_heads=4)),
-    "one kv head, tied": hovle(layers=(3, 1), stack=dict(num_kv_heads=1, rope_theta=500.0), llm=dict(tied=True)),
+    "unequal numbers of layers, a kv head for each, padded": hovle(
+        layers=(1, 3), stack=dict(num_kv_heads=4), vocab_multiple=128
+    ),
+    "one kv head, tied, padded": hovle(
+        layers=(3, 1), stack=dict(num_kv_heads=1, rope_theta=500.0), llm=dict(tied=True), vocab_multiple=128
+    ),
     "wide heads, biases": hovle(stack=dict(num_heads=8, num_kv_heads=2, head_dim=12, **BIASES), family="llama"),
-    "padded": hovle(vocab_multiple=128),
-    "padded, tied": hovle(vocab_multiple=128, llm=dict(tied=True)),
-    "larger tiles": hovle(embedding=dict(force_image_size=48)),
-    "a patch is a token": hovle("none"),
-    "llama3": with_rope(hovle(family="llama"), LLAMA3, LLAMA3),
-    "yarn": with_rope(hovle(family="llama"), YARN, YARN),
+    "a patch is a token, llama3": with_rope(hovle("none", family="llama"), LLAMA3, LLAMA3),
+    "larger tiles, yarn": with_rope(hovle(family="llama", embedding=dict(force_image_size=48)), YARN, YARN),
     "dynamic, the LLM alone": with_rope(hovle(), None, dataclasses.replace(DYNAMIC, original_length=512)),
     "dynamic": with_rope(hovle(llm=dict(max_length=40)), DYNAMIC, DYNAMIC),  # and the prompts are longer
 }

@@ -26,7 +26,7 @@ from hovle_jax.inference.texts import TextSoFar
 
 CHUNKS = (16, 64, 256)  # lengths that a prompt is read in; the rest is padded to the smallest that holds it
 TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise
-REACHES = tuple(64 << n for n in range(16))  # how much of the caches is looked at
+REACHES = tuple(128 << n for n in range(16))  # how much of the caches is looked at
 AHEAD = 2  # tokens that the devices may have made and the host has not seen, and the one that is made
 
 
