@@ -315,13 +315,14 @@ def test_json_is_all_that_stdout_gets_and_stderr_says_how_long_it_takes():
 
 @libtpu
 @pytest.mark.slow
-def test_the_papers_step_on_a_pod_fits_and_is_bound_by_its_matmuls():
+def test_the_papers_step_on_a_slice_fits_and_is_bound_by_its_matmuls():
+    """On the smallest slice, which compiles soonest and has the least memory and the most microbatches."""
     status, out, err = command(
-        "--config=configs/instruct.py:hovle", "--topology=v5e-256", "--json", "--config.data.sequence_length=4096"
+        "--config=configs/instruct.py:hovle", "--topology=v5e-16", "--json", "--config.data.sequence_length=4096"
     )
     assert status == 0, err
     report = json.loads(out)
-    assert report["fits"] and (report["setting"]["rows"], report["setting"]["microbatches"]) == (4096, 16)
+    assert report["fits"] and (report["setting"]["rows"], report["setting"]["microbatches"]) == (4096, 256)
     assert all(used["kernels"] == 3 for used in report["attention"].values())
     step = report["step"]
     assert 1 <= step["excess"] <= 1.15
