@@ -5,6 +5,7 @@
 /image PATH shows it an image with what is said next, /new begins anew, /quit ends.
 """
 
+import contextlib
 import sys
 
 from absl import flags
@@ -45,11 +46,9 @@ def main() -> None:
 
 
 def _answer(chat, line, images):
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # which ends the answer; the chat goes on
         for piece in chat.stream(line, images):
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:  # ends the answer; the chat goes on
-        pass
     print()
 
 

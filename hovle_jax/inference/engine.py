@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from hovle_jax.data.batch import BatchShape
 from hovle_jax.errors import UserError
 from hovle_jax.inference import slots as programs
-from hovle_jax.inference.generate import Answerer, Prompt, prompt_samples
+from hovle_jax.inference.generate import Answerer, Prompt, prompt_samples, row_shape
 from hovle_jax.inference.limits import check_lengths
 from hovle_jax.inference.reading import Reading
 from hovle_jax.inference.sampling import GREEDY, Sampling, SamplingRows
@@ -27,7 +26,7 @@ from hovle_jax.inference.texts import TextSoFar
 CHUNKS = (16, 64, 256)  # lengths that a prompt is read in; the rest is padded to the smallest that holds it
 TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise
 REACHES = tuple(128 << n for n in range(16))  # how much of the caches is looked at
-AHEAD = 2  # tokens that the devices may have made and the host has not seen, and the one that is made
+AHEAD = 2  # tokens beyond those that the host has seen: one that the devices may have made, and the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,6 @@ class Slot:
     Attributes:
       stream: whose it is; None = free.
       identity: what its caches hold, as `Reading.identity`.
-      chunks: of its prompt, still to be read: (program, *arguments).
       used: when it was last given away; the free slot that was used longest ago is given first.
     """
 
@@ -209,18 +207,9 @@ class Engine:
         return embedding is not None and embedding.pixel_shuffle == "post"
 
     def _read(self, sample):
-        embedding = self._hovle.config.embedding
-        if embedding is None:
+        if self._hovle.config.embedding is None:
             return Reading.of_text(sample.tokens)
-        shape = BatchShape(
-            length=len(sample.tokens),
-            tiles=len(sample.tiles),
-            tile_size=embedding.tile_size,
-            tokens_per_tile=embedding.tokens_per_tile,
-            expansion=embedding.stack_tokens_per_tile // embedding.tokens_per_tile,
-            image_id=self._answerer.tokenizer.image_id,
-        )
-        return Reading.of(sample, shape)
+        return Reading.of(sample, row_shape(self._answerer, len(sample.tokens), len(sample.tiles)))
 
     def cancel(self, stream: Stream) -> None:
         """Ends an answer; its slot is free for the next request."""

@@ -104,19 +104,25 @@ def prompt_batch(
     Args:
       length, tiles: of a row, which fix the batch's shape; None = the most that one of the prompts has.
     """
-    embedding = answerer.hovle.config.embedding
     length = length or max(len(s.tokens) for s in samples)
-    if embedding is None:
+    if answerer.hovle.config.embedding is None:
         return stack([_text_row(sample, length) for sample in samples])
-    shape = BatchShape(
+    shape = row_shape(answerer, length, tiles or most_tiles(samples))
+    return stack([pack_row([sample], shape).image_fields() for sample in samples])
+
+
+def row_shape(answerer: Answerer, length: int, tiles: int) -> BatchShape:
+    """The shape of a row of so many tokens and tiles, for a model with an embedding."""
+    embedding = answerer.hovle.config.embedding
+    assert embedding is not None, "an LLM alone"
+    return BatchShape(
         length=length,
-        tiles=tiles or most_tiles(samples),
+        tiles=tiles,
         tile_size=embedding.tile_size,
         tokens_per_tile=embedding.tokens_per_tile,
         expansion=embedding.stack_tokens_per_tile // embedding.tokens_per_tile,
         image_id=answerer.tokenizer.image_id,
     )
-    return stack([pack_row([sample], shape).image_fields() for sample in samples])
 
 
 def most_tiles(samples: list[Sample]) -> int:
