@@ -106,13 +106,15 @@ class Engine:
 
     Attributes:
       num_slots: requests that are answered at once.
-      params: as its programs take them (see `slots.unstacked`).
+      params: as its programs take them (see `slots.fused`).
 
     Args:
       slots: that number.
       length: the most tokens of a prompt with its answer, as the LLM reads them.
       tiles: HD: the most tiles of a prompt, which make the embedding's caches longer; None = those that fit.
       chunks: see `CHUNKS`.
+      int8: the layers' and the head's weights in int8 (see `weights.Int8Kernel`).
+      params: as `slots.fused` makes them; None = of the answerer's.
     """
 
     def __init__(
@@ -122,15 +124,15 @@ class Engine:
         length: int = 1024,
         tiles: int | None = None,
         chunks: Sequence[int] = CHUNKS,
+        int8: bool = False,
+        params: dict | None = None,
     ):
         self._answerer, self._hovle = answerer, answerer.hovle
         embedding = self._hovle.config.embedding
         tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
         self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
-        self.params = programs.unstacked(answerer.params, self._hovle)
-        if jax.default_backend() == "cpu" and self._hovle.execution.dtype == "bfloat16":
-            slots = max(slots, 2)  # a product with one vector takes ten times as long as with two
+        self.params = programs.fused(answerer.params, self._hovle, int8) if params is None else params
         self._empty = lambda: Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
         self.num_slots = slots
         self.reset()
@@ -240,13 +242,20 @@ class Engine:
         self._read_chunk()
         answering = {i: s.stream for i, s in enumerate(self._slots) if s.stream and not self._is_reading(i)}
         if answering:
+            greedy = all(stream.request.sampling.is_greedy for stream in answering.values())
             self._state, made = programs.decode(
-                self.params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values())
+                self.params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values()), greedy=greedy
             )
-            self._made.append(([(index, index, stream) for index, stream in answering.items()], made))
+            self._await([(index, index, stream) for index, stream in answering.items()], made)
         while self._made and (len(self._made) > 1 or not answering):
             self._take(*self._made.popleft())
         return bool(self._waiting or self._made or any(slot.stream for slot in self._slots))
+
+    def _await(self, rows, made):
+        """Has tokens sent to the host, which looks at them later."""
+        for leaf in jax.tree.leaves(made):
+            leaf.copy_to_host_async()
+        self._made.append((rows, made))
 
     def _reaches(self, answering):
         """How much of the caches of the two stacks the next step looks at."""
@@ -257,7 +266,8 @@ class Engine:
     def _reach(self, layers, tokens):
         """The next of few sizes, as each is a program of its own; no more than there is."""
         capacity = layers[0].key.shape[2] if layers else 0
-        return min(next((size for size in REACHES if size >= tokens), capacity), capacity)
+        size = next((size for size in REACHES if size >= tokens), capacity)
+        return size if size < 0.75 * capacity else capacity  # a part may be copied before it is read
 
     def _is_reading(self, index):
         return self._reading is not None and self._reading[0] == index
@@ -321,12 +331,13 @@ class Engine:
             most = np.int32(stream.request.max_new_tokens if number == len(chunks) else 0)
             here = self._window(vectors, first, chunk)
             reach = self._reach(self._state.llm, start + len(chunk.tokens))
+            greedy = stream.request.sampling.is_greedy
             self._state, made = programs.read_llm(
-                self.params, self._state, slot, chunk, here, most, hovle=hovle, reach=reach
+                self.params, self._state, slot, chunk, here, most, hovle=hovle, reach=reach, greedy=greedy
             )
             start += int(chunk.count)
             if most:
-                self._made.append(([(0, index, stream)], made))
+                self._await([(0, index, stream)], made)
             yield number == len(chunks)
 
     def _visual_inputs(self, reading):

@@ -49,6 +49,11 @@ class Sampling:
             if not fine:
                 raise UserError(f"{name}={getattr(self, name)}: it must be {allowed}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most likely token as the model has it."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 GREEDY = Sampling()
 
@@ -111,6 +116,17 @@ def _top_k_and_p(logits, rows):
     return jnp.where(kept, logits, GONE)
 
 
+def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-> (the token of the largest logit [B] int32, the first of equals; that logit [B]) of logits [B, V].
+
+    Two plain reductions: that of `argmax`, over pairs, is a loop over single numbers on the CPU backend.
+    """
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    V = logits.shape[-1]
+    places = jnp.where(logits == highest, jnp.arange(V, dtype=jnp.int32), V - 1)
+    return jnp.min(places, axis=-1), highest[:, 0]
+
+
 def draw(logits: jax.Array, rows: SamplingRows, index: jax.Array) -> jax.Array:
     """The next token of each row, [B] int32, from logits [B, V] after the penalty.
 
@@ -118,11 +134,11 @@ def draw(logits: jax.Array, rows: SamplingRows, index: jax.Array) -> jax.Array:
       index: [B] int32: which token of its answer it is. With the row's seed it makes the random key, so that a draw
         does not depend on the other rows.
     """
-    most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy, _ = most_likely(logits)
 
     def drawn():
         keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(rows.seed, index)
         sampled = jax.vmap(jax.random.categorical)(keys, filtered(logits, rows)).astype(jnp.int32)
-        return jnp.where(rows.temperature > 0, sampled, most_likely)
+        return jnp.where(rows.temperature > 0, sampled, greedy)
 
-    return jax.lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: most_likely)
+    return jax.lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, penalized
+from hovle_jax.inference.layer import LayerWeights, normalized, run_layer
+from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, most_likely, penalized
+from hovle_jax.inference.weights import kernel_of
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution
-from hovle_jax.model.hovle import HoVLE
+from hovle_jax.model.hovle import PADDING_LOGIT, HoVLE
 from hovle_jax.model.rotary import needs_lengths, rotary_angles
-from hovle_jax.model.transformer import DecoderLayer
 
 STOPS = 8  # stop ids that a request can have
 NOWHERE = -1
@@ -158,22 +159,28 @@ class Slots:
         )
 
 
-def unstacked(params: dict, hovle: HoVLE) -> dict:
-    """Parameters as the programs here take them: a list of layers in place of the stacked ones, in the compute type.
+def fused(params: dict, hovle: HoVLE, int8: bool = False) -> dict:
+    """Parameters {'embedding', 'llm'} as the programs here take them.
 
-    Decoding is bound by the bytes that it reads, and the modules would convert them at every step.
+    'embedding' and 'llm' without their layers are in the compute type, as the modules would convert them at every step;
+    'layers' {'embedding', 'llm'} are `LayerWeights`, and 'head' is the LLM's; these two in int8 where it is asked for.
     """
-    c, dtype = hovle.config, hovle.execution.dtype
+    c, dtype = hovle.config, jnp.dtype(hovle.execution.dtype)
     stacks = {"embedding": c.embedding.stack if c.embedding else None, "llm": c.llm.stack}
 
-    def component(tree, count):
-        rest = {key: value for key, value in tree.items() if key != "stack"}
+    def layers(tree, count):
         stacked: dict = traverse_util.flatten_dict(tree.get("stack", {}).get("layers", {}))
         layer = lambda i: traverse_util.unflatten_dict({path: leaf[i] for path, leaf in stacked.items()})
-        return rest | {"layers": [layer(i) for i in range(count)]}
+        return [LayerWeights.of(layer(i), dtype, int8) for i in range(count)]
 
-    made = {name: component(params[name], stack.num_layers) for name, stack in stacks.items() if stack}
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), made)
+    rest = lambda tree: {key: value for key, value in tree.items() if key not in ("stack", "head")}
+    held = {name: jax.tree.map(lambda leaf: leaf.astype(dtype), rest(params[name])) for name in stacks if stacks[name]}
+    llm = params["llm"]
+    table = held["llm"]["token_embedding"]["embedding"] if c.llm.tied else llm["head"]["kernel"].T
+    return held | {
+        "layers": {name: layers(params[name], stack.num_layers) for name, stack in stacks.items() if stack},
+        "head": kernel_of(table, None, dtype, int8),
+    }
 
 
 def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):
@@ -181,12 +188,18 @@ def _run(config: StackConfig, execution, layers, x, positions, caches, where, te
     capacity = caches[0].key.shape[2] if caches else 0
     lengths = jnp.broadcast_to(text_length, positions.shape) if needs_lengths(config, capacity) else None
     angles = jax.lax.optimization_barrier(rotary_angles(positions, config, lengths))
-    layer, made = DecoderLayer(config, execution), []
-    x = x.astype(execution.dtype)
-    for params, cache in zip(layers, caches, strict=True):
-        x, cache = layer.apply({"params": params}, x, cache, angles, where)
-        made.append(cache)
-    return x, tuple(made)
+    x, written = x.astype(execution.dtype), []
+    for weights, cache in zip(layers, caches, strict=True):
+        x, cache = run_layer(config, execution, weights, x, cache, angles, where)
+        written.append(cache)
+    return x, tuple(written)
+
+
+def _logits(params, hovle, x):
+    """Hidden states [B, D] before the final norm -> float32 [B, V]."""
+    c = hovle.config.llm
+    logits = params["head"](normalized(x, params["llm"]["norm"]["scale"], c.stack.norm_eps)).astype(jnp.float32)
+    return jnp.where(jnp.arange(logits.shape[-1]) < c.vocab_size, logits, PADDING_LOGIT)
 
 
 def _bound(params: dict, hovle: HoVLE):
@@ -282,7 +295,7 @@ def read_embedding(
     start = slots.embedding_length[slot]
     positions = start + jnp.arange(len(chunk.tokens), dtype=jnp.int32)
     x, caches = _run(
-        hovle.config.embedding.stack, hovle.execution, params["embedding"]["layers"], x[None], positions[None],
+        hovle.config.embedding.stack, hovle.execution, params["layers"]["embedding"], x[None], positions[None],
         slots.embedding, One(slot, start, reach), chunk.text_length,
     )  # fmt: skip
     outputs = jax.lax.dynamic_update_slice(slots.outputs, x[0].astype(slots.outputs.dtype), (start, 0))
@@ -307,7 +320,7 @@ class Made:
     is_new: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("hovle", "reach"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("hovle", "reach", "greedy"), donate_argnames="slots")
 def read_llm(
     params: dict,
     slots: Slots,
@@ -318,6 +331,7 @@ def read_llm(
     *,
     hovle: HoVLE,
     reach: int,
+    greedy: bool = False,
 ) -> tuple[Slots, Made]:
     """The LLM reads a chunk of what `read_embedding` gave, or of tokens where there is no embedding.
 
@@ -326,6 +340,7 @@ def read_llm(
       most: int32 scalar: after a prompt's last chunk the most tokens of the answer, of which the first is made here;
         else 0.
       reach: see `read_embedding`.
+      greedy: see `decode`.
     Returns:
       (slots, Made of one row).
     """
@@ -337,13 +352,13 @@ def read_llm(
     start = slots.length[slot]
     positions = start + jnp.arange(len(chunk.tokens), dtype=jnp.int32)
     x, caches = _run(
-        hovle.config.llm.stack, hovle.execution, params["llm"]["layers"], x[None], positions[None], slots.llm,
+        hovle.config.llm.stack, hovle.execution, params["layers"]["llm"], x[None], positions[None], slots.llm,
         One(slot, start, reach), chunk.text_length,
     )  # fmt: skip
-    logits = llm.logits(jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
+    logits = _logits(params, hovle, jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
     slots = dataclasses.replace(slots, llm=caches, length=slots.length.at[slot].add(chunk.count))
     rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1)
-    token, made = _choose(logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0)
+    token, made = _choose(logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0, greedy)
     left = jnp.where(jnp.any(token[0] == slots.stops[slot]), 0, jnp.maximum(most - 1, 0))
     slots = dataclasses.replace(
         slots,
@@ -355,19 +370,25 @@ def read_llm(
     return slots, made
 
 
-def _choose(logits, seen, sampling, index, is_new):
-    token = draw(penalized(logits, seen, sampling.repetition_penalty), sampling, index)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
-    return token, Made(token, logprob, jnp.broadcast_to(is_new, token.shape))
+def _choose(logits, seen, sampling, index, is_new, greedy):
+    """`greedy`: static: no row is sampled or penalized, so that the most likely token is all there is to find."""
+    token, highest = most_likely(logits)
+    logsumexp = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
+    if not greedy:
+        token = draw(penalized(logits, seen, sampling.repetition_penalty), sampling, index)
+        highest = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token, Made(token, highest - logsumexp, jnp.broadcast_to(is_new, token.shape))
 
 
-@functools.partial(jax.jit, static_argnames=("hovle", "reaches"), donate_argnames="slots")
-def decode(params: dict, slots: Slots, *, hovle: HoVLE, reaches: tuple[int, int]) -> tuple[Slots, Made]:
+@functools.partial(jax.jit, static_argnames=("hovle", "reaches", "greedy"), donate_argnames="slots")
+def decode(
+    params: dict, slots: Slots, *, hovle: HoVLE, reaches: tuple[int, int], greedy: bool = False
+) -> tuple[Slots, Made]:
     """Every slot reads its last token and makes another; idle ones are computed and forgotten.
 
     Args:
       reaches: static; the most tokens that an active slot has of the embedding's stream and of the LLM's, or more.
+      greedy: static; every active slot takes the most likely token, unpenalized.
     """
     embedding, llm = _bound(params, hovle)
     tokens, active = slots.token[:, None], slots.left > 0
@@ -377,16 +398,16 @@ def decode(params: dict, slots: Slots, *, hovle: HoVLE, reaches: tuple[int, int]
     else:
         start = slots.embedding_length
         x, caches = _run(
-            hovle.config.embedding.stack, hovle.execution, params["embedding"]["layers"], embedding.embed_text(tokens),
+            hovle.config.embedding.stack, hovle.execution, params["layers"]["embedding"], embedding.embed_text(tokens),
             start[:, None], slots.embedding, All(start, reaches[0]), start[:, None] + 1,
         )  # fmt: skip
         x = embedding.for_llm(x)
     start = slots.length
     x, llm_caches = _run(
-        hovle.config.llm.stack, hovle.execution, params["llm"]["layers"], x, start[:, None], slots.llm,
+        hovle.config.llm.stack, hovle.execution, params["layers"]["llm"], x, start[:, None], slots.llm,
         All(start, reaches[1]), start[:, None] + 1,
     )  # fmt: skip
-    token, made = _choose(llm.logits(x[:, 0]), slots.seen, slots.sampling, slots.made, active)
+    token, made = _choose(_logits(params, hovle, x[:, 0]), slots.seen, slots.sampling, slots.made, active, greedy)
     is_stop = jnp.any(token[:, None] == slots.stops, axis=1)
     return dataclasses.replace(
         slots,

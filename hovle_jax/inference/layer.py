@@ -1,0 +1,71 @@
+"""The decoder layer of model/transformer.py over fused weights: the same numbers from fewer and larger products.
+
+Dimension letters: B rows, T tokens, D width, H heads, K kv heads, C head dim, F ffn width.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.inference.weights import Int8Kernel, Kernel, joined
+from hovle_jax.model.config import StackConfig
+from hovle_jax.model.execution import Execution
+from hovle_jax.model.rotary import rotate
+from hovle_jax.model.transformer import RMSNorm
+
+
+@flax.struct.dataclass
+class LayerWeights:
+    """What one layer reads.
+
+    Attributes:
+      attention_norm, ffn_norm: [D].
+      query_norm, key_norm: [C], or None.
+      qkv: D -> (H + 2 K) C; output: H C -> D; gate_up: D -> 2 F; down: F -> D.
+    """
+
+    attention_norm: jax.Array
+    ffn_norm: jax.Array
+    query_norm: jax.Array | None
+    key_norm: jax.Array | None
+    qkv: Kernel | Int8Kernel
+    output: Kernel | Int8Kernel
+    gate_up: Kernel | Int8Kernel
+    down: Kernel | Int8Kernel
+
+    @classmethod
+    def of(cls, params: dict, dtype: Any, int8: bool) -> "LayerWeights":
+        """From the parameters of a `transformer.DecoderLayer`."""
+        kernel = lambda *names: joined([params[name] for name in names], dtype, int8)
+        norm = lambda name: params[name]["scale"].astype(dtype) if name in params else None
+        return cls(
+            *(norm(name) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
+            kernel("query", "key", "value"),
+            kernel("output"),
+            kernel("gate", "up"),
+            kernel("down"),
+        )
+
+
+def normalized(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """`transformer.RMSNorm` of x [..., D]."""
+    return RMSNorm(epsilon).apply({"params": {"scale": scale}}, x)
+
+
+def run_layer(
+    config: StackConfig, execution: Execution, weights: LayerWeights, x: jax.Array, cache: Any, angles: Any, where: Any
+) -> tuple[jax.Array, Any]:
+    """x [B, T, D] -> (x, cache); arguments as those of `transformer.DecoderLayer`."""
+    B, T, _ = x.shape
+    H, K, C = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = weights.qkv(normalized(x, weights.attention_norm, config.norm_eps)).reshape(B, T, H + 2 * K, C)
+    query, key, value = jnp.split(qkv, (H, H + K), axis=2)
+    if config.qk_norm:
+        query = normalized(query, weights.query_norm, config.norm_eps)
+        key = normalized(key, weights.key_norm, config.norm_eps)
+    out, cache = cache.attend(rotate(query, *angles), rotate(key, *angles), value, where, execution)
+    x = x + weights.output(out.reshape(B, T, H * C))
+    gate, up = jnp.split(weights.gate_up(normalized(x, weights.ffn_norm, config.norm_eps)), 2, axis=-1)
+    return x + weights.down(jax.nn.silu(gate) * up), cache
