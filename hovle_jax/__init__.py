@@ -21,7 +21,8 @@ def load(
       max_tiles: the most tiles of an image; None = as in training.
       slots: prompts that are answered at once.
       length: the most tokens of a prompt with its answer; None = what the model reads, up to 4,096.
-      dtype: 'float32' or 'bfloat16'; empty = bfloat16, and float32 on a CPU.
+      dtype: 'float32', 'bfloat16', or 'int8': weights in int8, all else as without it. Empty = bfloat16, and float32 on
+        a CPU.
     Raises:
       UserError: no such folder, or it holds no finished model that answers.
     """
@@ -32,4 +33,6 @@ def load(
 
     folder = resolve(name)
     check_model_folder(folder)
-    return AnsweringModel(load_run(folder, dtype=dtype).with_max_tiles(max_tiles), slots, length)
+    int8 = dtype == "int8"
+    loaded = load_run(folder, dtype="" if int8 else dtype).with_max_tiles(max_tiles)
+    return AnsweringModel(loaded, slots, length, int8)

@@ -24,7 +24,7 @@ HELP = "/image PATH shows an image with what you say next, /new begins anew, /qu
 def main() -> None:
     """Reads lines until /quit or the end of the input. A mistake is answered by a line and costs nothing."""
     folder = command_line.local_folder("checkpoint")
-    model = hovle_jax.load(folder, max_tiles=options.MAX_TILES.value)
+    model = hovle_jax.load(folder, max_tiles=options.MAX_TILES.value, dtype=options.DTYPE.value)
     from hovle_jax.data.images import load_image
 
     begin = lambda: model.chat(options.SYSTEM.value, **options.request())

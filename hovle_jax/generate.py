@@ -35,7 +35,9 @@ OUTPUT = flags.DEFINE_string("output", "", "The .jsonl file that the answers to 
 
 def load() -> Any:
     """The model of --checkpoint."""
-    return hovle_jax.load(command_line.local_folder("checkpoint"), max_tiles=options.MAX_TILES.value)
+    return hovle_jax.load(
+        command_line.local_folder("checkpoint"), max_tiles=options.MAX_TILES.value, dtype=options.DTYPE.value
+    )
 
 
 def on_prompts(prompts: list[str]) -> None:

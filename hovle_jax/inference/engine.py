@@ -115,6 +115,7 @@ class Engine:
       chunks: see `CHUNKS`.
       int8: the layers' and the head's weights in int8 (see `weights.Int8Kernel`).
       params: as `slots.fused` makes them; None = of the answerer's.
+      consume: delete the answerer's layers while the engine's are made of them.
     """
 
     def __init__(
@@ -126,13 +127,16 @@ class Engine:
         chunks: Sequence[int] = CHUNKS,
         int8: bool = False,
         params: dict | None = None,
+        consume: bool = False,
     ):
-        self._answerer, self._hovle = answerer, answerer.hovle
+        self._answerer, self._hovle = dataclasses.replace(answerer, params={}), answerer.hovle
         embedding = self._hovle.config.embedding
         tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
         self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
-        self.params = programs.fused(answerer.params, self._hovle, int8) if params is None else params
+        if params is None:
+            params = programs.fused(answerer.params, self._hovle, int8, consume)
+        self.params = params
         self._empty = lambda: Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
         self.num_slots = slots
         self.reset()
@@ -331,9 +335,8 @@ class Engine:
             most = np.int32(stream.request.max_new_tokens if number == len(chunks) else 0)
             here = self._window(vectors, first, chunk)
             reach = self._reach(self._state.llm, start + len(chunk.tokens))
-            greedy = stream.request.sampling.is_greedy
             self._state, made = programs.read_llm(
-                self.params, self._state, slot, chunk, here, most, hovle=hovle, reach=reach, greedy=greedy
+                self.params, self._state, slot, chunk, here, most, hovle=hovle, reach=reach
             )
             start += int(chunk.count)
             if most:

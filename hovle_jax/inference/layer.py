@@ -36,17 +36,36 @@ class LayerWeights:
     down: Kernel | Int8Kernel
 
     @classmethod
-    def of(cls, params: dict, dtype: Any, int8: bool) -> "LayerWeights":
-        """From the parameters of a `transformer.DecoderLayer`."""
-        kernel = lambda *names: joined([params[name] for name in names], dtype, int8)
-        norm = lambda name: params[name]["scale"].astype(dtype) if name in params else None
-        return cls(
-            *(norm(name) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
-            kernel("query", "key", "value"),
-            kernel("output"),
-            kernel("gate", "up"),
-            kernel("down"),
+    def of_stack(cls, params: dict, count: int, dtype: Any, int8: bool, consume: bool = False) -> list["LayerWeights"]:
+        """From the parameters of `count` layers `transformer.DecoderLayer`, stacked [N, ...].
+
+        Args:
+          consume: delete the kernels given, one after another, as soon as they have been read, so that they and what
+            is made of them never lie beside each other.
+        """
+
+        def kernels(*names):
+            found = [joined([_layer(params[name], i) for name in names], dtype, int8) for i in range(count)]
+            if consume:
+                jax.block_until_ready(found)
+                jax.tree.map(lambda leaf: leaf.delete(), [params[name] for name in names])
+            return found
+
+        def norms(name):
+            return [params[name]["scale"][i].astype(dtype) if name in params else None for i in range(count)]
+
+        columns = (
+            *(norms(name) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
+            kernels("query", "key", "value"),
+            kernels("output"),
+            kernels("gate", "up"),
+            kernels("down"),
         )
+        return [cls(*row) for row in zip(*columns)]
+
+
+def _layer(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 def normalized(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

@@ -8,6 +8,10 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer,
 MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; several images share them. Default: as in training", lower_bound=1
 )
+DTYPE = flags.DEFINE_enum(
+    "dtype", "", ["", "float32", "bfloat16", "int8"],
+    "Of the weights; int8: a quarter of float32. Default: bfloat16, and float32 on a CPU",
+)  # fmt: skip
 SYSTEM = flags.DEFINE_string("system", "", "The system message; empty: the model's own")
 STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer; may be given several times")
 SAMPLING = (

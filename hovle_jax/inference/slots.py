@@ -17,7 +17,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from hovle_jax.inference.layer import LayerWeights, normalized, run_layer
 from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, most_likely, penalized
@@ -159,28 +158,29 @@ class Slots:
         )
 
 
-def fused(params: dict, hovle: HoVLE, int8: bool = False) -> dict:
+def fused(params: dict, hovle: HoVLE, int8: bool = False, consume: bool = False) -> dict:
     """Parameters {'embedding', 'llm'} as the programs here take them.
 
     'embedding' and 'llm' without their layers are in the compute type, as the modules would convert them at every step;
     'layers' {'embedding', 'llm'} are `LayerWeights`, and 'head' is the LLM's; these two in int8 where it is asked for.
+
+    Args:
+      consume: the parameters given are deleted where they were read, so that memory holds the weights about once.
     """
     c, dtype = hovle.config, jnp.dtype(hovle.execution.dtype)
     stacks = {"embedding": c.embedding.stack if c.embedding else None, "llm": c.llm.stack}
 
-    def layers(tree, count):
-        stacked: dict = traverse_util.flatten_dict(tree.get("stack", {}).get("layers", {}))
-        layer = lambda i: traverse_util.unflatten_dict({path: leaf[i] for path, leaf in stacked.items()})
-        return [LayerWeights.of(layer(i), dtype, int8) for i in range(count)]
+    def layers(name, count):
+        if not count:
+            return []
+        return LayerWeights.of_stack(params[name]["stack"]["layers"], count, dtype, int8, consume)
 
     rest = lambda tree: {key: value for key, value in tree.items() if key not in ("stack", "head")}
     held = {name: jax.tree.map(lambda leaf: leaf.astype(dtype), rest(params[name])) for name in stacks if stacks[name]}
     llm = params["llm"]
     table = held["llm"]["token_embedding"]["embedding"] if c.llm.tied else llm["head"]["kernel"].T
-    return held | {
-        "layers": {name: layers(params[name], stack.num_layers) for name, stack in stacks.items() if stack},
-        "head": kernel_of(table, None, dtype, int8),
-    }
+    made = {name: layers(name, stack.num_layers) for name, stack in stacks.items() if stack}
+    return held | {"layers": made, "head": kernel_of(table, None, dtype, int8)}
 
 
 def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):
@@ -320,7 +320,7 @@ class Made:
     is_new: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("hovle", "reach", "greedy"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("hovle", "reach"), donate_argnames="slots")
 def read_llm(
     params: dict,
     slots: Slots,
@@ -331,7 +331,6 @@ def read_llm(
     *,
     hovle: HoVLE,
     reach: int,
-    greedy: bool = False,
 ) -> tuple[Slots, Made]:
     """The LLM reads a chunk of what `read_embedding` gave, or of tokens where there is no embedding.
 
@@ -340,7 +339,6 @@ def read_llm(
       most: int32 scalar: after a prompt's last chunk the most tokens of the answer, of which the first is made here;
         else 0.
       reach: see `read_embedding`.
-      greedy: see `decode`.
     Returns:
       (slots, Made of one row).
     """
@@ -358,7 +356,7 @@ def read_llm(
     logits = _logits(params, hovle, jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
     slots = dataclasses.replace(slots, llm=caches, length=slots.length.at[slot].add(chunk.count))
     rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1)
-    token, made = _choose(logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0, greedy)
+    token, made = _choose(logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0)
     left = jnp.where(jnp.any(token[0] == slots.stops[slot]), 0, jnp.maximum(most - 1, 0))
     slots = dataclasses.replace(
         slots,
@@ -370,7 +368,7 @@ def read_llm(
     return slots, made
 
 
-def _choose(logits, seen, sampling, index, is_new, greedy):
+def _choose(logits, seen, sampling, index, is_new, greedy=False):
     """`greedy`: static: no row is sampled or penalized, so that the most likely token is all there is to find."""
     token, highest = most_likely(logits)
     logsumexp = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))

@@ -14,9 +14,11 @@ import time
 import jax
 import jax.numpy as jnp
 
-import hovle_jax
+from hovle_jax.conversion.downloads import resolve
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.generate import Prompt
+from hovle_jax.inference.load import load_run
+from hovle_jax.inference.slots import fused
 from hovle_jax.system import malloc
 
 PROMPT = "Write a long story about a robot that learns to paint."
@@ -58,8 +60,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     malloc.keep_freed_memory()
-    answerer = hovle_jax.load(args.checkpoint, slots=1, length=16, dtype=args.dtype).loaded.answerer
-    engines = {n: Engine(answerer, n, args.length) for n in map(int, args.streams.split(","))}
+    folder = resolve(args.checkpoint)
+    answerer = load_run(folder, dtype="" if args.dtype == "int8" else args.dtype).answerer
+    params = fused(answerer.params, answerer.hovle, args.dtype == "int8")
+    engines = {n: Engine(answerer, n, args.length, params=params) for n in map(int, args.streams.split(","))}
     for n, engine in engines.items():
         tokens_per_second(engine, n, 8)  # compiles
     rounds = [
@@ -67,7 +71,7 @@ def main():
         for _ in range(args.rounds)
     ]
     rates = {n: statistics.median(each[n] for each in rounds) for n in engines}
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engines[min(engines)].params))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves((params["layers"], params["head"])))
     read = bandwidth()
     print(
         json.dumps(

@@ -57,9 +57,9 @@ def random_params(hovle, int8: bool) -> dict:
         outputs = {"query": (D, stack.num_heads * C), "key": (D, stack.num_kv_heads * C)}
         outputs |= {"value": outputs["key"], "output": (stack.num_heads * C, D)}
         outputs |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
-        params = {name: {"kernel": draw(*shape)} for name, shape in outputs.items()}
-        params |= {name: {"scale": jnp.ones(D, dtype)} for name in ("attention_norm", "ffn_norm")}
-        return LayerWeights.of(params, dtype, int8)
+        params = {name: {"kernel": draw(1, *shape)} for name, shape in outputs.items()}
+        params |= {name: {"scale": jnp.ones((1, D), dtype)} for name in ("attention_norm", "ffn_norm")}
+        return LayerWeights.of_stack(params, 1, dtype, int8)[0]
 
     P = c.embedding.patch_size
     tables = lambda rows, width: {"embedding": draw(rows, width)}
@@ -100,7 +100,7 @@ def our_answers(side):
     from hovle_jax.model.hovle import HoVLE
     from hovle_jax.model.presets import MODELS
 
-    dtype = {"int8": "bfloat16"}.get(side, side)
+    dtype = {"int8": "float32"}.get(side, side)
     hovle = HoVLE(MODELS["hovle"](), Execution(dtype=dtype, unroll_layers=True))
     params = random_params(hovle, side == "int8")
     answerer = Answerer(hovle, {}, Processor(_Ids(), tokens_per_tile=hovle.config.embedding.tokens_per_tile))
