@@ -83,7 +83,7 @@ def on_tsv(folder: str) -> "tuple[dict[str, str], OnTable, Path]":
     from hovle_jax.evaluation.public.run import evaluate_tsv
 
     found = evaluate_tsv(
-        folder, BENCHMARK.value, TSV.value, RULES.value, SPLIT.value, OUT.value, LIMIT.value, MAX_TILES.value,
+        folder, BENCHMARK.value or "", TSV.value, RULES.value, SPLIT.value, OUT.value, LIMIT.value, MAX_TILES.value,
         MAX_NEW_TOKENS.value or 0, say,
     )  # fmt: skip
     return found.about | {"checkpoint": folder}, found, found.files["predictions"]

@@ -96,7 +96,8 @@ def test_a_row_of_popes_in_three_categories_counts_in_each(tmp_path):
 
 
 def words(row, images=1, **more):
-    return PUBLIC[row].prompt(Item(("image",) * images, (("why?", None),), ("x",), **more))
+    image = decode_image(broken.encoded(0, size=(9, 5)))
+    return PUBLIC[row].prompt(Item((image,) * images, (("why?", None),), ("x",), **more))
 
 
 def test_questions_have_internvls_words():
@@ -113,6 +114,8 @@ def test_questions_have_internvls_words():
     several = words("mmmu", images=2, **two)
     assert several.turns[0][0] == f"Image-1: <image>\nImage-2: <image>\n{letters}" and several.max_tiles == (12, 12)
     assert words("mmmu", images=8).max_tiles == (8,) * 8 and words("mmmu", images=100).max_tiles == (1,) * 100
+    assert [image.size for image in several.images] == [(18, 10), (9, 5)]  # MMMU's first one is enlarged
+    assert words("ai2d", **two).images[0].size == (9, 5)
     own = prompts.tiled(prompts.as_asked, None)(Item(("a", "b"), (("<image> or <image>?", None),), ("x",)))
     assert own.turns[0][0] == "<image> or <image>?" and own.max_tiles == (None, None)
 
@@ -246,6 +249,8 @@ def test_answers_that_are_not_known_are_submitted(tmp_path):
     rows = tables.rows_of("docvqa", PUBLIC["docvqa"], answer="", questionId=17)
     found = asked(tmp_path, "docvqa", rows)
     assert (found.rule_set, found.split) == ("", "test") and "rrc.cvc.uab.es" in found.benchmark.server
+    with pytest.raises(UserError, match="has no answers, so no rules can score it: leave --rules out"):
+        asked(tmp_path, "docvqa", rows, rule_set="internvl")
     assert asked(tmp_path, "mmbench", rule_set="internvl").rule_set == ""  # InternVL leaves all to the server
 
 

@@ -174,6 +174,7 @@ def test_the_interval_of_a_mean_is_wilsons():
         assert score.interval == pytest.approx([scale * end for end in wilson_interval(0.75 * 39, 39)])
     right = rules.scored("GQA", "val", VLMEVALKIT, map(Case.of, rows[1:4]))
     assert right.interval == pytest.approx([100 * end for end in wilson_interval(3, 3)])
+    assert right.interval[1] == right.value == 100
     alone = rules.scored("GQA", "val", VLMEVALKIT, map(Case.of, rows[:1]))
     assert alone.interval == pytest.approx([100 * end for end in wilson_interval(0, 1)])
     rows = [{"index": i, "answer": "a", "prediction": "ab"[i % 2], "category": FORMULA} for i in range(40)]

@@ -5,7 +5,7 @@ import math
 Z95 = 1.959964  # of the standard normal distribution, two-sided
 
 
-def wilson_interval(right: float, count: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(right: float, count: float, z: float = Z95) -> tuple[float, float]:
     """The interval of a share of successes, as fractions; z: how many standard deviations it reaches."""
     share = right / count
     scale = 1 + z**2 / count

@@ -50,20 +50,30 @@ def by_letter(item: Item) -> str:
     return "\n".join([*lines, ENDINGS[bool(item.options), chinese]])
 
 
-def tiled(words: Words, max_tiles: int | None) -> Callable[[Item], Prompt]:
+def tiled(words: Words, max_tiles: int | None, enlarged: int = 1) -> Callable[[Item], Prompt]:
     """What asks a model with these words, after the images.
 
     Several images have their numbers before them ('Image-1: '). Marks in the question itself stay where they are.
 
     Args:
       max_tiles: of each image, fewer where there are many images; None = the model's own.
+      enlarged: how many times the first image is made as wide and as high, before it is cut.
     """
-    return functools.partial(_prompt, words, max_tiles)
+    return functools.partial(_prompt, words, max_tiles, enlarged)
 
 
-def _prompt(words, max_tiles, item):
-    text, count = words(item), len(item.images)
+def _prompt(words, max_tiles, enlarged, item):
+    text, images = words(item), item.images
+    count = len(images)
+    if enlarged > 1 and images:
+        images = (_enlarged(images[0], enlarged), *images[1:])
     if count > 1 and IMAGE_MARK not in text:
         text = "".join(f"Image-{i + 1}: {IMAGE_MARK}\n" for i in range(count)) + text
     limit = max_tiles and max(1, min(max_tiles, MOST_TILES // max(1, count)))
-    return Prompt((*item.turns[:-1], (text, None)), item.images, item.system, (limit,) * count)
+    return Prompt((*item.turns[:-1], (text, None)), images, item.system, (limit,) * count)
+
+
+def _enlarged(image, times):
+    from PIL import Image
+
+    return image.resize((image.width * times, image.height * times), Image.Resampling.BILINEAR)

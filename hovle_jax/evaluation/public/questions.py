@@ -107,9 +107,12 @@ def _scorer(benchmark, rows, rule_set) -> tuple[str, Rule | None]:
         if rule_set:
             rules.find(benchmark.title, rule_set)  # says why not
         return "", None
+    answers = any(row.get("answer") for row in rows)
+    if rule_set and not answers:
+        raise UserError(f"{rows[0].path} has no answers, so no rules can score it: leave --rules out")
     rule_set = rule_set or benchmark.rules
     rule = rules.find(benchmark.title, rule_set)
-    if any(row.get("answer") for row in rows) and rule.aggregate:
+    if answers and rule.aggregate:
         return rule_set, rule
     if not benchmark.submission:
         raise UserError(

@@ -125,7 +125,9 @@ def _ask(folder, asked, settings, answers, say):
     if not rows:
         return
     words, tokens = asked.benchmark.words, settings["max_new_tokens"]
-    benchmark = dataclasses.replace(asked.benchmark, prompt=tiled(words, settings["max_tiles"]), max_new_tokens=tokens)
+    benchmark = dataclasses.replace(
+        asked.benchmark, prompt=tiled(words, settings["max_tiles"], asked.benchmark.enlarged), max_new_tokens=tokens
+    )
     loaded = load_run(folder, benchmark.components)
     given = benchmark.asked(loaded, asked.items(rows))
     for row, one in zip(rows, track(given, say, name, benchmark.unit, len(rows)), strict=True):

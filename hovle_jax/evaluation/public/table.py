@@ -28,6 +28,7 @@ class Public(Benchmark):
       answer: what its answers are, one of KINDS. 'judged': free text, which only a judge model scores.
       words: an item -> what the model is asked; `prompt` adds the images and their tiles.
       max_tiles: of an image, as InternVL's published numbers have it.
+      enlarged: of MMMU the first image is enlarged twice, as by VLMEvalKit's adapter of InternVL.
       rules: the rule set that scores it unless another one is named.
       split: the data's split, where the TSV does not say it.
       only: the TSV's splits that are asked where it has one of them; empty = all.
@@ -40,6 +41,7 @@ class Public(Benchmark):
     answer: str = TEXT
     words: Words = prompts.in_a_word
     max_tiles: int = TILES
+    enlarged: int = 1
     rules: str = VLMEVALKIT
     split: str = "test"
     only: Sequence[str] = ()
@@ -52,7 +54,7 @@ def _row(title: str, **more) -> Public:
     judged = row.answer == JUDGED
     return dataclasses.replace(
         row,
-        prompt=tiled(row.words, row.max_tiles),
+        prompt=tiled(row.words, row.max_tiles, row.enlarged),
         metric="judged" if judged else rules.find(title, row.rules).metric,
         max_new_tokens=row.max_new_tokens if "max_new_tokens" in more else {YES_NO: 16, LETTER: 16}.get(row.answer, 64),
         batch_size=max(4, MOST_TILES_AT_ONCE // row.max_tiles),
@@ -84,7 +86,10 @@ PUBLIC: dict[str, Public] = {
     "mmbench": _choice(
         "MMBench", split="dev", only=("dev",), server="MMBench's server (test split)", submission=ROWS
     ),
-    "mmmu": _choice("MMMU", answer=LETTER_OR_TEXT, split="validation", only=("validation", "val"), max_tiles=12),
+    "mmmu": _choice(
+        "MMMU", answer=LETTER_OR_TEXT, split="validation", only=("validation",), max_tiles=12,
+        enlarged=2,
+    ),
     "seed": _choice("SEED", split="image"),
     "scienceqa": _choice("ScienceQA"),
     "ai2d": _choice("AI2D"),

@@ -24,7 +24,7 @@ def interval(rule: Rule, scored: Scored) -> tuple[float, float]:
     error = _standard_error(rule, units)
     count = share * (1 - share) / error**2 if error and 0 < share < 1 else len(units)
     low, high = wilson_interval(share * count, count)
-    return full * low, full * high
+    return full * min(low, share), full * max(high, share)  # at 0 and 1 the formula is off by a rounding
 
 
 def units_of(rule: Rule, scored: Scored) -> list[list]:
