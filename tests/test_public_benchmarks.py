@@ -20,6 +20,7 @@ from hovle_jax.evaluation.public.table import JUDGED, KINDS, PUBLIC
 from hovle_jax.evaluation.public.tsv import read_table, texts
 from hovle_jax.inference.load import load_run
 from tests import broken, micro, tables
+from tests.test_commands import ROOT, command
 
 NAMED = (
     "TextVQA DocVQA InfoVQA ChartQA GQA OCRBench POPE MME HallusionBench MMBench MMMU SEED ScienceQA AI2D MM-Vet "
@@ -89,6 +90,24 @@ def test_other_rule_sets_score_the_same_file(tmp_path):
 def test_a_row_of_popes_in_three_categories_counts_in_each(tmp_path):
     found = asked(tmp_path, "pope")
     assert [case.category for case in found.cases(lambda row: "yes")] == ["random", "popular"] * 2
+
+
+def test_the_docs_have_the_table():
+    words = {
+        prompts.in_a_word: "word", prompts.in_a_word_on_its_line: "word", prompts.yes_or_no: "yes or no",
+        prompts.as_asked: "as it is", prompts.by_letter: "letter",
+    }  # fmt: skip
+    listed = {}
+    for line in (ROOT / "docs" / "evaluation.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `") and len(cells) == 6 and cells[0].strip("`") in PUBLIC:
+            listed[cells[0].strip("`")] = cells[1:]
+    assert list(listed) == list(PUBLIC)
+    for name, row in PUBLIC.items():
+        asked_in = words[row.words] + ", or directly" * (name == "mmmu")
+        judged = row.answer == JUDGED
+        scored_by = "judge" if judged else row.rules + "; test: server" * bool(row.server)
+        assert listed[name] == [row.split, asked_in, str(row.max_tiles), scored_by, "-" if judged else row.metric]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,6 +366,24 @@ def test_scores_are_kept_with_what_they_are_of(says, run_folder, tmp_path):
     details = found.details()
     assert details["report"]["f1"] == {"random": pytest.approx(2 / 3), "popular": pytest.approx(2 / 3)}
     assert json.loads(json.dumps(details)) == details
+
+
+def test_the_command_prints_what_a_score_is_of(says, run_folder, tmp_path):
+    says(lambda item: "yes")
+    path = tables.write(tmp_path / "POPE.tsv", tables.rows_of("pope", PUBLIC["pope"]))
+    evaluate_tsv(run_folder, "pope", path, out=tmp_path, say=quiet)  # so that the command need not ask
+    line = (
+        f"--checkpoint {run_folder} --benchmark pope --tsv {path} --rules vlmevalkit --limit 1 --out {tmp_path} --json"
+    )
+    done = command("evaluate", *line.split())
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    del printed["seconds"], printed["95% interval"], printed["report"]
+    assert printed == {
+        "benchmark": "POPE", "split": "test", "rules": "vlmevalkit", "checkpoint": str(run_folder), "of": 100,
+        "F1 of all": 100.0, "questions": 1, "results": str(tmp_path / "results_POPE.json"),
+        "predictions": str(next(tmp_path.glob("instruct_POPE.*"))),
+    }  # fmt: skip
 
 
 def test_vlmevalkit_can_score_the_predictions_again(says, run_folder, tmp_path, monkeypatch):
