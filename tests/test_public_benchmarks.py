@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +61,7 @@ def test_each_benchmark_is_read_asked_and_scored(name, tmp_path):
     found = asked(tmp_path, name)
     items = list(found.items(found.rows))
     asks = [found.benchmark.prompt(item) for item in items]
+    assert found.without_image == 0
     assert len(items) == 2 and all(item.images[0].size == (broken.SIDE, broken.SIDE) for item in items)
     assert all(f"what is it, {i}?" in one.turns[0][0] for i, one in enumerate(asks))
     assert all(one.max_tiles == (found.benchmark.max_tiles,) for one in asks)
@@ -262,6 +265,17 @@ def test_a_limit_keeps_whole_questions(tmp_path):
              for i, row in enumerate(tables.rows_of("mme", PUBLIC["mme"], 6))]  # fmt: skip
     assert len(asked(tmp_path, "mme", pairs, limit=1).rows) == 2
     assert len(asked(tmp_path, "gqa", limit=1).rows) == len(asked(tmp_path, "mmvet", limit=1).rows) == 1
+
+
+def test_rows_without_an_image_are_left_out_and_counted(says, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hovle_jax.evaluation.public.submissions.has_excel", lambda: False)
+    items = says(lambda item: "red")
+    rows = tables.rows_of("gqa", PUBLIC["gqa"], 3)
+    path = tables.write(tmp_path / "GQA.tsv", [rows[0], rows[1] | {"image": ""}, rows[2]])
+    found = evaluate_tsv(run_folder, "gqa", path, out=tmp_path, say=quiet)
+    assert [item.question for item in items] == ["what is it, 0?", "what is it, 2?"]
+    assert found.details()["rows without an image"] == 1 and found.scores["accuracy"] == 100
+    assert [row["index"] for row in tables.read(found.files["predictions"])] == ["0", "2"]
 
 
 def test_answers_that_are_not_known_are_submitted(tmp_path):
@@ -477,6 +491,16 @@ def test_answers_of_something_else_are_not_taken(changes, match, says, run_folde
     tables.write(path, tables.rows_of("gqa", PUBLIC["gqa"], changes.pop("rows", 2)))
     with pytest.raises(UserError, match=match):
         evaluate_tsv(run_folder, "gqa", path, out=tmp_path, say=quiet, **changes)
+
+
+def test_a_model_that_was_trained_further_is_asked_again(says, run_folder, tmp_path):
+    says(lambda item: "red")
+    shutil.copytree(run_folder, tmp_path / "instruct")
+    path = tables.write(tmp_path / "GQA.tsv", tables.rows_of("gqa", PUBLIC["gqa"]))
+    evaluate_tsv(tmp_path / "instruct", "gqa", path, say=quiet)
+    os.utime(tmp_path / "instruct" / "model" / "config.json", (2e9, 2e9))
+    with pytest.raises(UserError, match="model written='.*', not '2033-05-18T03:33:20"):
+        evaluate_tsv(tmp_path / "instruct", "gqa", path, say=quiet)
 
 
 def test_a_folder_that_cannot_be_written_or_has_other_files(says, run_folder, tmp_path):

@@ -1,5 +1,6 @@
 """A file that answers are added to as they come, so that an interrupted evaluation goes on where it was."""
 
+import datetime
 import hashlib
 import json
 import pathlib
@@ -89,6 +90,7 @@ def fingerprint(table: Table) -> str:
     return digest.hexdigest()[:16]
 
 
-def age_of_model(folder: pathlib.Path) -> int:
-    """When the newest file of a model was written, in ns since 1970: another one after more training."""
-    return max(path.stat().st_mtime_ns for path in (folder / "model").rglob("*"))
+def written(folder: pathlib.Path) -> str:
+    """When the newest file of a model was written: another time after more training."""
+    newest = max(path.stat().st_mtime for path in (folder / "model").rglob("*"))
+    return datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).isoformat()

@@ -71,13 +71,10 @@ def choose(benchmark: Public, table: Table, rule_set: str = "", split: str = "",
         raise UserError(f"{table.path} has no row with an image" + (f" in split {split!r}" if split else ""))
     rule_set, rule = _scorer(benchmark, seen, rule_set)
     for row in seen:
-        _check(benchmark, row, bool(rule_set))
-    if rule:
-        seen = _first_units(benchmark, rule, seen, limit)
-    elif limit:
-        seen = seen[:limit]
-    asked = Asked(benchmark, table, tuple(seen), _split(benchmark, seen, split), rule_set, len(rows) - len(seen))
-    asked = dataclasses.replace(asked, without_image=sum(not row.has_image for row in rows))
+        _check(benchmark, row, bool(rule))
+    kept = _first_units(benchmark, rule, seen, limit) if rule else seen[: limit or None]
+    name = _split(benchmark, kept, split)
+    asked = Asked(benchmark, table, tuple(kept), name, rule_set, without_image=len(rows) - len(seen))
     if rule:
         _check_report(rule, asked.cases(lambda row: ""))
     return asked

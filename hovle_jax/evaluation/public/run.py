@@ -10,7 +10,7 @@ from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import rules
 from hovle_jax.evaluation.benchmarks import find_public
-from hovle_jax.evaluation.public.answers import AnswerFile, age_of_model, fingerprint
+from hovle_jax.evaluation.public.answers import AnswerFile, fingerprint, written
 from hovle_jax.evaluation.public.prompts import tiled
 from hovle_jax.evaluation.public.questions import Asked, choose
 from hovle_jax.evaluation.public.submissions import has_excel, write_json, write_rows
@@ -108,7 +108,7 @@ def _settings(folder, asked, max_tiles, max_new_tokens):
     own = benchmark.max_tiles if load_model_config(folder).max_tiles > 1 else 1
     return {
         "checkpoint": str(folder.resolve()),
-        "model": age_of_model(folder),
+        "model written": written(folder),
         "tsv": asked.table.path.name,
         "cells": fingerprint(asked.table),
         "benchmark": benchmark.title,
