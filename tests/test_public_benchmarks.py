@@ -369,7 +369,9 @@ def test_scores_are_kept_with_what_they_are_of(says, run_folder, tmp_path):
     evaluate_tsv(run_folder, "pope", path, "lmms-eval", out=tmp_path, say=quiet)
     evaluate_tsv(run_folder, "pope", path, "lmms-eval", out=tmp_path, say=quiet)
     assert len(items) == 2  # other rules score the same answers
+    evaluate_tsv(run_folder, "pope", path, limit=1, out=tmp_path, say=quiet)  # replaces no score of all questions
     scores = json.loads((tmp_path / "results_POPE.json").read_text())["scores"]
+    assert scores.pop()["questions"] == 1
     assert [(one["benchmark"], one["split"], one["rules"], round(one["value"], 3), one["of"]) for one in scores] == [
         ("POPE", "test", "internvl", 66.667, 100), ("POPE", "test", "vlmevalkit", 66.667, 100),
         ("POPE", "test", "lmms-eval", 0, 1),

@@ -168,14 +168,13 @@ def _write_score(target, found):
         return {}
     path = target / f"results_{found.asked.table.path.stem}.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["scores"] if path.is_file() else []
-    same = lambda one: all(one.get(name) == value for name, value in found.about.items())
-    score = found.score
-    entry = found.about | {
+    score, key = found.score, found.about | {"questions": len(found.asked.rows)}
+    same = lambda one: all(one.get(name) == value for name, value in key.items())
+    entry = key | {
         "metric": score.metric,
         "value": score.value,
         "of": score.full,
         "95% interval": list(score.interval),
-        "questions": len(found.asked.rows),
         "settings": dict(found.settings),
         "report": score.report,
     }
