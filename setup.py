@@ -58,6 +58,7 @@ setup(
         "data": ["pyarrow>=14", "gcsfs"],  # Parquet files; gs:// URLs
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "serve": SERVE,
+        "evaluate": ["openpyxl>=3.1"],  # predictions as VLMEvalKit and MMBench's server have them, .xlsx
         "wandb": ["wandb>=0.17"],  # train --track wandb
         "trackio": ["trackio>=0.20"],  # train --track trackio
         "benchmark": ["torch", "torchvision"],  # the peers of tests/benchmarks

@@ -3,6 +3,7 @@
     python -m hovle_jax.evaluate --checkpoint runs/instruct --benchmark easy_vqa
     python -m hovle_jax.evaluate --checkpoint runs/contrast --benchmark easy_vqa_zero_shot --json
     python -m hovle_jax.evaluate --checkpoint runs/instruct --data rows.jsonl --scorer exact
+    python -m hovle_jax.evaluate --checkpoint hovle --benchmark pope --tsv POPE.tsv --rules vlmevalkit
 
 All answers are written to predictions_NAME.jsonl in the checkpoint's folder, or to predictions.jsonl in --out
 (docs/evaluation.md).
@@ -20,20 +21,32 @@ from hovle_jax.errors import UserError
 from hovle_jax.system import command_line
 
 if TYPE_CHECKING:
+    from hovle_jax.evaluation.public.run import OnTable
     from hovle_jax.evaluation.results import Scored
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run or an import: runs/instruct")
 BENCHMARK = flags.DEFINE_string(
-    "benchmark", None, "easy_vqa (the default), easy_vqa_captions, or easy_vqa_zero_shot for a contrast run"
+    "benchmark",
+    None,
+    "easy_vqa (the default), easy_vqa_captions, or easy_vqa_zero_shot for a contrast run; with --tsv a public one: "
+    "textvqa, docvqa, infovqa, chartqa, gqa, ocrbench, pope, mme, hallusionbench, mmbench, mmmu, seed, scienceqa, "
+    "ai2d, mmvet or mathvista",
 )
+TSV = flags.DEFINE_string("tsv", "", "The questions of a public benchmark, as VLMEvalKit has them: POPE.tsv")
+RULES = flags.DEFINE_string(
+    "rules", "", "Who says how a public benchmark is scored: vlmevalkit, lmms-eval or internvl; default: by benchmark"
+)
+SPLIT = flags.DEFINE_string("split", "", "The split of --tsv, of a file that has several; default: by benchmark")
 DATA = flags.DEFINE_string("data", "", "In place of a benchmark: any source that training reads, as rows.jsonl")
 SCORER = flags.DEFINE_string("scorer", "exact", "How --data is scored: exact, relaxed, anls, choice or vqa")
-OUT = flags.DEFINE_string("out", "", "The folder for predictions.jsonl; default: the checkpoint's")
+OUT = flags.DEFINE_string("out", "", "The folder for predictions and scores; default: the checkpoint's")
 LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many items, of --data rows (0: all)", lower_bound=0)
 MAX_TILES = flags.DEFINE_integer(
-    "max_tiles", None, "The most tiles of an image; default: as in training", lower_bound=1
+    "max_tiles", None, "The most tiles of an image; default: as in training, with --tsv by benchmark", lower_bound=1
 )
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer to --data, in tokens", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "The longest answer to --data (64) or --tsv (by benchmark), in tokens", lower_bound=1
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else")
 
 
@@ -48,8 +61,6 @@ def on_benchmark(folder: str) -> "tuple[dict[str, str], Scored, Path]":
     from hovle_jax.evaluation.own_data import predictions_path
     from hovle_jax.evaluation.results import write_predictions
 
-    if flags.FLAGS["scorer"].present:
-        raise UserError("--scorer is for --data; a benchmark has its own")
     name = BENCHMARK.value or "easy_vqa"
     scored = evaluate(folder, name, LIMIT.value, MAX_TILES.value, say)
     path = predictions_path(folder, name, OUT.value)
@@ -62,19 +73,44 @@ def on_data(folder: str) -> "tuple[dict[str, str], Scored, Path]":
     from hovle_jax.evaluation.own_data import evaluate_data
 
     scored, path = evaluate_data(
-        folder, DATA.value, SCORER.value, OUT.value, LIMIT.value, MAX_TILES.value, MAX_NEW_TOKENS.value, say
+        folder, DATA.value, SCORER.value, OUT.value, LIMIT.value, MAX_TILES.value, MAX_NEW_TOKENS.value or 64, say
     )
     return {"data": DATA.value, "checkpoint": folder, "scorer": SCORER.value}, scored, path
 
 
+def on_tsv(folder: str) -> "tuple[dict[str, str], OnTable, Path]":
+    """The same of --tsv."""
+    from hovle_jax.evaluation.public.run import evaluate_tsv
+
+    found = evaluate_tsv(
+        folder, BENCHMARK.value or "", TSV.value, RULES.value, SPLIT.value, OUT.value, LIMIT.value, MAX_TILES.value,
+        MAX_NEW_TOKENS.value or 0, say,
+    )  # fmt: skip
+    return found.about | {"checkpoint": folder}, found, found.files["predictions"]
+
+
+def check_flags() -> None:
+    """Raises UserError for flags that do not go together, so that none is dropped."""
+    if DATA.value and (BENCHMARK.value or TSV.value):
+        raise UserError("--benchmark and --data exclude each other: a benchmark has data of its own")
+    if TSV.value and not BENCHMARK.value:
+        raise UserError("--tsv needs --benchmark, which says how its questions are asked and scored: --benchmark pope")
+    if not DATA.value and flags.FLAGS["scorer"].present:
+        raise UserError("--scorer is for --data; a benchmark has its own")
+    for flag in (RULES, SPLIT):
+        if flag.value and not TSV.value:
+            raise UserError(f"--{flag.name} is for --tsv")
+    if MAX_NEW_TOKENS.value and not (DATA.value or TSV.value):
+        raise UserError("--max_new_tokens is for --data and --tsv; easy-VQA has its own")
+
+
 def main() -> None:
     folder = command_line.local_folder("checkpoint")
-    if DATA.value and BENCHMARK.value:
-        raise UserError("--benchmark and --data exclude each other: a benchmark has data of its own")
+    check_flags()
     from hovle_jax.conversion.downloads import resolve
 
     started, folder = time.time(), str(resolve(folder))
-    about, scored, path = on_data(folder) if DATA.value else on_benchmark(folder)
+    about, scored, path = on_tsv(folder) if TSV.value else on_data(folder) if DATA.value else on_benchmark(folder)
     result = about | scored.scores | scored.details() | {"predictions": str(path)}
     result["seconds"] = round(time.time() - started, 1)
     if JSON.value:

@@ -122,6 +122,12 @@ MISTAKES = {
     "unknown benchmark": ("evaluate --checkpoint TMP --benchmark mmlu", ["'mmlu'", "easy_vqa_zero_shot"]),
     "unknown scorer": ("evaluate --checkpoint TMP --data rows.jsonl --scorer bleu", ["'bleu'", "exact, relaxed, anls"]),
     "absent data": ("evaluate --checkpoint TMP --data TMP/rows.jsonl", ["no file at TMP/rows.jsonl"]),
+    "public benchmark without a file": ("evaluate --checkpoint TMP --benchmark pope", ["pope", "--tsv FILE.tsv"]),
+    "file without a benchmark": ("evaluate --checkpoint TMP --tsv POPE.tsv", ["--tsv needs --benchmark"]),
+    "absent TSV": ("evaluate --checkpoint TMP --benchmark pope --tsv TMP/a.tsv", ["no TSV file at TMP/a.tsv"]),
+    "rules without a file": ("evaluate --checkpoint TMP --rules internvl", ["--rules is for --tsv"]),
+    "scorer of a benchmark": ("evaluate --checkpoint TMP --scorer anls", ["--scorer is for --data"]),
+    "length of a benchmark's answers": ("evaluate --checkpoint TMP --max_new_tokens=9", ["--max_new_tokens is for"]),
     "benchmark and data": (
         "evaluate --checkpoint TMP --data TMP/rows.jsonl --benchmark easy_vqa", ["--benchmark and --data exclude"]
     ),

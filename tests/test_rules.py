@@ -8,6 +8,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.evaluation import rules
 from hovle_jax.evaluation.rules import Case, mmmu, yes_no
 from hovle_jax.evaluation.rules.table import RULES
+from hovle_jax.evaluation.wilson import wilson_interval
 from tests.rule_cases import ANIMALS, BY_HAND, FORMULA, asked
 from tests.shared import golden
 
@@ -163,6 +164,38 @@ def test_a_question_of_mmbench_counts_where_all_rotations_are_right():
     assert (value, found["accuracy"]["split"], found["accuracy"]["Overall"]) == (0.5, ["test", "dev"], [1, 0])
     with pytest.raises(UserError, match="index 'x' is no number"):
         report("MMBench", VLMEVALKIT, [{**rows[0], "index": "x"}])
+
+
+def test_the_interval_of_a_mean_is_wilsons():
+    rows = [{"index": i, "answer": "left", "prediction": "left" if i % 4 else "right"} for i in range(40)]
+    for rule_set, scale in ((VLMEVALKIT, 100), (LMMS_EVAL, 1)):
+        score = rules.scored("GQA", "val", rule_set, map(Case.of, rows))
+        # The jackknife's variance is that of a sample, so it has one question less.
+        assert score.interval == pytest.approx([scale * end for end in wilson_interval(0.75 * 39, 39)])
+    right = rules.scored("GQA", "val", VLMEVALKIT, map(Case.of, rows[1:4]))
+    assert right.interval == pytest.approx([100 * end for end in wilson_interval(3, 3)])
+    assert right.interval[1] == right.value == 100
+    alone = rules.scored("GQA", "val", VLMEVALKIT, map(Case.of, rows[:1]))
+    assert alone.interval == pytest.approx([100 * end for end in wilson_interval(0, 1)])
+    rows = [{"index": i, "answer": "a", "prediction": "ab"[i % 2], "category": FORMULA} for i in range(40)]
+    counted = rules.scored("OCRBench", "test", VLMEVALKIT, map(Case.of, rows))
+    assert counted.value == 20 and counted.interval == pytest.approx([40 * end for end in wilson_interval(19.5, 39)])
+
+
+def test_what_stands_or_falls_together_makes_an_interval_wider():
+    """Rotations of one question, the pair of an image, a row in three categories."""
+    repeated = [row for i in range(30) for row in rotated(i, *("AB" if i % 3 else "AA"))]
+    assert rules.scored("MMBench", "dev", VLMEVALKIT, map(Case.of, repeated)).interval == pytest.approx(
+        wilson_interval(20 * 29 / 30, 29)
+    )
+    pairs = [{"answer": "yes", "category": "count", "image": str(i), "prediction": "yes" if i % 2 else "no"}
+             for i in range(30) for _ in range(2)]  # fmt: skip
+    low, high = rules.scored("MME", "test", VLMEVALKIT, map(Case.of, pairs)).interval
+    assert low < 100 < high and high - low > 50  # 200 points of pairs, 30 of them
+    once = [{"index": i, "answer": "yes", "prediction": "yes" if i % 2 else "no", "category": "a"} for i in range(60)]
+    thrice = [row | {"category": name} for row in once for name in "abc"]
+    first, again = (rules.scored("POPE", "test", INTERNVL, map(Case.of, cases)).interval for cases in (once, thrice))
+    assert first == pytest.approx(again) and 0 < first[0] < 200 / 3 < first[1] < 100
 
 
 def test_a_case_of_a_row_has_texts():

@@ -10,9 +10,10 @@ from hovle_jax.config import ExecutionConfig
 from hovle_jax.evaluation import summary
 from hovle_jax.evaluation.benchmark import Answered, Benchmark, Item
 from hovle_jax.evaluation.easy_vqa import QUESTIONS, ZERO_SHOT
-from hovle_jax.evaluation.intervals import MeanScore, wilson_interval
+from hovle_jax.evaluation.intervals import MeanScore
 from hovle_jax.evaluation.results import Scored
 from hovle_jax.evaluation.scorers import anls, exact
+from hovle_jax.evaluation.wilson import wilson_interval
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.report.page import Sample
 from hovle_jax.training import loop

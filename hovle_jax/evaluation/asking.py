@@ -56,7 +56,7 @@ def generated(loaded: Loaded, prompt: Callable[..., Prompt], max_new_tokens: int
 
     def sample_of(item):
         asked = prompt(item)
-        sample = answerer.processor.sample(asked.turns, asked.images, asked.system)
+        sample = answerer.processor.sample(asked.turns, asked.images, asked.system, asked.max_tiles)
         check_lengths(answerer.hovle.config.llm, len(sample.tokens), max_new_tokens, len(sample.tiles))
         return sample
 

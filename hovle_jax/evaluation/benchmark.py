@@ -93,17 +93,19 @@ class Benchmark:
     at_the_end: int = 0
 
     def answered(self, loaded: Loaded, items: Iterable[Item | BadEvent]) -> Iterator[Answered | BadEvent]:
-        """Asks a model, some batches at a time, so that of a large source little is in memory. In order."""
+        """Asks a model, and scores its answers. In order."""
+        for one in self.asked(loaded, items):
+            yield one if isinstance(one, BadEvent) else self._scored(*one)
+
+    def asked(self, loaded: Loaded, items: Iterable[Item | BadEvent]) -> Iterator[tuple[Item, str] | BadEvent]:
+        """Each item with a model's answer, some batches at a time, so that of a large source little is in memory."""
         ask = self.ask(loaded, self.prompt, self.max_new_tokens, self.batch_size)
         for chunk in batched(items, BATCHES_AT_ONCE * self.batch_size):
             answers = iter(ask([item for item in chunk if isinstance(item, Item)]))
             for item in chunk:
-                yield self._scored(item, next(answers)) if isinstance(item, Item) else item
+                yield _with_answer(item, next(answers)) if isinstance(item, Item) else item
 
     def _scored(self, item, answer):
-        if isinstance(answer, BadSample):
-            file, row = item.where
-            return BadEvent(-1, "", file, row, answer.reason, answer.detail)
         return Answered(item, answer, self.scorer(answer, item.references, item.options))
 
     def means(self, answered: Sequence[Answered]) -> dict[str, MeanScore]:
@@ -131,6 +133,13 @@ class Benchmark:
         """{name: percent, ..., unit: count}, the main one first."""
         means = {name: round(mean.percent, 3) for name, mean in self.means(answered).items()}
         return means | {self.unit: len(answered)}
+
+
+def _with_answer(item, answer):
+    if isinstance(answer, BadSample):
+        file, row = item.where
+        return BadEvent(-1, "", file, row, answer.reason, answer.detail)
+    return item, answer
 
 
 BATCHES_AT_ONCE = 4

@@ -8,6 +8,7 @@ from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import easy_vqa
 from hovle_jax.evaluation.benchmark import Benchmark
+from hovle_jax.evaluation.public.table import PUBLIC, Public
 from hovle_jax.evaluation.results import Scored
 from hovle_jax.inference.folders import check_model_folder
 from hovle_jax.inference.load import load_run
@@ -17,6 +18,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "easy_vqa": easy_vqa.QUESTIONS,
     "easy_vqa_captions": easy_vqa.CAPTIONS,
     "easy_vqa_zero_shot": easy_vqa.ZERO_SHOT,
+    **PUBLIC,
 }
 
 
@@ -25,6 +27,14 @@ def find(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; use one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+def find_public(name: str) -> Public:
+    """A row that reads a TSV. Raises UserError where there is none of this name."""
+    row = find(name)
+    if not isinstance(row, Public):
+        raise UserError(f"{name} reads no TSV: leave --tsv out, or use one of {', '.join(PUBLIC)}")
+    return row
 
 
 def evaluate(
@@ -43,6 +53,8 @@ def evaluate(
       UserError: an unknown benchmark, a run without the needed components, or an item that cannot be asked.
     """
     benchmark = find(name)
+    if isinstance(benchmark, Public):
+        raise UserError(f"{name} has its questions in a TSV of VLMEvalKit: name it with --tsv FILE.tsv")
     check_model_folder(folder)
     loaded = load_run(folder, benchmark.components).with_max_tiles(max_tiles)
     items = list(itertools.islice(benchmark.items(), limit or None))

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 
 from hovle_jax.evaluation.scorers import Scorer
+from hovle_jax.evaluation.wilson import wilson_interval
 from hovle_jax.report.page import plain
-
-Z95 = 1.959964  # of the standard normal distribution, two-sided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +74,3 @@ class MeanScore:
             f"95% CI {low:.1f} to {high:.1f}%; {right} of {self.count:,}; "
             f'always "{self.commonest}" would give {self.baseline:.1f}%'
         )
-
-
-def wilson_interval(right: float, count: int, z: float = Z95) -> tuple[float, float]:
-    """The interval of a share of successes, as fractions; z: how many standard deviations it reaches."""
-    share = right / count
-    scale = 1 + z**2 / count
-    middle = (share + z**2 / (2 * count)) / scale
-    reach = z / scale * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, middle - reach), min(1.0, middle + reach)

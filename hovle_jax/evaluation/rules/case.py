@@ -1,7 +1,7 @@
 """One answered question, what a rule set makes of it, and what a rule is."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from hovle_jax.errors import UserError
@@ -86,6 +86,9 @@ class Rule:
       metric: what that number is called.
       full: that number where every answer is right: 1 = a fraction, 100 = percent.
       needs: the fields of a case that must not be empty, besides the prediction and the answers.
+      unit: a case -> what it stands or falls with: cases of one unit stay together where a part is scored. None = those
+        of one index.
+      sums: the number grows with the cases, as points do; else it is a mean, a share or the like.
     """
 
     score: Callable[[Case], Verdict]
@@ -94,6 +97,13 @@ class Rule:
     metric: str
     full: float = 1
     needs: tuple[str, ...] = ()
+    unit: Callable[[Case], Hashable] | None = None
+    sums: bool = False
+
+    def number(self, scored: Scored) -> float:
+        """The number that stands for the benchmark, of cases that are scored. Not for a rule without `aggregate`."""
+        assert self.aggregate is not None, self.metric
+        return self.main(self.aggregate(scored))
 
     def check(self, case: Case) -> None:
         """Raises UserError for a case that lacks a field which the rule needs."""

@@ -111,10 +111,15 @@ def score_lmms_eval(case: Case) -> Verdict:
 
 def hits(scored: Scored) -> list[tuple[Case, int]]:
     """[(a question's first row, 1 where all of its rotations are right)], by index; none without its first row."""
-    questions = grouped(scored, lambda item: _number(item[0].index) % ROTATIONS)
+    questions = grouped(scored, lambda item: question_of(item[0]))
     firsts = {_number(case.index): case for case, _ in scored if _number(case.index) < ROTATIONS}
     right = {index: all(verdict.score == 1 for _, verdict in rows) for index, rows in questions.items()}
     return [(firsts[index], int(right[index])) for index in sorted(firsts)]
+
+
+def question_of(case: Case) -> int:
+    """The number that the rotations of one question share. Raises UserError for an index that is no number."""
+    return _number(case.index) % ROTATIONS
 
 
 def _number(index):

@@ -6,6 +6,7 @@ from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation.rules.case import Case, Verdict
+from hovle_jax.evaluation.rules.certainty import interval
 from hovle_jax.evaluation.rules.table import SUBMISSION, find
 
 
@@ -18,6 +19,7 @@ class Score:
       metric: what `value` is called.
       value: the main number, as the rule set scales it.
       full: what `value` is where every answer is right: 1 = a fraction, 100 = percent, 1000 and 2800 = points.
+      interval: the 95% confidence interval of `value` (`certainty.interval`).
       report: all that the rule set reports, in its names.
       verdicts: of each case, in the order of the cases.
     """
@@ -28,6 +30,7 @@ class Score:
     metric: str
     value: float
     full: float
+    interval: tuple[float, float]
     report: dict[str, Any]
     verdicts: tuple[Verdict, ...]
 
@@ -49,5 +52,6 @@ def scored(benchmark: str, split: str, rule_set: str, cases: Iterable[Case]) -> 
     for case in cases:
         rule.check(case)
     verdicts = tuple(map(rule.score, cases))
-    report = rule.aggregate(tuple(zip(cases, verdicts, strict=True)))
-    return Score(benchmark, split, rule_set, rule.metric, rule.main(report), rule.full, report, verdicts)
+    pairs = tuple(zip(cases, verdicts, strict=True))
+    report, ends = rule.aggregate(pairs), interval(rule, pairs)
+    return Score(benchmark, split, rule_set, rule.metric, rule.main(report), rule.full, ends, report, verdicts)

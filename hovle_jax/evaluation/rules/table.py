@@ -94,6 +94,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         metric="right answers of 1000",
         full=1000,
         needs=_PARTS,
+        sums=True,
     ),
     ("OCRBench", LMMS_EVAL): Rule(
         score=short_answers.contained_lmms_eval,
@@ -102,6 +103,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         metric="right answers of 1000",
         full=1000,
         needs=_PARTS,
+        sums=True,
     ),
     ("OCRBench", INTERNVL): f"is not in InternVL's repository: use {VLMEVALKIT} or {LMMS_EVAL}",
     ("POPE", VLMEVALKIT): Rule(
@@ -129,6 +131,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         metric="points of 2800",
         full=2800,
         needs=_PAIRS,
+        unit=yes_no.image_of,
     ),
     ("MME", LMMS_EVAL): Rule(
         score=yes_no.read_by(yes_no.beginning_lmms_eval),
@@ -137,6 +140,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         metric="points of 2800",
         full=2800,
         needs=_PAIRS,
+        unit=yes_no.image_of,
     ),
     ("MME", INTERNVL): Rule(
         score=yes_no.read_by(yes_no.beginning_internvl),
@@ -145,6 +149,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         metric="points of 2800",
         full=2800,
         needs=_PAIRS,
+        unit=yes_no.image_of,
     ),
     ("HallusionBench", VLMEVALKIT): Rule(
         score=yes_no.read_by(yes_no.word),
@@ -153,6 +158,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         metric="mean of aAcc, fAcc and qAcc",
         full=100,
         needs=("index", "category", "l2_category"),
+        unit=yes_no.set_of,
     ),
     ("HallusionBench", LMMS_EVAL): f"{_JUDGE}, or use {VLMEVALKIT}",
     ("HallusionBench", INTERNVL): f"is not in InternVL's repository: use {VLMEVALKIT}",
@@ -162,6 +168,7 @@ RULES: dict[tuple[str, str], Rule | str] = {
         main=_circular,
         metric="circular accuracy",
         needs=_CIRCULAR,
+        unit=mmbench.question_of,
     ),
     ("MMBench", LMMS_EVAL): Rule(
         score=mmbench.score_lmms_eval,
@@ -169,8 +176,16 @@ RULES: dict[tuple[str, str], Rule | str] = {
         main=_at("overall"),
         metric="circular accuracy",
         needs=_CIRCULAR,
+        unit=mmbench.question_of,
     ),
-    ("MMBench", INTERNVL): Rule(score=_LEADING, aggregate=None, main=_at(), metric="a submission", needs=_CIRCULAR),
+    ("MMBench", INTERNVL): Rule(
+        score=_LEADING,
+        aggregate=None,
+        main=_at(),
+        metric="a submission",
+        needs=_CIRCULAR,
+        unit=mmbench.question_of,
+    ),
     ("MMMU multiple-choice", VLMEVALKIT): _choice(_INFERRED),
     ("MMMU multiple-choice", LMMS_EVAL): _mean(_MMMU_LMMS_EVAL, name=_WITHOUT_RANDOM, needs=("options",)),
     ("MMMU multiple-choice", INTERNVL): _mean(_MMMU_INTERNVL, name="accuracy", needs=("options",)),

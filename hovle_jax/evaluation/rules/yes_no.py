@@ -130,6 +130,11 @@ def _accuracy(scored):
 # MME
 
 
+def image_of(case: Case) -> tuple[str, str]:
+    """The image whose two questions are one pair."""
+    return case.category, case.image
+
+
 def mme_categories(scored: Scored) -> dict[str, float]:
     """{category: accuracy + accuracy+}, 0 to 200; accuracy+ is the share of images with both questions right.
 
@@ -174,6 +179,11 @@ def mme_internvl(scored: Scored) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # HallusionBench
+
+
+def set_of(case: Case) -> tuple[str, str]:
+    """The set of figures that share their questions. Raises UserError for an index of another form."""
+    return case.l2_category, _hallusion_place(case.index)[0]
 
 
 def hallusion_vlmevalkit(scored: Scored) -> dict[str, Any]:
