@@ -29,7 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hovle_jax", "hovle_jax.*"]),
-    package_data={"hovle_jax.serving": ["page.html"]},
+    package_data={"hovle_jax.serving": ["page.*"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8",  # Linen modules

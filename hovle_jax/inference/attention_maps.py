@@ -66,11 +66,9 @@ class AttentionMaps:
     def of_answer(self) -> np.ndarray:
         """[layers, A, M, g, g] float32: what a tile of g x g visual tokens gave to each token of the answer.
 
-        A token is made at the place before it, so these are the rows from the prompt's last token on. For an empty
-        answer: that row.
+        A token is made at the place before it, so these are the rows from the prompt's last token on.
         """
-        n = len(self.is_image)
-        rows = self.weights[:, self.answer - 1 : max(n - 1, self.answer)][:, :, self.is_image]
+        rows = self.weights[:, self.answer - 1 : -1][:, :, self.is_image]
         side = math.isqrt(int(self.is_image.sum()) // len(self.tiles))
         return rows.reshape(*rows.shape[:2], len(self.tiles), side, side)
 
@@ -105,38 +103,78 @@ def usual_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((0, num_layers // 2, num_layers - 1)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A prompt with its answer, ready to be looked at.
+
+    Attributes:
+      sample: up to the end of the answer.
+      answer: the place of the answer's first token.
+      layers: of the LLM, counted from 0.
+    """
+
+    sample: Sample
+    answer: int
+    layers: tuple[int, ...]
+
+
 def attention_maps(
     answerer: Answerer, prompt: Prompt, answer: str, layers: Sequence[int] | None = None
 ) -> AttentionMaps:
-    """The maps of a prompt and its answer, from one forward pass over both.
+    """The maps of a prompt and its answer, from one forward pass over both; see `passage`."""
+    return watch(answerer, passage(answerer, prompt, answer, layers))
+
+
+def passage(answerer: Answerer, prompt: Prompt, answer: str, layers: Sequence[int] | None = None) -> Passage:
+    """The host's part of `attention_maps`: tokens and tiles.
 
     Args:
       layers: of the LLM, counted from 0; None = `usual_layers`.
     Raises:
-      UserError: no image, marks and images disagree, a layer that is not there, or a text that is too long.
+      UserError: no image, no answer, marks and images disagree, a layer that is not there, or a text that is too long.
     """
-    count = answerer.hovle.config.llm.stack.num_layers
-    layers = usual_layers(count) if layers is None else tuple(dict.fromkeys(layers))
-    _check(answerer, prompt, layers, count)
-    sample, start = _answered(answerer, prompt, answer)
-    n, tiles = len(sample.tokens), len(sample.tiles)
-    check_lengths(answerer.hovle.config.llm, n, 0, tiles)
-    # Few shapes, as each is a program of its own.
-    shape = (_next(REACHES, n), _next(TILES, tiles))
-    batch = prompt_batch(answerer, [sample], *shape)
-    weights = np.asarray(_watched(answerer.params, batch, hovle=answerer.hovle, layers=layers))[:, :n, :n]
-    is_image = sample.tokens == answerer.tokenizer.image_id
-    return AttentionMaps(layers, count, weights, is_image, start, _texts(answerer.tokenizer, sample), sample.tiles)
-
-
-def _check(answerer, prompt, layers, count):
-    if answerer.hovle.config.embedding is None:
-        raise UserError("this model is an LLM alone and sees no images, so it has no attention to them")
+    layers = check_layers(answerer.hovle, layers)
     if not prompt.images:
         raise UserError("attention maps show what a text takes from its images: give at least one image")
+    if not answer.strip():
+        raise UserError("the answer is empty, so there is no token of it that looks anywhere")
+    sample, start = _answered(answerer, prompt, answer)
+    check_lengths(answerer.hovle.config.llm, start, len(sample.tokens) - start, len(sample.tiles))
+    return Passage(sample, start, layers)
+
+
+def watch(answerer: Answerer, passage: Passage) -> AttentionMaps:
+    """The devices' part of `attention_maps`: one forward pass, up to the last layer that is looked at."""
+    sample, hovle = passage.sample, answerer.hovle
+    n, tiles = len(sample.tokens), len(sample.tiles)
+    # Few shapes, as each is a program of its own.
+    batch = prompt_batch(answerer, [sample], _next(REACHES, n), _next(TILES, tiles))
+    weights = np.asarray(_watched(answerer.params, batch, hovle=hovle, layers=passage.layers))[:, :n, :n]
+    return AttentionMaps(
+        passage.layers,
+        hovle.config.llm.stack.num_layers,
+        weights,
+        sample.tokens == answerer.tokenizer.image_id,
+        passage.answer,
+        _texts(answerer.tokenizer, sample),
+        sample.tiles,
+    )
+
+
+def check_layers(hovle: HoVLE, layers: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The layers to look at, counted from 0, without repetitions; None = `usual_layers`.
+
+    Raises:
+      UserError: one that is not there, or a model that sees no images.
+    """
+    if hovle.config.embedding is None:
+        raise UserError("this model is an LLM alone and sees no images, so it has no attention to them")
+    count = hovle.config.llm.stack.num_layers
+    layers = usual_layers(count) if layers is None else tuple(dict.fromkeys(layers))
     absent = [layer for layer in layers if not 0 <= layer < count]
-    if absent or not layers:
-        raise UserError(f"layer {absent[0] if absent else 'none'}: the LLM has layers 0 to {count - 1}")
+    if absent:
+        raise UserError(f"there is no layer {absent[0] + 1}: the LLM has layers 1 to {count}")
+    return layers
 
 
 def _answered(answerer, prompt, answer):

@@ -202,6 +202,11 @@ class Engine:
         return self._length
 
     @property
+    def answerer(self) -> Answerer:
+        """The model that it was made of."""
+        return self._answerer
+
+    @property
     def _is_hd(self):
         embedding = self._hovle.config.embedding
         return embedding is not None and embedding.pixel_shuffle == "post"

@@ -1,0 +1,44 @@
+"""The page to ask from: three files, which load nothing from elsewhere."""
+
+import html
+import importlib.resources
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.routing import Route
+
+FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+PATHS = tuple(FILES)
+# Scripts, styles and requests of this server alone; images that the page itself holds. What a model says is never code.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def routes(model: str) -> "list[Route]":
+    """A route for each of the page's files; `model` is the name that the page shows and asks for."""
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    folder = importlib.resources.files("hovle_jax.serving")
+
+    def route(path, name, kind):
+        text = folder.joinpath(name).read_text("utf-8").replace("{{model}}", html.escape(model))
+
+        async def send(request):
+            return Response(text, media_type=kind, headers=HEADERS)
+
+        return Route(path, send)
+
+    return [route(path, name, kind) for path, (name, kind) in FILES.items()]
