@@ -44,7 +44,7 @@ class Server:
         from starlette.routing import Route
 
         routes = [
-            *page.routes(self.name),
+            *page.routes(self.name, self.worker.engine.length),
             Attention(self).route(),
             Route("/health", self.health),
             Route("/metrics", self.metrics),

@@ -1,6 +1,6 @@
 // The page to ask from. Nothing here comes from elsewhere, and what a model or a user says is shown as text, never as HTML.
 const $ = id => document.getElementById(id);
-const model = document.body.dataset.model;
+const {model, maxTokens} = document.body.dataset;
 const DARK = 0.4, VISIBLE = 0.35; // as in the figure of `hovle attention`
 let images = [], messages = [], running = null;
 
@@ -73,7 +73,7 @@ const follow = () => {
 };
 async function answer(shown, progress) {
   const began = performance.now();
-  const body = {messages, stream: true, temperature: 0, stream_options: {include_usage: true}};
+  const body = {messages, max_tokens: Number(maxTokens), stream: true, temperature: 0, stream_options: {include_usage: true}};
   for await (const event of events(await post("v1/chat/completions", body, running.signal))) {
     const text = event.choices[0]?.delta.content;
     if (text) {
@@ -100,6 +100,7 @@ function takeBack(asked, text, urls) {
   drawImages();
 }
 async function ask(text) {
+  document.querySelectorAll(".failed").forEach(article => article.remove());
   const urls = images, conversation = messages = [...messages, {role: "user", content: askedParts(text)}];
   const asked = show("user", text), shown = show("assistant", "…"), progress = {said: "", first: 0, tokens: 0};
   asked.article.prepend(...urls.map(src => make("img", {src, alt: "an image that was asked about"})));
@@ -115,7 +116,8 @@ async function ask(text) {
     if (conversation === messages && !progress.said) {
       takeBack(asked, text, urls);
       shown.said.textContent = line;
-      shown.said.classList.toggle("error", error.name !== "AbortError");
+      shown.said.classList.add("error");
+      shown.article.classList.add("failed");
       line = "";
     }
   }

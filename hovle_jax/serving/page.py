@@ -26,15 +26,24 @@ HEADERS = {
 }
 
 
-def routes(model: str) -> "list[Route]":
-    """A route for each of the page's files; `model` is the name that the page shows and asks for."""
+def routes(model: str, length: int) -> "list[Route]":
+    """A route for each of the page's files.
+
+    Args:
+      model: the name that the page shows and asks for.
+      length: the most tokens of a prompt with its answer; a quarter is the longest answer that the page asks for, so
+        that a conversation has room.
+    """
     from starlette.responses import Response
     from starlette.routing import Route
 
+    known = {"model": html.escape(model), "max_tokens": str(max(1, length // 4))}
     folder = importlib.resources.files("hovle_jax.serving")
 
     def route(path, name, kind):
-        text = folder.joinpath(name).read_text("utf-8").replace("{{model}}", html.escape(model))
+        text = folder.joinpath(name).read_text("utf-8")
+        for key, value in known.items():
+            text = text.replace("{{" + key + "}}", value)
 
         async def send(request):
             return Response(text, media_type=kind, headers=HEADERS)
