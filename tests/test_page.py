@@ -219,7 +219,7 @@ def test_an_image_goes_in_and_an_answer_and_its_attention_come_out(name, browser
     texts = [text for text in shown.evaluate("window.texts") if text != "…"]
     assert len(set(texts)) >= 3 and all(later.startswith(text) for text, later in zip(texts, texts[1:]))  # streamed
     assert re.fullmatch(
-        r"first text after [\d.]+ s · 50 tokens · [\d.]+ tokens/s", shown.locator(".speed").text_content()
+        r"first text after [\d.]+ s · 50 tokens in [\d.]+ s · [\d.]+ tokens/s", shown.locator(".speed").text_content()
     )
     shown.locator("summary").focus()
     shown.keyboard.press("Enter")

@@ -2,6 +2,7 @@
 const $ = id => document.getElementById(id);
 const {model, maxTokens} = document.body.dataset;
 const DARK = 0.4, VISIBLE = 0.35; // as in the figure of `hovle attention`
+const FEWEST = 8; // tokens that a rate is computed from: a few arrive at once
 let images = [], messages = [], running = null;
 
 function make(tag, properties = {}, ...children) {
@@ -85,9 +86,10 @@ async function answer(shown, progress) {
     if (event.usage) progress.tokens = event.usage.completion_tokens;
   }
   if (!progress.first) { shown.said.textContent = "(an empty answer)"; return "no text"; }
-  const seconds = (performance.now() - progress.first) / 1000, {tokens} = progress;
-  const rate = tokens > 1 && seconds > 0 ? ` · ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
-  return `first text after ${((progress.first - began) / 1000).toFixed(2)} s · ${tokens} token${tokens === 1 ? "" : "s"}${rate}`;
+  const ended = performance.now(), {first, tokens} = progress, seconds = time => (time / 1000).toFixed(2);
+  const parts = [`first text after ${seconds(first - began)} s`, `${tokens} token${tokens === 1 ? "" : "s"} in ${seconds(ended - began)} s`];
+  if (tokens >= FEWEST) parts.push(`${(1000 * (tokens - 1) / (ended - first)).toFixed(1)} tokens/s`);
+  return parts.join(" · ");
 }
 function askedParts(text) {
   return [...images.map(url => ({type: "image_url", image_url: {url}})), {type: "text", text}];
@@ -142,7 +144,7 @@ function busy(controller) {
 
 function looker(conversation) {
   const inside = make("div", {className: "look", ariaLive: "polite"});
-  const details = make("details", {}, make("summary", {textContent: "What the model saw, and where it looked"}), inside);
+  const details = make("details", {}, make("summary", {textContent: "What the model saw"}), inside);
   let asked = false;
   details.ontoggle = async () => {
     if (!details.open || asked) return;
@@ -181,8 +183,8 @@ function drawLook(inside, maps, tiles) {
     const most = Math.max(...weights.flat(), Number.MIN_VALUE);
     tiles.forEach((tile, index) => drawTile(canvases[index], tile, weights[index], maps.grid, most));
     canvases.forEach((canvas, index) => canvas.setAttribute("aria-label", about(index, tiles.length, weights[index], maps.grid)));
-    numbers.textContent = `${(100 * of.image_share).toFixed(1)}% of the text's attention is on images; its sparsity is ` +
-      `${of.sparsity.toFixed(2)} (0: all parts alike, 1: one part alone). Bright: where it looked.`;
+    numbers.textContent = `Bright: where it looked. In this layer ${(100 * of.image_share).toFixed(1)}% of the text's attention is ` +
+      `on images, with a sparsity of ${of.sparsity.toFixed(2)} (0: all parts alike; 1: one part alone).`;
   };
   const layers = maps.layers.map(({layer}) => `${layer} of ${maps.num_layers}`);
   inside.replaceChildren(
