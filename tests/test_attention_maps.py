@@ -6,10 +6,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from hovle_jax.data.images import Tiling
 from hovle_jax.errors import UserError
-from hovle_jax.inference import attention_maps
-from hovle_jax.inference.attention_maps import AttentionMaps, sparsity, usual_layers
+from hovle_jax.inference import attention_figure, attention_maps
+from hovle_jax.inference.attention_maps import AttentionMaps, Cut, sparsity, usual_layers
 from hovle_jax.inference.generate import Prompt, prompt_batch
 from tests import micro
 from tests.test_decode import make_answerer
@@ -79,13 +81,13 @@ def plain_maps(answerer, sample):
 def test_the_maps_are_those_of_a_plain_softmax(name):
     answerer = make_answerer(**VARIANTS[name])
     made = attention_maps.attention_maps(answerer, PROMPT, ANSWER)
-    sample, start = attention_maps._answered(answerer, PROMPT, ANSWER)
+    sample, start, images = attention_maps._answered(answerer.processor, PROMPT, ANSWER)
     assert made.layers == (0, 1) and start == made.answer
     assert answerer.tokenizer.decode(sample.tokens[start:]) == ANSWER == "".join(made.texts[start:])
     np.testing.assert_allclose(made.weights, plain_maps(answerer, sample), atol=2e-6)
     assert made.weights[0].std() > 1e-3  # far from uniform: a wrong rotation would be seen
     np.testing.assert_array_equal(made.is_image, sample.tokens == answerer.tokenizer.image_id)
-    assert len(made.tiles) == 2
+    assert len(made.tiles) == 2 and made.images == images == (Cut(1, 1, False),) * 2
 
 
 def test_some_layers_in_any_order_are_those_of_all():
@@ -104,7 +106,8 @@ def maps_of(weights, is_image, answer, tiles=1):
     is_image = np.asarray(is_image, bool)
     texts = tuple("i" if visual else "t" for visual in is_image)
     pixels = np.zeros((tiles, 2, 2, 3), np.uint8)
-    return AttentionMaps((0,), 1, np.asarray(weights, np.float32)[None], is_image, answer, texts, pixels)
+    images = (Cut(tiles, 1, False),)
+    return AttentionMaps((0,), 1, np.asarray(weights, np.float32)[None], is_image, answer, texts, pixels, images)
 
 
 def test_sparsity_is_none_of_equal_weights_and_whole_of_one():
@@ -129,6 +132,48 @@ def test_rows_of_the_answer_are_those_that_made_it():
 def test_text_between_images_does_not_count():
     made = maps_of(np.tri(11) / 11, [1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0], 10, tiles=2)
     assert made.text_to_image.shape == (1, 2, 8) and made.sparsity[0] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("width, height", [(64, 64), (300, 100), (120, 400), (640, 480), (97, 61), (1000, 90)])
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_a_cut_has_the_columns_of_the_tiling(width, height, thumbnail):
+    tiling = Tiling(32, 1, 12, thumbnail)
+    columns, rows = tiling.grid(width, height)
+    made = Cut.of((width, height), tiling.count(width, height), thumbnail)
+    assert made == Cut(columns * rows + (thumbnail and columns * rows > 1), columns, thumbnail and columns * rows > 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figure
+
+
+def test_the_answer_is_bright_where_it_looks():
+    weights = np.asarray([[[0.0, 0.2], [0.8, 0.0]]])
+    drawn = attention_figure.overlaid(np.full((1, 4, 4, 3), 200, np.uint8), weights)[0, :, :, 0]
+    light = attention_figure.VISIBLE + (1 - attention_figure.VISIBLE) * 0.25**attention_figure.DARK
+    dark = round(200 * attention_figure.VISIBLE)
+    np.testing.assert_array_equal(drawn[::2, ::2], [[dark, round(200 * light)], [200, dark]])
+    np.testing.assert_array_equal(drawn, np.repeat(np.repeat(drawn[::2, ::2], 2, 0), 2, 1))
+
+
+def test_tiles_lie_as_in_their_images():
+    tiles = np.arange(1, 9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 10, 10, 3), np.uint8)
+    canvas = attention_figure._mosaic(tiles, (Cut(7, 3, True), Cut(1, 1, False)))
+    wanted = [[1, 2, 3], [4, 5, 6], [7, 255, 255], [8, 255, 255]]
+    np.testing.assert_array_equal(canvas[5::11, 5::11, 0], wanted)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_figure_names_layers_tokens_and_numbers(tmp_path, ending):
+    made = attention_maps.attention_maps(make_answerer(), PROMPT, "it costs $5 or $6")
+    path = attention_figure.draw(made, tmp_path / f"maps.{ending}", "how much? $5 or $6")
+    if ending == "png":
+        assert min(Image.open(path).size) > 600
+    else:
+        drawn = path.read_text()
+        named = ["layer 1 of 2: sparsity", f"layer 2 of 2: sparsity {made.sparsity[1]:.2f}", "how much? ", "answer"]
+        assert all(f"<!-- {text}" in drawn for text in named)
+        assert f"{100 * made.image_share[0]:.1f}% of the text" in drawn
 
 
 MISTAKES = {

@@ -58,6 +58,7 @@ def test_the_endpoint_gives_the_maps_of_the_answer(client):
         assert layer["image_share"] == pytest.approx(share, abs=2e-6)
         assert layer["sparsity"] == pytest.approx(sparsity, abs=2e-6)
     (tile,) = sent["tiles"]
+    assert sent["images"] == [{"tiles": 1, "columns": 1, "thumbnail": False}]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(tile.partition(",")[2]))))
     np.testing.assert_array_equal(pixels, IMAGE)
 
@@ -183,7 +184,8 @@ def address():
 TEXTS = """() => {
   window.texts = [];
   const take = () => texts.push([...document.querySelectorAll("article.assistant .said")].at(-1)?.textContent ?? "…");
-  new MutationObserver(take).observe(document.getElementById("talk"), {childList: true, subtree: true, characterData: true});
+  const whatever = {childList: true, subtree: true, characterData: true};
+  new MutationObserver(take).observe(document.getElementById("talk"), whatever);
 }"""
 SIZES = {"desktop, light": ((1280, 800), "light", False), "phone, dark": ((390, 844), "dark", True)}
 

@@ -1,7 +1,6 @@
 """Attention maps as one image: for each layer the whole map, the text-to-image part, and what the answer took from the
 tiles."""
 
-import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,7 @@ def draw(maps: "AttentionMaps", path: str | os.PathLike, title: str) -> pathlib.
             fontsize=10,
         )
         _text_to_image(axes[1, column], maps, column)
-        axes[2, column].imshow(_mosaic(overlaid(maps.tiles, bright[column])))
+        axes[2, column].imshow(_mosaic(overlaid(maps.tiles, bright[column]), maps.images))
         axes[2, column].set_axis_off()
     axes[0, 0].set_ylabel("from token")
     axes[1, 0].set_ylabel("from text after the images")
@@ -108,14 +107,20 @@ def _label(text):
     return repr(text)[1:-1].replace("$", r"\$")[:14] or "␣"
 
 
-def _mosaic(tiles):
-    """Tiles side by side on white, nearly as a square."""
-    count, size = tiles.shape[:2]
-    columns, gap = math.ceil(math.sqrt(count)), max(1, round(GAP * size))
-    step = size + gap
-    canvas = np.full((math.ceil(count / columns) * step - gap, columns * step - gap, 3), 255, np.uint8)
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
+def _mosaic(tiles, images):
+    """Tiles on white as their images lie: each image a block, its thumbnail in a row of its own."""
+    size, gap = tiles.shape[1], max(1, round(GAP * tiles.shape[1]))
+    step, places, row = size + gap, [], 0
+    for image in images:
+        cells = image.tiles - image.thumbnail
+        places += [(row + cell // image.columns, cell % image.columns) for cell in range(cells)]
+        row += cells // image.columns
+        if image.thumbnail:
+            places.append((row, 0))
+            row += 1
+    columns = max(image.columns for image in images)
+    canvas = np.full((row * step - gap, columns * step - gap, 3), 255, np.uint8)
+    for tile, (row, column) in zip(tiles, places):
         canvas[row * step : row * step + size, column * step : column * step + size] = tile
     return canvas
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.data.batch import Sample
+from hovle_jax.data.images import as_image
 from hovle_jax.errors import UserError
 from hovle_jax.inference.engine import REACHES, TILES
 from hovle_jax.inference.generate import Answerer, Prompt, prompt_batch
@@ -27,6 +28,28 @@ from hovle_jax.model.attention import AttentionMask, prepare
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, text_lengths
 from hovle_jax.model.transformer import DecoderLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How an image lies in the tiles: so many of them, in a grid of so many columns; `thumbnail`: the last is the whole
+    image."""
+
+    tiles: int
+    columns: int
+    thumbnail: bool
+
+    @classmethod
+    def of(cls, size: tuple[int, int], tiles: int, thumbnail: bool) -> "Cut":
+        """Of an image of (width, height): of the grids with as many tiles, the one that is nearest to its ratio.
+
+        Args:
+          thumbnail: whether one follows a grid of more than one tile.
+        """
+        thumbnail = thumbnail and tiles > 1
+        cells, ratio = tiles - thumbnail, size[0] / size[1]
+        columns = (c for c in range(1, cells + 1) if cells % c == 0)
+        return cls(tiles, min(columns, key=lambda c: abs(ratio - c * c / cells)), thumbnail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +65,7 @@ class AttentionMaps:
       answer: the place of the answer's first token.
       texts: [n] what each token says, for display.
       tiles: [M, S, S, 3] uint8, which the visual tokens fill in order.
+      images: whose tiles they are.
     """
 
     layers: tuple[int, ...]
@@ -51,6 +75,7 @@ class AttentionMaps:
     answer: int
     texts: tuple[str, ...]
     tiles: np.ndarray
+    images: tuple["Cut", ...]
 
     @property
     def text_after_images(self) -> slice:
@@ -110,11 +135,13 @@ class Passage:
     Attributes:
       sample: up to the end of the answer.
       answer: the place of the answer's first token.
+      images: how each became tiles.
       layers: of the LLM, counted from 0.
     """
 
     sample: Sample
     answer: int
+    images: tuple[Cut, ...]
     layers: tuple[int, ...]
 
 
@@ -138,9 +165,9 @@ def passage(answerer: Answerer, prompt: Prompt, answer: str, layers: Sequence[in
         raise UserError("attention maps show what a text takes from its images: give at least one image")
     if not answer.strip():
         raise UserError("the answer is empty, so there is no token of it that looks anywhere")
-    sample, start = _answered(answerer, prompt, answer)
+    sample, start, images = _answered(answerer.processor, prompt, answer)
     check_lengths(answerer.hovle.config.llm, start, len(sample.tokens) - start, len(sample.tiles))
-    return Passage(sample, start, layers)
+    return Passage(sample, start, images, layers)
 
 
 def watch(answerer: Answerer, passage: Passage) -> AttentionMaps:
@@ -158,6 +185,7 @@ def watch(answerer: Answerer, passage: Passage) -> AttentionMaps:
         passage.answer,
         _texts(answerer.tokenizer, sample),
         sample.tiles,
+        passage.images,
     )
 
 
@@ -177,15 +205,19 @@ def check_layers(hovle: HoVLE, layers: Sequence[int] | None = None) -> tuple[int
     return layers
 
 
-def _answered(answerer, prompt, answer):
-    """-> (the sample up to the end of the answer, the place of the answer's first token)."""
+def _answered(processor, prompt, answer):
+    """-> (the sample up to the end of the answer, the place of the answer's first token, a Cut of each image)."""
+    images = [as_image(image) for image in prompt.images]
+    cut = processor.cut(images, max_tiles=prompt.max_tiles)
     turns = (*prompt.turns[:-1], (prompt.turns[-1][0], answer))
-    sample = answerer.processor.sample(turns, prompt.images, prompt.system, prompt.max_tiles)
-    marked = np.flatnonzero(sample.supervised)
+    encoded = processor.encode(turns, tuple(map(len, cut)), prompt.system)
+    marked = np.flatnonzero(encoded.supervised)
     start = int(marked[np.flatnonzero(np.diff(marked, prepend=-2) > 1)[-1]])  # of the last run: earlier turns have some
-    stops = np.flatnonzero(np.isin(sample.tokens[start:], answerer.tokenizer.stop_ids))
+    stops = np.flatnonzero(np.isin(encoded.tokens[start:], processor.tokenizer.stop_ids))
     end = min([int(marked[-1]) + 1, *(start + stops[:1]).tolist()])
-    return Sample(sample.tokens[:end], sample.supervised[:end], sample.tiles), start
+    sample = Sample(encoded.tokens[:end], encoded.supervised[:end], processor.joined(cut))
+    thumbnail = processor.tiling.thumbnail
+    return sample, start, tuple(Cut.of(x.size, len(tiles), thumbnail) for x, tiles in zip(images, cut))
 
 
 def _next(sizes, count):

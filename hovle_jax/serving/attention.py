@@ -6,6 +6,7 @@ their visual tokens was attended to.
 
 import asyncio
 import base64
+import dataclasses
 import io
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +119,9 @@ def _split(body):
 def as_json(maps: AttentionMaps, model: str) -> dict:
     """What is sent.
 
-    `tiles` are PNG data URLs. A layer's `answer` is [M][g * g], rows first: the mean over the answer's tokens of what
-    each visual token of a tile was given; its `tokens` are the same for each of `tokens`, the first of the answer.
+    `tiles` are PNG data URLs, one image's after another's, as `images` counts them. A layer's `answer` is [M][g * g],
+    row after row: the mean over the answer's tokens of what each visual token of a tile was given; its `tokens` are the
+    same for each of `tokens`, the first of the answer.
     """
     rows = maps.of_answer  # [layers, A, M, g, g]
     flat = rows.reshape(*rows.shape[:3], -1)
@@ -140,6 +142,7 @@ def as_json(maps: AttentionMaps, model: str) -> dict:
         "model": model,
         "num_layers": maps.num_layers,
         "grid": rows.shape[-1],
+        "images": [dataclasses.asdict(image) for image in maps.images],
         "tiles": [_png(tile) for tile in maps.tiles],
         "tokens": list(texts),
         "layers": layers,

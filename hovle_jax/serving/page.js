@@ -190,8 +190,17 @@ function drawLook(inside, maps, tiles) {
   inside.replaceChildren(
     choices("Layer", layers, index => { layer = index; draw(); }),
     choices("Answer", ["all of it", ...maps.tokens.map(text => text.trim() || "␣")], index => { token = index; draw(); }),
-    make("div", {className: "tiles"}, ...canvases), numbers);
+    ...blocks(maps.images, canvases), numbers);
   draw();
+}
+function blocks(images, canvases) {
+  const rest = [...canvases];
+  return images.map(({tiles, columns, thumbnail}) => {
+    const block = make("div", {className: "tiles"}, ...rest.splice(0, tiles));
+    block.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 14rem))`;
+    if (thumbnail) block.lastChild.className = "thumbnail";
+    return block;
+  });
 }
 function drawTile(canvas, tile, weights, grid, most) {
   const cell = Math.max(1, Math.ceil(448 / grid)), side = canvas.width = canvas.height = cell * grid;
