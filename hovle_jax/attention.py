@@ -49,7 +49,7 @@ def main() -> None:
 
     answerer = model.loaded.answerer
     layers = check_layers(answerer.hovle, [layer - 1 for layer in LAYER.value] or None)
-    answer = model.answer(question, images, options.SYSTEM.value, **options.request())
+    (answer,) = model.answer([question], images, options.SYSTEM.value, **options.request())
     maps = attention_maps(answerer, Prompt(((question, None),), images, options.SYSTEM.value), answer, layers)
     draw(maps, output, f"{question} {answer}")
     print(answer)

@@ -276,6 +276,7 @@ def _llm_weights(stacked, x, batch, hovle, layers):
     angles = rotary_angles(positions, config, lengths)
     mask = prepare(AttentionMask.for_rows(segments), execution.attention, config.head_dim)
     layer, seen, x = DecoderLayer(config, execution), {}, x.astype(execution.dtype)
+    watch: Any
     for index in range(max(layers) + 1):
         params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
         watch = Watch() if index in layers else None

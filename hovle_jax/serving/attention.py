@@ -105,7 +105,7 @@ def _looked(answerer, what, result):
 
 def _split(body):
     """-> (what was asked, as of a chat completion; the answer; layers counted from 0, or None)."""
-    messages = body.get("messages") if isinstance(body, dict) else None
+    messages: Any = body.get("messages") if isinstance(body, dict) else None
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         raise Refused(400, "messages: the last one must be the assistant's, a text: the answer that is looked at")
