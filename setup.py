@@ -58,6 +58,7 @@ setup(
         "data": ["pyarrow>=14", "gcsfs"],  # Parquet files; gs:// URLs
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "serve": SERVE,
+        "browser": ["playwright>=1.40"],  # drives an installed Chromium, to test the server's page
         "wandb": ["wandb>=0.17"],  # train --track wandb
         "trackio": ["trackio>=0.20"],  # train --track trackio
         "benchmark": ["torch", "torchvision"],  # the peers of tests/benchmarks

@@ -142,10 +142,10 @@ def test_a_name_is_text_on_the_page():
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright, for the page in a browser")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e .[browser]")
     path = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:
-        pytest.skip("no Chromium: apt-get install chromium, for the page in a browser")
+        pytest.skip("no Chromium: apt-get install chromium")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync"]
     with playwright.sync_playwright() as made:
