@@ -29,7 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hovle_jax", "hovle_jax.*"]),
-    package_data={"hovle_jax.serving": ["page.html"]},
+    package_data={"hovle_jax.serving": ["page.*"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8",  # Linen modules
@@ -59,6 +59,7 @@ setup(
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "serve": SERVE,
         "evaluate": ["openpyxl>=3.1"],  # predictions as VLMEvalKit and MMBench's server have them, .xlsx
+        "browser": ["playwright>=1.40"],  # drives an installed Chromium, to test the server's page
         "wandb": ["wandb>=0.17"],  # train --track wandb
         "trackio": ["trackio>=0.20"],  # train --track trackio
         "benchmark": ["torch", "torchvision"],  # the peers of tests/benchmarks

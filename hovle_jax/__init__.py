@@ -9,7 +9,13 @@ __version__ = "0.1.0"
 
 
 def load(
-    name: str, *, max_tiles: int | None = None, slots: int = 8, length: int | None = None, dtype: str = ""
+    name: str,
+    *,
+    max_tiles: int | None = None,
+    slots: int = 8,
+    length: int | None = None,
+    dtype: str = "",
+    keep: bool = False,
 ) -> "AnsweringModel":
     """A model that answers.
 
@@ -23,6 +29,7 @@ def load(
       length: the most tokens of a prompt with its answer; None = what the model reads, up to 4,096.
       dtype: 'float32', 'bfloat16', or 'int8': weights in int8, all else as without it. Empty = bfloat16, and float32 on
         a CPU.
+      keep: keep the weights as they were trained, too, which attention maps need.
     Raises:
       UserError: no such folder, or it holds no finished model that answers.
     """
@@ -35,4 +42,4 @@ def load(
     check_model_folder(folder)
     int8 = dtype == "int8"
     loaded = load_run(folder, dtype="" if int8 else dtype).with_max_tiles(max_tiles)
-    return AnsweringModel(loaded, slots, length, int8)
+    return AnsweringModel(loaded, slots, length, int8, keep)

@@ -24,6 +24,9 @@ PORT = flags.DEFINE_integer("port", 8000, "The port; 0: a free one", lower_bound
 NAME = flags.DEFINE_string("name", "", "The model's name for clients; empty: the folder's")
 SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are answered at once", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", None, "The most tokens of a prompt with its answer", lower_bound=2)
+ATTENTION = flags.DEFINE_bool(
+    "attention", True, "Keep a second copy of the weights, from which the page shows where the model looks"
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16", "int8"],
     "Of the weights; int8: a quarter of float32. Default: bfloat16, and float32 on a CPU",
@@ -50,7 +53,10 @@ def main() -> None:
     from hovle_jax.serving.metrics import Metrics
     from hovle_jax.serving.worker import Worker
 
-    model = hovle_jax.load(folder, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value, dtype=DTYPE.value)
+    model = hovle_jax.load(
+        folder, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value, dtype=DTYPE.value,
+        keep=ATTENTION.value,
+    )  # fmt: skip
     limits = Limits(seconds=SECONDS.value, hosts=tuple(host.lower() for host in IMAGE_HOST.value))
     worker = Worker(model.engine, limits, Metrics())
     name = NAME.value or pathlib.Path(folder).absolute().name

@@ -87,6 +87,15 @@ MISTAKES = {
         ["https://example.org/a.png", "URLs are not read"],
     ),
     "no question": ("generate --checkpoint TMP/w", ["--prompt is missing"]),
+    "maps of no image": ("attention --checkpoint TMP/w --prompt hi", ["--image is missing"]),
+    "maps as a text": (
+        "attention --checkpoint TMP/w --prompt hi --image TMP/picture.png --output TMP/maps.txt",
+        ["--output=TMP/maps.txt", ".png, .pdf, .svg"],
+    ),
+    "maps without a folder": (
+        "attention --checkpoint TMP/w --prompt hi --image TMP/picture.png --output TMP/absent/maps.png",
+        ["there is no folder TMP/absent"],
+    ),
     "unknown preset": ("train --config configs/pretrain.py:huge --workdir TMP/w", ["'huge'", "tiny", "hovle_hd"]),
     "no config": ("train --workdir TMP/w", ["--config is missing"]),
     "absent config": ("train --config configs/absent.py", ["configs/absent.py"]),

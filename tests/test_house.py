@@ -34,6 +34,7 @@ WITHOUT_TRAINING = (
     "evaluation",
     "inference",
     "serving",
+    "attention",
     "generate",
     "chat",
     "serve",

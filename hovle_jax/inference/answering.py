@@ -48,17 +48,21 @@ class AnsweringModel:
     Options of every method are those of `request_of`; without any the most likely tokens are taken.
     """
 
-    def __init__(self, loaded: Loaded, slots: int = SLOTS, length: int | None = None, int8: bool = False):
-        """Takes the parameters of `loaded`, which is not to be used for anything else.
+    def __init__(
+        self, loaded: Loaded, slots: int = SLOTS, length: int | None = None, int8: bool = False, keep: bool = False
+    ):
+        """Makes the engine.
 
         Args:
           slots: prompts that are answered at once.
           length: the most tokens of a prompt with its answer.
           int8: weights in int8.
+          keep: keep the parameters of `loaded` beside the engine's own, as attention maps need them; else they are
+            deleted.
         """
         longest = min(length or LONGEST, loaded.config.llm.max_length)
-        self.loaded = dataclasses.replace(loaded, params={})
-        self.engine = Engine(loaded.answerer, slots, longest, int8=int8, consume=True)
+        self.loaded = loaded if keep else dataclasses.replace(loaded, params={})
+        self.engine = Engine(loaded.answerer, slots, longest, int8=int8, consume=not keep)
 
     def answer(
         self, prompt: str | Sequence[str], images: Any = (), system: str = "", **options: Any

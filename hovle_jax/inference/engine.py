@@ -129,7 +129,8 @@ class Engine:
         params: dict | None = None,
         consume: bool = False,
     ):
-        self._answerer, self._hovle = dataclasses.replace(answerer, params={}), answerer.hovle
+        self._answerer = dataclasses.replace(answerer, params={}) if consume else answerer
+        self._hovle = answerer.hovle
         embedding = self._hovle.config.embedding
         tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
@@ -206,6 +207,11 @@ class Engine:
     def length(self) -> int:
         """The most tokens of a prompt with its answer."""
         return self._length
+
+    @property
+    def answerer(self) -> Answerer:
+        """The model that it was made of."""
+        return self._answerer
 
     @property
     def _is_hd(self):

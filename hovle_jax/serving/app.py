@@ -2,13 +2,14 @@
 
 import asyncio
 import hmac
-import importlib.resources
 import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.inference.engine import Stream
+from hovle_jax.serving import page
+from hovle_jax.serving.attention import Attention
 from hovle_jax.serving.images import fetched
 from hovle_jax.serving.job import Job
 from hovle_jax.serving.limits import Limits, Refused
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there
-OPEN_TO_ALL = ("/", "/health")  # without a key
+OPEN_TO_ALL = (*page.PATHS, "/health")  # without a key
 
 
 class Server:
@@ -43,7 +44,8 @@ class Server:
         from starlette.routing import Route
 
         routes = [
-            Route("/", self.page),
+            *page.routes(self.name, self.worker.engine.length),
+            Attention(self).route(),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
@@ -73,13 +75,6 @@ class Server:
 
     # -- routes
 
-    async def page(self, request: "HTTPRequest") -> "Response":
-        """A page to ask from."""
-        from starlette.responses import HTMLResponse
-
-        page = importlib.resources.files("hovle_jax.serving").joinpath("page.html").read_text("utf-8")
-        return HTMLResponse(page.replace("{{model}}", self.name))
-
     async def health(self, request: "HTTPRequest") -> "Response":
         """200 while the engine's thread runs."""
         from starlette.responses import JSONResponse
@@ -104,7 +99,7 @@ class Server:
         """A chat completion."""
         from starlette.responses import JSONResponse, StreamingResponse
 
-        body = await self._body(request)
+        body = await self.body(request)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         asked, jobs = await asyncio.to_thread(self._prepared, body, loop, events)
         submitted = []
@@ -125,7 +120,8 @@ class Server:
         streams = await self._awaited(request, jobs, events)
         return JSONResponse(reply.whole(streams, asked, self._token_text))
 
-    async def _body(self, request):
+    async def body(self, request: "HTTPRequest") -> Any:
+        """A request's JSON. Raises Refused: too long, or no JSON."""
         data = bytearray()
         async for part in request.stream():
             data += part
