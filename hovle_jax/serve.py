@@ -5,10 +5,13 @@
 Then open http://127.0.0.1:8000, or point any client of that protocol at http://127.0.0.1:8000/v1.
 """
 
+import functools
 import os
 import pathlib
 import signal
+import socket
 import sys
+import time
 
 from absl import flags
 
@@ -28,9 +31,18 @@ MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; default: as in training", lower_bound=1
 )
 IMAGE_HOST = flags.DEFINE_multi_string("image_host", [], "A host that images may be fetched from; default: none")
-KEY = flags.DEFINE_string("api_key", "", "Clients must send it; default: HOVLE_API_KEY, or none")
+KEY_FILE = flags.DEFINE_string(
+    "api_key_file", "", "A file whose text clients must send as a key; default: HOVLE_API_KEY, or none"
+)
+KEY = flags.DEFINE_string("api_key", "", "The key itself; other users of this machine can see it: rather a file")
 SECONDS = flags.DEFINE_float("seconds", 600.0, "The longest that a request may take", lower_bound=1.0)
+QUEUE = flags.DEFINE_integer("queue", 256, "Answers that are made or wait; more are refused", lower_bound=1)
+NEW_TOKENS = flags.DEFINE_integer("most_new_tokens", 2048, "The longest answer, whatever is asked", lower_bound=1)
 GRACE = flags.DEFINE_float("grace", 30.0, "Seconds that running answers have to end when the server is stopped")
+WARM = flags.DEFINE_integer(
+    "warm_up", None, "Tokens of the longest request that nothing is compiled for any more; 0: none; default: all",
+    lower_bound=0,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -42,29 +54,77 @@ def main() -> None:
     except ModuleNotFoundError:
         raise UserError('serving needs starlette and uvicorn; run: pip install "hovle_jax[serve]"') from None
     from hovle_jax.serving.app import Server
+
+    key, listening = _key(), _listening(HOST.value, PORT.value)
+    worker, name, text_of = _worker(folder)
+    server = Server(worker, name, text_of, worker.limits, key)
+    config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=int(GRACE.value))
+    web = uvicorn.Server(config)
+    host = f"[{HOST.value}]" if ":" in HOST.value else HOST.value
+    print(f"serving {name} at http://{host}:{listening.getsockname()[1]} (Ctrl-C ends)", file=sys.stderr)
+    # When it has ended in good order uvicorn raises the signal again that ended it.
+    ours = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    web.run(sockets=[listening])
+    for number, handler in ours.items():
+        signal.signal(number, handler)
+    worker.stop(GRACE.value)
+
+
+def _key():
+    """The key that clients must send, or ''."""
+    if KEY.value:
+        command_line.warn("--api_key is seen by all users of this machine; use --api_key_file or HOVLE_API_KEY")
+    if not KEY_FILE.value:
+        return KEY.value or os.environ.get("HOVLE_API_KEY", "")
+    if KEY.value:
+        raise UserError("--api_key and --api_key_file are both given: leave out the first")
+    try:
+        key = pathlib.Path(KEY_FILE.value).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api_key_file={KEY_FILE.value} cannot be read ({error})") from None
+    if not key:
+        raise UserError(f"--api_key_file={KEY_FILE.value} is empty: write the key into it")
+    return key
+
+
+def _listening(host, port):
+    """A socket, before the model is loaded: a port that is taken is said at once, and that of 0 is known."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen at {host}, port {port} ({error}): give another --port or --host") from None
+
+
+def _worker(folder):
+    """-> (the engine's thread, the model's name, the text of a token)."""
+    from hovle_jax.inference.texts import token_text
     from hovle_jax.serving.limits import Limits
     from hovle_jax.serving.metrics import Metrics
     from hovle_jax.serving.worker import Worker
 
     model = hovle_jax.load(folder, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value)
-    limits = Limits(seconds=SECONDS.value, hosts=tuple(host.lower() for host in IMAGE_HOST.value))
-    worker = Worker(model.engine, limits, Metrics())
-    name = NAME.value or pathlib.Path(folder).absolute().name
-    tokenizer = model.loaded.tokenizer
-    key = KEY.value or os.environ.get("HOVLE_API_KEY", "")
-    server = Server(worker, name, lambda token: tokenizer.decode([token]), limits, key)
     print(model.engine.memory(), file=sys.stderr)
-    config = uvicorn.Config(
-        server.app(), HOST.value, PORT.value, log_level="warning", timeout_graceful_shutdown=int(GRACE.value)
+    hosts = tuple(host.lower() for host in IMAGE_HOST.value)
+    limits = Limits(seconds=SECONDS.value, hosts=hosts, queue=QUEUE.value, new_tokens=NEW_TOKENS.value)
+    worker = Worker(model.engine, limits, Metrics(), lambda: _warm_up(model.engine))
+    name = NAME.value or pathlib.Path(folder).absolute().name
+    return worker, name, functools.partial(token_text, model.loaded.tokenizer)
+
+
+def _warm_up(engine):
+    """Says how long it took; until then /health does not say ok."""
+    from hovle_jax.inference.warming import warm_up
+
+    if WARM.value == 0:
+        return
+    start = time.monotonic()
+    warmed = warm_up(engine, WARM.value)
+    print(
+        f"ready after {time.monotonic() - start:.1f} s: {warmed.programs} programs compiled, for requests of up to "
+        f"{warmed.length:,} tokens",
+        file=sys.stderr,
     )
-    web = uvicorn.Server(config)
-    print(f"serving {name} at http://{HOST.value}:{PORT.value} (Ctrl-C ends)", file=sys.stderr)
-    # When it has ended in good order uvicorn raises the signal again that ended it.
-    ours = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    web.run()
-    for number, handler in ours.items():
-        signal.signal(number, handler)
-    worker.stop(GRACE.value)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ testclient = pytest.importorskip("starlette.testclient")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 URL = "/v1/chat/completions"
-LIMITS = Limits(body_bytes=200_000, pixels=10_000, images=3, new_tokens=40, queue=4, seconds=60)
+LIMITS = Limits(
+    body_bytes=200_000, pixels=10_000, request_pixels=18_000, images=3, characters=5_000, new_tokens=40, queue=4,
+    seconds=60,
+)  # fmt: skip
 
 
 def engine():
@@ -36,8 +39,8 @@ def engine():
 
 
 @contextlib.contextmanager
-def serving(limits=LIMITS, key=""):
-    worker = Worker(engine(), limits, Metrics())
+def serving(limits=LIMITS, key="", prepare=lambda: None):
+    worker = Worker(engine(), limits, Metrics(), prepare)
     server = Server(worker, "tiny", lambda token: str(token), limits, key)
     with testclient.TestClient(server.app()) as client:
         client.worker = worker
@@ -148,6 +151,25 @@ BROKEN = {
     "no messages": ({"model": "tiny"}, 400, "messages"),
     "an unknown field": (body(frobnicate=1), 400, "frobnicate is not supported"),
     "tools": (body(tools=[{"type": "function"}]), 400, "tools is not supported"),
+    "another model": (body(model="gpt"), 404, "'gpt' does not exist here; it is 'tiny'"),
+    "a json object": (body(response_format={"type": "json_object"}), 400, "only text is made, not 'json_object'"),
+    "most likely tokens": (body(logprobs=True, top_logprobs=21), 400, "top_logprobs=21: from 0 to 20"),
+    "too many of these": (body(logprobs=True, top_logprobs=20), 400, "are reported; logprobs without it"),
+    "top_logprobs alone": (body(top_logprobs=2), 400, "only with logprobs"),
+    "options of no stream": (body(stream_options={"include_usage": True}), 400, "only with stream"),
+    "no options": (body(stream=True, stream_options=3), 400, "stream_options: an object"),
+    "a stream": (body(stream="yes"), 400, "stream='yes': true or false"),
+    "stops": (body(stop=["a"] * 17), 400, "stop: at most 16 texts"),
+    "no stop": (body(stop=[""]), 400, "stop: a text"),
+    "no answer": (body(n=0), 400, "n=0: from 1 to 16"),
+    "no token": (body(max_completion_tokens=0), 400, "max_completion_tokens=0: at least 1"),
+    "no end": ('{"messages": [], "seed": Infinity}', 400, "seed=inf: a number"),
+    "many digits": ('{"messages": [], "temperature": 1' + "0" * 400 + "}", 400, "a number is needed"),
+    "half a character": ('{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
+    "a tool's call": (body([*said("a"), {"role": "assistant", "tool_calls": [{}]}]), 400, "tool_calls are not"),
+    "a port": (body(said("?", "http://example.org:99999/")), 400, "image_url: no URL"),
+    "pixels together": (body(said("?", *[data_url(np.zeros((99, 99, 3), np.uint8))] * 2)), 413, "pixels together"),
+    "a long text": (body("x" * 6000), 413, "more than 5,000 characters"),
     "a temperature": (body(temperature="hot"), 400, "temperature='hot'"),
     "below zero": (body(temperature=-1), 400, "temperature=-1"),
     "no tokens": (body(max_tokens=0.5), 400, "max_tokens=0.5"),
@@ -221,4 +243,4 @@ def test_private_addresses_are_not_fetched(monkeypatch):
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, found=found, **__: found)
         with pytest.raises(Refused, match="inside.example is a private address"):
-            images.fetched("http://inside.example/a.png", limits)
+            images.Images(limits).fetched("http://inside.example/a.png")

@@ -15,6 +15,13 @@ LONGEST_WINDOW = 16 * WINDOW  # also where nothing but broken characters would b
 TIDIED = max(len(untidy) for untidy, _ in CLEAN_UP)  # characters in which cleaning up may still change something
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What a token adds to a text, its blank in front too; a special token's name; `BROKEN` for part of a character."""
+    before = tokenizer.encode("a")[-1:]
+    both, alone = (tokenizer.decode(ids, skip_special=False) for ids in ([*before, token], before))
+    return both[len(alone) :] if both.startswith(alone) else tokenizer.decode([token], skip_special=False)
+
+
 class TextSoFar:
     """Tokens in, pieces of text out.
 
