@@ -40,7 +40,7 @@ QUEUE = flags.DEFINE_integer("queue", 256, "Answers that are made or wait; more 
 NEW_TOKENS = flags.DEFINE_integer("most_new_tokens", 2048, "The longest answer, whatever is asked", lower_bound=1)
 GRACE = flags.DEFINE_float("grace", 30.0, "Seconds that running answers have to end when the server is stopped")
 WARM = flags.DEFINE_integer(
-    "warm_up", None, "Tokens of the longest request that nothing is compiled for any more; 0: none; default: all",
+    "warm_up", 1024, "Tokens of the longest request that nothing is compiled for any more; 0: compiles as requests come",
     lower_bound=0,
 )  # fmt: skip
 

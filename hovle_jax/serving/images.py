@@ -53,7 +53,8 @@ class Images:
                 raise Refused(413, f"the images have more than {self._limits.request_pixels:,} pixels together")
             return decode_image(data)
         except BadSample as error:
-            raise Refused(400, f"an image cannot be read ({error.reason}: {error.detail})") from None
+            status = 413 if error.reason == "decompression_bomb" else 400
+            raise Refused(status, f"an image cannot be read ({error.reason}: {error.detail})") from None
 
 
 def _inline(url):
