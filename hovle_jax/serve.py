@@ -6,10 +6,8 @@ Then open http://127.0.0.1:8000, or point any client of that protocol at http://
 """
 
 import functools
-import os
 import pathlib
 import signal
-import socket
 import sys
 import time
 
@@ -40,7 +38,7 @@ QUEUE = flags.DEFINE_integer("queue", 256, "Answers that are made or wait; more 
 NEW_TOKENS = flags.DEFINE_integer("most_new_tokens", 2048, "The longest answer, whatever is asked", lower_bound=1)
 GRACE = flags.DEFINE_float("grace", 30.0, "Seconds that running answers have to end when the server is stopped")
 WARM = flags.DEFINE_integer(
-    "warm_up", 1024, "Tokens of the longest request that nothing is compiled for any more; 0: compiles as requests come",
+    "warm_up", 1024, "Tokens of the longest request that nothing is compiled for any more; 0: compiles as it serves",
     lower_bound=0,
 )  # fmt: skip
 
@@ -54,8 +52,10 @@ def main() -> None:
     except ModuleNotFoundError:
         raise UserError('serving needs starlette and uvicorn; run: pip install "hovle_jax[serve]"') from None
     from hovle_jax.serving.app import Server
+    from hovle_jax.serving.opening import key_of, listen
 
-    key, listening = _key(), _listening(HOST.value, PORT.value)
+    key = key_of(KEY.value, KEY_FILE.value)
+    listening = listen(HOST.value, PORT.value)
     worker, name, text_of = _worker(folder)
     server = Server(worker, name, text_of, worker.limits, key)
     config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=int(GRACE.value))
@@ -68,32 +68,6 @@ def main() -> None:
     for number, handler in ours.items():
         signal.signal(number, handler)
     worker.stop(GRACE.value)
-
-
-def _key():
-    """The key that clients must send, or ''."""
-    if KEY.value:
-        command_line.warn("--api_key is seen by all users of this machine; use --api_key_file or HOVLE_API_KEY")
-    if not KEY_FILE.value:
-        return KEY.value or os.environ.get("HOVLE_API_KEY", "")
-    if KEY.value:
-        raise UserError("--api_key and --api_key_file are both given: leave out the first")
-    try:
-        key = pathlib.Path(KEY_FILE.value).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api_key_file={KEY_FILE.value} cannot be read ({error})") from None
-    if not key:
-        raise UserError(f"--api_key_file={KEY_FILE.value} is empty: write the key into it")
-    return key
-
-
-def _listening(host, port):
-    """A socket, before the model is loaded: a port that is taken is said at once, and that of 0 is known."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen at {host}, port {port} ({error}): give another --port or --host") from None
 
 
 def _worker(folder):

@@ -126,12 +126,9 @@ def _top_logprobs(body):
     if count and not body.get("logprobs"):
         raise Refused(400, "top_logprobs: only with logprobs", "top_logprobs")
     if count > MOST_TOP_LOGPROBS:
-        raise Refused(
-            400,
-            f"top_logprobs={count}: at most {MOST_TOP_LOGPROBS} are reported; logprobs without it gives those of the "
-            "answer's own tokens",
-            "top_logprobs",
-        )
+        most = f"at most {MOST_TOP_LOGPROBS}" if MOST_TOP_LOGPROBS else "none"
+        instead = "logprobs without it gives those of the answer's own tokens"
+        raise Refused(400, f"top_logprobs={count}: {most} are reported; {instead}", "top_logprobs")
     return count
 
 

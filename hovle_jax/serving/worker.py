@@ -79,8 +79,8 @@ class Worker:
         except Exception as error:  # noqa: BLE001 (whatever it is, the server goes on)
             traceback.print_exc()
             self.metrics.errors += 1
-            self._end_all(error)
             self.engine.reset()
+            self._end_all(error)
         self.metrics.watch(self.engine, len(self._jobs))
 
     def _end_all(self, error):

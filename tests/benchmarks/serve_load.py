@@ -241,9 +241,8 @@ class Client:
         self._served, self._good, self._bomb_body, self._seen = served, good, bomb, seen
         self._draw, self._pause = random.Random(seed), pause
 
-    def request(self) -> None:
-        """One of any kind."""
-        (kind,) = self._draw.choices(list(SHARES), list(SHARES.values()))
+    def request(self, kind: str) -> None:
+        """One of the kinds of `SHARES`."""
         self._seen.kinds.append(kind)
         try:
             getattr(self, f"_{kind}")()
@@ -341,12 +340,13 @@ def load(served: Served, requests: int, clients: int, seed: int = 0, pause: floa
     """Puts a ready server under load and says what was seen."""
     good, seen = lone_answers(served), Seen()
     body = json.dumps(asked("what is it?", bomb(), max_tokens=4)).encode()
-    tickets = iter(range(requests))  # `next` of a range is atomic
+    # Whoever is free takes the next one; `next` of a list's iterator is atomic.
+    kinds = iter(random.Random(seed).choices(list(SHARES), list(SHARES.values()), k=requests))
 
     def work(index):
         client = Client(served, good, body, seen, 1_000 * seed + index, pause)
-        for _ in tickets:
-            client.request()
+        for kind in kinds:
+            client.request(kind)
 
     compiled, start = served.gauge("hovle_compilations_total"), time.perf_counter()
     with watched(served) as resident:
