@@ -81,19 +81,21 @@ def _worker(folder):
     print(model.engine.memory(), file=sys.stderr)
     hosts = tuple(host.lower() for host in IMAGE_HOST.value)
     limits = Limits(seconds=SECONDS.value, hosts=hosts, queue=QUEUE.value, new_tokens=NEW_TOKENS.value)
-    worker = Worker(model.engine, limits, Metrics(), lambda: _warm_up(model.engine))
+    worker = Worker(model.engine, limits, Metrics(), functools.partial(_warm_up, model.engine))
     name = NAME.value or pathlib.Path(folder).absolute().name
     return worker, name, functools.partial(token_text, model.loaded.tokenizer)
 
 
-def _warm_up(engine):
+def _warm_up(engine, is_over):
     """Says how long it took; until then /health does not say ok."""
     from hovle_jax.inference.warming import warm_up
 
     if WARM.value == 0:
         return
     start = time.monotonic()
-    warmed = warm_up(engine, WARM.value)
+    warmed = warm_up(engine, WARM.value, is_over)
+    if is_over():
+        return
     print(
         f"ready after {time.monotonic() - start:.1f} s: {warmed.programs} programs compiled, for requests of up to "
         f"{warmed.length:,} tokens",

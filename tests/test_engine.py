@@ -151,6 +151,13 @@ def test_a_warm_engine_compiles_nothing_for_any_request(name):
     check_greedy(answerer, answers(engine, asked[1:2], [Request(NEW)]), asked[1:2])
 
 
+def test_warming_ends_when_it_is_told_to():
+    engine = Engine(make_answerer(), **SETTINGS)
+    asked = []
+    warm_up(engine, is_over=lambda: asked.append(1) or len(asked) == 3)
+    assert len(asked) == 3 and engine.num_free == 2
+
+
 def test_an_answer_may_have_what_the_prompt_leaves():
     engine = Engine(make_answerer(), **SETTINGS)
     wish = Request(500, may_be_shorter=True)

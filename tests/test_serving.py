@@ -44,7 +44,7 @@ def engine():
 
 
 @contextlib.contextmanager
-def serving(limits=LIMITS, key="", prepare=lambda: None):
+def serving(limits=LIMITS, key="", prepare=lambda is_over: None):
     worker = Worker(engine(), limits, Metrics(), prepare)
     server = Server(worker, "tiny", lambda token: str(token), limits, key)
     with testclient.TestClient(server.app()) as client:
@@ -269,7 +269,7 @@ def test_an_error_of_the_engine_ends_its_requests_and_no_others(capsys):
 
 def test_until_it_is_warm_requests_wait():
     warm = threading.Event()
-    with serving(prepare=lambda: warm.wait(60) and None) as cold:
+    with serving(prepare=lambda _: warm.wait(60) and None) as cold:
         reply = cold.get("/health")
         assert reply.status_code == 503 and reply.json() == {"status": "warming up"}
         threading.Timer(0.2, warm.set).start()
@@ -277,9 +277,22 @@ def test_until_it_is_warm_requests_wait():
         assert cold.get("/health").status_code == 200
 
 
+def test_a_worker_that_is_stopped_does_not_finish_warming():
+    began, asked = threading.Event(), []
+
+    def prepare(is_over):
+        began.set()
+        while not is_over():
+            time.sleep(0.01)
+        asked.append(is_over())
+
+    worker = Worker(engine(), LIMITS, Metrics(), prepare)
+    assert began.wait(30) and worker.stop(30) and asked == [True]
+
+
 def test_nobody_waits_for_an_engine_that_has_ended(capsys):
     broken = threading.Event()
-    with serving(prepare=lambda: broken.wait(60) and 1 // 0) as dead:
+    with serving(prepare=lambda _: broken.wait(60) and 1 // 0) as dead:
         threading.Timer(0.2, broken.set).start()
         assert dead.post(URL, json=body()).status_code == 503
         assert dead.post(URL, json=body()).status_code == 503

@@ -1,6 +1,7 @@
 """Compiles what requests will need before the first one comes, so that none of them waits for a compiler."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class Warmed:
     length: int
 
 
-def warm_up(engine: Engine, length: int | None = None) -> Warmed:
+def warm_up(engine: Engine, length: int | None = None, is_over: Callable[[], bool] = lambda: False) -> Warmed:
     """Runs each program once that requests up to a length can need; the engine must be idle and forgets its caches.
 
     Which programs there are follows from the sizes that an engine pads to: of chunks, of tiles, and of how much of the
@@ -28,11 +29,15 @@ def warm_up(engine: Engine, length: int | None = None) -> Warmed:
     Args:
       length: the most tokens of a prompt with its answer; None = as many as the engine was made for. Longer requests
         are answered too, and compile what they need.
+      is_over: asked after each program; true = the others are left out.
     """
     compilations.count()
     before = compilations.count()
     length = min(length or engine.length, engine.length)
-    _Warming(engine, length).run()
+    for _ in _Warming(engine, length).steps():
+        if is_over():
+            break
+    engine.reset()
     return Warmed(compilations.count() - before, length)
 
 
@@ -43,23 +48,27 @@ class _Warming:
         self._engine, self._length = engine, length
         self._hovle, self._sizes, self._is_hd = engine._hovle, engine._chunks, engine._is_hd
         self._embedding = self._hovle.config.embedding
+        self._vectors = None  # of some tiles, where the model sees any
         self._more = 0  # tokens that the embedding's stream has beyond the LLM's, for a tile
         if self._embedding is not None:
             self._more = self._embedding.stack_tokens_per_tile - self._embedding.tokens_per_tile
 
-    def run(self) -> None:
+    def steps(self) -> Iterator[None]:
+        """Runs one after another."""
         for _ in range(2):  # the second one begins with caches that programs have made
-            self._smallest_request()
-        vectors = self._see()
+            yield self._smallest_request()
+        for count in self._tile_counts():
+            yield self._see(count)
         for size in self._sizes:
-            self._read_embedding(size, vectors)
-            self._read_llm(size, vectors)
+            yield from self._read_embedding(size)
+            yield from self._read_llm(size)
         for reaches in sorted(set(self._decode_reaches())):
             self._engine._state, _ = programs.decode(
                 self._engine.params, self._engine._state, hovle=self._hovle, reaches=reaches
             )
+            yield
         self._engine.reset()
-        self._smallest_request()  # on caches as they are at first
+        yield self._smallest_request()  # on caches as they are at first
 
     def _smallest_request(self):
         """What begins and ends a request."""
@@ -70,17 +79,14 @@ class _Warming:
 
     # -- tiles
 
-    def _see(self):
-        """Programs by the number of tiles. Returns visual vectors, or None where the model sees nothing."""
-        vectors = None
-        for count in self._tile_counts():
-            vectors = self._visual_inputs(count)
-            self._windows(vectors)
-            if self._is_hd:
-                starts = np.zeros(count, np.int32)
-                outputs = self._engine._state.outputs
-                self._windows(programs.visual_outputs(self._engine.params, outputs, starts, hovle=self._hovle))
-        return vectors
+    def _see(self, count):
+        """So many tiles at once; their vectors are cut into chunks."""
+        self._vectors = self._visual_inputs(count)
+        self._windows(self._vectors)
+        if self._is_hd:
+            starts = np.zeros(count, np.int32)
+            outputs = self._engine._state.outputs
+            self._windows(programs.visual_outputs(self._engine.params, outputs, starts, hovle=self._hovle))
 
     def _tile_counts(self):
         return sorted({padded_tiles(count) for count in range(1, self._most_tiles(self._length) + 1)})
@@ -102,27 +108,29 @@ class _Warming:
 
     # -- chunks
 
-    def _read_embedding(self, size, vectors):
+    def _read_embedding(self, size):
         """A chunk of the embedding's stream, with and without images, for all that it may look at."""
         if self._embedding is None:
             return
         longest = self._length + self._more * self._most_tiles(self._length)
         _, chunk = next(_text(size).embedding_chunks(0, (size,)))
         for reach in self._reaches(self._engine._state.embedding, size, longest + size):
-            for here in _with_and_without(vectors, size):
+            for here in _with_and_without(self._vectors, size):
                 self._engine._state = programs.read_embedding(
                     self._engine.params, self._engine._state, np.int32(0), chunk, here, hovle=self._hovle, reach=reach
                 )
+                yield
 
-    def _read_llm(self, size, vectors):
+    def _read_llm(self, size):
         """The same of the LLM's stream, which has visual vectors of its own in HD alone."""
         _, chunk = next(_text(size).llm_chunks(0, (size,)))
         for reach in self._reaches(self._engine._state.llm, size, self._length + size):
-            for here in _with_and_without(vectors if self._is_hd else None, size):
+            for here in _with_and_without(self._vectors if self._is_hd else None, size):
                 self._engine._state, _ = programs.read_llm(
                     self._engine.params, self._engine._state, np.int32(0), chunk, here, np.int32(0),
                     hovle=self._hovle, reach=reach,
                 )  # fmt: skip
+                yield
 
     def _reaches(self, layers, least, most):
         """What a program may look at: the sizes of `engine.REACHES` for so many tokens."""

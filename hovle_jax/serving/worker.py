@@ -60,7 +60,7 @@ class Worker:
 
     def _run(self):
         try:
-            self._prepare()
+            self._prepare(lambda: self._stopping)
             self.metrics.watch(self.engine, 0)
             self.is_ready = True
             while not (self._stopping and not self._open):
