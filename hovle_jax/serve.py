@@ -5,10 +5,11 @@
 Then open http://127.0.0.1:8000, or point any client of that protocol at http://127.0.0.1:8000/v1.
 """
 
-import os
+import functools
 import pathlib
 import signal
 import sys
+import time
 
 from absl import flags
 
@@ -35,9 +36,18 @@ MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; default: as in training", lower_bound=1
 )
 IMAGE_HOST = flags.DEFINE_multi_string("image_host", [], "A host that images may be fetched from; default: none")
-KEY = flags.DEFINE_string("api_key", "", "Clients must send it; default: HOVLE_API_KEY, or none")
+KEY_FILE = flags.DEFINE_string(
+    "api_key_file", "", "A file whose text clients must send as a key; default: HOVLE_API_KEY, or none"
+)
+KEY = flags.DEFINE_string("api_key", "", "The key itself; other users of this machine can see it: rather a file")
 SECONDS = flags.DEFINE_float("seconds", 600.0, "The longest that a request may take", lower_bound=1.0)
+QUEUE = flags.DEFINE_integer("queue", 256, "Answers that are made or wait; more are refused", lower_bound=1)
+NEW_TOKENS = flags.DEFINE_integer("most_new_tokens", 2048, "The longest answer, whatever is asked", lower_bound=1)
 GRACE = flags.DEFINE_float("grace", 30.0, "Seconds that running answers have to end when the server is stopped")
+WARM = flags.DEFINE_integer(
+    "warm_up", 1024, "Tokens of the longest request that nothing is compiled for any more; 0: compiles as it serves",
+    lower_bound=0,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -49,6 +59,27 @@ def main() -> None:
     except ModuleNotFoundError:
         raise UserError('serving needs starlette and uvicorn; run: pip install "hovle_jax[serve]"') from None
     from hovle_jax.serving.app import Server
+    from hovle_jax.serving.opening import key_of, listen
+
+    key = key_of(KEY.value, KEY_FILE.value)
+    listening = listen(HOST.value, PORT.value)
+    worker, name, text_of = _worker(folder)
+    server = Server(worker, name, text_of, worker.limits, key)
+    config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=int(GRACE.value))
+    web = uvicorn.Server(config)
+    host = f"[{HOST.value}]" if ":" in HOST.value else HOST.value
+    print(f"serving {name} at http://{host}:{listening.getsockname()[1]} (Ctrl-C ends)", file=sys.stderr)
+    # When it has ended in good order uvicorn raises the signal again that ended it.
+    ours = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    web.run(sockets=[listening])
+    for number, handler in ours.items():
+        signal.signal(number, handler)
+    worker.stop(GRACE.value)
+
+
+def _worker(folder):
+    """-> (the engine's thread, the model's name, the text of a token)."""
+    from hovle_jax.inference.texts import token_text
     from hovle_jax.serving.limits import Limits
     from hovle_jax.serving.metrics import Metrics
     from hovle_jax.serving.worker import Worker
@@ -57,24 +88,29 @@ def main() -> None:
         folder, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value, dtype=DTYPE.value,
         keep=ATTENTION.value,
     )  # fmt: skip
-    limits = Limits(seconds=SECONDS.value, hosts=tuple(host.lower() for host in IMAGE_HOST.value))
-    worker = Worker(model.engine, limits, Metrics())
-    name = NAME.value or pathlib.Path(folder).absolute().name
-    tokenizer = model.loaded.tokenizer
-    key = KEY.value or os.environ.get("HOVLE_API_KEY", "")
-    server = Server(worker, name, lambda token: tokenizer.decode([token]), limits, key)
     print(model.engine.memory(), file=sys.stderr)
-    config = uvicorn.Config(
-        server.app(), HOST.value, PORT.value, log_level="warning", timeout_graceful_shutdown=int(GRACE.value)
+    hosts = tuple(host.lower() for host in IMAGE_HOST.value)
+    limits = Limits(seconds=SECONDS.value, hosts=hosts, queue=QUEUE.value, new_tokens=NEW_TOKENS.value)
+    worker = Worker(model.engine, limits, Metrics(), functools.partial(_warm_up, model.engine))
+    name = NAME.value or pathlib.Path(folder).absolute().name
+    return worker, name, functools.partial(token_text, model.loaded.tokenizer)
+
+
+def _warm_up(engine, is_over):
+    """Says how long it took; until then /health does not say ok."""
+    from hovle_jax.inference.warming import warm_up
+
+    if WARM.value == 0:
+        return
+    start = time.monotonic()
+    warmed = warm_up(engine, WARM.value, is_over)
+    if is_over():
+        return
+    print(
+        f"ready after {time.monotonic() - start:.1f} s: {warmed.programs} programs compiled, for requests of up to "
+        f"{warmed.length:,} tokens",
+        file=sys.stderr,
     )
-    web = uvicorn.Server(config)
-    print(f"serving {name} at http://{HOST.value}:{PORT.value} (Ctrl-C ends)", file=sys.stderr)
-    # When it has ended in good order uvicorn raises the signal again that ended it.
-    ours = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    web.run()
-    for number, handler in ours.items():
-        signal.signal(number, handler)
-    worker.stop(GRACE.value)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -140,21 +139,28 @@ def test_a_chat_in_the_terminal(folder):
 
 def test_a_server_answers_and_ends_in_good_order(folder):
     pytest.importorskip("uvicorn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    line = [sys.executable, "-m", "hovle_jax.serve", "--checkpoint", folder / "run", f"--port={port}", "--length=256"]
+    (folder / "key").write_text("secret\n")
+    flags = ["--port=0", "--length=256", "--warm_up=1", f"--api_key_file={folder}/key"]
+    line = [sys.executable, "-m", "hovle_jax.serve", "--checkpoint", folder / "run", *flags]
     with subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as server:
         try:
+            said = []
+            while "serving run at http://127.0.0.1:" not in "".join(said[-1:]):
+                said.append(server.stderr.readline())
+                assert said[-1], said
+            port = int(said[-1].split(":")[2].split()[0])  # the real one
             _wait_for(f"http://127.0.0.1:{port}/health", server)
             body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
-            sent = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
+            url, key = f"http://127.0.0.1:{port}/v1/chat/completions", {"Authorization": "Bearer secret"}
+            sent = urllib.request.Request(url, json.dumps(body).encode(), key)
             with urllib.request.urlopen(sent, timeout=120) as reply:
                 text = json.load(reply)["choices"][0]["message"]["content"]
             assert [text] == plain(folder, ("hello",))
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
-            assert "GB of weights; 8 answers at once of 256 tokens" in server.stderr.read()
+            said = "".join(said) + server.stderr.read()
+            assert "GB of weights; 8 answers at once of 256 tokens" in said
+            assert "programs compiled, for requests of up to 1 token" in said and "Traceback" not in said
         finally:
             server.kill()
 

@@ -1,5 +1,7 @@
 """The engine's answers are those of the plain full forward: chunked, side by side, one after another, from a prefix."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.generate import Prompt, prompt_batch, prompt_samples
 from hovle_jax.inference.sampling import Sampling
+from hovle_jax.inference.warming import warm_up
 from hovle_jax.system import compilations
 from tests import micro
 from tests.test_decode import VARIANTS, longer, make_answerer, prompts
@@ -127,9 +130,61 @@ def test_nothing_is_compiled_for_prompts_like_those_before():
     assert compilations.count() == before
 
 
+@pytest.mark.parametrize("name", ["pre", "post"])
+def test_a_warm_engine_compiles_nothing_for_any_request(name):
+    answerer = make_answerer(name)
+    engine = Engine(answerer, slots=2, length=150, tiles=3, chunks=(8, 40))  # shapes of its own
+    warmed = warm_up(engine)
+    assert warmed.programs > 10 and warmed.length == 150 and engine.num_free == 2
+    before = compilations.count()
+    images = [example.image for example in micro.examples()[:5]]
+    asked = [Prompt.of("what? " * n, *images[: n % 4]) for n in (1, 2, 5, 11, 20)]
+    asked += [Prompt((("what is it?", "red"), ("and now?", None)), tuple(images[:1])), Prompt.of("a " * 60)]
+    streams = [
+        engine.submit(prompt, Request(300, Sampling(temperature=i / 5, top_p=0.9, seed=i), may_be_shorter=True))
+        for i, prompt in enumerate(asked)
+    ]
+    for _ in range(30):
+        engine.step()
+    engine.cancel(streams[0])
+    engine.run()
+    assert {stream.finish for stream in streams} <= {"length", "stop", "cancelled"}
+    assert compilations.count() == before
+    check_greedy(answerer, answers(engine, asked[1:2], [Request(NEW)]), asked[1:2])
+
+
+def test_warming_ends_when_it_is_told_to():
+    engine = Engine(make_answerer(), **SETTINGS)
+    asked = []
+    warm_up(engine, is_over=lambda: asked.append(1) or len(asked) == 3)
+    assert len(asked) == 3 and engine.num_free == 2
+
+
+def test_an_answer_may_have_what_the_prompt_leaves():
+    engine = Engine(make_answerer(), **SETTINGS)
+    wish = Request(500, may_be_shorter=True)
+    fits = engine.prepare(Prompt.of("hello"), wish)
+    assert fits.reading.length + fits.request.max_new_tokens == 160
+    assert engine.prepare(Prompt.of("hello"), dataclasses.replace(wish, max_new_tokens=7)).request.max_new_tokens == 7
+    with pytest.raises(UserError, match="its answer may have 1: the engine was made for 160 tokens"):
+        engine.prepare(Prompt.of("what " * 200), wish)
+
+
+def test_a_second_answer_to_a_prompt_that_was_read_once():
+    engine, prompt = Engine(make_answerer(), **SETTINGS), prompts()[0]
+    sampling = Sampling(temperature=1.0, seed=3)
+    first = engine.submit(prompt, Request(NEW))
+    second = engine.enqueue(engine.another(first, sampling))
+    engine.run()
+    assert second.reading is first.reading
+    assert second.tokens == answers(engine, [prompt], [Request(NEW, sampling)])[0].tokens != first.tokens
+
+
 def test_what_does_not_fit_is_refused():
     engine = Engine(make_answerer("post"), **SETTINGS)
     with pytest.raises(UserError, match="the engine was made for 160 tokens and 4 tiles"):
         engine.submit(Prompt.of("hello"), Request(150))
+    with pytest.raises(UserError, match=r"for 160 tokens; ask for less"):  # tiles are no limit of their own here
+        Engine(make_answerer(), **SETTINGS).submit(Prompt.of("hello"), Request(150))
     with pytest.raises(UserError, match=r"9 stop ids, .* at most 8"):
         engine.submit(Prompt.of("hello"), Request(5, stop_ids=tuple(range(300, 307))))

@@ -1,5 +1,6 @@
 """The server, by its own protocol: answers, streams, images, refusals, limits, cancelling, metrics."""
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -13,22 +14,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hovle_jax.errors import UserError
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.serving import images
 from hovle_jax.serving.app import Server
+from hovle_jax.serving.entrance import Entrance
 from hovle_jax.serving.job import Job
 from hovle_jax.serving.limits import Limits, Refused
 from hovle_jax.serving.metrics import Metrics
+from hovle_jax.serving.opening import key_of, listen
 from hovle_jax.serving.worker import Worker
 from tests import micro
+from tests.benchmarks import serve_load
 from tests.test_decode import make_answerer
 
 testclient = pytest.importorskip("starlette.testclient")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 URL = "/v1/chat/completions"
-LIMITS = Limits(body_bytes=200_000, pixels=10_000, images=3, new_tokens=40, queue=4, seconds=60)
+LIMITS = Limits(
+    body_bytes=200_000, pixels=10_000, request_pixels=18_000, images=3, characters=5_000, new_tokens=40, queue=4,
+    seconds=600,
+)  # fmt: skip
 
 
 def engine():
@@ -36,8 +44,8 @@ def engine():
 
 
 @contextlib.contextmanager
-def serving(limits=LIMITS, key=""):
-    worker = Worker(engine(), limits, Metrics())
+def serving(limits=LIMITS, key="", prepare=lambda is_over: None):
+    worker = Worker(engine(), limits, Metrics(), prepare)
     server = Server(worker, "tiny", lambda token: str(token), limits, key)
     with testclient.TestClient(server.app()) as client:
         client.worker = worker
@@ -142,12 +150,56 @@ def test_the_budget_of_tiles_is_the_requests(client):
     assert read() == read(max_dynamic_patch=12) and read(max_dynamic_patch=1) == one
 
 
+def test_a_stream_tells_the_log_probabilities_that_the_whole_answer_tells(client):
+    asked = body(max_tokens=12, logprobs=True, n=2, seed=1, temperature=1.5)
+    whole = [choice["logprobs"]["content"] for choice in client.post(URL, json=asked).json()["choices"]]
+    options = {"include_usage": True}
+    *parts, counts = events(client.post(URL, json=asked | {"stream": True, "stream_options": options}))
+    told = [[], []]
+    for part in parts:
+        assert part["usage"] is None
+        (choice,) = part["choices"]
+        told[choice["index"]] += (choice["logprobs"] or {"content": []})["content"]
+    assert [[row["token"] for row in rows] for rows in told] == [[row["token"] for row in rows] for rows in whole]
+    assert counts["usage"]["completion_tokens"] == sum(map(len, whole)) == 24
+    bytes_ = [row["bytes"] for rows in whole for row in rows]
+    assert all(value is None or bytes(value).decode() for value in bytes_) and any(bytes_)
+
+
+def test_without_a_limit_an_answer_has_the_room_that_is_left():
+    with serving(dataclasses.replace(LIMITS, new_tokens=2_000)) as roomy:
+        asked = body("hello")
+        del asked["max_tokens"]
+        usage = roomy.post(URL, json=asked).json()["usage"]
+        assert usage["total_tokens"] == 200
+        assert "may have 500" in roomy.post(URL, json=body(max_tokens=500)).json()["error"]["message"]
+
+
 BROKEN = {
     "no JSON": ("{", 400, "no JSON"),
     "a list": ([], 400, "must be a JSON object"),
     "no messages": ({"model": "tiny"}, 400, "messages"),
     "an unknown field": (body(frobnicate=1), 400, "frobnicate is not supported"),
     "tools": (body(tools=[{"type": "function"}]), 400, "tools is not supported"),
+    "another model": (body(model="gpt"), 404, "'gpt' does not exist here; it is 'tiny'"),
+    "a json object": (body(response_format={"type": "json_object"}), 400, "only text is made, not 'json_object'"),
+    "most likely tokens": (body(logprobs=True, top_logprobs=21), 400, "top_logprobs=21: from 0 to 20"),
+    "too many of these": (body(logprobs=True, top_logprobs=20), 400, "are reported; logprobs without it"),
+    "top_logprobs alone": (body(top_logprobs=2), 400, "only with logprobs"),
+    "options of no stream": (body(stream_options={"include_usage": True}), 400, "only with stream"),
+    "no options": (body(stream=True, stream_options=3), 400, "stream_options: an object"),
+    "a stream": (body(stream="yes"), 400, "stream='yes': true or false"),
+    "stops": (body(stop=["a"] * 17), 400, "stop: at most 16 texts"),
+    "no stop": (body(stop=[""]), 400, "stop: a text"),
+    "no answer": (body(n=0), 400, "n=0: from 1 to 16"),
+    "no token": (body(max_completion_tokens=0), 400, "max_completion_tokens=0: at least 1"),
+    "no end": ('{"messages": [], "seed": Infinity}', 400, "seed=inf: a number"),
+    "many digits": ('{"messages": [], "temperature": 1' + "0" * 400 + "}", 400, "a number is needed"),
+    "half a character": ('{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
+    "a tool's call": (body([*said("a"), {"role": "assistant", "tool_calls": [{}]}]), 400, "tool_calls are not"),
+    "a port": (body(said("?", "http://example.org:99999/")), 400, "image_url: no URL"),
+    "pixels together": (body(said("?", *[data_url(np.zeros((99, 99, 3), np.uint8))] * 2)), 413, "pixels together"),
+    "a long text": (body("x" * 6000), 413, "more than 5,000 characters"),
     "a temperature": (body(temperature="hot"), 400, "temperature='hot'"),
     "below zero": (body(temperature=-1), 400, "temperature=-1"),
     "no tokens": (body(max_tokens=0.5), 400, "max_tokens=0.5"),
@@ -193,6 +245,129 @@ def test_models_health_metrics(client):
     assert lines['hovle_request_seconds_bucket{le="+Inf"}'] == lines["hovle_request_seconds_count"]
 
 
+def test_a_model_by_its_name_and_paths_that_are_none(client):
+    assert client.get("/v1/models/tiny").json()["id"] == "tiny"
+    for reply, status in ((client.get("/v1/models/gpt"), 404), (client.post("/v1/x"), 404), (client.get(URL), 405)):
+        assert reply.status_code == status and reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_an_error_of_the_engine_ends_its_requests_and_no_others(capsys):
+    with serving() as client:
+        good = client.post(URL, json=body()).json()["choices"]
+        inner = client.worker.engine
+        step, inner.step = inner.step, lambda: [inner._admit(), inner._read_chunk(), 1 // 0]
+        whole = client.post(URL, json=body("another one"))
+        stream = client.post(URL, json=body("and one more", stream=True))
+        inner.step = step
+        for reply in (whole, stream):
+            assert reply.status_code == 500 and reply.json()["error"]["message"] == "the engine failed; try again"
+        assert inner.num_free == 2 and client.get("/health").status_code == 200
+        assert client.post(URL, json=body()).json()["choices"] == good
+        assert "hovle_engine_errors_total 2" in client.get("/metrics").text
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_until_it_is_warm_requests_wait():
+    warm = threading.Event()
+    with serving(prepare=lambda _: warm.wait(60) and None) as cold:
+        reply = cold.get("/health")
+        assert reply.status_code == 503 and reply.json() == {"status": "warming up"}
+        threading.Timer(0.2, warm.set).start()
+        assert cold.post(URL, json=body()).status_code == 200
+        assert cold.get("/health").status_code == 200
+
+
+def test_a_worker_that_is_stopped_does_not_finish_warming():
+    began, asked = threading.Event(), []
+
+    def prepare(is_over):
+        began.set()
+        while not is_over():
+            time.sleep(0.01)
+        asked.append(is_over())
+
+    worker = Worker(engine(), LIMITS, Metrics(), prepare)
+    assert began.wait(30) and worker.stop(30) and asked == [True]
+
+
+def test_nobody_waits_for_an_engine_that_has_ended(capsys):
+    broken = threading.Event()
+    with serving(prepare=lambda _: broken.wait(60) and 1 // 0) as dead:
+        threading.Timer(0.2, broken.set).start()
+        assert dead.post(URL, json=body()).status_code == 503
+        assert dead.post(URL, json=body()).status_code == 503
+        assert dead.get("/health").json() == {"status": "the engine has ended"}
+
+
+class Sending:
+    """A request whose body comes in parts, with a pause before each."""
+
+    def __init__(self, *parts, pause=0.0):
+        self._parts, self._pause = parts, pause
+
+    async def stream(self):
+        for part in self._parts:
+            await asyncio.sleep(self._pause)
+            yield part
+
+
+def test_bodies_have_limits_of_their_own():
+    limits = Limits(body_bytes=10, body_seconds=0.05, held_bytes=12, threads=1, preparing=2)
+
+    async def check():
+        entrance, leave = Entrance(limits), threading.Event()
+        assert await entrance.prepared(Sending(b"ab", b"cd"), bytes.decode) == "abcd"
+        with pytest.raises(Refused, match="did not come within 0.05 seconds") as slow:
+            await entrance.prepared(Sending(b"a", b"b", pause=0.04), bytes.decode)
+        with pytest.raises(Refused, match="more than 10 bytes") as large:
+            await entrance.prepared(Sending(b"abcdefgh", b"ijk"), bytes.decode)
+        held = [asyncio.create_task(entrance.prepared(Sending(b"abcd"), lambda body: leave.wait(30))) for _ in "ab"]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Refused, match="2 requests are being read already") as crowded:
+            await entrance.prepared(Sending(b"ab"), bytes.decode)
+        with pytest.raises(Refused, match="too many bytes") as heavy:
+            await entrance.prepared(Sending(b"abcde"), bytes.decode)
+        held[0].cancel()  # a client that goes away leaves its thread busy
+        leave.set()
+        assert await held[1] is True
+        assert [e.value.status for e in (slow, large, crowded, heavy)] == [408, 413, 429, 503]
+        assert heavy.value.headers and not slow.value.headers
+        assert await entrance.prepared(Sending(b"abcdefghij"), bytes.decode) == "abcdefghij"  # all is given back
+
+    asyncio.run(check())
+
+
+def test_a_bomb_is_not_opened(monkeypatch):
+    """A small file of a billion pixels: refused by its header."""
+    monkeypatch.setattr(images, "decode_image", lambda data: pytest.fail("decoded"))
+    for side, said in ((20_000, "400,000,000|decompression_bomb"), (9_000, "9000 x 9000 pixels")):
+        url = "data:image/png;base64," + base64.b64encode(serve_load.bomb(side)).decode()
+        with pytest.raises(Refused, match=said) as refused:
+            images.Images(Limits()).fetched(url)
+        assert refused.value.status == 413 and len(url) < 200_000
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOVLE_API_KEY", "of the environment")
+    (tmp_path / "key").write_text("of the file\n")
+    (tmp_path / "empty").write_text("\n")
+    assert key_of("", "") == "of the environment" and key_of("", str(tmp_path / "key")) == "of the file"
+    assert not capsys.readouterr().err
+    assert key_of("given", "") == "given" and "seen by all users" in capsys.readouterr().err
+    for given, file, said in (("a", "b", "both given"), ("", "empty", "is empty"), ("", "absent", "cannot be read")):
+        with pytest.raises(UserError, match=said):
+            key_of(given, str(tmp_path / file))
+
+
+def test_a_port_that_is_taken_is_said():
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1, port {port} .*: give another --port"):
+            listen("127.0.0.1", port)
+    with pytest.raises(UserError, match="port 99999"):
+        listen("127.0.0.1", 99999)
+
+
 def test_more_than_may_wait_are_sent_away_and_a_slow_one_ends():
     limits = dataclasses.replace(LIMITS, queue=1, seconds=0.0)
     with serving(limits) as strict:
@@ -221,4 +396,4 @@ def test_private_addresses_are_not_fetched(monkeypatch):
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, found=found, **__: found)
         with pytest.raises(Refused, match="inside.example is a private address"):
-            images.fetched("http://inside.example/a.png", limits)
+            images.Images(limits).fetched("http://inside.example/a.png")

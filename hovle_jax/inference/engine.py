@@ -24,8 +24,9 @@ from hovle_jax.inference.slots import NOWHERE, STOPS, Slots
 from hovle_jax.inference.texts import TextSoFar
 
 CHUNKS = (16, 64, 256)  # lengths that a prompt is read in; the rest is padded to the smallest that holds it
-TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise
+TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise; beyond, to a multiple of the last
 REACHES = tuple(128 << n for n in range(16))  # how much of the caches is looked at
+MOST_TOP_LOGPROBS = 0  # of each token, which the programs report; raised by those that report them
 AHEAD = 2  # tokens beyond those that the host has seen: one that the devices may have made, and the next
 
 
@@ -38,12 +39,14 @@ class Request:
       sampling: how its tokens are chosen.
       stops: texts that end it; they are not part of it.
       stop_ids: tokens that end it, beside the tokenizer's own.
+      may_be_shorter: where the prompt leaves less room than `max_new_tokens`, the answer has only that.
     """
 
     max_new_tokens: int = 64
     sampling: Sampling = GREEDY
     stops: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    may_be_shorter: bool = False
 
 
 class Stream:
@@ -51,6 +54,7 @@ class Stream:
 
     Attributes:
       tokens, logprobs: those made so far, the one that ended it included.
+      tops: of each of them the most likely tokens with their log-probabilities; empty where none are reported.
       finish: '' while it is made, then 'stop', 'length' or 'cancelled'.
       reused: tokens of the prompt that an earlier request had left in the slot.
     """
@@ -59,6 +63,7 @@ class Stream:
         self.reading, self.request, self.stop_ids = reading, request, stop_ids
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.tops: list[tuple[tuple[int, float], ...]] = []
         self.finish, self.reused = "", 0
         self._text, self._listener = text, listener
 
@@ -66,10 +71,11 @@ class Stream:
     def text(self) -> str:
         return self._text.text
 
-    def take(self, token: int, logprob: float) -> None:
-        """One more token."""
+    def take(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> None:
+        """One more token; `top`: see `tops`."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        self.tops.append(top)
         piece = "" if token in self.stop_ids else self._text.add(token)
         if token in self.stop_ids or self._text.is_stopped:
             self.close("stop", piece)
@@ -144,6 +150,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forgets all requests and what the caches hold."""
+        self.__dict__.pop("_state", None)  # before the new ones, as there may be no room for both
         self._state = self._empty()
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._waiting: collections.deque[Stream] = collections.deque()
@@ -186,17 +193,33 @@ class Engine:
         """
         (sample,) = prompt_samples(self._answerer, [prompt])
         n, tiles = len(sample.tokens), len(sample.tiles)
+        if request.may_be_shorter:
+            most = max(1, min(request.max_new_tokens, self._length - n))
+            request = dataclasses.replace(request, max_new_tokens=most)
         check_lengths(self._hovle.config.llm, n, request.max_new_tokens, tiles)
         if n + request.max_new_tokens > self._length or tiles > self._tiles and self._is_hd:
-            raise UserError(
-                f"the prompt has {n:,} tokens, those of {tiles} tiles among them, and its answer may have "
-                f"{request.max_new_tokens:,}: the engine was made for {self._length:,} tokens and {self._tiles} tiles"
-            )
+            raise UserError(self._too_long(n, tiles, request.max_new_tokens))
         stop_ids = tuple(dict.fromkeys((*self._answerer.tokenizer.stop_ids, *request.stop_ids)))
         if len(stop_ids) > STOPS:
             raise UserError(f"{len(stop_ids)} stop ids, the tokenizer's included: at most {STOPS} are possible")
         text = TextSoFar(self._answerer.tokenizer, request.stops)
         return Stream(self._read(sample), request, stop_ids, text, listener)
+
+    def another(
+        self, stream: Stream, sampling: Sampling, listener: Callable[[str], None] = lambda piece: None
+    ) -> Stream:
+        """A second answer to what `prepare` gave, otherwise drawn, to be queued too."""
+        request = dataclasses.replace(stream.request, sampling=sampling)
+        text = TextSoFar(self._answerer.tokenizer, request.stops)
+        return Stream(stream.reading, request, stream.stop_ids, text, listener)
+
+    def _too_long(self, tokens, tiles, new):
+        of_tiles = f", those of {tiles} tile{'s' * (tiles != 1)} included," if tiles else ""
+        room = f"{self._length:,} tokens" + (f" and {self._tiles} tiles" if self._is_hd else "")
+        return (
+            f"the prompt has {tokens:,} tokens{of_tiles} and its answer may have {new:,}: the engine was made for "
+            f"{room}; ask for less, or give it a greater length"
+        )
 
     def enqueue(self, stream: Stream) -> Stream:
         """Queues what `prepare` gave."""
@@ -390,7 +413,12 @@ class Engine:
         slot.stream = None
 
 
+def padded_tiles(count: int) -> int:
+    """See `TILES`."""
+    return next((n for n in TILES if n >= count), -(-count // TILES[-1]) * TILES[-1])
+
+
 def _padded(rows):
-    """Up to the next of `TILES`, with zeros."""
-    count = next((n for n in TILES if n >= len(rows)), len(rows))
+    """With zeros."""
+    count = padded_tiles(len(rows))
     return np.pad(rows, [(0, count - len(rows)), *[(0, 0)] * (rows.ndim - 1)])

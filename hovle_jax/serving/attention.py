@@ -15,7 +15,8 @@ import numpy as np
 from hovle_jax.errors import UserError
 from hovle_jax.inference.attention_maps import AttentionMaps, passage, watch
 from hovle_jax.inference.engine import Request, Stream
-from hovle_jax.serving.images import fetched
+from hovle_jax.serving.entrance import json_of
+from hovle_jax.serving.images import Images
 from hovle_jax.serving.job import Job
 from hovle_jax.serving.limits import Refused
 from hovle_jax.serving.protocol import parsed
@@ -50,14 +51,13 @@ class Attention:
         """The maps of a conversation's last answer."""
         from starlette.responses import JSONResponse
 
-        body = await self._server.body(request)
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
 
         def tell(result):
             loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(result))
 
-        job = await asyncio.to_thread(self._prepared, body, tell)
+        job = await self._server.entrance.prepared(request, lambda body: self._prepared(json_of(body), tell))
         self._server.worker.submit(job)
         result = await self._awaited(request, job, ended)
         if isinstance(result, Refused):
@@ -79,7 +79,7 @@ class Attention:
         """Images, tokens and tiles: outside of the event loop, as they take time."""
         engine, limits = self._server.worker.engine, self._server.limits
         asking, answer, layers = _split(body)
-        prompt = parsed(asking, limits, lambda url: fetched(url, limits)).prompt
+        prompt = parsed(asking, limits, Images(limits).fetched, self._server.name).prompt
         if not engine.answerer.params:
             raise Refused(501, "this server was started with --noattention, without the weights that it takes")
         try:

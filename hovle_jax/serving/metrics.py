@@ -41,13 +41,13 @@ class Metrics:
     def __init__(self):
         self.requests: dict[str, int] = {}
         self.errors = self.prompt_tokens = self.cached_tokens = self.made_tokens = 0
-        self.running = self.slots = 0
+        self.running = self.slots = self.free = 0
         self.first_token, self.whole = Histogram(), Histogram()
         compilations.count()
 
     def watch(self, engine: Engine, running: int) -> None:
         """The state after a step."""
-        self.slots, self.running = engine.num_slots, running
+        self.slots, self.free, self.running = engine.num_slots, engine.num_free, running
 
     def ended(self, job: Job, result: Any) -> None:
         """A request with its Stream, or what ended it."""
@@ -74,6 +74,7 @@ class Metrics:
             ("compilations_total", "counter", "Programs that were compiled", compilations.count()),
             ("running_requests", "gauge", "Requests that are being answered or wait", self.running),
             ("slots", "gauge", "Requests that can be answered at once", self.slots),
+            ("free_slots", "gauge", "Slots without a request", self.free),
         ):
             lines += [*_typed(f"hovle_{name}", kind, about), f"hovle_{name} {value}"]
         for name, about, histogram in (

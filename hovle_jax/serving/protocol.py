@@ -6,18 +6,26 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hovle_jax.data.text.conversation import IMAGE_MARK
 from hovle_jax.errors import UserError
-from hovle_jax.inference.engine import Request, Stream
+from hovle_jax.inference.engine import MOST_TOP_LOGPROBS, Request, Stream
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.inference.sampling import Sampling
+from hovle_jax.inference.texts import BROKEN
 from hovle_jax.serving.limits import Limits, Refused
+from hovle_jax.serving.messages import number, prompt_of
 
 MOST_ANSWERS = 16  # n
-# Fields that change nothing here, or only what was not asked for.
-IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort"}
+MOST_STOPS, LONGEST_STOP = 16, 256
+OPENAI_TOP_LOGPROBS = 20
+# Fields of OpenAI's that change nothing here: they say who asks, what is kept, or how fast an answer is to come.
+IGNORED = {
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity", "prediction",
+    "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+}  # fmt: skip
+# Those that would change an answer, and the value with which they do not.
 NEUTRAL: dict[str, Any] = {
-    "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none"
+    "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none",
+    "functions": [], "function_call": "none", "modalities": ["text"], "audio": None, "web_search_options": None,
 }  # fmt: skip
 SAMPLING = {
     "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float, "seed": int
@@ -33,7 +41,9 @@ class Asked:
     """A chat completion's request.
 
     Attributes:
-      requests: one for each of its `n` answers.
+      requests: one for each of its `n` answers; they differ in their seeds alone.
+      logprobs: whether those of the answer's tokens are told.
+      top_logprobs: of how many of the most likely tokens at each place.
       usage: whether a stream ends with a chunk of counts.
     """
 
@@ -41,58 +51,96 @@ class Asked:
     requests: tuple[Request, ...]
     stream: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
     usage: bool = False
 
 
-def parsed(body: Any, limits: Limits, image_of: Callable[[str], Any]) -> Asked:
+def parsed(body: Any, limits: Limits, image_of: Callable[[str], Any], model: str = "") -> Asked:
     """A request's JSON.
 
     Args:
       image_of: an `image_url`'s URL -> the image.
+      model: the name of the one that answers; empty = any.
     Raises:
       Refused: what cannot be done, by the name of its field.
     """
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object")
-    _check_fields(body)
-    prompt = _prompt(body, limits, image_of)
-    most = _number(body, "max_completion_tokens", int) or _number(body, "max_tokens", int) or limits.new_tokens
-    if most < 1:
-        raise Refused(400, f"max_tokens={most}: at least 1")
-    count = _number(body, "n", int) or 1
-    if not 1 <= count <= MOST_ANSWERS:
-        raise Refused(400, f"n={count}: from 1 to {MOST_ANSWERS}")
-    sampling = _sampling(body)
-    stops = _stops(body)
-    requests = tuple(
-        Request(min(most, limits.new_tokens), dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32), stops)
-        for i in range(count)
-    )
-    usage = bool((body.get("stream_options") or {}).get("include_usage"))
-    return Asked(prompt, requests, bool(body.get("stream")), bool(body.get("logprobs")), usage)
+    _check_fields(body, model)
+    request, count = _request(body, limits), number(body, "n", int, least=1, most=MOST_ANSWERS)
+    stream, usage = _flag(body, "stream"), _usage(body)
+    logprobs, top = _flag(body, "logprobs"), _top_logprobs(body)
+    # Last, as it decodes the images.
+    prompt = prompt_of(body, limits, image_of)
+    requests = tuple(_drawn_again(request, i) for i in range(1 if count is None else count))
+    return Asked(prompt, requests, stream, logprobs, top, usage)
 
 
-def _check_fields(body):
+def _request(body, limits):
+    """What all answers have in common. Without a limit of its own an answer may have what the prompt leaves."""
+    wanted = number(body, "max_completion_tokens", int, least=1)
+    if wanted is None:
+        wanted = number(body, "max_tokens", int, least=1)
+    most = min(wanted or limits.new_tokens, limits.new_tokens)
+    return Request(most, _sampling(body), _stops(body), may_be_shorter=wanted is None)
+
+
+def _drawn_again(request, index):
+    seed = (request.sampling.seed + index) % 2**32
+    return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
+
+
+def _check_fields(body, model):
     for name in body.keys() - KNOWN - IGNORED:
-        if name not in NEUTRAL or body[name] not in (None, NEUTRAL[name], "auto"):
-            raise Refused(400, f"{name} is not supported")
-    if body.get("top_logprobs"):
-        raise Refused(400, "top_logprobs is not supported; logprobs gives those of the answer's own tokens")
-    if (body.get("response_format") or {"type": "text"}) != {"type": "text"}:
-        raise Refused(400, "response_format: only text is made")
+        if name not in NEUTRAL:
+            raise Refused(400, f"{name} is not supported: there is no such field here", name, "unknown_parameter")
+        if body[name] not in (None, NEUTRAL[name], "auto"):
+            raise Refused(400, f"{name} is not supported", name, "unsupported_parameter")
+    asked = body.get("model")
+    if model and asked not in (None, "", model):
+        raise no_model(asked, model)
+    kind = body.get("response_format") or {"type": "text"}
+    kind = kind.get("type") if isinstance(kind, dict) else kind
+    if kind != "text":
+        raise Refused(400, f"response_format: only text is made, not {kind!r}", "response_format")
 
 
-def _number(body, name, kind):
+def no_model(asked: Any, name: str) -> Refused:
+    """What a request gets that names another model than the one that answers."""
+    return Refused(404, f"the model {asked!r} does not exist here; it is {name!r}", "model", "model_not_found")
+
+
+def _usage(body):
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise Refused(400, "stream_options: an object is needed", "stream_options")
+    if not body.get("stream"):
+        raise Refused(400, "stream_options: only with stream", "stream_options")
+    return _flag(options, "include_usage")
+
+
+def _top_logprobs(body):
+    count = number(body, "top_logprobs", int, least=0, most=OPENAI_TOP_LOGPROBS) or 0
+    if count and not body.get("logprobs"):
+        raise Refused(400, "top_logprobs: only with logprobs", "top_logprobs")
+    if count > MOST_TOP_LOGPROBS:
+        most = f"at most {MOST_TOP_LOGPROBS}" if MOST_TOP_LOGPROBS else "none"
+        instead = "logprobs without it gives those of the answer's own tokens"
+        raise Refused(400, f"top_logprobs={count}: {most} are reported; {instead}", "top_logprobs")
+    return count
+
+
+def _flag(body, name):
     value = body.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or kind(value) != value:
-        raise Refused(400, f"{name}={value!r}: a number is needed")
-    return kind(value)
+    if not isinstance(value, bool | None):
+        raise Refused(400, f"{name}={value!r}: true or false", name)
+    return bool(value)
 
 
 def _sampling(body):
-    numbers = {name: _number(body, name, kind) for name, kind in SAMPLING.items()}
+    numbers = {name: number(body, name, kind) for name, kind in SAMPLING.items()}
     given: dict[str, Any] = {"temperature": 1.0}
     given |= {name: value for name, value in numbers.items() if value is not None}
     if given.get("top_k") == -1:  # off, as others write it
@@ -110,94 +158,10 @@ def _stops(body):
     stop = body.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
-        raise Refused(400, "stop: a text or a list of texts")
+        raise Refused(400, "stop: a text or a list of texts", "stop")
+    if len(stops) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in stops):
+        raise Refused(400, f"stop: at most {MOST_STOPS} texts of {LONGEST_STOP} characters", "stop")
     return tuple(stops)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Messages
-
-
-def _prompt(body, limits, image_of):
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise Refused(400, "messages: a list of at least one message is needed")
-    default = _tiles({"max_dynamic_patch": body.get("max_dynamic_patch")})
-    system, turns, images = [], [], []
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role == "user":
-            text, more = _content(content, default)
-            images += more
-            if turns and turns[-1][1] is None:  # two in a row are one
-                text = f"{turns.pop()[0]}\n{text}"
-            turns.append((text, None))
-        elif role == "assistant" and turns and turns[-1][1] is None:
-            turns[-1] = (turns[-1][0], _text_of(content))
-        elif role in ("system", "developer"):
-            system.append(_text_of(content))
-        else:
-            raise Refused(400, f"a message of the role {role!r} is out of place here")
-    if not turns or turns[-1][1] is not None:
-        raise Refused(400, "messages: the last one must be the user's")
-    if len(images) > limits.images:
-        raise Refused(413, f"{len(images)} images; at most {limits.images} are read")
-    shown = tuple(image_of(url) for url, _ in images)
-    return Prompt(tuple(turns), shown, "\n".join(system), tuple(tiles for _, tiles in images))
-
-
-def _text_of(content):
-    text, images = _content(content, None)
-    if images:
-        raise Refused(400, "images belong into the user's messages")
-    return text
-
-
-def _content(content, default):
-    """A message's content -> (text with a mark for each image, [(url, max tiles or None)])."""
-    if content is None or isinstance(content, str):
-        return content or "", []
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise Refused(400, "content: a text or a list of parts")
-    parts, images = [], []
-    for part in content:
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif part.get("type") == "image_url":
-            images.append(_image(part.get("image_url"), default))
-            parts.append(None)
-        else:
-            raise Refused(400, f"a part of the type {part.get('type')!r} cannot be read")
-    return _marked(parts), images
-
-
-def _marked(parts):
-    """Texts and images (None) as one text. Marks that the texts have already are the images' places; images after all
-    texts go in front, as the model has seen them in training."""
-    texts = [part for part in parts if part is not None]
-    count = len(parts) - len(texts)
-    if not count or sum(text.count(IMAGE_MARK) for text in texts) == count:
-        return "\n".join(texts)
-    if parts[: len(texts)] == texts:
-        parts = parts[len(texts) :] + texts
-    return "\n".join(IMAGE_MARK if part is None else part for part in parts)
-
-
-def _image(image, default):
-    image = {"url": image} if isinstance(image, str) else image
-    if not isinstance(image, dict) or not isinstance(image.get("url"), str):
-        raise Refused(400, "image_url: a url is needed")
-    return image["url"], _tiles(image) or default
-
-
-def _tiles(image):
-    """The most tiles of an image: `max_dynamic_patch`, or 1 for `detail: low`; None = the model's own."""
-    tiles = _number(image, "max_dynamic_patch", int)
-    if tiles is not None and tiles < 1:
-        raise Refused(400, f"max_dynamic_patch={tiles}: at least 1")
-    if image.get("detail") not in (None, "auto", "low", "high"):
-        raise Refused(400, f"detail={image['detail']!r}: auto, low or high")
-    return 1 if tiles is None and image.get("detail") == "low" else tiles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,18 +189,27 @@ class Reply:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": stream.text},
-                "logprobs": _logprobs(stream, tokens_of) if asked.logprobs else None,
+                "logprobs": logprobs(stream, asked, tokens_of),
                 "finish_reason": stream.finish,
             }
             for index, stream in enumerate(streams)
         ]
         return self._json("chat.completion", choices, usage=usage(streams))
 
-    def piece(self, index: int, text: str = "", role: str = "", finish: str | None = None) -> dict:
+    def piece(
+        self,
+        asked: Asked,
+        index: int,
+        text: str = "",
+        role: str = "",
+        finish: str | None = None,
+        logprobs: dict | None = None,
+    ) -> dict:
         """A part of an answer that is streamed."""
         delta = ({"role": role} if role else {}) | ({"content": text} if text or role else {})
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return self._json("chat.completion.chunk", [choice])
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        # Where counts were asked for, all chunks have the field.
+        return self._json("chat.completion.chunk", [choice], **({"usage": None} if asked.usage else {}))
 
     def counts(self, streams: Sequence[Stream]) -> dict:
         """The last chunk where counts were asked for."""
@@ -252,10 +225,21 @@ def usage(streams: Sequence[Stream]) -> dict:
     }  # fmt: skip
 
 
-def _logprobs(stream, tokens_of):
-    rows = [
-        {"token": tokens_of(token), "logprob": logprob, "bytes": None, "top_logprobs": []}
-        for token, logprob in zip(stream.tokens, stream.logprobs)
-        if token not in stream.stop_ids
-    ]
+def logprobs(
+    stream: Stream, asked: Asked, tokens_of: Callable[[int], str], start: int = 0, end: int | None = None
+) -> dict | None:
+    """Of an answer's tokens from `start` to before `end`, without the one that only ends it; None if not asked for."""
+    if not asked.logprobs:
+        return None
+    rows = []
+    for i in range(start, len(stream.tokens) if end is None else end):
+        if stream.tokens[i] in stream.stop_ids:
+            continue
+        tops = [_logprob(tokens_of(token), value) for token, value in stream.tops[i][: asked.top_logprobs]]
+        rows.append(_logprob(tokens_of(stream.tokens[i]), stream.logprobs[i]) | {"top_logprobs": tops})
     return {"content": rows}
+
+
+def _logprob(text, value):
+    """A part of a character has no bytes of its own in this form."""
+    return {"token": text, "logprob": value, "bytes": None if BROKEN in text else list(text.encode())}

@@ -1,8 +1,11 @@
 """The thread that owns the engine: requests come in by a queue, answers go out by callbacks."""
 
+import contextlib
 import queue
 import threading
 import time
+import traceback
+from collections.abc import Callable
 
 from hovle_jax.inference.engine import Engine
 from hovle_jax.serving.job import Job
@@ -17,23 +20,25 @@ class Worker:
     the worker goes on with empty slots.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics):
-        self.engine, self._limits, self.metrics = engine, limits, metrics
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, prepare: Callable[[], None] = lambda: None):
+        """`prepare` is called first in the thread, as `warming.warm_up`; requests that come meanwhile wait."""
+        self.engine, self.limits, self.metrics, self._prepare = engine, limits, metrics, prepare
         self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: list[Job] = []
-        self._open, self._lock, self._stopping = 0, threading.Lock(), False
+        self._open, self._lock, self._stopping, self.is_ready = 0, threading.Lock(), False, False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Queues a job. Raises Refused where too many wait, or the server is being stopped."""
+    def submit(self, *jobs: Job) -> None:
+        """Queues jobs, all or none. Raises Refused where too many wait, or the server is being stopped."""
         with self._lock:
             if self._stopping:
-                raise Refused(503, "the server is being stopped", "server_error")
-            if self._open >= self._limits.queue:
-                raise Refused(429, f"{self._open} requests wait already; try again later", "rate_limit_error")
-            self._open += 1
-        self._incoming.put(job)
+                raise Refused(503, "the server is being stopped")
+            if self._open + len(jobs) > self.limits.queue:
+                raise Refused(429, f"{self._open} answers are made or wait already; try again later")
+            self._open += len(jobs)
+            for job in jobs:
+                self._incoming.put(job)
 
     def cancel(self, job: Job) -> None:
         """The answer is no longer wanted."""
@@ -54,19 +59,43 @@ class Worker:
     # -- in the thread
 
     def _run(self):
-        while not (self._stopping and not self._open):
-            try:
-                self._take_in(self.engine)
-                self._drop(self.engine)
-                self.engine.step()
-                self._finish()
-            except Exception as error:  # noqa: BLE001 (whatever it is, the server goes on)
-                self.metrics.errors += 1
-                for job in self._jobs:
-                    self._end(job, error)
-                self._jobs = []
-                self.engine.reset()
-            self.metrics.watch(self.engine, len(self._jobs))
+        try:
+            self._prepare(lambda: self._stopping)
+            self.metrics.watch(self.engine, 0)
+            self.is_ready = True
+            while not (self._stopping and not self._open):
+                self._step()
+        except Exception:  # noqa: BLE001 (nothing can be answered any more)
+            traceback.print_exc()
+        finally:
+            self._close()
+
+    def _step(self):
+        try:
+            self._take_in(self.engine)
+            self._drop(self.engine)
+            self.engine.step()
+            self._finish()
+        except Exception as error:  # noqa: BLE001 (whatever it is, the server goes on)
+            traceback.print_exc()
+            self.metrics.errors += 1
+            self.engine.reset()
+            self._end_all(error)
+        self.metrics.watch(self.engine, len(self._jobs))
+
+    def _end_all(self, error):
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            self._end(job, error)
+
+    def _close(self):
+        """Nobody waits for an engine that has ended."""
+        with self._lock:
+            self._stopping = True
+        while not self._incoming.empty():
+            if job := self._incoming.get():
+                self._jobs.append(job)
+        self._end_all(Refused(503, "the engine has ended"))
 
     def _take_in(self, engine):
         """All that came in; waits where there is nothing to do."""
@@ -84,8 +113,8 @@ class Worker:
         """Those that nobody waits for, or that took too long."""
         now = time.monotonic()
         for job in self._jobs:
-            if now - job.arrived > self._limits.seconds and job.failure is None:
-                job.failure = Refused(504, f"no answer within {self._limits.seconds:g} seconds", "server_error")
+            if now - job.arrived > self.limits.seconds and job.failure is None:
+                job.failure = Refused(504, f"no answer within {self.limits.seconds:g} seconds")
             if job.is_cancelled or job.failure:
                 engine.cancel(job.stream)
 
@@ -102,4 +131,5 @@ class Worker:
         with self._lock:
             self._open -= 1
         self.metrics.ended(job, result)
-        job.on_end(result)
+        with contextlib.suppress(RuntimeError):  # the event loop that waited for it was closed
+            job.on_end(result)
