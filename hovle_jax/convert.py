@@ -8,8 +8,8 @@ import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Lla
 or a hub id; DST can then stand where a run's folder can.
 
 export: SRC is a finished run or an import; DST has the public names, shapes and config.json. With --as llama a base
-HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it. With --as gguf DST is
-one .gguf file for llama.cpp, of a base HoVLE or of an LLM, for text.
+HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it. With --as
+gguf a base HoVLE or an LLM becomes one file for llama.cpp, DST.gguf, for text.
 
 verify: runs the inputs of DIR/expected.npz through the checkpoint in DIR (Hugging Face layout, or .gguf files) and
 compares every array that it knows: logits, features, loss, gradients, greedy tokens.
@@ -28,7 +28,7 @@ AS = flags.DEFINE_enum(
     "as",
     None,
     [*PARTS, *FORMATS],
-    "import: the part to take (default: all of it); export: llama = HoVLE as one plain Llama, gguf = a file for llama.cpp",
+    "import: the part to take (default: all); export: llama = HoVLE as one plain Llama, gguf = a file for llama.cpp",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",

@@ -91,15 +91,15 @@ def _say_what_is_left_out(config, llm, say):
 
 def _tokenizer_metadata(source, vocab_size, config, say):
     if not has_tokenizer(source):
-        say("left out: a tokenizer, which this model lacks; prompts are ids")
-        return gguf_metadata.NO_TOKENIZER
+        say("this model has no tokenizer: the file's tokens are their ids, and so are prompts")
+        return gguf_metadata.ids_as_tokens(vocab_size)
     tokenizer = load_tokenizer(source)
     try:
         template = template_of(tokenizer, config.system_message)
         metadata = gguf_metadata.tokenizer_to_metadata(tokenizer, vocab_size, template)
     except UserError as error:
-        say(f"left out: the tokenizer ({error}); prompts are ids")
-        return gguf_metadata.NO_TOKENIZER
+        say(f"left out: the tokenizer ({error}); the file's tokens are their ids, and so are prompts")
+        return gguf_metadata.ids_as_tokens(vocab_size)
     say_if_blanks_change(tokenizer, "llama.cpp", say)
     return metadata
 

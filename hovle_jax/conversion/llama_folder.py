@@ -111,9 +111,7 @@ def _write_tokenizer(tokenizer, system, folder, say):
 def say_if_blanks_change(tokenizer: Tokenizer, engine: str, say: Callable[[str], object]) -> None:
     """Says so where a SentencePiece model normalises blanks, which other engines do not."""
     if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.decode(tokenizer.encode(SPACED)) != SPACED:
-        say(
-            f"this tokenizer changes blanks or line breaks; that of {engine} does not, so such texts have other ids there"
-        )
+        say(f"this tokenizer changes blanks or line breaks; {engine} does not, so such texts have other ids there")
 
 
 def template_of(tokenizer: Tokenizer, system: str) -> str:

@@ -19,7 +19,6 @@ from hovle_jax.model.rotary import frequencies
 
 NORMAL, UNUSED, BYTE = 1, 5, 6  # SentencePiece's numbers of a piece's type, which GGUF took over
 LOWEST = -1000.0  # the score of a token that is never merged
-NO_TOKENIZER = {"tokenizer.ggml.model": "none"}
 
 
 def llama_cpp_config(config: LLMConfig) -> LLMConfig:
@@ -127,6 +126,24 @@ def tokenizer_to_metadata(tokenizer: Tokenizer, vocab_size: int, template: str) 
     return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | {"tokenizer.chat_template": template}
 
 
+def ids_as_tokens(vocab_size: int) -> dict[str, Any]:
+    """Metadata in place of a tokenizer: the text of a token is its id in brackets.
+
+    llama.cpp has a name for files without tokens ('none'), and its server ends at the first answer of one.
+    """
+    keys = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [f"[{i}]" for i in range(vocab_size)],
+        "scores": [LOWEST] * vocab_size,
+        "token_type": [NORMAL] * vocab_size,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_space_prefix": False,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
 def _ends(tokenizer):
     """The special ids: where everything begins, and what ends an answer."""
     stops = dict.fromkeys((tokenizer.eos, *tokenizer.stop_ids))
@@ -183,7 +200,7 @@ def _byte_level_bpe(tokenizer):
 # Wherever the ways to split text before the merges differ.
 PROBE = (
     "It's WE'LL they'd 3 12345 1,234.5  two   blanks\ttab\n\nlines \r\n end.\n"
-    "naïve café (x)[0]=={y};//§ $ £5 東京タワー 한국어 عربي ٣٤٥ ½ ² 🙂👍 e\u0301 don\u2019t A1b22c333 _under_ -> \u00a0x "
+    "naïve café (x)[0]=={y};//§ $ £5 東京タワー 한국어 عربي ٣٤٥ ½ ² 🙂👍 e\u0301 don\u2019t A1b22c333 _a_ -> \u00a0x "
 )
 
 
