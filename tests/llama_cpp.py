@@ -14,7 +14,7 @@ import pytest
 
 
 def completions(path, requests):
-    """llama.cpp's answers to `/v1/completions` requests, in order, each with its most likely tokens; in float32.
+    """llama.cpp's answers to requests of OpenAI's completions, or of its chat completions, in order; in float32.
 
     Skips the test without the package.
     """
@@ -26,12 +26,24 @@ def completions(path, requests):
     return json.loads(result.stdout)
 
 
-def greedy(path, prompts, tokens):
-    """-> [(token ids, log-probabilities)] of greedy answers of exactly this length, to prompts of ids."""
-    settings = dict(temperature=0, n_predict=tokens, n_probs=1, cache_prompt=False)
-    answers = completions(path, [settings | {"prompt": list(map(int, prompt))} for prompt in prompts])
-    made = [answer["choices"][0]["logprobs"]["content"] for answer in answers]
-    return [([token["id"] for token in row], [token["logprob"] for token in row]) for row in made]
+def greedy(path, prompts, tokens, banned=()):
+    """-> [(tokens read, token ids, log-probabilities)] of greedy answers to prompts: ids, texts or chats.
+
+    A chat is a list of messages. `banned` are ids that no answer has.
+    """
+    settings = dict(temperature=0, max_tokens=tokens, cache_prompt=False)
+    settings |= {"logit_bias": [[int(i), False] for i in banned]}
+    found = []
+    for answer in completions(path, [settings | _asked(prompt) for prompt in prompts]):
+        made = answer["choices"][0]["logprobs"]["content"]
+        found.append((answer["usage"]["prompt_tokens"], [t["id"] for t in made], [t["logprob"] for t in made]))
+    return found
+
+
+def _asked(prompt):
+    if isinstance(prompt, list) and isinstance(prompt[0], dict):
+        return {"messages": prompt, "logprobs": True, "top_logprobs": 1}
+    return {"prompt": prompt if isinstance(prompt, str) else list(map(int, prompt)), "logprobs": 1}
 
 
 def _server(path):
@@ -50,7 +62,8 @@ def main():
     out = os.dup(1)
     os.dup2(2, 1)  # llama.cpp prints to both
     server = _server(sys.argv[1])
-    answers = [server.handle_completions(request) for request in json.load(sys.stdin)]
+    handle = lambda request: server.handle_chat_completions if "messages" in request else server.handle_completions
+    answers = [handle(request)(request) for request in json.load(sys.stdin)]
     os.write(out, json.dumps(answers).encode())
     os._exit(0)  # its threads wait for more
 
