@@ -49,13 +49,13 @@ def import_(source: str, folder: str) -> None:
 
 
 def export(source: str, folder: str) -> None:
+    _check_as("export", FORMATS)
+    if DTYPE.value == "float16" and AS.value != "gguf":
+        raise UserError("--dtype float16 is for --as gguf: safetensors are written as float32 or bfloat16")
     from hovle_jax.conversion.exporting import export_model
     from hovle_jax.conversion.gguf_file import export_as_gguf
     from hovle_jax.conversion.llama_folder import export_as_llama
 
-    _check_as("export", FORMATS)
-    if DTYPE.value == "float16" and AS.value != "gguf":
-        raise UserError("--dtype float16 is for --as gguf: safetensors are written as float32 or bfloat16")
     write = {"llama": export_as_llama, "gguf": export_as_gguf}.get(AS.value, export_model)
     write(source, folder, DTYPE.value)
     print(f"exported to {folder}")
