@@ -7,9 +7,9 @@
 import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3), a .gguf file
 or a hub id; DST can then stand where a run's folder can.
 
-export: SRC is a finished run or an import; DST has the public names, shapes and config.json. With --as llama a base
-HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it. With --as
-gguf a base HoVLE or an LLM becomes one file for llama.cpp, DST.gguf, for text.
+export: SRC is a finished run, an import or smol-llm; DST has the public names, shapes and config.json. With --as llama
+a base HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it. With
+--as gguf a base HoVLE or an LLM becomes one file for llama.cpp, whose name ends in .gguf, for text.
 
 verify: runs the inputs of DIR/expected.npz through the checkpoint in DIR (Hugging Face layout, or .gguf files) and
 compares every array that it knows: logits, features, loss, gradients, greedy tokens.
@@ -52,12 +52,13 @@ def export(source: str, folder: str) -> None:
     _check_as("export", FORMATS)
     if DTYPE.value == "float16" and AS.value != "gguf":
         raise UserError("--dtype float16 is for --as gguf: safetensors are written as float32 or bfloat16")
+    from hovle_jax.conversion.downloads import resolve
     from hovle_jax.conversion.exporting import export_model
     from hovle_jax.conversion.gguf_file import export_as_gguf
     from hovle_jax.conversion.llama_folder import export_as_llama
 
     write = {"llama": export_as_llama, "gguf": export_as_gguf}.get(AS.value, export_model)
-    write(source, folder, DTYPE.value)
+    write(resolve(source), folder, DTYPE.value)
     print(f"exported to {folder}")
 
 

@@ -12,13 +12,15 @@ import sys
 
 import pytest
 
+REASON = "llama.cpp is not installed (the extra llama_cpp)"
+
 
 def completions(path, requests):
     """llama.cpp's answers to requests of OpenAI's completions, or of its chat completions, in order; in float32.
 
     Skips the test without the package.
     """
-    pytest.importorskip("xllamacpp", reason="the extra llama_cpp is not installed")
+    pytest.importorskip("xllamacpp", reason=REASON)
     result = subprocess.run(
         [sys.executable, __file__, str(path)], input=json.dumps(requests), capture_output=True, text=True, check=False
     )

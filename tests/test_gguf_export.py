@@ -1,6 +1,7 @@
 """Exports as GGUF: the metadata of tokenizers, the file, and what is refused."""
 
 import dataclasses
+import errno
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf_metadata
 from hovle_jax.formats.gguf import PRE_TOKENIZERS, GGUFFile
 from hovle_jax.model.config import RopeScaling
+from hovle_jax.system.files import whole_file
 from tests import bpe, micro
 from tests.one_llama import hovle, made, quiet, with_rope
 from tests.public_models import LLAMA3, YARN, llm
@@ -194,6 +196,21 @@ def test_what_llama_cpp_cannot_compute_is_refused_by_name(message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         export_as_gguf(tmp_path / "ours", tmp_path / "model.gguf", say=quiet)
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    with pytest.raises(UserError, match="the disk is full"), whole_file(tmp_path / "new" / "file") as path:
+        path.write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(KeyError), whole_file(tmp_path / "file") as path:
+        path.write_text("x")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with whole_file(tmp_path / "new" / "file") as path:
+        path.write_text("x")
+        assert not (tmp_path / "new" / "file").exists()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+    assert (tmp_path / "new" / "file").read_text() == "x"
 
 
 def test_names_and_packages_that_do_not_do(tmp_path, monkeypatch):

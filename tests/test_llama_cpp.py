@@ -1,6 +1,10 @@
 """The same model in other hands: our own GGUF reader gives it back, and llama.cpp the same greedy tokens."""
 
 import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,7 +18,8 @@ from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.data.text.conversation import encode_conversation
 from hovle_jax.formats import one_llama
 from hovle_jax.formats.families import open_checkpoint
-from hovle_jax.inference.generate import greedy
+from hovle_jax.inference.generate import Prompt, answer, greedy
+from hovle_jax.inference.load import load_run
 from hovle_jax.model.config import RopeScaling
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import HoVLE, LanguageModel
@@ -173,3 +178,21 @@ def test_llama_cpp_reads_texts_and_chats_as_we_do(kind, tmp_path):
     answers = llama_cpp.greedy(tmp_path / "model.gguf", asked, 3, banned)
     for prompt, answer in zip(prompts, answers, strict=True):
         check_greedy(answer, prompt, logits, banned)
+
+
+def test_the_documented_example(tmp_path):
+    """The Python block of the page, as it stands, answers a chat as we do."""
+    pytest.importorskip("xllamacpp", reason=llama_cpp.REASON)
+    tokenizer = bpe.tokenizer()
+    tokenizer.chat_template = bpe.CHATML
+    config = dataclasses.replace(llm("llama"), vocab_size=tokenizer.vocab_size)
+    made(tmp_path / "ours", ModelConfig(llm=config), tokenizer)
+    export_as_gguf(tmp_path / "ours", tmp_path / "model.gguf", say=quiet)
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "answering.md").read_text()
+    (block,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "xllamacpp" in text)
+    line = [sys.executable, "-c", block]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    loaded = load_run(tmp_path / "ours")
+    (ours,) = answer(loaded.answerer, [Prompt.of("What is the capital of France?")], max_new_tokens=20)
+    assert len(ours) > 5 and result.stdout.strip() == ours
