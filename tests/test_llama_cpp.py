@@ -126,8 +126,8 @@ def test_llama_cpp_gives_the_same_tokens(exported):
     config, params, path = exported
     rng, logits = np.random.default_rng(1), forward(config, params)
     prompts = [rng.integers(8, config.llm.vocab_size, length).tolist() for length in (3, 24)]
-    for prompt, answer in zip(prompts, llama_cpp.greedy(path, prompts, 12), strict=True):
-        check_greedy(answer, prompt, logits)
+    for prompt, given in zip(prompts, llama_cpp.greedy(path, prompts, 12), strict=True):
+        check_greedy(given, prompt, logits)
 
 
 @pytest.mark.parametrize("name", ["hovle-tiny", "hovle-tiny-stride28"])
@@ -138,10 +138,10 @@ def test_llama_cpp_gives_the_tokens_of_a_reference_model(name, tmp_path):
     config = load_model_config(tmp_path / "ours")
     params = {c: load_component(tmp_path / "ours", c, shapes(config, c)) for c in ("embedding", "llm")}
     prompt = np.random.default_rng(0).integers(3, 140, 30).tolist()
-    (answer,) = llama_cpp.greedy(tmp_path / "model.gguf", [prompt], 32)
-    check_greedy(answer, prompt, forward(config, params, 62))
+    (given,) = llama_cpp.greedy(tmp_path / "model.gguf", [prompt], 32)
+    check_greedy(given, prompt, forward(config, params, 62))
     ours = greedy(params, batch_of(prompt), hovle=HoVLE(config.model), max_new_tokens=32, stop_ids=())
-    assert answer[1] == ours[0].tolist()
+    assert given[1] == ours[0].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ def test_llama_cpp_reads_texts_and_chats_as_we_do(kind, tmp_path):
     banned = [i for i in range(config.llm.vocab_size) if not whole(tokenizer.decode([i]))]
     logits = forward(config, params, 160)
     answers = llama_cpp.greedy(tmp_path / "model.gguf", asked, 3, banned)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        check_greedy(answer, prompt, logits, banned)
+    for prompt, given in zip(prompts, answers, strict=True):
+        check_greedy(given, prompt, logits, banned)
 
 
 def test_the_documented_example(tmp_path):
