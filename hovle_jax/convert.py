@@ -57,7 +57,7 @@ def export(source: str, folder: str) -> None:
     from hovle_jax.conversion.gguf_file import export_as_gguf
     from hovle_jax.conversion.llama_folder import export_as_llama
 
-    write = {"llama": export_as_llama, "gguf": export_as_gguf}.get(AS.value, export_model)
+    write = {"llama": export_as_llama, "gguf": export_as_gguf}.get(AS.value or "", export_model)
     write(resolve(source), folder, DTYPE.value)
     print(f"exported to {folder}")
 

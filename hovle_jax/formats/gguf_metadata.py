@@ -154,9 +154,10 @@ def _ends(tokenizer):
 
 def _sentencepiece(tokenizer):
     """-> ({id: (token, score, type)}, keys) of a SentencePiece model of the kind BPE, with its bytes."""
-    from sentencepiece import sentencepiece_model_pb2 as protocol
+    from sentencepiece import sentencepiece_model_pb2
 
-    model: Any = protocol.ModelProto.FromString(tokenizer.model)
+    protocol: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
+    model = protocol.ModelProto.FromString(tokenizer.model)
     kind = model.trainer_spec.model_type
     if kind != protocol.TrainerSpec.BPE:
         name = protocol.TrainerSpec.ModelType.Name(kind).lower()
