@@ -9,12 +9,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from hovle_jax.checkpoints import load_component, load_model_config
 from hovle_jax.components import shapes
 from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.gguf_file import export_as_gguf
 from hovle_jax.conversion.importing import import_checkpoint
+from hovle_jax.conversion.llama_folder import export_as_llama
 from hovle_jax.data.text.conversation import encode_conversation
 from hovle_jax.formats import one_llama
 from hovle_jax.formats.families import open_checkpoint
@@ -23,8 +25,9 @@ from hovle_jax.inference.load import load_run
 from hovle_jax.model.config import RopeScaling
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import HoVLE, LanguageModel
-from tests import bpe, llama_cpp, micro, shared, test_one_llama
-from tests.one_llama import hovle, made, quiet
+from hovle_jax.model.vision import IMAGENET_MEAN, IMAGENET_STD
+from tests import bpe, by_llama_cpp, micro, shared, test_one_llama
+from tests.one_llama import documented, hovle, made, quiet
 from tests.public_models import FACTORS, LLAMA3, YARN, llm
 from tests.test_llama_folder import prefixing
 from tests.test_one_llama import TOLERANCE, batch_of
@@ -126,7 +129,7 @@ def test_llama_cpp_gives_the_same_tokens(exported):
     config, params, path = exported
     rng, logits = np.random.default_rng(1), forward(config, params)
     prompts = [rng.integers(8, config.llm.vocab_size, length).tolist() for length in (3, 24)]
-    for prompt, given in zip(prompts, llama_cpp.greedy(path, prompts, 12), strict=True):
+    for prompt, given in zip(prompts, by_llama_cpp.greedy(path, prompts, 12), strict=True):
         check_greedy(given, prompt, logits)
 
 
@@ -138,10 +141,25 @@ def test_llama_cpp_gives_the_tokens_of_a_reference_model(name, tmp_path):
     config = load_model_config(tmp_path / "ours")
     params = {c: load_component(tmp_path / "ours", c, shapes(config, c)) for c in ("embedding", "llm")}
     prompt = np.random.default_rng(0).integers(3, 140, 30).tolist()
-    (given,) = llama_cpp.greedy(tmp_path / "model.gguf", [prompt], 32)
+    (given,) = by_llama_cpp.greedy(tmp_path / "model.gguf", [prompt], 32)
     check_greedy(given, prompt, forward(config, params, 62))
     ours = greedy(params, batch_of(prompt), hovle=HoVLE(config.model), max_new_tokens=32, stop_ids=())
     assert given[1] == ours[0].tolist()
+
+
+def test_llama_cpp_takes_images_as_vectors(tmp_path):
+    """Made with the documented code from vision.safetensors: the logits of the public PyTorch code."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    torch, expected = pytest.importorskip("torch"), np.load(shared.golden("hovle-tiny") / "expected.npz")
+    import_checkpoint(shared.golden("hovle-tiny"), tmp_path / "ours", say=quiet)
+    export_as_gguf(tmp_path / "ours", tmp_path / "model.gguf", say=quiet)
+    export_as_llama(tmp_path / "ours", tmp_path / "llama", say=quiet)
+    pixels = expected["pixel_values"].transpose(0, 2, 3, 1) * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN)
+    table = torch.from_numpy(load_file(tmp_path / "llama" / "model.safetensors")["model.embed_tokens.weight"])
+    given = torch.from_numpy(expected["input_ids"][0]), torch.from_numpy(pixels * 255)
+    x = documented(0)["embed_prompt"](tmp_path / "llama", torch.nn.Embedding.from_pretrained(table), *given)
+    found = by_llama_cpp.logits_of_vectors(tmp_path / "model.gguf", x.numpy())
+    np.testing.assert_allclose(found, expected["logits"][0], atol=TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,14 +193,14 @@ def test_llama_cpp_reads_texts_and_chats_as_we_do(kind, tmp_path):
     whole = lambda text: bool(text) and text.isascii()
     banned = [i for i in range(config.llm.vocab_size) if not whole(tokenizer.decode([i]))]
     logits = forward(config, params, 160)
-    answers = llama_cpp.greedy(tmp_path / "model.gguf", asked, 3, banned)
+    answers = by_llama_cpp.greedy(tmp_path / "model.gguf", asked, 3, banned)
     for prompt, given in zip(prompts, answers, strict=True):
         check_greedy(given, prompt, logits, banned)
 
 
 def test_the_documented_example(tmp_path):
     """The Python block of the page, as it stands, answers a chat as we do."""
-    pytest.importorskip("xllamacpp", reason=llama_cpp.REASON)
+    pytest.importorskip("xllamacpp", reason=by_llama_cpp.REASON)
     tokenizer = bpe.tokenizer()
     tokenizer.chat_template = bpe.CHATML
     config = dataclasses.replace(llm("llama"), vocab_size=tokenizer.vocab_size)

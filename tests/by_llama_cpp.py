@@ -2,14 +2,17 @@
 
 In a process of its own, as llama.cpp ends the whole process where a file is not what it expects:
 
-    python tests/llama_cpp.py FILE.gguf < requests.json > answers.json
+    python tests/by_llama_cpp.py FILE.gguf < requests.json > answers.json
 """
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 
 REASON = "llama.cpp is not installed (the extra llama_cpp)"
@@ -46,6 +49,31 @@ def _asked(prompt):
     if isinstance(prompt, list) and isinstance(prompt[0], dict):
         return {"messages": prompt, "logprobs": True, "top_logprobs": 1}
     return {"prompt": prompt if isinstance(prompt, str) else list(map(int, prompt)), "logprobs": 1}
+
+
+def logits_of_vectors(path, x):
+    """Logits [L, V] for input vectors [L, D] in place of ids, by the C interface of the package llama-cpp-python.
+
+    Skips the test without the package. Flash attention, which computes in float16, is off.
+    """
+    library: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    x = np.ascontiguousarray(x, np.float32)
+    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+    options = library.llama_context_default_params()
+    options.n_ctx = options.n_batch = 256
+    options.type_k = options.type_v = options.flash_attn_type = 0
+    context = library.llama_init_from_model(model, options)
+    batch = library.llama_batch_init(*x.shape, 1)
+    ctypes.memmove(batch.embd, x.ctypes.data, x.nbytes)
+    batch.n_tokens = len(x)
+    for i in range(len(x)):
+        batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = i, 1, 0, 1
+    assert library.llama_decode(context, batch) == 0
+    size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    rows = [np.ctypeslib.as_array(library.llama_get_logits_ith(context, i), (size,)).copy() for i in range(len(x))]
+    library.llama_free(context)
+    library.llama_model_free(model)
+    return np.stack(rows)
 
 
 def _server(path):
