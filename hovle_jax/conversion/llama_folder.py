@@ -102,12 +102,27 @@ def _image_id(source, tokenizer):
 
 
 def _write_tokenizer(tokenizer, system, folder, say):
-    """The tokenizer's files; one without a chat template gets the built-in one, which a plain Llama cannot know."""
-    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.decode(tokenizer.encode(SPACED)) != SPACED:
-        say("this tokenizer changes blanks or line breaks; transformers' does not, so such texts have other ids there")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = internlm2_template(system or DEFAULT_SYSTEM, begins=tokenizer.bos is not None)
+    """The tokenizer's files."""
+    say_if_blanks_change(tokenizer, "transformers", say)
+    tokenizer.chat_template = template_of(tokenizer, system)
     write_tokenizer(tokenizer, folder)
+
+
+def say_if_blanks_change(tokenizer: Tokenizer, engine: str, say: Callable[[str], object]) -> None:
+    """Says so where a SentencePiece model normalises blanks, which other engines do not."""
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.decode(tokenizer.encode(SPACED)) != SPACED:
+        say(f"this tokenizer changes blanks or line breaks; {engine} does not, so such texts have other ids there")
+
+
+def template_of(tokenizer: Tokenizer, system: str) -> str:
+    """A tokenizer's chat template in Jinja; without one the built-in one, which a plain Llama cannot know.
+
+    Args:
+      system: the system message of a chat without one; '' = the default.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    return internlm2_template(system or DEFAULT_SYSTEM, begins=tokenizer.bos is not None)
 
 
 def internlm2_template(system: str, begins: bool) -> str:

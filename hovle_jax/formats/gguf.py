@@ -1,6 +1,6 @@
 """GGUF files of Llama, Qwen2 and Qwen3: metadata -> config, quantised blocks -> float32.
 
-The file is read by the package `gguf` of the llama.cpp project (extra `convert`).
+The file is read by the package `gguf` of the llama.cpp project (extra `convert`). `gguf_metadata` is the way back.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from hovle_jax.model.rotary import frequencies
 
 # llama.cpp rotates neighbouring pairs in Llama; its other models rotate halves, as everyone else does.
 NEIGHBOURING_PAIRS = {"llama": True, "qwen2": False, "qwen3": False}
+TABLE, NORM, HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 LINEARS = {
     "attn_q": "query",
@@ -40,6 +41,15 @@ NORMS = {
 }
 
 
+def package(action: str) -> Any:
+    """The package `gguf`. Raises UserError without it, which says what needs it (`action`)."""
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise UserError(f'{action} GGUF needs the package gguf; run: pip install "hovle_jax[convert]"') from None
+    return gguf
+
+
 class GGUFFile:
     """A memory-mapped GGUF file; a `TensorSource`.
 
@@ -50,13 +60,9 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
+        self._gguf = package("reading")
         try:
-            import gguf
-        except ModuleNotFoundError:
-            raise UserError('reading GGUF needs the package gguf; run: pip install "hovle_jax[convert]"') from None
-        self._gguf: Any = gguf
-        try:
-            reader = gguf.GGUFReader(path)
+            reader = self._gguf.GGUFReader(path)
             self.metadata = {key: entry.contents() for key, entry in reader.fields.items()}
         except (ValueError, LookupError, OSError, ArithmeticError) as error:
             raise UserError(f"{path} is not a complete GGUF file ({error}); download it again") from None
@@ -139,8 +145,10 @@ def _rope_scaling(get, head_dim, theta, factors, where):
     if factors is not None:
         if len(factors) != head_dim // 2:
             raise UserError(f"{where}: {ROPE_FACTORS} has {len(factors)} factors for a head_dim of {head_dim}")
+        attention = _float(get("rope.scaling.attn_factor", 1.0))
+        whole = int(get("context_length"))
         return _llama3_scaling(factors, theta) or RopeScaling(
-            "factors", 1.0, int(get("context_length")), attention_factor=1.0, factors=tuple(map(_float, factors))
+            "factors", 1.0, whole, attention_factor=attention, factors=tuple(map(_float, factors))
         )
     if kind in (None, "none"):
         return None
@@ -192,12 +200,11 @@ def _paired(num_heads):
     return Transform(split, join)
 
 
-def rules(config: LLMConfig) -> list[Rule]:
-    """The rules of `LanguageModel`."""
-    stack, rows = config.stack, (config.vocab_size, config.table_rows)
+def stack_rules(stack: StackConfig, arch: str) -> list[Rule]:
+    """The rules of a `Stack` of an architecture's layers."""
     has_bias = dict.fromkeys(("query", "key", "value"), stack.qkv_bias)
     has_bias |= {"output": stack.output_bias} | dict.fromkeys(("gate", "up", "down"), stack.mlp_bias)
-    rotated = {"query": stack.num_heads, "key": stack.num_kv_heads} if NEIGHBOURING_PAIRS[config.family] else {}
+    rotated = {"query": stack.num_heads, "key": stack.num_kv_heads} if NEIGHBOURING_PAIRS[arch] else {}
     layer = []
     for public, ours in LINEARS.items():
         paired = _paired(rotated[ours]) if ours in rotated else None
@@ -207,11 +214,17 @@ def rules(config: LLMConfig) -> list[Rule]:
     norms = [(f"{public}.weight", f"{ours}/scale", SAME) for public, ours in NORMS.items()]
     layer += norms if stack.qk_norm else norms[:2]
     layers = [rule(*entry, num_layers=stack.num_layers) for entry in layer]
+    return nested(layers, public="blk.{layer}.", ours="layers")
+
+
+def rules(config: LLMConfig) -> list[Rule]:
+    """The rules of `LanguageModel`."""
+    rows = config.vocab_size, config.table_rows
     return [
-        rule("token_embd.weight", "token_embedding/embedding", padded(SAME, *rows)),
-        *nested(layers, public="blk.{layer}.", ours="stack/layers"),
-        rule("output_norm.weight", "norm/scale", SAME),
-        *([] if config.tied else [rule("output.weight", "head/kernel", padded(LINEAR, *rows))]),
+        rule(TABLE, "token_embedding/embedding", padded(SAME, *rows)),
+        *nested(stack_rules(config.stack, config.family), ours="stack"),
+        rule(NORM, "norm/scale", SAME),
+        *([] if config.tied else [rule(HEAD, "head/kernel", padded(LINEAR, *rows))]),
     ]
 
 

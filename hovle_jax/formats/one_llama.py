@@ -6,14 +6,15 @@ positions, pixel shuffle projection) is apart: `vision_rules`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
 from hovle_jax.errors import UserError
-from hovle_jax.formats import hovle, internlm2, llama
+from hovle_jax.formats import gguf, hovle, internlm2, llama
 from hovle_jax.formats.mapping import SAME, Rule, Transform, nested, padded, rule
-from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig, RopeScaling
+from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig, RopeScaling, StackConfig
 from hovle_jax.model.vision import IMAGENET_MEAN, IMAGENET_STD, resize_positions
 
 # Of both stacks; each has layers of its own number, and `_rope` compares the scaling of positions.
@@ -107,23 +108,46 @@ def _rope(embedding: EmbeddingConfig, llm: LLMConfig) -> tuple[RopeScaling | Non
     return fixed[0], min(llm.max_length, *bounds)
 
 
-def rules(config: HoVLEConfig) -> list[Rule]:
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What a format calls the parts of a Llama.
+
+    Attributes:
+      table, norm, head: tensors.
+      layers: the rules of a stack's layers.
+    """
+
+    table: str
+    norm: str
+    head: str
+    layers: Callable[[StackConfig], list[Rule]]
+
+
+TRANSFORMERS = Names(
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+    lambda stack: llama.stack_rules(stack, "model.layers."),
+)
+GGUF = Names(gguf.TABLE, gguf.NORM, gguf.HEAD, lambda stack: gguf.stack_rules(stack, "llama"))
+
+
+def rules(config: HoVLEConfig, names: Names = TRANSFORMERS) -> list[Rule]:
     """The rules of the Llama over {'embedding', 'llm'}. Without a head of its own (tied), the LLM's table is the head.
 
     What a HoVLE stores and does not use, the LLM's table beside a head, has no rule.
     """
     embedding, llm = config.embedding, config.llm
     assert embedding is not None
-    layers = "model.layers."
-    below = nested(llama.stack_rules(embedding.stack, layers), ours="embedding/stack")
-    above = nested(llama.stack_rules(llm.stack, layers), ours="llm/stack")
-    head = internlm2.head_rules(dataclasses.replace(llm, head_stored=True), "lm_head.weight")
+    below = nested(names.layers(embedding.stack), ours="embedding/stack")
+    above = nested(names.layers(llm.stack), ours="llm/stack")
+    head = internlm2.head_rules(dataclasses.replace(llm, head_stored=True), names.head)
     rows = embedding.vocab_size, embedding.table_rows
     return [
-        rule("model.embed_tokens.weight", "embedding/text_embedding/embedding", padded(SAME, *rows)),
+        rule(names.table, "embedding/text_embedding/embedding", padded(SAME, *rows)),
         *below,
         *(dataclasses.replace(r, first_layer=embedding.stack.num_layers) for r in above),
-        rule("model.norm.weight", "llm/norm/scale", SAME),
+        rule(names.norm, "llm/norm/scale", SAME),
         *nested(head, ours="llm"),
     ]
 

@@ -1,4 +1,4 @@
-"""Folders that appear complete, or not at all."""
+"""Folders and files that appear complete, or not at all."""
 
 import contextlib
 import errno
@@ -25,22 +25,44 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise UserError(f"{folder} is a file; choose another name, or remove it")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty; choose another folder, or remove that one")
-    new_parents = [parent for parent in folder.parents if not parent.exists()]
-    partial = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    with _partial(folder) as partial:
         yield partial
         if folder.exists():
             folder.rmdir()
         partial.chmod(0o777 & ~_umask())  # a temporary folder is private to its owner
         partial.rename(folder)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """The path of a temporary file to write; renamed to `path` when the block succeeds, and removed otherwise.
+
+    Raises:
+      UserError: `path` exists, or it cannot be written (a full disk, no permission).
+    """
+    path = pathlib.Path(path).absolute()
+    if path.exists():
+        raise UserError(f"{path} exists; choose another name, or remove it")
+    with _partial(path) as folder:
+        yield folder / path.name
+        (folder / path.name).rename(path)
+
+
+@contextlib.contextmanager
+def _partial(target):
+    """A temporary folder beside `target`, which is removed; errors of writing become UserError."""
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    partial = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
+        yield partial
     except (OSError, ValueError) as error:
         number = _errno(error)
         if number is None:
             raise
         reason = "the disk is full" if number == errno.ENOSPC else os.strerror(number)
-        raise UserError(f"cannot write {folder}: {reason}; nothing was left behind") from None
+        raise UserError(f"cannot write {target}: {reason}; nothing was left behind") from None
     finally:
         if partial is not None:
             _remove(partial)
