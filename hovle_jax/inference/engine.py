@@ -168,17 +168,25 @@ class Engine:
         return self.enqueue(self.prepare(prompt, request, listener))
 
     def prepare(
-        self, prompt: Prompt, request: Request = Request(), listener: Callable[[str], None] = lambda piece: None
+        self,
+        prompt: Prompt,
+        request: Request = Request(),
+        listener: Callable[[str], None] = lambda piece: None,
+        shorten: bool = False,
     ) -> Stream:
         """Tokens and tiles of a prompt, to be queued; changes nothing, so any thread may call it.
 
         Args:
           listener: called with each piece of the answer's text.
+          shorten: an answer that may be longer than what is left after the prompt may be as long as that.
         Raises:
           UserError: marks and images disagree, or it is too long.
         """
         (sample,) = prompt_samples(self._answerer, [prompt])
         n, tiles = len(sample.tokens), len(sample.tiles)
+        if shorten:
+            room = max(1, self._length - n)
+            request = dataclasses.replace(request, max_new_tokens=min(request.max_new_tokens, room))
         check_lengths(self._hovle.config.llm, n, request.max_new_tokens, tiles)
         if n + request.max_new_tokens > self._length or tiles > self._tiles and self._is_hd:
             raise UserError(

@@ -144,7 +144,7 @@ class Server:
         try:
             for index, request in enumerate(asked.requests):
                 listen = lambda piece, index=index: tell(index, piece)
-                stream = self.worker.engine.prepare(asked.prompt, request, listen)
+                stream = self.worker.engine.prepare(asked.prompt, request, listen, shorten=True)
                 jobs.append(Job(stream, lambda result, index=index: tell(index, result)))
         except UserError as error:
             raise Refused(400, str(error)) from None
