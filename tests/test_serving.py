@@ -109,6 +109,11 @@ def test_an_answer_may_be_as_long_as_what_is_left():
         assert too_long.status_code == 400 and "tokens" in too_long.json()["error"]["message"]
 
 
+def test_a_top_p_of_0_is_the_most_likely_token(client):
+    greedy, none = (client.post(URL, json=body(**more)).json() for more in ({}, {"top_p": 0, "temperature": 2.0}))
+    assert none["choices"] == greedy["choices"]
+
+
 def events(reply):
     lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"

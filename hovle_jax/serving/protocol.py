@@ -97,6 +97,8 @@ def _sampling(body):
     given |= {name: value for name, value in numbers.items() if value is not None}
     if given.get("top_k") == -1:  # off, as others write it
         given["top_k"] = 0
+    if given.get("top_p") == 0:  # the most likely token alone; many of lmms-eval's tasks send it
+        given |= {"top_p": 1.0, "temperature": min(given["temperature"], 0.0)}
     if "seed" not in given:
         given["seed"] = uuid.uuid4().int
     given["seed"] %= 2**32
