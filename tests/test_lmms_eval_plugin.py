@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -12,8 +14,8 @@ from hovle_jax.checkpoints import save_model
 from hovle_jax.errors import UserError
 from hovle_jax.inference.generate import Prompt, answer
 from hovle_jax.inference.load import load_run
-from hovle_jax.serving import lmms_eval_plugin
-from hovle_jax.serving.lmms_eval_plugin import Answers
+from hovle_jax.serving import lmms_eval_model, lmms_eval_plugin
+from hovle_jax.serving.lmms_eval_model import Answers
 from tests import micro
 from tests.launch_tools import ROOT
 
@@ -98,8 +100,8 @@ def test_generation_kwargs_are_honoured(model):
 
 
 def test_the_stop_that_lmms_eval_injects_cuts_nothing():
-    fields = lmms_eval_plugin._fields({"until": ["\n\n", "Q:"]})
-    assert fields["stop"] == ["Q:"] and fields["max_tokens"] == lmms_eval_plugin.NEW_TOKENS
+    fields = lmms_eval_model._fields({"until": ["\n\n", "Q:"]})
+    assert fields["stop"] == ["Q:"] and fields["max_tokens"] == lmms_eval_model.NEW_TOKENS
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"length_penalty": 2.0}, {"temperature": -1.0}], ids=str)
@@ -153,6 +155,12 @@ def test_setup_names_the_function_that_makes_the_manifest():
     ).groups()
     assert name == lmms_eval_plugin.NAME
     assert getattr(importlib.import_module(module), function) is lmms_eval_plugin.manifest
+
+
+def test_lmms_evals_other_models_do_not_wait_for_jax():
+    program = f"import sys, {lmms_eval_plugin.__name__}; print({{'jax', 'numpy'}} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
