@@ -73,5 +73,9 @@ setup(
         "dev": [*TEST, "ruff>=0.15", "basedpyright>=1.31", "pre-commit>=4"],
         "docs": ["pdoc>=15"],  # the API's pages from docstrings
     },
-    entry_points={"console_scripts": ["hovle=hovle_jax.__main__:main"]},
+    entry_points={
+        "console_scripts": ["hovle=hovle_jax.__main__:main"],
+        # lmms-eval --model hovle_jax, in its own process
+        "lmms_eval.models": ["hovle_jax=hovle_jax.serving.lmms_eval_plugin:manifest"],
+    },
 )

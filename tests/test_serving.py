@@ -105,6 +105,23 @@ def test_a_completion_is_the_engines_answer(client):
         assert usage["prompt_tokens"] == wanted.reading.length and usage["completion_tokens"] == len(wanted.tokens)
 
 
+def test_an_answer_may_be_as_long_as_what_is_left():
+    """VLMEvalKit asks for 32,768 tokens of every model."""
+    with serving(dataclasses.replace(LIMITS, new_tokens=4096)) as client:
+        reply = client.post(URL, json=body(max_tokens=32768))
+        assert reply.status_code == 200, reply.text
+        tokens, length = reply.json()["usage"]["total_tokens"], client.worker.engine.length
+        ended_by_length = reply.json()["choices"][0]["finish_reason"] == "length"
+        assert tokens == length if ended_by_length else tokens < length
+        too_long = client.post(URL, json=body("hello " * 200, max_tokens=32768))
+        assert too_long.status_code == 400 and "tokens" in too_long.json()["error"]["message"]
+
+
+def test_a_top_p_of_0_is_the_most_likely_token(client):
+    greedy, none = (client.post(URL, json=body(**more)).json() for more in ({}, {"top_p": 0, "temperature": 2.0}))
+    assert none["choices"] == greedy["choices"]
+
+
 def events(reply):
     lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"

@@ -182,7 +182,10 @@ class Engine:
         return self.enqueue(self.prepare(prompt, request, listener))
 
     def prepare(
-        self, prompt: Prompt, request: Request = Request(), listener: Callable[[str], None] = lambda piece: None
+        self,
+        prompt: Prompt,
+        request: Request = Request(),
+        listener: Callable[[str], None] = lambda piece: None,
     ) -> Stream:
         """Tokens and tiles of a prompt, to be queued; changes nothing, so any thread may call it.
 

@@ -2,15 +2,19 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import AnsweringModel, opened, request_of
+from hovle_jax.inference.engine import Engine, Stream
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.system.progress import track
 
+T = TypeVar("T")
 PROMPTS = ("prompt", "question")  # the key that a question may have
 
 
@@ -78,17 +82,28 @@ def answer_rows(
     say: Callable[[str], None],
 ) -> Iterator[dict]:
     """Each question's row with its "answer", in order. `say` is called with lines of progress."""
-    request, rest, waiting = request_of(**options), iter(questions), collections.deque()
+    request = request_of(**options)
 
-    def answered():
-        for _ in questions:
-            # Twice as many as there are slots, so that a free one is given away at once.
-            while len(waiting) < 2 * model.engine.num_slots and (question := next(rest, None)):
-                prompt = Prompt(((question.prompt, None),), opened(question.images), system)
-                waiting.append((question, model.engine.submit(prompt, request)))
-            question, stream = waiting.popleft()
-            while not stream.finish:
-                model.engine.step()
-            yield question.row | {"answer": stream.text}
+    def submit(question):
+        return model.engine.submit(Prompt(((question.prompt, None),), opened(question.images), system), request)
 
-    return track(answered(), say, "answers", "questions", len(questions))
+    answered = (q.row | {"answer": text} for q, text in in_order(model.engine, questions, submit))
+    return track(answered, say, "answers", "questions", len(questions))
+
+
+def in_order(engine: Engine, items: Iterable[T], submit: Callable[[T], Stream | None]) -> Iterator[tuple[T, str]]:
+    """(item, its answer), in order.
+
+    Args:
+      submit: queues an item in the engine; None = it cannot be asked, and its answer is empty.
+    """
+    rest, waiting = iter(items), collections.deque()
+    while True:
+        # Twice as many as there are slots, so that a free one is given away at once.
+        waiting += [(item, submit(item)) for item in itertools.islice(rest, 2 * engine.num_slots - len(waiting))]
+        if not waiting:
+            return
+        item, stream = waiting.popleft()
+        while stream and not stream.finish:
+            engine.step()
+        yield item, stream.text if stream else ""

@@ -77,12 +77,12 @@ def parsed(body: Any, limits: Limits, image_of: Callable[[str], Any], model: str
 
 
 def _request(body, limits):
-    """What all answers have in common. Without a limit of its own an answer may have what the prompt leaves."""
+    """What all answers have in common. An answer has what the prompt leaves, even if more is asked for, as clients do."""
     wanted = number(body, "max_completion_tokens", int, least=1)
     if wanted is None:
         wanted = number(body, "max_tokens", int, least=1)
     most = min(wanted or limits.new_tokens, limits.new_tokens)
-    return Request(most, _sampling(body), _stops(body), may_be_shorter=wanted is None)
+    return Request(most, _sampling(body), _stops(body), may_be_shorter=True)
 
 
 def _drawn_again(request, index):
@@ -145,6 +145,8 @@ def _sampling(body):
     given |= {name: value for name, value in numbers.items() if value is not None}
     if given.get("top_k") == -1:  # off, as others write it
         given["top_k"] = 0
+    if given.get("top_p") == 0:  # the most likely token alone; many of lmms-eval's tasks send it
+        given |= {"top_p": 1.0, "temperature": min(given["temperature"], 0.0)}
     if "seed" not in given:
         given["seed"] = uuid.uuid4().int
     given["seed"] %= 2**32
