@@ -1,6 +1,5 @@
 """The thread that owns the engine: requests come in by a queue, answers go out by callbacks."""
 
-import contextlib
 import queue
 import threading
 import time
@@ -131,5 +130,4 @@ class Worker:
         with self._lock:
             self._open -= 1
         self.metrics.ended(job, result)
-        with contextlib.suppress(RuntimeError):  # the event loop that waited for it was closed
-            job.on_end(result)
+        job.on_end(result)
