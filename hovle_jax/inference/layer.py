@@ -70,7 +70,7 @@ def _layer(tree, i):
 
 def normalized(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """`transformer.RMSNorm` of x [..., D]."""
-    return RMSNorm(epsilon).apply({"params": {"scale": scale}}, x)
+    return RMSNorm(epsilon).bind({"params": {"scale": scale}})(x)
 
 
 def run_layer(
@@ -81,7 +81,7 @@ def run_layer(
     H, K, C = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = weights.qkv(normalized(x, weights.attention_norm, config.norm_eps)).reshape(B, T, H + 2 * K, C)
     query, key, value = jnp.split(qkv, (H, H + K), axis=2)
-    if config.qk_norm:
+    if weights.query_norm is not None and weights.key_norm is not None:
         query = normalized(query, weights.query_norm, config.norm_eps)
         key = normalized(key, weights.key_norm, config.norm_eps)
     out, cache = cache.attend(rotate(query, *angles), rotate(key, *angles), value, where, execution)

@@ -36,8 +36,8 @@ def warm_up(engine: Engine, length: int | None = None, is_over: Callable[[], boo
     length = min(length or engine.length, engine.length)
     for _ in _Warming(engine, length).steps():
         if is_over():
+            engine.reset()
             break
-    engine.reset()
     return Warmed(compilations.count() - before, length)
 
 
@@ -68,7 +68,8 @@ class _Warming:
             )
             yield
         self._engine.reset()
-        yield self._smallest_request()  # on caches as they are at first
+        # New caches lie elsewhere than those that programs have made, so what comes first is compiled for both.
+        yield self._smallest_request()
 
     def _smallest_request(self):
         """What begins and ends a request."""

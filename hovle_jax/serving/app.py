@@ -1,6 +1,7 @@
 """The server's routes, as an ASGI application."""
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import json
@@ -155,7 +156,11 @@ class Server:
     def _prepared(self, body, loop, events):
         """Images, tokens and tiles: outside of the event loop, as they take time."""
         asked = parsed(json_of(body), self.limits, Images(self.limits).fetched, self.name)
-        tell = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def tell(event):
+            with contextlib.suppress(RuntimeError):  # the loop has ended: the server did not wait for this answer
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
         jobs = []
         try:
             for index, request in enumerate(asked.requests):

@@ -77,7 +77,7 @@ def parsed(body: Any, limits: Limits, image_of: Callable[[str], Any], model: str
 
 
 def _request(body, limits):
-    """What all answers have in common. An answer has what the prompt leaves, even if more is asked for, as clients do."""
+    """What all answers have in common. Clients ask for more than a prompt leaves, so an answer may have just that."""
     wanted = number(body, "max_completion_tokens", int, least=1)
     if wanted is None:
         wanted = number(body, "max_tokens", int, least=1)

@@ -1,6 +1,5 @@
 """The thread that owns the engine: requests come in by a queue, answers go out by callbacks."""
 
-import contextlib
 import queue
 import threading
 import time
@@ -20,8 +19,15 @@ class Worker:
     the worker goes on with empty slots.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, prepare: Callable[[], None] = lambda: None):
-        """`prepare` is called first in the thread, as `warming.warm_up`; requests that come meanwhile wait."""
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits,
+        metrics: Metrics,
+        prepare: Callable[[Callable[[], bool]], None] = lambda is_over: None,
+    ):
+        """`prepare` is called first in the thread, as `warming.warm_up`, with a function that says whether the worker
+        is being stopped; requests that come meanwhile wait."""
         self.engine, self.limits, self.metrics, self._prepare = engine, limits, metrics, prepare
         self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: list[Job] = []
@@ -131,5 +137,4 @@ class Worker:
         with self._lock:
             self._open -= 1
         self.metrics.ended(job, result)
-        with contextlib.suppress(RuntimeError):  # the event loop that waited for it was closed
-            job.on_end(result)
+        job.on_end(result)
