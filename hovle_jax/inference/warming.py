@@ -1,6 +1,7 @@
 """Compiles what requests will need before the first one comes, so that none of them waits for a compiler."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -62,9 +63,9 @@ class _Warming:
         for size in self._sizes:
             yield from self._read_embedding(size)
             yield from self._read_llm(size)
-        for reaches in sorted(set(self._decode_reaches())):
+        for reaches, greedy in itertools.product(sorted(set(self._decode_reaches())), (True, False)):
             self._engine._state, _ = programs.decode(
-                self._engine.params, self._engine._state, hovle=self._hovle, reaches=reaches
+                self._engine.params, self._engine._state, hovle=self._hovle, reaches=reaches, greedy=greedy
             )
             yield
         self._engine.reset()

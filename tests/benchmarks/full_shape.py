@@ -32,7 +32,7 @@ SIDES = ("float32", "bfloat16", "int8", "torch float32", "torch bfloat16")
 class _Ids:
     """What an engine needs of a tokenizer, for answers that nobody reads."""
 
-    stop_ids, image_id = (), 92_546
+    stop_ids, image_id, clean_up = (), 92_546, False
 
     def decode(self, ids):
         return ""

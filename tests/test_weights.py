@@ -1,0 +1,111 @@
+"""Weights as decoding reads them: fused, in int8, sharded."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hovle_jax.checkpoints import abstract_component
+from hovle_jax.config import MeshConfig
+from hovle_jax.inference import slots as programs
+from hovle_jax.inference.engine import Engine, Request
+from hovle_jax.inference.layer import LayerWeights
+from hovle_jax.inference.slots import LayerSlots, One
+from hovle_jax.inference.weights import Int8Kernel, kernel_of
+from hovle_jax.model.config import StackConfig
+from hovle_jax.model.execution import Execution
+from hovle_jax.model.transformer import Stack
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
+from tests import micro
+from tests.test_decode import make_answerer, prompts
+from tests.test_engine import NEW, SETTINGS, answers
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+D, F, ROWS = 96, 64, 5
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_int8_inputs_cost_next_to_nothing():
+    """The product is that of the rounded kernel with inputs of 15 bits, also where one input is far larger."""
+    x, bias = drawn(ROWS, D).at[:, 3].multiply(50), drawn(F, seed=2)
+    made = Int8Kernel.of(drawn(F, D, seed=1), bias)
+    assert made.kernel.dtype == jnp.int8 and int(jnp.max(jnp.abs(made.kernel), axis=1).min()) == 127
+    exact = x @ (made.kernel * made.scale[:, None]).T + bias
+    spread = float(jnp.max(jnp.abs(x))) * float(jnp.max(jnp.abs(made.scale))) * 127
+    np.testing.assert_allclose(made(x), exact, atol=2e-3 * spread)
+    np.testing.assert_allclose(made(x[None])[0], made(x), rtol=1e-6)
+
+
+def test_int8_kernels_are_near_those_in_float():
+    kernel, x = drawn(F, D, seed=1), drawn(ROWS, D)
+    plain, rounded = (kernel_of(kernel, None, "float32", int8)(x) for int8 in (False, True))
+    error = float(jnp.linalg.norm(rounded - plain) / jnp.linalg.norm(plain))
+    assert 1e-4 < error < 0.01
+
+
+def test_an_output_of_zeros_alone_stays_zero():
+    assert not np.asarray(Int8Kernel.of(jnp.zeros((F, D)), None)(drawn(ROWS, D))).any()
+
+
+@pytest.mark.parametrize("extras", [{}, dict(qkv_bias=True, output_bias=True, mlp_bias=True), dict(qk_norm=True)])
+def test_a_fused_stack_gives_what_the_plain_one_gives(extras):
+    config = StackConfig(2, 32, 4, 2, 8, 48, **extras)
+    stack, x = Stack(config, Execution()), drawn(1, 12, 32)
+    positions = jnp.arange(12)[None]
+    params = stack.init(jax.random.key(0), x, positions, jnp.ones((1, 12), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * drawn(*leaf.shape), jax.tree.map(jnp.asarray, _unboxed(params)))
+    plain, _ = stack.apply({"params": params}, x, positions, jnp.ones((1, 12), jnp.int32))
+    layers = LayerWeights.of_stack(params["layers"], 2, "float32", int8=False)
+    caches = tuple(LayerSlots.empty(config, 1, 12, jnp.float32) for _ in range(2))
+    fused, _ = programs._run(
+        config, Execution(), layers, x, positions, caches, One(jnp.int32(0), jnp.int32(0), 12), jnp.int32(12)
+    )
+    np.testing.assert_allclose(fused, plain, atol=2e-5)
+
+
+def _unboxed(tree):
+    import flax.linen as nn
+
+    return nn.meta.unbox(tree)
+
+
+@pytest.mark.parametrize("axes", [dict(fsdp=8), dict(fsdp=2, tensor=4)])
+def test_an_engine_over_a_mesh_makes_the_tokens_of_one_device(axes):
+    alone = make_answerer()
+    config, placement = micro.run_config("instruct").model_config, Placement(make_mesh(MeshConfig(**axes)))
+    execution = dataclasses.replace(alone.hovle.execution, placement=placement)
+    put = lambda leaf, like: jax.device_put(leaf, like.sharding)
+    params = {c: jax.tree.map(put, alone.params[c], abstract_component(config, c, placement)) for c in alone.params}
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    over_mesh = dataclasses.replace(alone, hovle=dataclasses.replace(alone.hovle, execution=execution), params=params)
+    engines = [Engine(answerer, **SETTINGS) for answerer in (alone, over_mesh)]
+    one, many = ([s.tokens for s in answers(engine, prompts(), [Request(NEW)] * 3)] for engine in engines)
+    assert one == many
+
+
+def test_what_an_engine_consumes_is_gone_and_the_rest_is_not():
+    answerer = make_answerer()
+    params = jax.tree.map(jnp.copy, answerer.params)
+    kept, taken = (programs.fused(params, answerer.hovle, consume=consume) for consume in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, kept, taken)
+    stack = params["llm"]["stack"]["layers"]
+    assert all(stack[name]["kernel"].is_deleted() for name in ("query", "key", "value", "output", "gate", "up", "down"))
+    assert not params["llm"]["token_embedding"]["embedding"].is_deleted()
+
+
+def test_int8_answers_are_those_of_the_rounded_weights():
+    """Of random weights, whose logits are close together: the first token of each answer."""
+    answerer = make_answerer("post")
+    engine = Engine(answerer, **SETTINGS, int8=True)
+    exact = answers(Engine(answerer, **SETTINGS), prompts(), [Request(1)] * 3)
+    rounded = answers(engine, prompts(), [Request(1)] * 3)
+    for a, b in zip(exact, rounded):
+        assert abs(a.logprobs[0] - b.logprobs[0]) < 0.05
+    assert engine.params["head"].kernel.dtype == jnp.int8
