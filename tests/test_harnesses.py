@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.serving.images import fetched
+from hovle_jax.serving.images import Images
 from hovle_jax.serving.limits import Limits
 from hovle_jax.serving.protocol import parsed
 from tests.harnesses import local_sets, same_score
@@ -96,7 +96,7 @@ def test_what_a_harness_sent_is_read_in_full(name):
     VLMEvalKit sends it text first, and enlarged to 100 pixels.
     """
     body = REQUESTS[name]
-    asked = parsed(body, Limits(), lambda url: fetched(url, Limits()))
+    asked = parsed(body, Limits(), Images(Limits()).fetched)
     ((question, answer),) = asked.prompt.turns
     parts = body["messages"][0]["content"]
     (text,) = [part["text"] for part in parts if part["type"] == "text"]
