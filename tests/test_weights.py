@@ -32,15 +32,31 @@ def drawn(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+def read_back(made):
+    """The rounded kernel [F, D] in float32."""
+    kernel = np.asarray(made.kernel, np.float32)
+    whole = kernel[:, :D].copy()
+    whole[:, np.asarray(made.columns)] += kernel[:, D:] / 254
+    return whole * np.asarray(made.scale)[:, None]
+
+
 def test_int8_inputs_cost_next_to_nothing():
     """The product is that of the rounded kernel with inputs of 15 bits, also where one input is far larger."""
     x, bias = drawn(ROWS, D).at[:, 3].multiply(50), drawn(F, seed=2)
     made = Int8Kernel.of(drawn(F, D, seed=1), bias)
-    assert made.kernel.dtype == jnp.int8 and int(jnp.max(jnp.abs(made.kernel), axis=1).min()) == 127
-    exact = x @ (made.kernel * made.scale[:, None]).T + bias
+    assert made.kernel.dtype == jnp.int8 and int(jnp.max(jnp.abs(made.kernel[:, :D]), axis=1).min()) == 127
+    exact = np.asarray(x) @ read_back(made).T + bias
     spread = float(jnp.max(jnp.abs(x))) * float(jnp.max(jnp.abs(made.scale))) * 127
     np.testing.assert_allclose(made(x), exact, atol=2e-3 * spread)
     np.testing.assert_allclose(made(x[None])[0], made(x), rtol=1e-6)
+
+
+def test_the_columns_of_large_inputs_have_second_halves():
+    kernel, importance = drawn(F, D, seed=1), jnp.arange(D, dtype=jnp.float32)
+    made = Int8Kernel.of(kernel, None, importance)
+    assert sorted(made.columns.tolist()) == list(range(D - D // 8, D))
+    error = np.abs(read_back(made) - kernel).max(axis=0)
+    assert error[D - D // 8 :].max() < error[: D - D // 8].min() / 50
 
 
 def test_int8_kernels_are_near_those_in_float():

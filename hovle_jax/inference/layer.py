@@ -44,8 +44,9 @@ class LayerWeights:
             is made of them never lie beside each other.
         """
 
-        def kernels(*names):
-            found = [joined([_layer(params[name], i) for name in names], dtype, int8) for i in range(count)]
+        def kernels(*names, after=""):
+            inputs = [params[after]["scale"][i] if after else None for i in range(count)]
+            found = [joined([_layer(params[name], i) for name in names], dtype, int8, inputs[i]) for i in range(count)]
             if consume:
                 jax.block_until_ready(found)
                 jax.tree.map(lambda leaf: leaf.delete(), [params[name] for name in names])
@@ -56,9 +57,9 @@ class LayerWeights:
 
         columns = (
             *(norms(name) for name in ("attention_norm", "ffn_norm", "query_norm", "key_norm")),
-            kernels("query", "key", "value"),
+            kernels("query", "key", "value", after="attention_norm"),
             kernels("output"),
-            kernels("gate", "up"),
+            kernels("gate", "up", after="ffn_norm"),
             kernels("down"),
         )
         return [cls(*row) for row in zip(*columns)]

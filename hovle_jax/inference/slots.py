@@ -180,7 +180,7 @@ def fused(params: dict, hovle: HoVLE, int8: bool = False, consume: bool = False)
     llm = params["llm"]
     table = held["llm"]["token_embedding"]["embedding"] if c.llm.tied else llm["head"]["kernel"].T
     made = {name: layers(name, stack.num_layers) for name, stack in stacks.items() if stack}
-    return held | {"layers": made, "head": kernel_of(table, None, dtype, int8)}
+    return held | {"layers": made, "head": kernel_of(table, None, dtype, int8, share=1.0)}
 
 
 def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 INT8 = 127.0
+SHARE = 1 / 8  # of the columns that have a second half; of a head all, as its errors are not averaged by any layer
 
 
 @flax.struct.dataclass
@@ -30,21 +31,43 @@ class Kernel:
 
 @flax.struct.dataclass
 class Int8Kernel:
-    """A kernel in int8: kernel [F, D], the scale of each output [F] float32, and a bias [F] or None.
+    """A kernel in int8, and what the first rounding left of some of its columns.
 
-    Inputs become int8 too, so that the product is one of integers, but twice: what the first rounding left is rounded
-    again, 254 times as finely. Both halves are rows of one product, which reads the kernel once.
+    A column is what one input is multiplied by. Inputs become int8 too, so that the product is one of integers, but
+    twice: coarse, and what that left, 254 times as finely. Both halves are rows of one product, which reads the kernel
+    once. The second halves of columns meet the coarse inputs in the fine row, where all counts a 254th.
+
+    Attributes:
+      kernel: [F, D + n] int8: the columns, then the second halves of n of them.
+      columns: [n] int32: which ones.
+      scale: [F] float32.
+      bias: [F] or None.
     """
 
     kernel: jax.Array
+    columns: jax.Array
     scale: jax.Array
     bias: jax.Array | None = None
 
     @classmethod
-    def of(cls, kernel: jax.Array, bias: jax.Array | None) -> "Int8Kernel":
-        """Rounds a kernel [F, D]; the largest number of an output becomes 127 or -127."""
-        scale = jnp.maximum(jnp.max(jnp.abs(kernel), axis=1), 1e-30).astype(jnp.float32) / INT8
-        return cls(jnp.round(kernel / scale[:, None]).astype(jnp.int8), scale, bias)
+    def of(
+        cls, kernel: jax.Array, bias: jax.Array | None, importance: jax.Array | None = None, share: float = SHARE
+    ) -> "Int8Kernel":
+        """Rounds a kernel [F, D]; the largest number of an output becomes 127 or -127.
+
+        Args:
+          importance: [D]: how large the inputs are expected to be; None = as the columns' largest numbers.
+          share: of the columns that get a second half, the most important first.
+        """
+        kernel = kernel.astype(jnp.float32)
+        magnitude = jnp.abs(kernel)
+        scale = jnp.maximum(jnp.max(magnitude, axis=1), 1e-30) / INT8
+        scaled = kernel / scale[:, None]
+        coarse = jnp.round(scaled)
+        importance = jnp.max(magnitude, axis=0) if importance is None else jnp.abs(importance.astype(jnp.float32))
+        columns = jnp.argsort(-importance)[: int(kernel.shape[1] * share)].astype(jnp.int32)
+        fine = jnp.round((scaled - coarse)[:, columns] * (2 * INT8))
+        return cls(jnp.concatenate([coarse, fine], axis=1).astype(jnp.int8), columns, scale, bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., F] in the type of x."""
@@ -52,7 +75,8 @@ class Int8Kernel:
         step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-30) / INT8
         coarse = jnp.round(rows / step)
         fine = jnp.round((rows / step - coarse) * (2 * INT8))
-        both = jnp.concatenate([coarse, fine]).astype(jnp.int8)
+        again = coarse[:, self.columns]
+        both = jnp.block([[coarse, jnp.zeros_like(again)], [fine, again]]).astype(jnp.int8)
         coarse, fine = jnp.split(_product(both, self.kernel, jnp.int32).astype(jnp.float32), 2)
         out = _biased((coarse + fine / (2 * INT8)) * step * self.scale, self.bias)
         return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
@@ -72,16 +96,23 @@ def _biased(x, bias):
     return x if bias is None else x + bias.astype(x.dtype)
 
 
-def joined(denses: Sequence[dict], dtype: Any, int8: bool) -> Kernel | Int8Kernel:
+def joined(denses: Sequence[dict], dtype: Any, int8: bool, importance: jax.Array | None = None) -> Kernel | Int8Kernel:
     """One kernel of the Linen Denses {'kernel' [D, F], 'bias' [F]} of the same input, their outputs side by side.
 
     Either all have a bias or none.
     """
     kernel = jnp.concatenate([dense["kernel"].T for dense in denses])
     bias = jnp.concatenate([dense["bias"] for dense in denses]) if "bias" in denses[0] else None
-    return kernel_of(kernel, bias, dtype, int8)
+    return kernel_of(kernel, bias, dtype, int8, importance)
 
 
-def kernel_of(kernel: jax.Array, bias: jax.Array | None, dtype: Any, int8: bool) -> Kernel | Int8Kernel:
-    """A kernel [F, D] in the type that decoding reads."""
-    return Int8Kernel.of(kernel, bias) if int8 else Kernel(kernel.astype(dtype), bias)
+def kernel_of(
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    dtype: Any,
+    int8: bool,
+    importance: jax.Array | None = None,
+    share: float = SHARE,
+) -> Kernel | Int8Kernel:
+    """A kernel [F, D] in the type that decoding reads; `importance` and `share`: see `Int8Kernel.of`."""
+    return Int8Kernel.of(kernel, bias, importance, share) if int8 else Kernel(kernel.astype(dtype), bias)

@@ -77,7 +77,7 @@ def random_params(hovle, int8: bool) -> dict:
             "embedding": [layer(c.embedding.stack) for _ in range(c.embedding.stack.num_layers)],
             "llm": [layer(llm.stack) for _ in range(llm.stack.num_layers)],
         },
-        "head": kernel_of(draw(llm.table_rows, width), None, dtype, int8),
+        "head": kernel_of(draw(llm.table_rows, width), None, dtype, int8, share=1.0),
     }
 
 
