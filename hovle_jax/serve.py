@@ -30,7 +30,7 @@ ATTENTION = flags.DEFINE_bool(
 )
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16", "int8"],
-    "Of the weights; int8: a quarter of float32. Default: bfloat16, and float32 on a CPU",
+    "Of the weights; int8: about a third of float32. Default: bfloat16, and float32 on a CPU",
 )  # fmt: skip
 MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; default: as in training", lower_bound=1

@@ -10,7 +10,7 @@ MAX_TILES = flags.DEFINE_integer(
 )
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16", "int8"],
-    "Of the weights; int8: a quarter of float32. Default: bfloat16, and float32 on a CPU",
+    "Of the weights; int8: about a third of float32. Default: bfloat16, and float32 on a CPU",
 )  # fmt: skip
 SYSTEM = flags.DEFINE_string("system", "", "The system message; empty: the model's own")
 STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer; may be given several times")
