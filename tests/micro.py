@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax import recipes
+from hovle_jax.checkpoints import save_model
 from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
 from hovle_jax.corpora import easy_vqa
 from hovle_jax.corpora.in_memory import InMemoryCorpus
@@ -180,3 +181,15 @@ def start(config, mesh=None, drawn=None):
         return train_step(state, made.placement.put_batch(batch), stage=config.stage, run=made)
 
     return make_state(STAGES[config.stage], made, drawn or params(config, mesh)), dataset(config), step
+
+
+def finished_run(folder):
+    """Writes a finished instruct run of random weights, which says the same nonsense each time -> its folder."""
+    config = run_config("instruct")
+    weights = params(config)
+    kernel = weights["llm"]["head"]["kernel"]
+    weights["llm"]["head"]["kernel"] = kernel.at[:, tokenizer().image_id].set(0)  # no image without one
+    components = ("embedding", "llm")
+    save_model(folder, config.model_config.only(components), {c: lambda c=c: weights[c] for c in components})
+    tokenizer().save(folder)
+    return folder

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from hovle_jax.checkpoints import save_model
 from hovle_jax.data.bad_samples import BadEvent, BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.mixture import open_mixture
@@ -27,16 +26,7 @@ PICTURE = micro.examples()[0].image
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A finished instruct run whose weights are random, so that it says the same nonsense each time."""
-    config = micro.run_config("instruct")
-    params = micro.params(config)
-    kernel = params["llm"]["head"]["kernel"]
-    params["llm"]["head"]["kernel"] = kernel.at[:, micro.tokenizer().image_id].set(0)  # no image without one
-    folder = tmp_path_factory.mktemp("runs") / "instruct"
-    components = ("embedding", "llm")
-    save_model(folder, config.model_config.only(components), {c: lambda c=c: params[c] for c in components})
-    micro.tokenizer().save(folder)
-    return folder
+    return micro.finished_run(tmp_path_factory.mktemp("runs") / "instruct")
 
 
 def lines(path):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from hovle_jax.checkpoints import save_model
 from hovle_jax.config import ModelConfig
 from hovle_jax.data.images import decode_image
 from hovle_jax.errors import UserError
@@ -293,16 +292,7 @@ def test_answers_that_are_not_known_are_submitted(tmp_path):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A finished run whose weights are random."""
-    config = micro.run_config("instruct")
-    params = micro.params(config)
-    kernel = params["llm"]["head"]["kernel"]
-    params["llm"]["head"]["kernel"] = kernel.at[:, micro.tokenizer().image_id].set(0)  # no image without one
-    folder = tmp_path_factory.mktemp("runs") / "instruct"
-    components = ("embedding", "llm")
-    save_model(folder, config.model_config.only(components), {c: lambda c=c: params[c] for c in components})
-    micro.tokenizer().save(folder)
-    return folder
+    return micro.finished_run(tmp_path_factory.mktemp("runs") / "instruct")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def test_a_fused_stack_gives_what_the_plain_one_gives(extras):
     stack, x = Stack(config, Execution()), drawn(1, 12, 32)
     positions = jnp.arange(12)[None]
     params = stack.init(jax.random.key(0), x, positions, jnp.ones((1, 12), jnp.int32))["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * drawn(*leaf.shape), jax.tree.map(jnp.asarray, _unboxed(params)))
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * drawn(*leaf.shape), nn.meta.unbox(params))
     plain, _ = stack.apply({"params": params}, x, positions, jnp.ones((1, 12), jnp.int32))
     layers = LayerWeights.of_stack(params["layers"], 2, "float32", int8=False)
     caches = tuple(LayerSlots.empty(config, 1, 12, jnp.float32) for _ in range(2))
@@ -84,12 +85,6 @@ def test_a_fused_stack_gives_what_the_plain_one_gives(extras):
         config, Execution(), layers, x, positions, caches, One(jnp.int32(0), jnp.int32(0), 12), jnp.int32(12)
     )
     np.testing.assert_allclose(fused, plain, atol=2e-5)
-
-
-def _unboxed(tree):
-    import flax.linen as nn
-
-    return nn.meta.unbox(tree)
 
 
 @pytest.mark.parametrize("axes", [dict(fsdp=8), dict(fsdp=2, tensor=4)])
@@ -119,7 +114,7 @@ def test_what_an_engine_consumes_is_gone_and_the_rest_is_not():
 def test_int8_answers_are_those_of_the_rounded_weights():
     """Of random weights, whose logits are close together: the first token of each answer."""
     answerer = make_answerer("post")
-    engine = Engine(answerer, **SETTINGS, int8=True)
+    engine = Engine(answerer, **SETTINGS, params=programs.fused(answerer.params, answerer.hovle, int8=True))
     exact = answers(Engine(answerer, **SETTINGS), prompts(), [Request(1)] * 3)
     rounded = answers(engine, prompts(), [Request(1)] * 3)
     for a, b in zip(exact, rounded):

@@ -12,6 +12,7 @@ from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.inference.load import Loaded
 from hovle_jax.inference.sampling import Sampling
+from hovle_jax.inference.slots import fused
 
 SLOTS = 8
 LONGEST = 4096  # tokens of a prompt with its answer, unless the model reads fewer
@@ -62,7 +63,8 @@ class AnsweringModel:
         """
         longest = min(length or LONGEST, loaded.config.llm.max_length)
         self.loaded = loaded if keep else dataclasses.replace(loaded, params={})
-        self.engine = Engine(loaded.answerer, slots, longest, int8=int8, consume=not keep)
+        params = fused(loaded.params, loaded.models.hovle, int8, consume=not keep)
+        self.engine = Engine(self.loaded.answerer, slots, longest, params=params)
 
     def answer(
         self, prompt: str | Sequence[str], images: Any = (), system: str = "", **options: Any

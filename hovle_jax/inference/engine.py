@@ -119,9 +119,7 @@ class Engine:
       length: the most tokens of a prompt with its answer, as the LLM reads them.
       tiles: HD: the most tiles of a prompt, which make the embedding's caches longer; None = those that fit.
       chunks: see `CHUNKS`.
-      int8: the layers' and the head's weights in int8 (see `weights.Int8Kernel`).
-      params: as `slots.fused` makes them; None = of the answerer's.
-      consume: delete the answerer's layers while the engine's are made of them.
+      params: as `slots.fused` makes them, in int8 too; None = of the answerer's.
     """
 
     def __init__(
@@ -131,19 +129,14 @@ class Engine:
         length: int = 1024,
         tiles: int | None = None,
         chunks: Sequence[int] = CHUNKS,
-        int8: bool = False,
         params: dict | None = None,
-        consume: bool = False,
     ):
-        self._answerer = dataclasses.replace(answerer, params={}) if consume else answerer
-        self._hovle = answerer.hovle
+        self._answerer, self._hovle = answerer, answerer.hovle
         embedding = self._hovle.config.embedding
         tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
         self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
-        if params is None:
-            params = programs.fused(answerer.params, self._hovle, int8, consume)
-        self.params = params
+        self.params = programs.fused(answerer.params, self._hovle) if params is None else params
         self._empty = lambda: Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
         self.num_slots = slots
         self.reset()

@@ -12,7 +12,7 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
+from read_bandwidth import bandwidth
 
 from hovle_jax.conversion.downloads import resolve
 from hovle_jax.inference.engine import Engine, Request
@@ -22,19 +22,6 @@ from hovle_jax.inference.slots import fused
 from hovle_jax.system import malloc
 
 PROMPT = "Write a long story about a robot that learns to paint."
-
-
-def bandwidth(gigabytes=1.0):
-    """Bytes a second that a matrix-vector product reads."""
-    matrix = jnp.ones((int(gigabytes * 2.5e8) // 4096, 4096), jnp.float32)
-    product, vector = jax.jit(lambda m, v: m @ v), jnp.ones(4096)
-    product(matrix, vector).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product(matrix, vector).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return matrix.nbytes / statistics.median(seconds)
 
 
 def tokens_per_second(engine, streams, new_tokens):

@@ -8,7 +8,7 @@ cache, greedily, in a plain loop. Each side is a process of its own with as many
 turns of one answer. Prints one JSON object: the median seconds to the first token and tokens a second after it, and for
 ours the share of the read bandwidth (measured between the turns) that decoding reaches.
 
-On a GPU: `--sides bfloat16` alone, without PyTorch.
+On a GPU: `--sides bfloat16,float32,int8`; the peer is made for the CPU.
 """
 
 import argparse
@@ -40,6 +40,7 @@ class _Ids:
 
 def random_params(hovle, int8: bool) -> dict:
     """Weights as an engine takes them, layer by layer, so that no second copy is needed."""
+    import flax.linen as nn
     import jax
     import jax.numpy as jnp
 
@@ -69,7 +70,7 @@ def random_params(hovle, int8: bool) -> dict:
             jax.random.key(0), jnp.zeros((1, 1, P * 2 * 16, P * 2 * 16, 3), jnp.uint8), method="embed_tiles"
         )
     )["params"]
-    embedding = jax.tree.map(lambda leaf: draw(*leaf.shape), _unboxed(shapes))
+    embedding = jax.tree.map(lambda leaf: draw(*leaf.shape), nn.meta.unbox(shapes))
     return {
         "embedding": embedding | {"text_embedding": tables(llm.table_rows, width)},
         "llm": {"token_embedding": tables(llm.table_rows, width), "norm": {"scale": jnp.ones(width, dtype)}},
@@ -79,12 +80,6 @@ def random_params(hovle, int8: bool) -> dict:
         },
         "head": kernel_of(draw(llm.table_rows, width), None, dtype, int8, share=1.0),
     }
-
-
-def _unboxed(tree):
-    import flax.linen as nn
-
-    return nn.meta.unbox(tree)
 
 
 def our_answers(side):
@@ -180,26 +175,13 @@ def torch_answers(side):
 # Turns
 
 
-def bandwidth_of_reads(gigabytes=1.0):
-    """Bytes a second of a float32 matrix-vector product."""
-    import jax
-    import jax.numpy as jnp
-
-    matrix = jnp.ones((int(gigabytes * 2.5e8) // 4096, 4096), jnp.float32)
-    product, vector = jax.jit(lambda m, v: m @ v), jnp.ones(4096)
-    product(matrix, vector).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product(matrix, vector).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return matrix.nbytes / statistics.median(seconds)
-
-
 def serve(side):
     """A child: what its weights weigh, then for each line on stdin the seconds of one answer."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share a GPU
     if side == "bandwidth":
-        answers = iter(lambda: (bandwidth_of_reads(), 0), None)
+        from read_bandwidth import bandwidth
+
+        answers = iter(lambda: (bandwidth(), 0), None)
         print(json.dumps({"weights": 0}), flush=True)
     else:
         answers = torch_answers(side) if side.startswith("torch") else our_answers(side)
