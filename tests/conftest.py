@@ -1,9 +1,11 @@
 """Tests run on the CPU with eight devices, so that meshes can be tested; set before JAX is imported anywhere."""
 
 import functools
+import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,8 @@ if _CACHE not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+
+MOST_MAPPINGS = 25_000
 
 # Files whose tests have the mark `quick`: fast, of every part, together under a minute on two cores ...
 QUICK_FILES = """
@@ -45,6 +49,18 @@ def pytest_collection_modifyitems(items):
         slow = item.get_closest_marker("slow") or item.name.startswith(NOT_QUICK)
         if item.path.stem in quick_files and not slow:
             item.add_marker("quick")
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """A compiled program takes dozens of the memory mappings that Linux allows a process (65,530), after which it dies
+    without a word: they go between two files once there are many."""
+    maps = Path("/proc/self/maps")
+    done = nextitem is None or nextitem.path != item.path
+    if done and maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_unconfigure(config):

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.inference.layer import LayerWeights, normalized, run_layer
+from hovle_jax.inference.products import product
 from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, most_likely, penalized
 from hovle_jax.inference.weights import kernel_of
 from hovle_jax.model.config import StackConfig
@@ -69,6 +70,8 @@ class LayerSlots:
     ) -> tuple[jax.Array, "LayerSlots"]:
         """See `transformer.LayerCache`; query [1, T, H, C] for `One`, [B, 1, H, C] for `All`."""
         made = LayerSlots(_write(self.key, key, where), _write(self.value, value, where))
+        # Else the write is fused into each that reads it, for which XLA's CPU backend copies the caches several times.
+        made = jax.lax.optimization_barrier(made)
         return _attention(query, _read(made.key, where), _read(made.value, where), where), made
 
 
@@ -90,7 +93,7 @@ def _attention(query, key, value, where):
     K, S = key.shape[1:3]
     query = query.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C]
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    scores = jnp.einsum("bkgtc,bksc->bkgts", query, key, preferred_element_type=jnp.float32) * C**-0.5
+    scores = product(query.reshape(B, K, -1, C), key, jnp.float32).reshape(*query.shape[:-1], S) * C**-0.5
     last = jnp.reshape(where.start, (-1, 1, 1)) + jnp.arange(T)[:, None]  # [B, T, 1]
     seen = jnp.arange(S) <= last
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)

@@ -13,6 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hovle_jax.inference.products import product
+
 INT8 = 127.0
 SHARE = 1 / 8  # of the columns that have a second half; of a head all, as its errors are not averaged by any layer
 
@@ -84,12 +86,7 @@ class Int8Kernel:
 
 def _product(x, kernel, result):
     """x [..., D], kernel [F, D] -> [..., F] in the type `result`."""
-    rows = x.reshape(-1, x.shape[-1])
-    # XLA's CPU backend is ten times slower with one vector of bfloat16 than with two.
-    alone = len(rows) == 1 and rows.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-    rows = jnp.concatenate([rows, rows]) if alone else rows
-    out = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=result)
-    return (out[:1] if alone else out).reshape(*x.shape[:-1], len(kernel))
+    return product(x.reshape(-1, x.shape[-1]), kernel, result).reshape(*x.shape[:-1], len(kernel))
 
 
 def _biased(x, bias):
