@@ -11,10 +11,11 @@ import pytest
 from hovle_jax.checkpoints import abstract_component
 from hovle_jax.config import MeshConfig
 from hovle_jax.inference import slots as programs
+from hovle_jax.inference import weights
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.layer import LayerWeights
 from hovle_jax.inference.slots import LayerSlots, One
-from hovle_jax.inference.weights import Int8Kernel, kernel_of
+from hovle_jax.inference.weights import Int8Head, Int8Kernel, kernel_of
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import Stack
@@ -65,6 +66,15 @@ def test_int8_kernels_are_near_those_in_float():
     plain, rounded = (kernel_of(kernel, None, "float32", int8)(x) for int8 in (False, True))
     error = float(jnp.linalg.norm(rounded - plain) / jnp.linalg.norm(plain))
     assert 1e-4 < error < 0.01
+
+
+def test_the_largest_logits_of_an_int8_head_are_made_anew(monkeypatch):
+    monkeypatch.setattr(weights, "LEADERS", 5)
+    kernel, x = drawn(F, D, seed=1), drawn(ROWS, D)
+    exact = np.asarray(x @ kernel.T)
+    error = np.abs(Int8Head.of(kernel)(x) - exact)
+    is_leader = exact >= np.sort(exact, axis=1)[:, [-5]]
+    assert error[is_leader].max() < 2e-3 and error[~is_leader].max() > 5e-3
 
 
 def test_an_output_of_zeros_alone_stays_zero():
@@ -119,4 +129,4 @@ def test_int8_answers_are_those_of_the_rounded_weights():
     rounded = answers(engine, prompts(), [Request(1)] * 3)
     for a, b in zip(exact, rounded):
         assert abs(a.logprobs[0] - b.logprobs[0]) < 0.05
-    assert engine.params["head"].kernel.dtype == jnp.int8
+    assert engine.params["head"].coarse.kernel.dtype == jnp.int8

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from hovle_jax.inference.layer import LayerWeights, normalized, run_layer
 from hovle_jax.inference.products import product
 from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, most_likely, penalized
-from hovle_jax.inference.weights import kernel_of
+from hovle_jax.inference.weights import head_of
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import PADDING_LOGIT, HoVLE
@@ -183,7 +183,7 @@ def fused(params: dict, hovle: HoVLE, int8: bool = False, consume: bool = False)
     llm = params["llm"]
     table = held["llm"]["token_embedding"]["embedding"] if c.llm.tied else llm["head"]["kernel"].T
     made = {name: layers(name, stack.num_layers) for name, stack in stacks.items() if stack}
-    return held | {"layers": made, "head": kernel_of(table, None, dtype, int8, share=1.0)}
+    return held | {"layers": made, "head": head_of(table, dtype, int8)}
 
 
 def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):

@@ -6,6 +6,7 @@ gate and up), and a kernel is [outputs, inputs]: a token reads it in the order i
 Dimension letters: D inputs, F outputs.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from hovle_jax.inference.products import product
 
 INT8 = 127.0
-SHARE = 1 / 8  # of the columns that have a second half; of a head all, as its errors are not averaged by any layer
+SHARE = 1 / 8  # of the columns that have a second half
+LEADERS = 32  # logits that are made anew
 
 
 @flax.struct.dataclass
@@ -84,6 +86,34 @@ class Int8Kernel:
         return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
+@flax.struct.dataclass
+class Int8Head:
+    """A head in int8 whose largest logits are made anew with the second halves of their columns, which others need not.
+
+    Attributes:
+      coarse: without second halves.
+      fine: [F, D] int8: all of them, 254 times as finely.
+    """
+
+    coarse: Int8Kernel
+    fine: jax.Array
+
+    @classmethod
+    def of(cls, kernel: jax.Array) -> "Int8Head":
+        """Rounds a kernel [F, D]."""
+        both, D = Int8Kernel.of(kernel, None, jnp.arange(kernel.shape[1], 0, -1), share=1.0), kernel.shape[1]
+        return cls(dataclasses.replace(both, kernel=both.kernel[:, :D], columns=both.columns[:0]), both.kernel[:, D:])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, D] -> [B, F] float32."""
+        x = x.astype(jnp.float32)
+        logits = self.coarse(x)
+        leaders = jax.lax.top_k(logits, min(LEADERS, len(self.fine)))[1]
+        rows = self.fine[leaders].astype(jnp.float32)
+        rest = jnp.einsum("bkd,bd->bk", rows, x) * self.coarse.scale[leaders] / (2 * INT8)
+        return logits.at[jnp.arange(len(x))[:, None], leaders].add(rest)
+
+
 def _product(x, kernel, result):
     """x [..., D], kernel [F, D] -> [..., F] in the type `result`."""
     return product(x.reshape(-1, x.shape[-1]), kernel, result).reshape(*x.shape[:-1], len(kernel))
@@ -104,12 +134,12 @@ def joined(denses: Sequence[dict], dtype: Any, int8: bool, importance: jax.Array
 
 
 def kernel_of(
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    dtype: Any,
-    int8: bool,
-    importance: jax.Array | None = None,
-    share: float = SHARE,
+    kernel: jax.Array, bias: jax.Array | None, dtype: Any, int8: bool, importance: jax.Array | None = None
 ) -> Kernel | Int8Kernel:
-    """A kernel [F, D] in the type that decoding reads; `importance` and `share`: see `Int8Kernel.of`."""
-    return Int8Kernel.of(kernel, bias, importance, share) if int8 else Kernel(kernel.astype(dtype), bias)
+    """A kernel [F, D] in the type that decoding reads; `importance`: see `Int8Kernel.of`."""
+    return Int8Kernel.of(kernel, bias, importance) if int8 else Kernel(kernel.astype(dtype), bias)
+
+
+def head_of(table: jax.Array, dtype: Any, int8: bool) -> Kernel | Int8Head:
+    """A head [F, D] in the type that decoding reads."""
+    return Int8Head.of(table) if int8 else Kernel(table.astype(dtype))

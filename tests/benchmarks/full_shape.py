@@ -45,7 +45,7 @@ def random_params(hovle, int8: bool) -> dict:
     import jax.numpy as jnp
 
     from hovle_jax.inference.layer import LayerWeights
-    from hovle_jax.inference.weights import kernel_of
+    from hovle_jax.inference.weights import head_of
 
     c, dtype = hovle.config, jnp.dtype(hovle.execution.dtype)
     block = jnp.asarray(np.random.default_rng(0).normal(0, 0.02, 2**20), dtype)
@@ -78,7 +78,7 @@ def random_params(hovle, int8: bool) -> dict:
             "embedding": [layer(c.embedding.stack) for _ in range(c.embedding.stack.num_layers)],
             "llm": [layer(llm.stack) for _ in range(llm.stack.num_layers)],
         },
-        "head": kernel_of(draw(llm.table_rows, width), None, dtype, int8, share=1.0),
+        "head": head_of(draw(llm.table_rows, width), dtype, int8),
     }
 
 
