@@ -140,9 +140,10 @@ def test_a_warm_engine_compiles_nothing_for_any_request(name):
     images = [example.image for example in micro.examples()[:5]]
     asked = [Prompt.of("what? " * n, *images[: n % 4]) for n in (1, 2, 5, 11, 20)]
     asked += [Prompt((("what is it?", "red"), ("and now?", None)), tuple(images[:1])), Prompt.of("a " * 60)]
+    drawn = [Sampling(temperature=i / 5, top_p=0.9, seed=i) for i in range(len(asked))]
     streams = [
-        engine.submit(prompt, Request(300, Sampling(temperature=i / 5, top_p=0.9, seed=i), may_be_shorter=True))
-        for i, prompt in enumerate(asked)
+        engine.submit(prompt, Request(300, sampling, top_logprobs=i % 3, may_be_shorter=True))
+        for i, (prompt, sampling) in enumerate(zip(asked, drawn))
     ]
     for _ in range(30):
         engine.step()
@@ -168,6 +169,26 @@ def test_an_answer_may_have_what_the_prompt_leaves():
     assert engine.prepare(Prompt.of("hello"), dataclasses.replace(wish, max_new_tokens=7)).request.max_new_tokens == 7
     with pytest.raises(UserError, match="its answer may have 1: the engine was made for 160 tokens"):
         engine.prepare(Prompt.of("what " * 200), wish)
+
+
+def test_the_most_likely_tokens_are_the_models_own_whatever_is_drawn():
+    answerer, asked = make_answerer(), prompts()
+    hot = Sampling(temperature=1.5, repetition_penalty=1.3, top_k=9, seed=4)
+    requests = [Request(NEW, top_logprobs=20), Request(NEW, hot, top_logprobs=3), Request(NEW)]
+    streams = answers(Engine(answerer, **SETTINGS), asked, requests)
+    samples = [longer(s, stream.tokens) for s, stream in zip(prompt_samples(answerer, asked), streams)]
+    logits = jax.jit(answerer.hovle.logits)(answerer.params, prompt_batch(answerer, samples))
+    for row, sample, stream in zip(np.asarray(jax.nn.log_softmax(logits)), samples, streams):
+        n, count = len(sample.tokens), stream.request.top_logprobs
+        assert len(stream.tops) == len(stream.tokens)
+        for logp, tops in zip(row[n - len(stream.tokens) - 1 : n - 1], stream.tops):
+            best = np.argsort(-logp)[:count]
+            assert [token for token, _ in tops] == best.tolist()
+            np.testing.assert_allclose([value for _, value in tops], logp[best], atol=1e-4)
+    assert [tops[0][0] for tops in streams[0].tops] == streams[0].tokens
+    assert [tops[0][0] for tops in streams[1].tops] != streams[1].tokens  # drawn
+    with pytest.raises(UserError, match="top_logprobs=21: from 0 to 20"):
+        Request(top_logprobs=21)
 
 
 def test_a_second_answer_to_a_prompt_that_was_read_once():

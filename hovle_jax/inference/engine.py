@@ -20,13 +20,12 @@ from hovle_jax.inference.generate import Answerer, Prompt, prompt_samples, row_s
 from hovle_jax.inference.limits import check_lengths
 from hovle_jax.inference.reading import Reading
 from hovle_jax.inference.sampling import GREEDY, Sampling, SamplingRows
-from hovle_jax.inference.slots import NOWHERE, STOPS, Slots
+from hovle_jax.inference.slots import MOST_TOPS, NOWHERE, STOPS, Slots
 from hovle_jax.inference.texts import TextSoFar
 
 CHUNKS = (16, 64, 256)  # lengths that a prompt is read in; the rest is padded to the smallest that holds it
 TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise; beyond, to a multiple of the last
 REACHES = tuple(128 << n for n in range(16))  # how much of the caches is looked at
-MOST_TOP_LOGPROBS = 0  # of each token, which the programs report; raised by those that report them
 AHEAD = 2  # tokens beyond those that the host has seen: one that the devices may have made, and the next
 
 
@@ -39,6 +38,7 @@ class Request:
       sampling: how its tokens are chosen.
       stops: texts that end it; they are not part of it.
       stop_ids: tokens that end it, beside the tokenizer's own.
+      top_logprobs: how many of the most likely tokens at each place are told, up to `slots.MOST_TOPS`.
       may_be_shorter: where the prompt leaves less room than `max_new_tokens`, the answer has only that.
     """
 
@@ -46,7 +46,17 @@ class Request:
     sampling: Sampling = GREEDY
     stops: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
     may_be_shorter: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.top_logprobs <= MOST_TOPS:
+            raise UserError(f"top_logprobs={self.top_logprobs}: from 0 to {MOST_TOPS}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most likely token is all that it wants to know."""
+        return self.sampling.is_greedy and not self.top_logprobs
 
 
 class Stream:
@@ -54,7 +64,7 @@ class Stream:
 
     Attributes:
       tokens, logprobs: those made so far, the one that ended it included.
-      tops: of each of them the most likely tokens with their log-probabilities; empty where none are reported.
+      tops: at each of their places the most likely tokens with their log-probabilities, as many as were asked for.
       finish: '' while it is made, then 'stop', 'length' or 'cancelled'.
       reused: tokens of the prompt that an earlier request had left in the slot.
     """
@@ -271,9 +281,9 @@ class Engine:
         self._read_chunk()
         answering = {i: s.stream for i, s in enumerate(self._slots) if s.stream and not self._is_reading(i)}
         if answering:
-            greedy = all(stream.request.sampling.is_greedy for stream in answering.values())
+            plain = all(stream.request.is_plain for stream in answering.values())
             self._state, made = programs.decode(
-                self.params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values()), greedy=greedy
+                self.params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values()), plain=plain
             )
             self._await([(index, index, stream) for index, stream in answering.items()], made)
         while self._made and (len(self._made) > 1 or not answering):
@@ -331,9 +341,11 @@ class Engine:
         lengths = np.asarray([stream.reading.long_place(stream.reused), stream.reused], np.int32)
         stops = np.full(STOPS, NOWHERE, np.int32)
         stops[: len(stream.stop_ids)] = stream.stop_ids
+        request = stream.request
         self._state = programs.begin(
-            self._state, np.int32(index), lengths, seen, SamplingRows.of([stream.request.sampling]), stops
-        )
+            self._state, np.int32(index), lengths, seen, SamplingRows.of([request.sampling]), stops,
+            np.bool_(request.top_logprobs > 0),
+        )  # fmt: skip
 
     def _programs(self, index, stream):
         """Reads a prompt: a generator that stops after each chunk and says whether it was the last."""
@@ -395,7 +407,7 @@ class Engine:
         for row, index, stream in rows:
             if stream.finish or not is_new[row]:
                 continue
-            stream.take(int(tokens[row]), float(logprobs[row]))
+            stream.take(int(tokens[row]), float(logprobs[row]), _tops(made, row, stream.request.top_logprobs))
             if stream.finish:
                 self._free(index)
 
@@ -407,6 +419,14 @@ class Engine:
         read = np.asarray(slot.stream.tokens[:-1], np.int64)
         slot.identity = np.concatenate([slot.identity, read]) if len(slot.identity) else slot.identity
         slot.stream = None
+
+
+def _tops(made, row, count):
+    """The first `count` of a row's most likely tokens, with their log-probabilities."""
+    if not count:
+        return ()
+    tokens, logprobs = (np.asarray(column)[row, :count].tolist() for column in made.tops)
+    return tuple(zip(tokens, logprobs))
 
 
 def padded_tiles(count: int) -> int:

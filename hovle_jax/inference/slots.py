@@ -27,6 +27,7 @@ from hovle_jax.model.hovle import PADDING_LOGIT, HoVLE
 from hovle_jax.model.rotary import needs_lengths, rotary_angles
 
 STOPS = 8  # stop ids that a request can have
+MOST_TOPS = 20  # most likely tokens that are told of a place
 NOWHERE = -1
 
 
@@ -113,6 +114,7 @@ class Slots:
       seen: [B, V] bool: the tokens that it has read or made.
       sampling: how its tokens are chosen.
       stops: [B, W] int32: the ids that end it; `NOWHERE` for none.
+      tells_tops: [B] bool: whether it wants to know the most likely tokens of each place.
     """
 
     embedding: tuple[LayerSlots, ...]
@@ -126,6 +128,7 @@ class Slots:
     seen: jax.Array
     sampling: SamplingRows
     stops: jax.Array
+    tells_tops: jax.Array
 
     @classmethod
     def empty(cls, hovle: HoVLE, slots: int, capacity: int, long_capacity: int, chunk: int) -> "Slots":
@@ -155,6 +158,7 @@ class Slots:
             seen=jnp.zeros((slots, c.llm.table_rows), bool),
             sampling=sampling,
             stops=jnp.full((slots, STOPS), NOWHERE, jnp.int32),
+            tells_tops=jnp.zeros(slots, bool),
         )
 
 
@@ -232,7 +236,13 @@ def window(vectors: jax.Array, start: jax.Array, *, count: int) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames="slots")
 def begin(
-    slots: Slots, slot: jax.Array, lengths: jax.Array, seen: jax.Array, request: SamplingRows, stops: jax.Array
+    slots: Slots,
+    slot: jax.Array,
+    lengths: jax.Array,
+    seen: jax.Array,
+    request: SamplingRows,
+    stops: jax.Array,
+    tells_tops: jax.Array,
 ) -> Slots:
     """Gives a slot to a request.
 
@@ -242,6 +252,7 @@ def begin(
       seen: [V] bool: the tokens of its prompt.
       request: one row.
       stops: [W] int32.
+      tells_tops: bool scalar.
     """
     return dataclasses.replace(
         slots,
@@ -252,6 +263,7 @@ def begin(
         seen=slots.seen.at[slot].set(seen),
         sampling=slots.sampling.at(slot, request),
         stops=slots.stops.at[slot].set(stops),
+        tells_tops=slots.tells_tops.at[slot].set(tells_tops),
     )
 
 
@@ -313,11 +325,19 @@ def _placed(text, vectors, chunk):
 
 @flax.struct.dataclass
 class Made:
-    """The token that a row made, and its log-probability before any filter; `is_new` where it made one."""
+    """The token that each row made. Log-probabilities are the model's own, before penalty, temperature and filters.
+
+    Attributes:
+      token, logprob: [B].
+      is_new: [B] bool: whether it made one.
+      tops: ([B, `MOST_TOPS`] tokens, the most likely first, and their log-probabilities), which mean something where a
+        row wants them; None of a program that knows none.
+    """
 
     token: jax.Array
     logprob: jax.Array
     is_new: jax.Array
+    tops: tuple[jax.Array, jax.Array] | None
 
 
 @functools.partial(jax.jit, static_argnames=("hovle", "reach"), donate_argnames="slots")
@@ -356,7 +376,9 @@ def read_llm(
     logits = _logits(params, hovle, jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
     slots = dataclasses.replace(slots, llm=caches, length=slots.length.at[slot].add(chunk.count))
     rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1)
-    token, made = _choose(logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0)
+    token, made = _choose(
+        logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0, rows(slots.tells_tops)
+    )
     left = jnp.where(jnp.any(token[0] == slots.stops[slot]), 0, jnp.maximum(most - 1, 0))
     slots = dataclasses.replace(
         slots,
@@ -368,25 +390,39 @@ def read_llm(
     return slots, made
 
 
-def _choose(logits, seen, sampling, index, is_new, greedy=False):
-    """`greedy`: static: no row is sampled or penalized, so that the most likely token is all there is to find."""
+def _choose(logits, seen, sampling, index, is_new, tells_tops, plain=False):
+    """`plain`: static: no row is sampled, penalized or tells tops: the most likely token is all there is to find."""
     token, highest = most_likely(logits)
     logsumexp = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
-    if not greedy:
+    tops = None
+    if not plain:
+        tops = _tops(logits, logsumexp, is_new & tells_tops)
         token = draw(penalized(logits, seen, sampling.repetition_penalty), sampling, index)
         highest = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, Made(token, highest - logsumexp, jnp.broadcast_to(is_new, token.shape))
+    return token, Made(token, highest - logsumexp, jnp.broadcast_to(is_new, token.shape), tops)
 
 
-@functools.partial(jax.jit, static_argnames=("hovle", "reaches", "greedy"), donate_argnames="slots")
+def _tops(logits, logsumexp, is_wanted):
+    """See `Made.tops`; found only where a row wants them, so that those who sample without do not pay for it."""
+    count = min(MOST_TOPS, logits.shape[-1])
+    none = jnp.zeros((len(logits), count), jnp.int32), jnp.zeros((len(logits), count), logits.dtype)
+
+    def found():
+        values, tokens = jax.lax.top_k(logits, count)
+        return tokens.astype(jnp.int32), values - logsumexp[:, None]
+
+    return jax.lax.cond(jnp.any(is_wanted), found, lambda: none)
+
+
+@functools.partial(jax.jit, static_argnames=("hovle", "reaches", "plain"), donate_argnames="slots")
 def decode(
-    params: dict, slots: Slots, *, hovle: HoVLE, reaches: tuple[int, int], greedy: bool = False
+    params: dict, slots: Slots, *, hovle: HoVLE, reaches: tuple[int, int], plain: bool = False
 ) -> tuple[Slots, Made]:
     """Every slot reads its last token and makes another; idle ones are computed and forgotten.
 
     Args:
       reaches: static; the most tokens that an active slot has of the embedding's stream and of the LLM's, or more.
-      greedy: static; every active slot takes the most likely token, unpenalized.
+      plain: static; every active slot takes the most likely token, unpenalized, and tells no others.
     """
     embedding, llm = _bound(params, hovle)
     tokens, active = slots.token[:, None], slots.left > 0
@@ -405,7 +441,9 @@ def decode(
         hovle.config.llm.stack, hovle.execution, params["layers"]["llm"], x, start[:, None], slots.llm,
         All(start, reaches[1]), start[:, None] + 1,
     )  # fmt: skip
-    token, made = _choose(_logits(params, hovle, x[:, 0]), slots.seen, slots.sampling, slots.made, active, greedy)
+    token, made = _choose(
+        _logits(params, hovle, x[:, 0]), slots.seen, slots.sampling, slots.made, active, slots.tells_tops, plain
+    )
     is_stop = jnp.any(token[:, None] == slots.stops, axis=1)
     return dataclasses.replace(
         slots,
