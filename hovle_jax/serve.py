@@ -23,7 +23,9 @@ CHECKPOINT = flags.DEFINE_string(
 HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0: all of this machine's")
 PORT = flags.DEFINE_integer("port", 8000, "The port; 0: a free one", lower_bound=0)
 NAME = flags.DEFINE_string("name", "", "The model's name for clients; empty: the folder's")
-SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are answered at once", lower_bound=1)
+SLOTS = flags.DEFINE_integer(
+    "slots", None, "Requests that are answered at once; default: 8, or as many as there is memory for", lower_bound=1
+)
 LENGTH = flags.DEFINE_integer("length", None, "The most tokens of a prompt with its answer", lower_bound=2)
 ATTENTION = flags.DEFINE_bool(
     "attention", True, "Keep a second copy of the weights, from which the page shows where the model looks"

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +19,13 @@ from hovle_jax.errors import UserError
 from hovle_jax.inference import slots as programs
 from hovle_jax.inference.generate import Answerer, Prompt, prompt_samples, row_shape
 from hovle_jax.inference.limits import check_lengths
+from hovle_jax.inference.memory import SLOTS, Budget, gigabytes, size
 from hovle_jax.inference.reading import Reading
 from hovle_jax.inference.sampling import GREEDY, Sampling, SamplingRows
 from hovle_jax.inference.slots import MOST_TOPS, NOWHERE, STOPS, Slots
 from hovle_jax.inference.texts import TextSoFar
+from hovle_jax.model.hovle import HoVLE
+from hovle_jax.system.memory import free_on
 
 CHUNKS = (16, 64, 256)  # lengths that a prompt is read in; the rest is padded to the smallest that holds it
 TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise; beyond, to a multiple of the last
@@ -117,6 +121,21 @@ class Slot:
     used: int = 0
 
 
+def empty_slots(hovle: HoVLE, slots: int, length: int, tiles: int | None = None, chunk: int = CHUNKS[-1]) -> Slots:
+    """Caches and all else that an engine keeps of requests; arguments as those of `Engine`, `chunk` the longest one."""
+    embedding = hovle.config.embedding
+    if embedding is None:
+        return Slots.empty(hovle, slots, length, length, chunk)
+    tiles = length // embedding.tokens_per_tile if tiles is None else tiles
+    more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile)
+    return Slots.empty(hovle, slots, length, length + more, chunk)
+
+
+def slots_bytes(*arguments: Any) -> int:
+    """What `empty_slots` takes of the memory; makes nothing."""
+    return size(jax.eval_shape(lambda: empty_slots(*arguments)))
+
+
 class Engine:
     """See the module's docstring. Not thread-safe: one thread calls it.
 
@@ -130,12 +149,14 @@ class Engine:
       tiles: HD: the most tiles of a prompt, which make the embedding's caches longer; None = those that fit.
       chunks: see `CHUNKS`.
       params: as `slots.fused` makes them, in int8 too; None = of the answerer's.
+    Raises:
+      UserError: there is no room for the caches.
     """
 
     def __init__(
         self,
         answerer: Answerer,
-        slots: int = 8,
+        slots: int = SLOTS,
         length: int = 1024,
         tiles: int | None = None,
         chunks: Sequence[int] = CHUNKS,
@@ -143,18 +164,17 @@ class Engine:
     ):
         self._answerer, self._hovle = answerer, answerer.hovle
         embedding = self._hovle.config.embedding
-        tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
-        more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
-        self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
+        self._length, self._chunks = length, tuple(chunks)
+        self._tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         self.params = programs.fused(answerer.params, self._hovle) if params is None else params
-        self._empty = lambda: Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
-        self.num_slots = slots
+        taken = lambda slots, length: slots_bytes(self._hovle, slots, length, tiles, chunks[-1])
+        self.num_slots = Budget(free_on(jax.local_devices()), taken).slots(slots, length)
         self.reset()
 
     def reset(self) -> None:
         """Forgets all requests and what the caches hold."""
         self.__dict__.pop("_state", None)  # before the new ones, as there may be no room for both
-        self._state = self._empty()
+        self._state = empty_slots(self._hovle, self.num_slots, self._length, self._tiles, self._chunks[-1])
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._waiting: collections.deque[Stream] = collections.deque()
         self._reading: tuple[int, Iterator[bool]] | None = None  # (slot, the rest of its chunks)
@@ -163,12 +183,13 @@ class Engine:
         self._clock = itertools.count(1)
 
     def memory(self) -> str:
-        """What it takes, in words."""
-        size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
-        caches = size((self._state.embedding, self._state.llm))
+        """What it takes, and what it leaves, in words."""
+        caches, free = size((self._state.embedding, self._state.llm)), free_on(jax.local_devices())
+        left = "" if free is None else f"; {gigabytes(free)} of memory are left"
         return (
-            f"{size(self.params):.2f} GB of weights; {self.num_slots} answers at once of {self._length:,} tokens each "
-            f"with their prompts: {caches:.2f} GB of caches, {1e3 * caches / self.num_slots:.0f} MB an answer"
+            f"{gigabytes(size(self.params))} of weights; {self.num_slots} answers at once of {self._length:,} tokens "
+            f"each with their prompts: {gigabytes(caches)} of caches, {caches / 1e6 / self.num_slots:.0f} MB an "
+            f"answer{left}"
         )
 
     @property
