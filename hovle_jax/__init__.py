@@ -16,6 +16,7 @@ def load(
     length: int | None = None,
     dtype: str = "",
     keep: bool = False,
+    cache: str = "",
 ) -> "AnsweringModel":
     """A model that answers.
 
@@ -30,6 +31,7 @@ def load(
       dtype: 'float32', 'bfloat16', or 'int8': weights in int8, all else as without it. Empty = bfloat16, and float32 on
         a CPU.
       keep: keep the weights as they were trained, too, which attention maps need.
+      cache: 'int8' keeps what was read in int8, in half of bfloat16's memory; empty = as it was computed.
     Raises:
       UserError: no such folder, or it holds no finished model that answers, or there is not enough memory.
     """
@@ -39,4 +41,4 @@ def load(
 
     folder = resolve(name)
     check_model_folder(folder)
-    return AnsweringModel.of_folder(folder, max_tiles, slots, length, dtype, keep)
+    return AnsweringModel.of_folder(folder, max_tiles, slots, length, dtype, keep, cache)

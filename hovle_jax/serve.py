@@ -34,6 +34,10 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16", "int8"],
     "Of the weights; int8: about a third of float32. Default: bfloat16, and float32 on a CPU",
 )  # fmt: skip
+CACHE = flags.DEFINE_enum(
+    "cache", "", ["", "int8"],
+    "Of what was read and answered; int8: half of bfloat16's memory. Default: as it was computed",
+)  # fmt: skip
 MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; default: as in training", lower_bound=1
 )
@@ -88,7 +92,7 @@ def _worker(folder):
 
     model = hovle_jax.load(
         folder, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value, dtype=DTYPE.value,
-        keep=ATTENTION.value,
+        keep=ATTENTION.value, cache=CACHE.value,
     )  # fmt: skip
     print(model.engine.memory(), file=sys.stderr)
     hosts = tuple(host.lower() for host in IMAGE_HOST.value)

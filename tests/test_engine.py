@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 
 from hovle_jax.errors import UserError
-from hovle_jax.inference.engine import Engine, Request
+from hovle_jax.inference.engine import Engine, Request, Stream, slots_bytes
 from hovle_jax.inference.generate import Prompt, prompt_batch, prompt_samples
+from hovle_jax.inference.memory import size
 from hovle_jax.inference.sampling import Sampling
+from hovle_jax.inference.texts import TextSoFar
 from hovle_jax.inference.warming import warm_up
+from hovle_jax.model.execution import Execution
+from hovle_jax.model.hovle import HoVLE
+from hovle_jax.model.presets import MODELS
 from hovle_jax.system import compilations
 from tests import micro
 from tests.test_decode import VARIANTS, longer, make_answerer, prompts
@@ -189,6 +194,34 @@ def test_the_most_likely_tokens_are_the_models_own_whatever_is_drawn():
     assert [tops[0][0] for tops in streams[1].tops] != streams[1].tokens  # drawn
     with pytest.raises(UserError, match="top_logprobs=21: from 0 to 20"):
         Request(top_logprobs=21)
+
+
+def test_an_int8_cache_takes_half_and_makes_the_same_tokens():
+    """Teacher-forced: after each beginning of a float32 answer it chooses the next two tokens."""
+    answerer, asked = make_answerer(), prompts()
+    plain, engine = Engine(answerer, **SETTINGS), Engine(answerer, **SETTINGS | dict(chunks=(32,)), cache="int8")
+    caches = [size((e._state.embedding, e._state.llm)) for e in (plain, engine)]
+    assert caches[1] == caches[0] * (8 + 2) // (8 * 4)  # 8 numbers and a scale, in place of 8 in float32
+    answered = answers(plain, asked, [Request(24)] * 3)
+    same, total = 0, 0
+    for round_ in range(2):
+        before = compilations.count()
+        for sample, stream in zip(prompt_samples(answerer, asked), answered):
+            for i in range(0, 24, 2):
+                reading = engine._read(longer(sample, stream.tokens[:i]))
+                forced = Stream(reading, Request(2), (), TextSoFar(answerer.tokenizer), lambda piece: None)
+                engine.enqueue(forced)
+                engine.run()
+                same += sum(ours == theirs for ours, theirs in zip(forced.tokens, stream.tokens[i:]))
+                total += 2
+    assert compilations.count() == before  # of the second round
+    assert total == 144 and same >= 0.98 * total, same
+
+
+def test_an_int8_cache_of_the_full_shape_takes_half_of_bfloat16():
+    hovle = HoVLE(MODELS["hovle"](), Execution(dtype="bfloat16"))
+    plain, int8 = (slots_bytes(hovle, 8, 4096, cache=cache) for cache in ("", "int8"))
+    assert 0.5 < int8 / plain < 0.52
 
 
 def test_a_second_answer_to_a_prompt_that_was_read_once():

@@ -53,7 +53,13 @@ class AnsweringModel:
     """
 
     def __init__(
-        self, loaded: Loaded, slots: int = SLOTS, length: int | None = None, int8: bool = False, keep: bool = False
+        self,
+        loaded: Loaded,
+        slots: int = SLOTS,
+        length: int | None = None,
+        int8: bool = False,
+        keep: bool = False,
+        cache: str = "",
     ):
         """Makes the engine.
 
@@ -63,10 +69,13 @@ class AnsweringModel:
           int8: weights in int8.
           keep: keep the parameters of `loaded` beside the engine's own, as attention maps need them; else they are
             deleted.
+          cache: see `Engine`.
         """
         self.loaded = loaded if keep else dataclasses.replace(loaded, params={})
         params = fused(loaded.params, loaded.models.hovle, int8, consume=not keep)
-        self.engine = Engine(self.loaded.answerer, slots, longest(loaded.config.llm, length), params=params)
+        self.engine = Engine(
+            self.loaded.answerer, slots, longest(loaded.config.llm, length), params=params, cache=cache
+        )
 
     @classmethod
     def of_folder(
@@ -77,6 +86,7 @@ class AnsweringModel:
         length: int | None = None,
         dtype: str = "",
         keep: bool = False,
+        cache: str = "",
     ) -> "AnsweringModel":
         """Of a finished run or an import. Whether there is room is known before its weights are read.
 
@@ -86,9 +96,9 @@ class AnsweringModel:
         found = find_run(folder, dtype="" if int8 else dtype)
         config, hovle = found.models.config, found.models.hovle
         weights, tokens = Weights.of(config, hovle, int8, keep), longest(hovle.config.llm, length)
-        taken = lambda slots, length: slots_bytes(hovle, slots, length)
+        taken = lambda slots, length: slots_bytes(hovle, slots, length, cache=cache)
         slots = Budget(free_on(jax.local_devices()), taken, weights).slots(slots, tokens)
-        return cls(found.read().with_max_tiles(max_tiles), slots, length, int8, keep)
+        return cls(found.read().with_max_tiles(max_tiles), slots, length, int8, keep, cache)
 
     def answer(
         self, prompt: str | Sequence[str], images: Any = (), system: str = "", **options: Any

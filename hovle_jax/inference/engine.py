@@ -121,19 +121,21 @@ class Slot:
     used: int = 0
 
 
-def empty_slots(hovle: HoVLE, slots: int, length: int, tiles: int | None = None, chunk: int = CHUNKS[-1]) -> Slots:
+def empty_slots(
+    hovle: HoVLE, slots: int, length: int, tiles: int | None = None, chunk: int = CHUNKS[-1], cache: str = ""
+) -> Slots:
     """Caches and all else that an engine keeps of requests; arguments as those of `Engine`, `chunk` the longest one."""
     embedding = hovle.config.embedding
     if embedding is None:
-        return Slots.empty(hovle, slots, length, length, chunk)
+        return Slots.empty(hovle, slots, length, length, chunk, cache)
     tiles = length // embedding.tokens_per_tile if tiles is None else tiles
     more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile)
-    return Slots.empty(hovle, slots, length, length + more, chunk)
+    return Slots.empty(hovle, slots, length, length + more, chunk, cache)
 
 
-def slots_bytes(*arguments: Any) -> int:
+def slots_bytes(*arguments: Any, **more: Any) -> int:
     """What `empty_slots` takes of the memory; makes nothing."""
-    return size(jax.eval_shape(lambda: empty_slots(*arguments)))
+    return size(jax.eval_shape(lambda: empty_slots(*arguments, **more)))
 
 
 class Engine:
@@ -149,6 +151,7 @@ class Engine:
       tiles: HD: the most tiles of a prompt, which make the embedding's caches longer; None = those that fit.
       chunks: see `CHUNKS`.
       params: as `slots.fused` makes them, in int8 too; None = of the answerer's.
+      cache: of keys and values: 'int8', or empty = in the compute type.
     Raises:
       UserError: there is no room for the caches.
     """
@@ -161,20 +164,23 @@ class Engine:
         tiles: int | None = None,
         chunks: Sequence[int] = CHUNKS,
         params: dict | None = None,
+        cache: str = "",
     ):
         self._answerer, self._hovle = answerer, answerer.hovle
         embedding = self._hovle.config.embedding
         self._length, self._chunks = length, tuple(chunks)
         self._tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         self.params = programs.fused(answerer.params, self._hovle) if params is None else params
-        taken = lambda slots, length: slots_bytes(self._hovle, slots, length, tiles, chunks[-1])
+        sizes = dict(tiles=tiles, chunk=chunks[-1], cache=cache)
+        taken = lambda slots, length: slots_bytes(self._hovle, slots, length, **sizes)
         self.num_slots = Budget(free_on(jax.local_devices()), taken).slots(slots, length)
+        self._empty = lambda: empty_slots(self._hovle, self.num_slots, length, **sizes)
         self.reset()
 
     def reset(self) -> None:
         """Forgets all requests and what the caches hold."""
         self.__dict__.pop("_state", None)  # before the new ones, as there may be no room for both
-        self._state = empty_slots(self._hovle, self.num_slots, self._length, self._tiles, self._chunks[-1])
+        self._state = self._empty()
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._waiting: collections.deque[Stream] = collections.deque()
         self._reading: tuple[int, Iterator[bool]] | None = None  # (slot, the rest of its chunks)
@@ -325,7 +331,7 @@ class Engine:
 
     def _reach(self, layers, tokens):
         """The next of few sizes, as each is a program of its own; no more than there is."""
-        capacity = layers[0].key.shape[2] if layers else 0
+        capacity = layers[0].capacity if layers else 0
         size = next((size for size in REACHES if size >= tokens), capacity)
         return size if size < 0.75 * capacity else capacity  # a part may be copied before it is read
 

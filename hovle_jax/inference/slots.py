@@ -6,8 +6,7 @@ layers, then by the LLM's, because HD's two streams differ in length. Decoding m
 Layers are written out, each with parameters and caches of its own: a loop would copy them in and out at every step, and
 decoding is bound by what it reads.
 
-Dimension letters: B slots, T tokens of a chunk, S capacity, D width, H heads, K kv heads, G = H / K, C head dim,
-V vocabulary, W stop ids.
+Dimension letters: B slots, T tokens of a chunk, S capacity, D width, V vocabulary, W stop ids.
 """
 
 import dataclasses
@@ -18,86 +17,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hovle_jax.inference.caches import All, LayerSlots, One
 from hovle_jax.inference.layer import LayerWeights, normalized, run_layer
 from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, most_likely, penalized
 from hovle_jax.inference.weights import kernel_of
 from hovle_jax.model.config import StackConfig
-from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import PADDING_LOGIT, HoVLE
 from hovle_jax.model.rotary import needs_lengths, rotary_angles
 
 STOPS = 8  # stop ids that a request can have
 MOST_TOPS = 20  # most likely tokens that are told of a place
 NOWHERE = -1
-
-
-@flax.struct.dataclass
-class One:
-    """A chunk of one request: where its keys go.
-
-    Attributes:
-      slot, start: int32 scalars; what lies before `start` in the slot has been read before.
-      reach: static; how much of the caches is looked at, beyond which nothing is.
-    """
-
-    slot: jax.Array
-    start: jax.Array
-    reach: int = flax.struct.field(pytree_node=False)
-
-
-@flax.struct.dataclass
-class All:
-    """One token of every slot; start [B] int32: how much has been read before it; reach: as in `One`."""
-
-    start: jax.Array
-    reach: int = flax.struct.field(pytree_node=False)
-
-
-@flax.struct.dataclass
-class LayerSlots:
-    """Keys and values of one layer, [B, K, S, C]: heads in front, so that nothing is moved to attend."""
-
-    key: jax.Array
-    value: jax.Array
-
-    @classmethod
-    def empty(cls, config: StackConfig, slots: int, capacity: int, dtype: Any) -> "LayerSlots":
-        shape = (slots, config.num_kv_heads, capacity, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, where: One | All, execution: Execution
-    ) -> tuple[jax.Array, "LayerSlots"]:
-        """See `transformer.LayerCache`; query [1, T, H, C] for `One`, [B, 1, H, C] for `All`."""
-        made = LayerSlots(_write(self.key, key, where), _write(self.value, value, where))
-        return _attention(query, _read(made.key, where), _read(made.value, where), where), made
-
-
-def _write(cache, new, where):
-    if isinstance(where, One):
-        new = new.astype(cache.dtype).transpose(0, 2, 1, 3)
-        return jax.lax.dynamic_update_slice(cache, new, (where.slot, 0, where.start, 0))
-    return cache.at[jnp.arange(len(cache)), :, where.start].set(new[:, 0].astype(cache.dtype))
-
-
-def _read(cache, where):
-    rows = jax.lax.dynamic_slice_in_dim(cache, where.slot, 1) if isinstance(where, One) else cache
-    return rows[:, :, : where.reach]
-
-
-def _attention(query, key, value, where):
-    """query [B, T, H, C] over key and value [B, K, S, C], of which those up to the query's own place are seen."""
-    B, T, H, C = query.shape
-    K, S = key.shape[1:3]
-    query = query.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C]
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
-    scores = jnp.einsum("bkgtc,bksc->bkgts", query, key, preferred_element_type=jnp.float32) * C**-0.5
-    last = jnp.reshape(where.start, (-1, 1, 1)) + jnp.arange(T)[:, None]  # [B, T, 1]
-    seen = jnp.arange(S) <= last
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bkgts,bksc->bkgtc", probabilities, value)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
 
 @flax.struct.dataclass
@@ -131,18 +61,19 @@ class Slots:
     tells_tops: jax.Array
 
     @classmethod
-    def empty(cls, hovle: HoVLE, slots: int, capacity: int, long_capacity: int, chunk: int) -> "Slots":
+    def empty(cls, hovle: HoVLE, slots: int, capacity: int, long_capacity: int, chunk: int, cache: str = "") -> "Slots":
         """Idle slots.
 
         Args:
           capacity, long_capacity: S of the LLM's stream and of the embedding's, which a prompt with its answer fits.
           chunk: the most tokens of a chunk; the last one of a prompt is padded.
+          cache: of `caches.KINDS`.
         """
         c, dtype = hovle.config, hovle.execution.dtype
         embedding = c.embedding.stack if c.embedding else None
 
         def layers(stack, room):
-            return tuple(LayerSlots.empty(stack, slots, room + chunk, dtype) for _ in range(stack.num_layers))
+            return tuple(LayerSlots.empty(stack, slots, room + chunk, dtype, cache) for _ in range(stack.num_layers))
 
         zeros = lambda: jnp.zeros(slots, jnp.int32)
         sampling = jax.tree.map(jnp.asarray, SamplingRows.of([GREEDY] * slots))
@@ -189,7 +120,7 @@ def fused(params: dict, hovle: HoVLE, int8: bool = False, consume: bool = False)
 
 def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):
     """The layers of a stack over x [B, T, D] -> (x, caches). `text_length`: see `rotary.needs_lengths`."""
-    capacity = caches[0].key.shape[2] if caches else 0
+    capacity = caches[0].capacity if caches else 0
     lengths = jnp.broadcast_to(text_length, positions.shape) if needs_lengths(config, capacity) else None
     angles = jax.lax.optimization_barrier(rotary_angles(positions, config, lengths))
     x, written = x.astype(execution.dtype), []
