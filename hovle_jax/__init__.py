@@ -35,10 +35,7 @@ def load(
     Raises:
       UserError: no such folder, or it holds no finished model that answers, or there is not enough memory.
     """
-    from hovle_jax.conversion.downloads import resolve
+    from hovle_jax.conversion.downloads import model_folder
     from hovle_jax.inference.answering import AnsweringModel
-    from hovle_jax.inference.folders import check_model_folder
 
-    folder = resolve(name)
-    check_model_folder(folder)
-    return AnsweringModel.of_folder(folder, max_tiles, slots, length, dtype, keep, cache)
+    return AnsweringModel.of_folder(model_folder(name), max_tiles, slots, length, dtype, keep, cache)

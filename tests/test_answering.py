@@ -14,6 +14,7 @@ import hovle_jax
 from hovle_jax.checkpoints import save_model
 from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import request_of
+from hovle_jax.inference.beam import Beam, answers
 from hovle_jax.inference.generate import Prompt, answer
 from hovle_jax.inference.load import load_run
 from tests import micro
@@ -93,6 +94,18 @@ def test_questions_from_a_file(folder):
     (folder / "out.jsonl").write_text(whole[: len(whole) * 2 // 3])
     again = command("generate", *asked, "--max_new_tokens=6")
     assert "going on from there" in again.stderr and (folder / "out.jsonl").read_text() == whole
+
+
+def test_a_beam_search_by_command(folder):
+    rows = '{"prompt": "what is it?", "image": "a.png"}\n{"prompt": "hello"}\n'
+    (folder / "searched.jsonl").write_text(rows)
+    files = ["--input", folder / "searched.jsonl", "--output", folder / "found.jsonl"]
+    done = command("generate", "--checkpoint", folder / "run", *files, "--beams=3", "--max_new_tokens=6")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line)["answer"] for line in (folder / "found.jsonl").read_text().splitlines()]
+    image = Image.open(folder / "a.png").convert("RGB")
+    asked = [Prompt.of("what is it?", image), Prompt.of("hello")]
+    assert found == list(answers(load_run(folder / "run").answerer, asked, Beam(3), 6))
 
 
 @pytest.mark.parametrize(

