@@ -12,6 +12,7 @@ from PIL import Image
 
 import hovle_jax
 from hovle_jax.checkpoints import save_model
+from hovle_jax.conversion.exporting import export_model
 from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import request_of
 from hovle_jax.inference.beam import Beam, answers
@@ -106,6 +107,14 @@ def test_a_beam_search_by_command(folder):
     image = Image.open(folder / "a.png").convert("RGB")
     asked = [Prompt.of("what is it?", image), Prompt.of("hello")]
     assert found == list(answers(load_run(folder / "run").answerer, asked, Beam(3), 6))
+
+
+def test_a_public_folder_answers_as_the_run_that_was_exported(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOVLE_CACHE", str(folder / "cache"))
+    export_model(folder / "run", folder / "public", say=lambda _: None)
+    model = hovle_jax.load(str(folder / "public"), slots=2, length=256)
+    assert [model.answer("hello", max_new_tokens=6)] == plain(folder, ("hello",))
+    assert "public is a public checkpoint: importing it once into" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
