@@ -12,10 +12,11 @@ def load(
     name: str,
     *,
     max_tiles: int | None = None,
-    slots: int = 8,
+    slots: int | None = None,
     length: int | None = None,
     dtype: str = "",
     keep: bool = False,
+    cache: str = "",
 ) -> "AnsweringModel":
     """A model that answers.
 
@@ -23,23 +24,19 @@ def load(
         model.answer("what color is the shape?", images=["photo.png"])
 
     Args:
-      name: the folder of a finished run or an import; or smol-llm, which is downloaded once.
+      name: the folder of a finished run or an import; or smol-llm, which is downloaded once; or a public checkpoint (a
+        folder in Hugging Face layout, a .gguf file, a hub id), which is imported once into the cache folder.
       max_tiles: the most tiles of an image; None = as in training.
-      slots: prompts that are answered at once.
+      slots: prompts that are answered at once; None = 8, or as many as there is memory for.
       length: the most tokens of a prompt with its answer; None = what the model reads, up to 4,096.
       dtype: 'float32', 'bfloat16', or 'int8': weights in int8, all else as without it. Empty = bfloat16, and float32 on
         a CPU.
       keep: keep the weights as they were trained, too, which attention maps need.
+      cache: 'int8' keeps what was read in int8, in half of bfloat16's memory; empty = as it was computed.
     Raises:
-      UserError: no such folder, or it holds no finished model that answers.
+      UserError: no such folder, or it holds no finished model that answers, or there is not enough memory.
     """
-    from hovle_jax.conversion.downloads import resolve
+    from hovle_jax.conversion.downloads import model_folder
     from hovle_jax.inference.answering import AnsweringModel
-    from hovle_jax.inference.folders import check_model_folder
-    from hovle_jax.inference.load import load_run
 
-    folder = resolve(name)
-    check_model_folder(folder)
-    int8 = dtype == "int8"
-    loaded = load_run(folder, dtype="" if int8 else dtype).with_max_tiles(max_tiles)
-    return AnsweringModel(loaded, slots, length, int8, keep)
+    return AnsweringModel.of_folder(model_folder(name), max_tiles, slots, length, dtype, keep, cache)

@@ -16,8 +16,10 @@ from hovle_jax.inference import options
 from hovle_jax.system import command_line
 
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
-)
+    "checkpoint", None,
+    "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "
+    "a folder in Hugging Face layout, a .gguf file or a hub id, imported on the way",
+)  # fmt: skip
 HELP = "/image PATH shows an image with what you say next, /new begins anew, /quit ends"
 
 

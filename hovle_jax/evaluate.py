@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from hovle_jax.evaluation.public.run import OnTable
     from hovle_jax.evaluation.results import Scored
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run or an import: runs/instruct")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "The folder of a finished run or an import: runs/instruct; or a public checkpoint or hub id"
+)
 BENCHMARK = flags.DEFINE_string(
     "benchmark",
     None,
@@ -107,9 +109,9 @@ def check_flags() -> None:
 def main() -> None:
     folder = command_line.local_folder("checkpoint")
     check_flags()
-    from hovle_jax.conversion.downloads import resolve
+    from hovle_jax.conversion.downloads import model_folder
 
-    started, folder = time.time(), str(resolve(folder))
+    started, folder = time.time(), str(model_folder(folder))
     about, scored, path = on_tsv(folder) if TSV.value else on_data(folder) if DATA.value else on_benchmark(folder)
     result = about | scored.scores | scored.details() | {"predictions": str(path)}
     result["seconds"] = round(time.time() - started, 1)

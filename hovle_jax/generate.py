@@ -13,6 +13,7 @@ import functools
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
@@ -23,14 +24,37 @@ from hovle_jax.inference import options
 from hovle_jax.system import command_line
 
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
-)
+    "checkpoint", None,
+    "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "
+    "a folder in Hugging Face layout, a .gguf file or a hub id, imported on the way",
+)  # fmt: skip
 IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be given several times")
 PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "The question; may be given several times: answers in order, all about the same images"
 )
 INPUT = flags.DEFINE_string("input", "", "A .jsonl file of questions, in place of --prompt and --image")
+BEAMS = flags.DEFINE_integer(
+    "beams", None, "Beam search: so many beginnings are kept, and the likeliest answer is given; default: no search",
+    lower_bound=1,
+)  # fmt: skip
 OUTPUT = flags.DEFINE_string("output", "", "The .jsonl file that the answers to --input are written to")
+
+
+def check_beams() -> None:
+    """Raises UserError for flags that a beam search would drop."""
+    given = [name for name in options.OF_ENGINE if flags.FLAGS[name].present]
+    given += ["dtype=int8"] if options.DTYPE.value == "int8" else []
+    if BEAMS.value and given:
+        raise UserError(f"--beams={BEAMS.value} looks for the likeliest answer: leave out --{' and --'.join(given)}")
+
+
+def load_for_beams() -> Any:
+    """The model of --checkpoint, without an engine."""
+    from hovle_jax.conversion.downloads import model_folder
+    from hovle_jax.inference.load import load_run
+
+    loaded = load_run(model_folder(command_line.local_folder("checkpoint")), dtype=options.DTYPE.value)
+    return loaded.with_max_tiles(options.MAX_TILES.value).answerer
 
 
 def load() -> Any:
@@ -48,13 +72,27 @@ def on_prompts(prompts: list[str]) -> None:
     images = [load_image(path) for path in IMAGE.value]
     for prompt in prompts:
         with_image_marks([(prompt, None)], len(images))
-    for said in load().answer(prompts, images, options.SYSTEM.value, **options.request()):
+    for said in beam_answers(prompts, images) if BEAMS.value else plain_answers(prompts, images):
         print(said)
+
+
+def plain_answers(prompts: list[str], images: list) -> list[str]:
+    """All at once."""
+    return load().answer(prompts, images, options.SYSTEM.value, **options.request())
+
+
+def beam_answers(prompts: list[str], images: list) -> Iterator[str]:
+    """One after another."""
+    from hovle_jax.inference.beam import Beam, answers
+    from hovle_jax.inference.generate import Prompt
+
+    asked = [Prompt(((text, None),), tuple(images), options.SYSTEM.value) for text in prompts]
+    return answers(load_for_beams(), asked, Beam(BEAMS.value), options.MAX_NEW_TOKENS.value)
 
 
 def on_file() -> None:
     """Writes a row of --output for each of --input that it lacks."""
-    from hovle_jax.inference.many import answer_rows, read_questions, rows_done
+    from hovle_jax.inference.many import read_questions, rows_done
 
     if PROMPT.value or IMAGE.value:
         raise UserError("--input has questions and images of its own: leave --prompt and --image out")
@@ -67,14 +105,26 @@ def on_file() -> None:
         say(f"{output} has {done:,} of {len(questions):,} answers: going on from there")
     if done < len(questions):
         with output.open("a", encoding="utf-8") as file:
-            for row in answer_rows(load(), questions[done:], options.SYSTEM.value, options.request(), say):
+            for row in rows(questions[done:], say):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
     say(f"{len(questions):,} answers in {output}")
 
 
+def rows(questions: list, say: Callable[[str], None]) -> Iterator[dict]:
+    """Each question's row with its answer."""
+    from hovle_jax.inference.beam import Beam
+    from hovle_jax.inference.many import answer_rows, beam_rows
+
+    if not BEAMS.value:
+        return answer_rows(load(), questions, options.SYSTEM.value, options.request(), say)
+    most = options.MAX_NEW_TOKENS.value
+    return beam_rows(load_for_beams(), questions, options.SYSTEM.value, Beam(BEAMS.value), most, say)
+
+
 def main() -> None:
     command_line.local_folder("checkpoint")
+    check_beams()
     if INPUT.value:
         on_file()
     elif OUTPUT.value:

@@ -18,12 +18,16 @@ from hovle_jax.errors import UserError
 from hovle_jax.system import command_line
 
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
-)
+    "checkpoint", None,
+    "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "
+    "a folder in Hugging Face layout, a .gguf file or a hub id, imported on the way",
+)  # fmt: skip
 HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0: all of this machine's")
 PORT = flags.DEFINE_integer("port", 8000, "The port; 0: a free one", lower_bound=0)
 NAME = flags.DEFINE_string("name", "", "The model's name for clients; empty: the folder's")
-SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are answered at once", lower_bound=1)
+SLOTS = flags.DEFINE_integer(
+    "slots", None, "Requests that are answered at once; default: 8, or as many as there is memory for", lower_bound=1
+)
 LENGTH = flags.DEFINE_integer("length", None, "The most tokens of a prompt with its answer", lower_bound=2)
 ATTENTION = flags.DEFINE_bool(
     "attention", True, "Keep a second copy of the weights, from which the page shows where the model looks"
@@ -31,6 +35,10 @@ ATTENTION = flags.DEFINE_bool(
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16", "int8"],
     "Of the weights; int8: about a third of float32. Default: bfloat16, and float32 on a CPU",
+)  # fmt: skip
+CACHE = flags.DEFINE_enum(
+    "cache", "", ["", "int8"],
+    "Of what was read and answered; int8: half of bfloat16's memory. Default: as it was computed",
 )  # fmt: skip
 MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; default: as in training", lower_bound=1
@@ -86,7 +94,7 @@ def _worker(folder):
 
     model = hovle_jax.load(
         folder, max_tiles=MAX_TILES.value, slots=SLOTS.value, length=LENGTH.value, dtype=DTYPE.value,
-        keep=ATTENTION.value,
+        keep=ATTENTION.value, cache=CACHE.value,
     )  # fmt: skip
     print(model.engine.memory(), file=sys.stderr)
     hosts = tuple(host.lower() for host in IMAGE_HOST.value)

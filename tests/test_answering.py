@@ -12,8 +12,10 @@ from PIL import Image
 
 import hovle_jax
 from hovle_jax.checkpoints import save_model
+from hovle_jax.conversion.exporting import export_model
 from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import request_of
+from hovle_jax.inference.beam import Beam, answers
 from hovle_jax.inference.generate import Prompt, answer
 from hovle_jax.inference.load import load_run
 from tests import micro
@@ -93,6 +95,26 @@ def test_questions_from_a_file(folder):
     (folder / "out.jsonl").write_text(whole[: len(whole) * 2 // 3])
     again = command("generate", *asked, "--max_new_tokens=6")
     assert "going on from there" in again.stderr and (folder / "out.jsonl").read_text() == whole
+
+
+def test_a_beam_search_by_command(folder):
+    rows = '{"prompt": "what is it?", "image": "a.png"}\n{"prompt": "hello"}\n'
+    (folder / "searched.jsonl").write_text(rows)
+    files = ["--input", folder / "searched.jsonl", "--output", folder / "found.jsonl"]
+    done = command("generate", "--checkpoint", folder / "run", *files, "--beams=3", "--max_new_tokens=6")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line)["answer"] for line in (folder / "found.jsonl").read_text().splitlines()]
+    image = Image.open(folder / "a.png").convert("RGB")
+    asked = [Prompt.of("what is it?", image), Prompt.of("hello")]
+    assert found == list(answers(load_run(folder / "run").answerer, asked, Beam(3), 6))
+
+
+def test_a_public_folder_answers_as_the_run_that_was_exported(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOVLE_CACHE", str(folder / "cache"))
+    export_model(folder / "run", folder / "public", say=lambda _: None)
+    model = hovle_jax.load(str(folder / "public"), slots=2, length=256)
+    assert [model.answer("hello", max_new_tokens=6)] == plain(folder, ("hello",))
+    assert "public is a public checkpoint: importing it once into" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from hovle_jax.components import COMPONENTS
 from hovle_jax.config import ModelConfig
 from hovle_jax.errors import UserError
 from hovle_jax.formats.families import open_checkpoint
-from hovle_jax.inference.beam import Beam, search, texts_of
+from hovle_jax.inference.beam import PADDED, Beam, answers, search, texts_of
+from hovle_jax.inference.generate import prompt_batch, prompt_samples, text_of
 from hovle_jax.model.config import HoVLEConfig
 from hovle_jax.model.hovle import HoVLE
 from tests.public_models import llm
 from tests.shared import golden
+from tests.test_decode import make_answerer, prompts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -82,6 +84,18 @@ def test_one_beam_is_greedy_and_prompts_do_not_touch_each_other():
         alone, alone_scores = found_by(hovle, params, ids[row : row + 1], Beam(3, 0.7), 6, (7, 11))
         assert [text.tolist() for text in alone] == [text.tolist() for text in together[3 * row : 3 * row + 3]]
         np.testing.assert_allclose(alone_scores, scores[3 * row : 3 * row + 3], atol=1e-5)
+
+
+def test_an_answer_about_images_is_that_of_the_search_without_padding():
+    answerer, (prompt,) = make_answerer("post"), prompts()[2:]
+    (text,) = answers(answerer, [prompt], Beam(2), 4)
+    batch = prompt_batch(answerer, prompt_samples(answerer, [prompt]))
+    assert batch["tokens"].shape[1] % PADDED
+    stop_ids = answerer.tokenizer.stop_ids
+    tokens, _ = search(answerer.params, batch, hovle=answerer.hovle, beam=Beam(2), max_new_tokens=4, stop_ids=stop_ids)
+    assert text == text_of(answerer.tokenizer, np.asarray(tokens[0, 0]))
+    with pytest.raises(UserError, match="the model reads 512 in all"):
+        next(answers(answerer, [prompt], Beam(2), 500))
 
 
 def test_settings_that_mean_nothing_are_refused():

@@ -86,6 +86,10 @@ MISTAKES = {
         "generate --checkpoint TMP/w --image https://example.org/a.png --prompt hi",
         ["https://example.org/a.png", "URLs are not read"],
     ),
+    "draws of a search": (
+        "generate --checkpoint TMP/w --prompt hi --beams 4 --top_p 0.9 --stop x",
+        ["--beams=4 looks for the likeliest answer: leave out --stop and --top_p"],
+    ),
     "no question": ("generate --checkpoint TMP/w", ["--prompt is missing"]),
     "maps of no image": ("attention --checkpoint TMP/w --prompt hi", ["--image is missing"]),
     "maps as a text": (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 from hovle_jax.checkpoints import abstract_component, load_component, load_model_config, save_model
 from hovle_jax.components import shapes as shapes_of
 from hovle_jax.config import MeshConfig, ModelConfig
+from hovle_jax.conversion.downloads import model_folder
 from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, public_format
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
@@ -207,6 +209,23 @@ def test_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         import_checkpoint("some/other", tmp_path / "dst2")
+
+
+def test_a_public_checkpoint_is_imported_on_the_way(tmp_path, monkeypatch):
+    public, said = public_folder(tmp_path, "internlm2"), []
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
+    first = model_folder(str(public), say=said.append)
+    assert load_model_config(first).llm.family == "internlm2" and first.is_relative_to(tmp_path / "cache" / "models")
+    assert said == [f"{public} is a public checkpoint: importing it once into {first}"]
+    hub = types.SimpleNamespace(snapshot_download=lambda name, **_: {"some/model": str(public)}[name])
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    assert model_folder(str(public), say=said.append) == first and len(said) == 1
+    assert load_model_config(model_folder("some/model", say=said.append)).llm == load_model_config(first).llm
+    os.utime(public / "config.json", (1, 1))  # as if it had been downloaded again
+    assert model_folder(str(public), say=said.append) != first
+    assert len(said) == 3 and said[1].startswith("some/model is a public checkpoint")
+    assert model_folder(str(first), say=said.append) == first and len(said) == 3
 
 
 def test_usage():

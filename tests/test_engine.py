@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 
 from hovle_jax.errors import UserError
-from hovle_jax.inference.engine import Engine, Request
+from hovle_jax.inference.engine import Engine, Request, Stream, slots_bytes
 from hovle_jax.inference.generate import Prompt, prompt_batch, prompt_samples
+from hovle_jax.inference.memory import size
 from hovle_jax.inference.sampling import Sampling
+from hovle_jax.inference.texts import TextSoFar
 from hovle_jax.inference.warming import warm_up
+from hovle_jax.model.execution import Execution
+from hovle_jax.model.hovle import HoVLE
+from hovle_jax.model.presets import MODELS
 from hovle_jax.system import compilations
 from tests import micro
 from tests.test_decode import VARIANTS, longer, make_answerer, prompts
@@ -140,9 +145,10 @@ def test_a_warm_engine_compiles_nothing_for_any_request(name):
     images = [example.image for example in micro.examples()[:5]]
     asked = [Prompt.of("what? " * n, *images[: n % 4]) for n in (1, 2, 5, 11, 20)]
     asked += [Prompt((("what is it?", "red"), ("and now?", None)), tuple(images[:1])), Prompt.of("a " * 60)]
+    drawn = [Sampling(temperature=i / 5, top_p=0.9, seed=i) for i in range(len(asked))]
     streams = [
-        engine.submit(prompt, Request(300, Sampling(temperature=i / 5, top_p=0.9, seed=i), may_be_shorter=True))
-        for i, prompt in enumerate(asked)
+        engine.submit(prompt, Request(300, sampling, top_logprobs=i % 3, may_be_shorter=True))
+        for i, (prompt, sampling) in enumerate(zip(asked, drawn))
     ]
     for _ in range(30):
         engine.step()
@@ -168,6 +174,54 @@ def test_an_answer_may_have_what_the_prompt_leaves():
     assert engine.prepare(Prompt.of("hello"), dataclasses.replace(wish, max_new_tokens=7)).request.max_new_tokens == 7
     with pytest.raises(UserError, match="its answer may have 1: the engine was made for 160 tokens"):
         engine.prepare(Prompt.of("what " * 200), wish)
+
+
+def test_the_most_likely_tokens_are_the_models_own_whatever_is_drawn():
+    answerer, asked = make_answerer(), prompts()
+    hot = Sampling(temperature=1.5, repetition_penalty=1.3, top_k=9, seed=4)
+    requests = [Request(NEW, top_logprobs=20), Request(NEW, hot, top_logprobs=3), Request(NEW)]
+    streams = answers(Engine(answerer, **SETTINGS), asked, requests)
+    samples = [longer(s, stream.tokens) for s, stream in zip(prompt_samples(answerer, asked), streams)]
+    logits = jax.jit(answerer.hovle.logits)(answerer.params, prompt_batch(answerer, samples))
+    for row, sample, stream in zip(np.asarray(jax.nn.log_softmax(logits)), samples, streams):
+        n, count = len(sample.tokens), stream.request.top_logprobs
+        assert len(stream.tops) == len(stream.tokens)
+        for logp, tops in zip(row[n - len(stream.tokens) - 1 : n - 1], stream.tops):
+            best = np.argsort(-logp)[:count]
+            assert [token for token, _ in tops] == best.tolist()
+            np.testing.assert_allclose([value for _, value in tops], logp[best], atol=1e-4)
+    assert [tops[0][0] for tops in streams[0].tops] == streams[0].tokens
+    assert [tops[0][0] for tops in streams[1].tops] != streams[1].tokens  # drawn
+    with pytest.raises(UserError, match="top_logprobs=21: from 0 to 20"):
+        Request(top_logprobs=21)
+
+
+def test_an_int8_cache_takes_half_and_makes_the_same_tokens():
+    """Teacher-forced: after each beginning of a float32 answer it chooses the next two tokens."""
+    answerer, asked = make_answerer(), prompts()
+    plain, engine = Engine(answerer, **SETTINGS), Engine(answerer, **SETTINGS | dict(chunks=(32,)), cache="int8")
+    caches = [size((e._state.embedding, e._state.llm)) for e in (plain, engine)]
+    assert caches[1] == caches[0] * (8 + 2) // (8 * 4)  # 8 numbers and a scale, in place of 8 in float32
+    answered = answers(plain, asked, [Request(24)] * 3)
+    same, total = 0, 0
+    for round_ in range(2):
+        before = compilations.count()
+        for sample, stream in zip(prompt_samples(answerer, asked), answered):
+            for i in range(0, 24, 2):
+                reading = engine._read(longer(sample, stream.tokens[:i]))
+                forced = Stream(reading, Request(2), (), TextSoFar(answerer.tokenizer), lambda piece: None)
+                engine.enqueue(forced)
+                engine.run()
+                same += sum(ours == theirs for ours, theirs in zip(forced.tokens, stream.tokens[i:]))
+                total += 2
+    assert compilations.count() == before  # of the second round
+    assert total == 144 and same >= 0.98 * total, same
+
+
+def test_an_int8_cache_of_the_full_shape_takes_half_of_bfloat16():
+    hovle = HoVLE(MODELS["hovle"](), Execution(dtype="bfloat16"))
+    plain, int8 = (slots_bytes(hovle, 8, 4096, cache=cache) for cache in ("", "int8"))
+    assert 0.5 < int8 / plain < 0.52
 
 
 def test_a_second_answer_to_a_prompt_that_was_read_once():

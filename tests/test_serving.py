@@ -183,6 +183,21 @@ def test_a_stream_tells_the_log_probabilities_that_the_whole_answer_tells(client
     assert all(value is None or bytes(value).decode() for value in bytes_) and any(bytes_)
 
 
+def test_the_most_likely_tokens_are_told_beside_each_token(client):
+    asked = body(logprobs=True, top_logprobs=4)
+    (choice,) = client.post(URL, json=asked).json()["choices"]
+    rows = choice["logprobs"]["content"]
+    for row in rows:
+        assert [len(row["top_logprobs"]), row["top_logprobs"][0]] == [4, {k: row[k] for k in row if k[:3] != "top"}]
+        values = [top["logprob"] for top in row["top_logprobs"]]
+        assert values == sorted(values, reverse=True) and len({top["token"] for top in row["top_logprobs"]}) == 4
+    parts = events(client.post(URL, json=asked | {"stream": True}))
+    told = [row for part in parts for row in (part["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert told == rows
+    (without,) = client.post(URL, json=body(logprobs=True)).json()["choices"]
+    assert all(row["top_logprobs"] == [] for row in without["logprobs"]["content"])
+
+
 def test_without_a_limit_an_answer_has_the_room_that_is_left():
     with serving(dataclasses.replace(LIMITS, new_tokens=2_000)) as roomy:
         asked = body("hello")
@@ -200,7 +215,6 @@ BROKEN = {
     "another model": (body(model="gpt"), 404, "'gpt' does not exist here; it is 'tiny'"),
     "a json object": (body(response_format={"type": "json_object"}), 400, "only text is made, not 'json_object'"),
     "most likely tokens": (body(logprobs=True, top_logprobs=21), 400, "top_logprobs=21: from 0 to 20"),
-    "too many of these": (body(logprobs=True, top_logprobs=20), 400, "are reported; logprobs without it"),
     "top_logprobs alone": (body(top_logprobs=2), 400, "only with logprobs"),
     "options of no stream": (body(stream_options={"include_usage": True}), 400, "only with stream"),
     "no options": (body(stream=True, stream_options=3), 400, "stream_options: an object"),

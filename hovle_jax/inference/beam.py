@@ -5,6 +5,7 @@ Dimension letters: B prompts, K beams, V vocabulary, T most new tokens.
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Iterator
 
 import flax.struct
 import jax
@@ -12,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.errors import UserError
+from hovle_jax.inference.engine import padded_tiles
+from hovle_jax.inference.generate import Answerer, Prompt, prompt_batch, prompt_samples, text_of
+from hovle_jax.inference.limits import check_lengths
 from hovle_jax.model.hovle import HoVLE, HoVLECache
 from hovle_jax.model.streams import embedding_stream
 
 LOW = -1e9  # the score of a beam or an answer that is not there
 EARLY = (True, False, "never")
+PADDED = 64  # prompts are padded to multiples of so many tokens, as each length is a program of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,3 +162,21 @@ def texts_of(tokens: jax.Array, stop_ids: tuple[int, ...]) -> list[np.ndarray]:
     rows = np.asarray(tokens).reshape(-1, np.shape(tokens)[-1])
     ends = [np.flatnonzero(np.isin(row, stop_ids)) for row in rows]
     return [row[: at[0] + 1] if len(at) else row for row, at in zip(rows, ends)]
+
+
+def answers(answerer: Answerer, prompts: Iterable[Prompt], beam: Beam, max_new_tokens: int) -> Iterator[str]:
+    """The best answer to each prompt, one after another.
+
+    Raises:
+      UserError: marks and images disagree, or a prompt with its answer exceeds the LLM's positions.
+    """
+    for prompt in prompts:
+        (sample,) = prompt_samples(answerer, [prompt])
+        length, tiles = len(sample.tokens), len(sample.tiles)
+        check_lengths(answerer.hovle.config.llm, length, max_new_tokens, tiles)
+        batch = prompt_batch(answerer, [sample], -(-length // PADDED) * PADDED, padded_tiles(max(tiles, 1)))
+        tokens, _ = search(
+            answerer.params, batch, hovle=answerer.hovle, beam=beam, max_new_tokens=max_new_tokens,
+            stop_ids=answerer.tokenizer.stop_ids,
+        )  # fmt: skip
+        yield text_of(answerer.tokenizer, np.asarray(tokens[0, 0]))

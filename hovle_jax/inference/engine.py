@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,15 +19,17 @@ from hovle_jax.errors import UserError
 from hovle_jax.inference import slots as programs
 from hovle_jax.inference.generate import Answerer, Prompt, prompt_samples, row_shape
 from hovle_jax.inference.limits import check_lengths
+from hovle_jax.inference.memory import SLOTS, Budget, gigabytes, size
 from hovle_jax.inference.reading import Reading
 from hovle_jax.inference.sampling import GREEDY, Sampling, SamplingRows
-from hovle_jax.inference.slots import NOWHERE, STOPS, Slots
+from hovle_jax.inference.slots import MOST_TOPS, NOWHERE, STOPS, Slots
 from hovle_jax.inference.texts import TextSoFar
+from hovle_jax.model.hovle import HoVLE
+from hovle_jax.system.memory import free_on
 
 CHUNKS = (16, 64, 256)  # lengths that a prompt is read in; the rest is padded to the smallest that holds it
 TILES = (1, 2, 4, 8, 16)  # tiles that are embedded at once, padded likewise; beyond, to a multiple of the last
 REACHES = tuple(128 << n for n in range(16))  # how much of the caches is looked at
-MOST_TOP_LOGPROBS = 0  # of each token, which the programs report; raised by those that report them
 AHEAD = 2  # tokens beyond those that the host has seen: one that the devices may have made, and the next
 
 
@@ -39,6 +42,7 @@ class Request:
       sampling: how its tokens are chosen.
       stops: texts that end it; they are not part of it.
       stop_ids: tokens that end it, beside the tokenizer's own.
+      top_logprobs: how many of the most likely tokens at each place are told, up to `slots.MOST_TOPS`.
       may_be_shorter: where the prompt leaves less room than `max_new_tokens`, the answer has only that.
     """
 
@@ -46,7 +50,17 @@ class Request:
     sampling: Sampling = GREEDY
     stops: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
     may_be_shorter: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.top_logprobs <= MOST_TOPS:
+            raise UserError(f"top_logprobs={self.top_logprobs}: from 0 to {MOST_TOPS}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most likely token is all that it wants to know."""
+        return self.sampling.is_greedy and not self.top_logprobs
 
 
 class Stream:
@@ -54,7 +68,7 @@ class Stream:
 
     Attributes:
       tokens, logprobs: those made so far, the one that ended it included.
-      tops: of each of them the most likely tokens with their log-probabilities; empty where none are reported.
+      tops: at each of their places the most likely tokens with their log-probabilities, as many as were asked for.
       finish: '' while it is made, then 'stop', 'length' or 'cancelled'.
       reused: tokens of the prompt that an earlier request had left in the slot.
     """
@@ -107,6 +121,23 @@ class Slot:
     used: int = 0
 
 
+def empty_slots(
+    hovle: HoVLE, slots: int, length: int, tiles: int | None = None, chunk: int = CHUNKS[-1], cache: str = ""
+) -> Slots:
+    """Caches and all else that an engine keeps of requests; arguments as those of `Engine`, `chunk` the longest one."""
+    embedding = hovle.config.embedding
+    if embedding is None:
+        return Slots.empty(hovle, slots, length, length, chunk, cache)
+    tiles = length // embedding.tokens_per_tile if tiles is None else tiles
+    more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile)
+    return Slots.empty(hovle, slots, length, length + more, chunk, cache)
+
+
+def slots_bytes(*arguments: Any, **more: Any) -> int:
+    """What `empty_slots` takes of the memory; makes nothing."""
+    return size(jax.eval_shape(lambda: empty_slots(*arguments, **more)))
+
+
 class Engine:
     """See the module's docstring. Not thread-safe: one thread calls it.
 
@@ -120,25 +151,30 @@ class Engine:
       tiles: HD: the most tiles of a prompt, which make the embedding's caches longer; None = those that fit.
       chunks: see `CHUNKS`.
       params: as `slots.fused` makes them, in int8 too; None = of the answerer's.
+      cache: of keys and values: 'int8', or empty = in the compute type.
+    Raises:
+      UserError: there is no room for the caches.
     """
 
     def __init__(
         self,
         answerer: Answerer,
-        slots: int = 8,
+        slots: int = SLOTS,
         length: int = 1024,
         tiles: int | None = None,
         chunks: Sequence[int] = CHUNKS,
         params: dict | None = None,
+        cache: str = "",
     ):
         self._answerer, self._hovle = answerer, answerer.hovle
         embedding = self._hovle.config.embedding
-        tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
-        more = tiles * (embedding.stack_tokens_per_tile - embedding.tokens_per_tile) if embedding else 0
-        self._length, self._tiles, self._chunks = length, tiles, tuple(chunks)
+        self._length, self._chunks = length, tuple(chunks)
+        self._tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         self.params = programs.fused(answerer.params, self._hovle) if params is None else params
-        self._empty = lambda: Slots.empty(self._hovle, slots, length, length + more, self._chunks[-1])
-        self.num_slots = slots
+        sizes = dict(tiles=tiles, chunk=chunks[-1], cache=cache)
+        taken = lambda slots, length: slots_bytes(self._hovle, slots, length, **sizes)
+        self.num_slots = Budget(free_on(jax.local_devices()), taken).slots(slots, length)
+        self._empty = lambda: empty_slots(self._hovle, self.num_slots, length, **sizes)
         self.reset()
 
     def reset(self) -> None:
@@ -153,12 +189,13 @@ class Engine:
         self._clock = itertools.count(1)
 
     def memory(self) -> str:
-        """What it takes, in words."""
-        size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
-        caches = size((self._state.embedding, self._state.llm))
+        """What it takes, and what it leaves, in words."""
+        caches, free = size((self._state.embedding, self._state.llm)), free_on(jax.local_devices())
+        left = "" if free is None else f"; {gigabytes(free)} of memory are left"
         return (
-            f"{size(self.params):.2f} GB of weights; {self.num_slots} answers at once of {self._length:,} tokens each "
-            f"with their prompts: {caches:.2f} GB of caches, {1e3 * caches / self.num_slots:.0f} MB an answer"
+            f"{gigabytes(size(self.params))} of weights; {self.num_slots} answers at once of {self._length:,} tokens "
+            f"each with their prompts: {gigabytes(caches)} of caches, {caches / 1e6 / self.num_slots:.0f} MB an "
+            f"answer{left}"
         )
 
     @property
@@ -271,9 +308,9 @@ class Engine:
         self._read_chunk()
         answering = {i: s.stream for i, s in enumerate(self._slots) if s.stream and not self._is_reading(i)}
         if answering:
-            greedy = all(stream.request.sampling.is_greedy for stream in answering.values())
+            plain = all(stream.request.is_plain for stream in answering.values())
             self._state, made = programs.decode(
-                self.params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values()), greedy=greedy
+                self.params, self._state, hovle=self._hovle, reaches=self._reaches(answering.values()), plain=plain
             )
             self._await([(index, index, stream) for index, stream in answering.items()], made)
         while self._made and (len(self._made) > 1 or not answering):
@@ -294,7 +331,7 @@ class Engine:
 
     def _reach(self, layers, tokens):
         """The next of few sizes, as each is a program of its own; no more than there is."""
-        capacity = layers[0].key.shape[2] if layers else 0
+        capacity = layers[0].capacity if layers else 0
         size = next((size for size in REACHES if size >= tokens), capacity)
         return size if size < 0.75 * capacity else capacity  # a part may be copied before it is read
 
@@ -331,9 +368,11 @@ class Engine:
         lengths = np.asarray([stream.reading.long_place(stream.reused), stream.reused], np.int32)
         stops = np.full(STOPS, NOWHERE, np.int32)
         stops[: len(stream.stop_ids)] = stream.stop_ids
+        request = stream.request
         self._state = programs.begin(
-            self._state, np.int32(index), lengths, seen, SamplingRows.of([stream.request.sampling]), stops
-        )
+            self._state, np.int32(index), lengths, seen, SamplingRows.of([request.sampling]), stops,
+            np.bool_(request.top_logprobs > 0),
+        )  # fmt: skip
 
     def _programs(self, index, stream):
         """Reads a prompt: a generator that stops after each chunk and says whether it was the last."""
@@ -395,7 +434,7 @@ class Engine:
         for row, index, stream in rows:
             if stream.finish or not is_new[row]:
                 continue
-            stream.take(int(tokens[row]), float(logprobs[row]))
+            stream.take(int(tokens[row]), float(logprobs[row]), _tops(made, row, stream.request.top_logprobs))
             if stream.finish:
                 self._free(index)
 
@@ -407,6 +446,14 @@ class Engine:
         read = np.asarray(slot.stream.tokens[:-1], np.int64)
         slot.identity = np.concatenate([slot.identity, read]) if len(slot.identity) else slot.identity
         slot.stream = None
+
+
+def _tops(made, row, count):
+    """The first `count` of a row's most likely tokens, with their log-probabilities."""
+    if not count:
+        return ()
+    tokens, logprobs = (np.asarray(column)[row, :count].tolist() for column in made.tops)
+    return tuple(zip(tokens, logprobs))
 
 
 def padded_tiles(count: int) -> int:

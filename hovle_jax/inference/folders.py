@@ -17,7 +17,7 @@ def check_model_folder(folder: str | pathlib.Path) -> None:
         return
     if not path.exists():
         raise UserError(_absent(str(folder)))
-    if path.suffix == ".gguf" or (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+    if is_public(path):
         raise UserError(f"{folder} is a public checkpoint, which is imported first: {_import(folder)}")
     stopped = _stopped(path)
     if stopped:
@@ -32,10 +32,24 @@ def check_model_folder(folder: str | pathlib.Path) -> None:
     raise UserError(f"{folder} holds no finished model: give that of a finished run, as {example}, or of an import")
 
 
+def is_public(folder: str | pathlib.Path) -> bool:
+    """Whether it is a public checkpoint: a folder in Hugging Face layout, or a .gguf file."""
+    path = pathlib.Path(folder)
+    if (path / "model" / "config.json").is_file():
+        return False
+    return path.suffix == ".gguf" or (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it can be meant as a name of the hub ('OpenGVLab/HoVLE'), and not as a path here."""
+    path = pathlib.Path(name)
+    looks_so = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.startswith(("runs/", "models/"))
+    return bool(looks_so) and not path.exists() and not path.parent.exists()
+
+
 def _absent(name):
     """Of a name that is no path here."""
-    is_hub_name = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.startswith(("runs/", "models/"))
-    if is_hub_name and not pathlib.Path(name).parent.exists():
+    if is_hub_id(name):
         return f"there is no folder {name}; if it is a model of the hub, import it first: {_import(name)}"
     return f"there is no folder {name}; give that of a finished run, as runs/instruct, or of an import"
 

@@ -3,6 +3,13 @@
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import LLMConfig
 
+LONGEST = 4096  # tokens of a prompt with its answer, unless the model reads fewer
+
+
+def longest(llm: LLMConfig, wanted: int | None) -> int:
+    """The most tokens of a prompt with its answer: those wanted or `LONGEST`, no more than the model reads."""
+    return min(wanted or LONGEST, llm.max_length)
+
 
 def check_lengths(llm: LLMConfig, prompt: int, max_new_tokens: int, tiles: int = 0) -> None:
     """Raises UserError where a prompt of so many tokens and its answer go beyond the positions that the model knows.

@@ -37,8 +37,35 @@ class Loaded:
         return dataclasses.replace(self, config=self.config.with_max_tiles(tiles))
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A finished model whose parameters have not been read yet."""
+
+    folder: pathlib.Path
+    components: tuple[str, ...]
+    models: Models
+    placement: Placement
+    tokenizer: Tokenizer
+
+    def read(self) -> Loaded:
+        """Reads the parameters onto this machine's devices, whole on each."""
+        config = self.models.config
+        params = {
+            c: load_component(self.folder, c, abstract_component(config, c, self.placement)) for c in self.components
+        }
+        return Loaded(config, self.models, params, self.tokenizer)
+
+
 def load_run(folder: str | os.PathLike, components: Sequence[str] | None = None, dtype: str = "") -> Loaded:
     """Loads components ('embedding', 'llm', 'clip') of a finished run or an import onto this machine's devices.
+
+    Arguments and errors: those of `find_run`.
+    """
+    return find_run(folder, components, dtype).read()
+
+
+def find_run(folder: str | os.PathLike, components: Sequence[str] | None = None, dtype: str = "") -> Found:
+    """The same, of which only the parameters have still to be read.
 
     Args:
       components: None = those that answer: the LLM, and the embedding where the model has one.
@@ -61,8 +88,7 @@ def load_run(folder: str | os.PathLike, components: Sequence[str] | None = None,
     platform = placement.mesh.devices.flat[0].platform
     execution = dataclasses.replace(config.execution, dtype=dtype or config.execution.dtype)
     config = dataclasses.replace(config, execution=execution.resolved(platform))
-    params = {c: load_component(folder, c, abstract_component(config, c, placement)) for c in components}
-    return Loaded(config, Models(config, placement), params, tokenizer)
+    return Found(folder, tuple(components), Models(config, placement), placement, tokenizer)
 
 
 def own_tokenizer(folder: str | os.PathLike, config: ModelConfig, components: Sequence[str]) -> Tokenizer:

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import AnsweringModel, opened, request_of
+from hovle_jax.inference.beam import Beam, answers
 from hovle_jax.inference.engine import Engine, Stream
-from hovle_jax.inference.generate import Prompt
+from hovle_jax.inference.generate import Answerer, Prompt
 from hovle_jax.system.progress import track
 
 T = TypeVar("T")
@@ -88,6 +89,16 @@ def answer_rows(
         return model.engine.submit(Prompt(((question.prompt, None),), opened(question.images), system), request)
 
     answered = (q.row | {"answer": text} for q, text in in_order(model.engine, questions, submit))
+    return track(answered, say, "answers", "questions", len(questions))
+
+
+def beam_rows(
+    answerer: Answerer, questions: Sequence[Question], system: str, beam: Beam, max_new_tokens: int, say: Callable
+) -> Iterator[dict]:
+    """The same by beam search."""
+    prompts = (Prompt(((q.prompt, None),), opened(q.images), system) for q in questions)
+    texts = answers(answerer, prompts, beam, max_new_tokens)
+    answered = (q.row | {"answer": text} for q, text in zip(questions, texts))
     return track(answered, say, "answers", "questions", len(questions))
 
 

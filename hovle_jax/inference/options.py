@@ -22,6 +22,7 @@ SAMPLING = (
     flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens that were read or made before are less likely"),
     flags.DEFINE_integer("seed", 0, "Of the draws; the same seed gives the same answer"),
 )
+OF_ENGINE = (STOP.name, *(holder.name for holder in SAMPLING))  # what a beam search has not
 
 
 def request() -> dict[str, Any]:

@@ -6,8 +6,7 @@ layers, then by the LLM's, because HD's two streams differ in length. Decoding m
 Layers are written out, each with parameters and caches of its own: a loop would copy them in and out at every step, and
 decoding is bound by what it reads.
 
-Dimension letters: B slots, T tokens of a chunk, S capacity, D width, H heads, K kv heads, G = H / K, C head dim,
-V vocabulary, W stop ids.
+Dimension letters: B slots, T tokens of a chunk, S capacity, D width, V vocabulary, W stop ids.
 """
 
 import dataclasses
@@ -18,88 +17,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hovle_jax.inference.caches import All, LayerSlots, One
 from hovle_jax.inference.layer import LayerWeights, normalized, run_layer
-from hovle_jax.inference.products import product
 from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, most_likely, penalized
 from hovle_jax.inference.weights import head_of
 from hovle_jax.model.config import StackConfig
-from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import PADDING_LOGIT, HoVLE
 from hovle_jax.model.rotary import needs_lengths, rotary_angles
 
 STOPS = 8  # stop ids that a request can have
+MOST_TOPS = 20  # most likely tokens that are told of a place
 NOWHERE = -1
-
-
-@flax.struct.dataclass
-class One:
-    """A chunk of one request: where its keys go.
-
-    Attributes:
-      slot, start: int32 scalars; what lies before `start` in the slot has been read before.
-      reach: static; how much of the caches is looked at, beyond which nothing is.
-    """
-
-    slot: jax.Array
-    start: jax.Array
-    reach: int = flax.struct.field(pytree_node=False)
-
-
-@flax.struct.dataclass
-class All:
-    """One token of every slot; start [B] int32: how much has been read before it; reach: as in `One`."""
-
-    start: jax.Array
-    reach: int = flax.struct.field(pytree_node=False)
-
-
-@flax.struct.dataclass
-class LayerSlots:
-    """Keys and values of one layer, [B, K, S, C]: heads in front, so that nothing is moved to attend."""
-
-    key: jax.Array
-    value: jax.Array
-
-    @classmethod
-    def empty(cls, config: StackConfig, slots: int, capacity: int, dtype: Any) -> "LayerSlots":
-        shape = (slots, config.num_kv_heads, capacity, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, where: One | All, execution: Execution
-    ) -> tuple[jax.Array, "LayerSlots"]:
-        """See `transformer.LayerCache`; query [1, T, H, C] for `One`, [B, 1, H, C] for `All`."""
-        made = LayerSlots(_write(self.key, key, where), _write(self.value, value, where))
-        # Else the write is fused into each that reads it, for which XLA's CPU backend copies the caches several times.
-        made = jax.lax.optimization_barrier(made)
-        return _attention(query, _read(made.key, where), _read(made.value, where), where), made
-
-
-def _write(cache, new, where):
-    if isinstance(where, One):
-        new = new.astype(cache.dtype).transpose(0, 2, 1, 3)
-        return jax.lax.dynamic_update_slice(cache, new, (where.slot, 0, where.start, 0))
-    return cache.at[jnp.arange(len(cache)), :, where.start].set(new[:, 0].astype(cache.dtype))
-
-
-def _read(cache, where):
-    rows = jax.lax.dynamic_slice_in_dim(cache, where.slot, 1) if isinstance(where, One) else cache
-    return rows[:, :, : where.reach]
-
-
-def _attention(query, key, value, where):
-    """query [B, T, H, C] over key and value [B, K, S, C], of which those up to the query's own place are seen."""
-    B, T, H, C = query.shape
-    K, S = key.shape[1:3]
-    query = query.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C]
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
-    scores = product(query.reshape(B, K, -1, C), key, jnp.float32).reshape(*query.shape[:-1], S) * C**-0.5
-    last = jnp.reshape(where.start, (-1, 1, 1)) + jnp.arange(T)[:, None]  # [B, T, 1]
-    seen = jnp.arange(S) <= last
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bkgts,bksc->bkgtc", probabilities, value)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
 
 @flax.struct.dataclass
@@ -116,6 +44,7 @@ class Slots:
       seen: [B, V] bool: the tokens that it has read or made.
       sampling: how its tokens are chosen.
       stops: [B, W] int32: the ids that end it; `NOWHERE` for none.
+      tells_tops: [B] bool: whether it wants to know the most likely tokens of each place.
     """
 
     embedding: tuple[LayerSlots, ...]
@@ -129,20 +58,22 @@ class Slots:
     seen: jax.Array
     sampling: SamplingRows
     stops: jax.Array
+    tells_tops: jax.Array
 
     @classmethod
-    def empty(cls, hovle: HoVLE, slots: int, capacity: int, long_capacity: int, chunk: int) -> "Slots":
+    def empty(cls, hovle: HoVLE, slots: int, capacity: int, long_capacity: int, chunk: int, cache: str = "") -> "Slots":
         """Idle slots.
 
         Args:
           capacity, long_capacity: S of the LLM's stream and of the embedding's, which a prompt with its answer fits.
           chunk: the most tokens of a chunk; the last one of a prompt is padded.
+          cache: of `caches.KINDS`.
         """
         c, dtype = hovle.config, hovle.execution.dtype
         embedding = c.embedding.stack if c.embedding else None
 
         def layers(stack, room):
-            return tuple(LayerSlots.empty(stack, slots, room + chunk, dtype) for _ in range(stack.num_layers))
+            return tuple(LayerSlots.empty(stack, slots, room + chunk, dtype, cache) for _ in range(stack.num_layers))
 
         zeros = lambda: jnp.zeros(slots, jnp.int32)
         sampling = jax.tree.map(jnp.asarray, SamplingRows.of([GREEDY] * slots))
@@ -158,6 +89,7 @@ class Slots:
             seen=jnp.zeros((slots, c.llm.table_rows), bool),
             sampling=sampling,
             stops=jnp.full((slots, STOPS), NOWHERE, jnp.int32),
+            tells_tops=jnp.zeros(slots, bool),
         )
 
 
@@ -188,7 +120,7 @@ def fused(params: dict, hovle: HoVLE, int8: bool = False, consume: bool = False)
 
 def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):
     """The layers of a stack over x [B, T, D] -> (x, caches). `text_length`: see `rotary.needs_lengths`."""
-    capacity = caches[0].key.shape[2] if caches else 0
+    capacity = caches[0].capacity if caches else 0
     lengths = jnp.broadcast_to(text_length, positions.shape) if needs_lengths(config, capacity) else None
     angles = jax.lax.optimization_barrier(rotary_angles(positions, config, lengths))
     x, written = x.astype(execution.dtype), []
@@ -235,7 +167,13 @@ def window(vectors: jax.Array, start: jax.Array, *, count: int) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames="slots")
 def begin(
-    slots: Slots, slot: jax.Array, lengths: jax.Array, seen: jax.Array, request: SamplingRows, stops: jax.Array
+    slots: Slots,
+    slot: jax.Array,
+    lengths: jax.Array,
+    seen: jax.Array,
+    request: SamplingRows,
+    stops: jax.Array,
+    tells_tops: jax.Array,
 ) -> Slots:
     """Gives a slot to a request.
 
@@ -245,6 +183,7 @@ def begin(
       seen: [V] bool: the tokens of its prompt.
       request: one row.
       stops: [W] int32.
+      tells_tops: bool scalar.
     """
     return dataclasses.replace(
         slots,
@@ -255,6 +194,7 @@ def begin(
         seen=slots.seen.at[slot].set(seen),
         sampling=slots.sampling.at(slot, request),
         stops=slots.stops.at[slot].set(stops),
+        tells_tops=slots.tells_tops.at[slot].set(tells_tops),
     )
 
 
@@ -316,11 +256,19 @@ def _placed(text, vectors, chunk):
 
 @flax.struct.dataclass
 class Made:
-    """The token that a row made, and its log-probability before any filter; `is_new` where it made one."""
+    """The token that each row made. Log-probabilities are the model's own, before penalty, temperature and filters.
+
+    Attributes:
+      token, logprob: [B].
+      is_new: [B] bool: whether it made one.
+      tops: ([B, `MOST_TOPS`] tokens, the most likely first, and their log-probabilities), which mean something where a
+        row wants them; None of a program that knows none.
+    """
 
     token: jax.Array
     logprob: jax.Array
     is_new: jax.Array
+    tops: tuple[jax.Array, jax.Array] | None
 
 
 @functools.partial(jax.jit, static_argnames=("hovle", "reach"), donate_argnames="slots")
@@ -359,7 +307,9 @@ def read_llm(
     logits = _logits(params, hovle, jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
     slots = dataclasses.replace(slots, llm=caches, length=slots.length.at[slot].add(chunk.count))
     rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1)
-    token, made = _choose(logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0)
+    token, made = _choose(
+        logits, rows(slots.seen), jax.tree.map(rows, slots.sampling), rows(slots.made), most > 0, rows(slots.tells_tops)
+    )
     left = jnp.where(jnp.any(token[0] == slots.stops[slot]), 0, jnp.maximum(most - 1, 0))
     slots = dataclasses.replace(
         slots,
@@ -371,25 +321,39 @@ def read_llm(
     return slots, made
 
 
-def _choose(logits, seen, sampling, index, is_new, greedy=False):
-    """`greedy`: static: no row is sampled or penalized, so that the most likely token is all there is to find."""
+def _choose(logits, seen, sampling, index, is_new, tells_tops, plain=False):
+    """`plain`: static: no row is sampled, penalized or tells tops: the most likely token is all there is to find."""
     token, highest = most_likely(logits)
     logsumexp = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
-    if not greedy:
+    tops = None
+    if not plain:
+        tops = _tops(logits, logsumexp, is_new & tells_tops)
         token = draw(penalized(logits, seen, sampling.repetition_penalty), sampling, index)
         highest = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, Made(token, highest - logsumexp, jnp.broadcast_to(is_new, token.shape))
+    return token, Made(token, highest - logsumexp, jnp.broadcast_to(is_new, token.shape), tops)
 
 
-@functools.partial(jax.jit, static_argnames=("hovle", "reaches", "greedy"), donate_argnames="slots")
+def _tops(logits, logsumexp, is_wanted):
+    """See `Made.tops`; found only where a row wants them, so that those who sample without do not pay for it."""
+    count = min(MOST_TOPS, logits.shape[-1])
+    none = jnp.zeros((len(logits), count), jnp.int32), jnp.zeros((len(logits), count), logits.dtype)
+
+    def found():
+        values, tokens = jax.lax.top_k(logits, count)
+        return tokens.astype(jnp.int32), values - logsumexp[:, None]
+
+    return jax.lax.cond(jnp.any(is_wanted), found, lambda: none)
+
+
+@functools.partial(jax.jit, static_argnames=("hovle", "reaches", "plain"), donate_argnames="slots")
 def decode(
-    params: dict, slots: Slots, *, hovle: HoVLE, reaches: tuple[int, int], greedy: bool = False
+    params: dict, slots: Slots, *, hovle: HoVLE, reaches: tuple[int, int], plain: bool = False
 ) -> tuple[Slots, Made]:
     """Every slot reads its last token and makes another; idle ones are computed and forgotten.
 
     Args:
       reaches: static; the most tokens that an active slot has of the embedding's stream and of the LLM's, or more.
-      greedy: static; every active slot takes the most likely token, unpenalized.
+      plain: static; every active slot takes the most likely token, unpenalized, and tells no others.
     """
     embedding, llm = _bound(params, hovle)
     tokens, active = slots.token[:, None], slots.left > 0
@@ -408,7 +372,9 @@ def decode(
         hovle.config.llm.stack, hovle.execution, params["layers"]["llm"], x, start[:, None], slots.llm,
         All(start, reaches[1]), start[:, None] + 1,
     )  # fmt: skip
-    token, made = _choose(_logits(params, hovle, x[:, 0]), slots.seen, slots.sampling, slots.made, active, greedy)
+    token, made = _choose(
+        _logits(params, hovle, x[:, 0]), slots.seen, slots.sampling, slots.made, active, slots.tells_tops, plain
+    )
     is_stop = jnp.any(token[:, None] == slots.stops, axis=1)
     return dataclasses.replace(
         slots,

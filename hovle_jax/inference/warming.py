@@ -63,9 +63,9 @@ class _Warming:
         for size in self._sizes:
             yield from self._read_embedding(size)
             yield from self._read_llm(size)
-        for reaches, greedy in itertools.product(sorted(set(self._decode_reaches())), (True, False)):
+        for reaches, plain in itertools.product(sorted(set(self._decode_reaches())), (True, False)):
             self._engine._state, _ = programs.decode(
-                self._engine.params, self._engine._state, hovle=self._hovle, reaches=reaches, greedy=greedy
+                self._engine.params, self._engine._state, hovle=self._hovle, reaches=reaches, plain=plain
             )
             yield
         self._engine.reset()

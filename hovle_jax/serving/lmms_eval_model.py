@@ -11,9 +11,10 @@ from typing import Any
 
 import hovle_jax
 from hovle_jax.errors import UserError
-from hovle_jax.inference.answering import SLOTS, opened
+from hovle_jax.inference.answering import opened
 from hovle_jax.inference.engine import Stream
 from hovle_jax.inference.many import in_order
+from hovle_jax.inference.memory import SLOTS
 from hovle_jax.serving.limits import Limits, Refused
 from hovle_jax.serving.lmms_eval_plugin import CLASS, NAME
 from hovle_jax.serving.protocol import Asked, parsed

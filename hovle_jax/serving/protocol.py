@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hovle_jax.errors import UserError
-from hovle_jax.inference.engine import MOST_TOP_LOGPROBS, Request, Stream
+from hovle_jax.inference.engine import Request, Stream
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.inference.sampling import Sampling
+from hovle_jax.inference.slots import MOST_TOPS
 from hovle_jax.inference.texts import BROKEN
 from hovle_jax.serving.limits import Limits, Refused
 from hovle_jax.serving.messages import number, prompt_of
 
 MOST_ANSWERS = 16  # n
 MOST_STOPS, LONGEST_STOP = 16, 256
-OPENAI_TOP_LOGPROBS = 20
 # Fields of OpenAI's that change nothing here: they say who asks, what is kept, or how fast an answer is to come.
 IGNORED = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity", "prediction",
@@ -43,7 +43,6 @@ class Asked:
     Attributes:
       requests: one for each of its `n` answers; they differ in their seeds alone.
       logprobs: whether those of the answer's tokens are told.
-      top_logprobs: of how many of the most likely tokens at each place.
       usage: whether a stream ends with a chunk of counts.
     """
 
@@ -51,7 +50,6 @@ class Asked:
     requests: tuple[Request, ...]
     stream: bool = False
     logprobs: bool = False
-    top_logprobs: int = 0
     usage: bool = False
 
 
@@ -69,11 +67,11 @@ def parsed(body: Any, limits: Limits, image_of: Callable[[str], Any], model: str
     _check_fields(body, model)
     request, count = _request(body, limits), number(body, "n", int, least=1, most=MOST_ANSWERS)
     stream, usage = _flag(body, "stream"), _usage(body)
-    logprobs, top = _flag(body, "logprobs"), _top_logprobs(body)
+    logprobs = _flag(body, "logprobs")
     # Last, as it decodes the images.
     prompt = prompt_of(body, limits, image_of)
     requests = tuple(_drawn_again(request, i) for i in range(1 if count is None else count))
-    return Asked(prompt, requests, stream, logprobs, top, usage)
+    return Asked(prompt, requests, stream, logprobs, usage)
 
 
 def _request(body, limits):
@@ -82,7 +80,7 @@ def _request(body, limits):
     if wanted is None:
         wanted = number(body, "max_tokens", int, least=1)
     most = min(wanted or limits.new_tokens, limits.new_tokens)
-    return Request(most, _sampling(body), _stops(body), may_be_shorter=True)
+    return Request(most, _sampling(body), _stops(body), top_logprobs=_top_logprobs(body), may_be_shorter=True)
 
 
 def _drawn_again(request, index):
@@ -122,13 +120,9 @@ def _usage(body):
 
 
 def _top_logprobs(body):
-    count = number(body, "top_logprobs", int, least=0, most=OPENAI_TOP_LOGPROBS) or 0
+    count = number(body, "top_logprobs", int, least=0, most=MOST_TOPS) or 0
     if count and not body.get("logprobs"):
         raise Refused(400, "top_logprobs: only with logprobs", "top_logprobs")
-    if count > MOST_TOP_LOGPROBS:
-        most = f"at most {MOST_TOP_LOGPROBS}" if MOST_TOP_LOGPROBS else "none"
-        instead = "logprobs without it gives those of the answer's own tokens"
-        raise Refused(400, f"top_logprobs={count}: {most} are reported; {instead}", "top_logprobs")
     return count
 
 
@@ -237,7 +231,7 @@ def logprobs(
     for i in range(start, len(stream.tokens) if end is None else end):
         if stream.tokens[i] in stream.stop_ids:
             continue
-        tops = [_logprob(tokens_of(token), value) for token, value in stream.tops[i][: asked.top_logprobs]]
+        tops = [_logprob(tokens_of(token), value) for token, value in stream.tops[i]]
         rows.append(_logprob(tokens_of(stream.tokens[i]), stream.logprobs[i]) | {"top_logprobs": tops})
     return {"content": rows}
 

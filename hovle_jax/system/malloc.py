@@ -43,6 +43,25 @@ def share_freed_memory() -> bool:
     return _set(ONE_ARENA)
 
 
+class _Counts(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def kept_bytes() -> int:
+    """Memory that the process has freed and kept, of its first arena: it can be used again; 0 where that is unknown."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return 0
+    mallinfo2.restype = _Counts
+    return mallinfo2().fordblks
+
+
 def _set(parameters):
     try:
         mallopt = ctypes.CDLL(None).mallopt
