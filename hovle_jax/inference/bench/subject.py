@@ -1,0 +1,138 @@
+"""The model that is measured: a finished one, or one of random weights, which is as fast."""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hovle_jax.checkpoints import abstract_component
+from hovle_jax.components import Models
+from hovle_jax.config import MeshConfig, ModelConfig
+from hovle_jax.data.batch import Sample, no_tiles
+from hovle_jax.data.processor import Processor
+from hovle_jax.inference.bench.cases import Case, with_tile_size
+from hovle_jax.inference.engine import Engine
+from hovle_jax.inference.generate import Answerer, row_shape
+from hovle_jax.inference.load import load_run
+from hovle_jax.inference.reading import Reading
+from hovle_jax.inference.slots import fused
+from hovle_jax.model.hovle import HoVLE
+from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.sharding.placement import Placement
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """A model with the weights that engines read.
+
+    Attributes:
+      params: as `slots.fused` makes them.
+      tokenizer: of its answers' text, or `NoText`.
+      parameters: how many there are.
+      dtype: 'float32', 'bfloat16' or 'int8'.
+    """
+
+    hovle: HoVLE
+    params: dict
+    tokenizer: Any
+    parameters: int
+    dtype: str
+
+    def answerer(self, case: Case) -> Answerer:
+        """It, reading tiles of the case's size; its parameters are the engine's."""
+        hovle = dataclasses.replace(self.hovle, config=with_tile_size(self.hovle.config, case.tile_size))
+        return Answerer(hovle, {}, Processor(self.tokenizer))
+
+    def engine(self, case: Case) -> Engine:
+        """With just the room that the case's requests need."""
+        length = prompt_tokens(self.hovle, case) + case.new_tokens
+        return Engine(self.answerer(case), case.streams, length, tiles=int(case.tile_size > 0), params=self.params)
+
+
+class NoText:
+    """What an engine needs of a tokenizer, for answers that nobody reads."""
+
+    stop_ids, clean_up = (), False
+
+    def __init__(self, image_id: int):
+        self.image_id = image_id
+
+    def decode(self, ids: Any) -> str:
+        """Nothing."""
+        return ""
+
+
+def load(folder: str | os.PathLike, dtype: str = "") -> Subject:
+    """A finished model; `dtype` as that of `hovle_jax.load`."""
+    int8 = dtype == "int8"
+    loaded = load_run(folder, dtype="" if int8 else dtype)
+    hovle, count = loaded.models.hovle, _count(loaded.params)
+    params = fused(loaded.params, hovle, int8, consume=True)
+    return Subject(hovle, params, loaded.tokenizer, count, dtype or hovle.execution.dtype)
+
+
+def random(config: ModelConfig, dtype: str = "") -> Subject:
+    """A model of a config's sizes; what it says means nothing."""
+    int8 = dtype == "int8"
+    placement = Placement(make_mesh(MeshConfig(), jax.local_devices()[:1]))
+    execution = dataclasses.replace(config.execution, dtype=dtype if dtype and not int8 else "auto")
+    config = dataclasses.replace(config, execution=execution.resolved(jax.default_backend()))
+    hovle = Models(config, placement).hovle
+    names = ("embedding", "llm") if config.embedding else ("llm",)
+    abstract = {name: abstract_component(config, name, placement) for name in names}
+    shapes = jax.eval_shape(functools.partial(fused, hovle=hovle, int8=int8), abstract)
+    params = jax.tree_util.tree_map_with_path(_drawn, shapes)
+    tokenizer = NoText(hovle.config.num_tokens - 1)
+    return Subject(hovle, params, tokenizer, _count(abstract), dtype or hovle.execution.dtype)
+
+
+def _drawn(path, leaf):
+    """Numbers of a usual size."""
+    name = jax.tree_util.keystr(path)
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return jnp.resize(jnp.arange(127, dtype=leaf.dtype), leaf.shape)
+    if "norm" in name:
+        return jnp.ones(leaf.shape, leaf.dtype)
+    if name.endswith(".scale"):  # of int8
+        return jnp.full(leaf.shape, 1e-4, leaf.dtype)
+    return jnp.resize(_block().astype(leaf.dtype), leaf.shape)
+
+
+@functools.cache
+def _block():
+    return jnp.asarray(np.random.default_rng(0).normal(0, 0.02, 2**20), jnp.float32)
+
+
+def _count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def prompt_tokens(hovle: HoVLE, case: Case) -> int:
+    """Of each request, as the LLM reads them."""
+    embedding = with_tile_size(hovle.config, case.tile_size).embedding
+    return case.text_tokens + (embedding.tokens_per_tile if embedding else 0)
+
+
+def draw(subject: Subject, case: Case, seed: int) -> Sample:
+    """A request that is like no other, so that nothing read before is used again: random pixels, then random ids."""
+    rng, embedding = np.random.default_rng(seed), with_tile_size(subject.hovle.config, case.tile_size).embedding
+    ids = np.arange(subject.hovle.config.num_tokens, dtype=np.int32)
+    if embedding is None:
+        tokens, tiles = rng.choice(ids, case.text_tokens), no_tiles()
+    else:
+        image_id, size = subject.tokenizer.image_id, embedding.tile_size
+        text = rng.choice(np.delete(ids, image_id), case.text_tokens)
+        tokens = np.concatenate([np.full(embedding.tokens_per_tile, image_id, np.int32), text])
+        tiles = rng.integers(0, 256, (1, size, size, 3), np.uint8)
+    return Sample(tokens, np.zeros(len(tokens), bool), tiles)
+
+
+def read(answerer: Answerer, sample: Sample) -> Reading:
+    """As an engine prepares it."""
+    if answerer.hovle.config.embedding is None:
+        return Reading.of_text(sample.tokens)
+    return Reading.of(sample, row_shape(answerer, len(sample.tokens), len(sample.tiles)))
