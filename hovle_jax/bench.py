@@ -8,10 +8,11 @@ Each request is one tile and 256 tokens of text, its answer 120 tokens. Every st
 answered; a first turn, which compiles, is not measured. Writes bench.json and bench.png to --out (docs/answering.md).
 """
 
+import dataclasses
 import functools
 import pathlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -60,12 +61,17 @@ def main() -> None:
     subject, found = _subject(folder), []
     name = pathlib.Path(folder).absolute().name if folder else f"random {CONFIG.value.preset}"
     gigabytes = QUICK_GIGABYTES if QUICK.value else None
-    for figures in measure.measure_all(subject, cases, answers, say, gigabytes):
-        found.append(figures)
-        made = showing.result(subject, name, found)
-        showing.write(out, made)  # also of a run that is ended before all is measured
+    try:
+        for figures in measure.measure_all(subject, cases, answers, say, gigabytes):
+            found.append(figures)
+            showing.write(out, showing.result(subject, name, found))
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        say("interrupted; what was measured until now:")
     if not found:
         raise UserError("not even the first case finds room: try --dtype int8")
+    made = showing.result(subject, name, found)
     print(showing.table(made, found))
     print(f"figures: {out / showing.JSON_FILE}, plot: {showing.draw(out, made, found)}")
 
@@ -92,19 +98,16 @@ def _model() -> "tuple[HoVLEConfig, pathlib.Path | None]":
 
 def _cases(config: "HoVLEConfig") -> "tuple[tuple[Case, ...], int]":
     """What is measured, and for how many answers."""
-    from hovle_jax.inference.bench import cases
+    from hovle_jax.inference.bench.cases import QUICK as SHORT
+    from hovle_jax.inference.bench.cases import Protocol, numbers, plan
 
-    quick = cases.QUICK if QUICK.value else {}
-    default = lambda flag, name, usual: quick.get(name, usual) if flag.value in (None, "") else flag.value
-    streams = default(STREAMS, "streams", cases.STREAMS)
-    made = cases.plan(
-        config,
-        cases.numbers("streams", streams) if isinstance(streams, str) else streams,
-        cases.numbers("tile_sizes", TILE_SIZES.value),
-        default(TEXT_TOKENS, "text_tokens", cases.TEXT),
-        default(NEW_TOKENS, "new_tokens", cases.NEW),
-    )
-    return made, default(ANSWERS, "answers", cases.ANSWERS)
+    given: dict[str, Any] = {
+        flag.name: flag.value for flag in (TEXT_TOKENS, NEW_TOKENS, ANSWERS) if flag.value is not None
+    }
+    if STREAMS.value:
+        given["streams"] = numbers("streams", STREAMS.value)
+    protocol = dataclasses.replace(SHORT if QUICK.value else Protocol(), **given)
+    return plan(config, protocol, numbers("tile_sizes", TILE_SIZES.value)), protocol.answers
 
 
 def _out_folder() -> pathlib.Path:

@@ -8,9 +8,25 @@ from hovle_jax.inference.limits import check_lengths
 from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig
 
 TABLE_6 = (336, 448)  # pixels along a side of the paper's tiles
-STREAMS = (1, 2, 4, 8, 16, 32)
-TEXT, NEW, ANSWERS = 256, 120, 8
-QUICK = dict(streams=(1, 2), text_tokens=16, new_tokens=8, answers=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How much is asked; as it stands, the paper's table 6 and a load profile.
+
+    Attributes:
+      streams: how many answers at once, one number after another.
+      text_tokens, new_tokens: of each request, and of its answer, which never ends earlier.
+      answers: that are measured of each number of streams, at least; no fewer than there are streams.
+    """
+
+    streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    text_tokens: int = 256
+    new_tokens: int = 120
+    answers: int = 8
+
+
+QUICK = Protocol(streams=(1, 2), text_tokens=16, new_tokens=8, answers=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +36,13 @@ class Case:
     Attributes:
       streams: how many at once.
       tile_size: pixels along a side of each request's one tile; 0 = text alone.
-      text_tokens, new_tokens: of each request, and of its answer, which never ends earlier.
+      text_tokens, new_tokens: see `Protocol`.
     """
 
     streams: int
     tile_size: int
-    text_tokens: int = TEXT
-    new_tokens: int = NEW
+    text_tokens: int
+    new_tokens: int
 
     @property
     def name(self) -> str:
@@ -43,13 +59,7 @@ def with_tile_size(model: HoVLEConfig, tile_size: int) -> HoVLEConfig:
     return dataclasses.replace(model, embedding=dataclasses.replace(embedding, force_image_size=tile_size))
 
 
-def plan(
-    model: HoVLEConfig,
-    streams: Sequence[int] = STREAMS,
-    tile_sizes: Sequence[int] = (),
-    text_tokens: int = TEXT,
-    new_tokens: int = NEW,
-) -> tuple[Case, ...]:
+def plan(model: HoVLEConfig, protocol: Protocol, tile_sizes: Sequence[int] = ()) -> tuple[Case, ...]:
     """One stream for each tile size, then all numbers of streams at the model's own tile size.
 
     Args:
@@ -60,9 +70,9 @@ def plan(
     sizes = _tile_sizes(model.embedding, tile_sizes)
     own = model.embedding.tile_size if model.embedding and model.embedding.tile_size in sizes else sizes[-1]
     for size in sizes:
-        _check(with_tile_size(model, size), size, text_tokens, new_tokens)
-    numbers = [*((1, size) for size in sizes), *((n, own) for n in sorted(streams))]
-    return tuple(Case(n, size, text_tokens, new_tokens) for n, size in dict.fromkeys(numbers))
+        _check(with_tile_size(model, size), size, protocol)
+    both = [*((1, size) for size in sizes), *((n, own) for n in sorted(protocol.streams))]
+    return tuple(Case(n, size, protocol.text_tokens, protocol.new_tokens) for n, size in dict.fromkeys(both))
 
 
 def _tile_sizes(embedding: EmbeddingConfig | None, asked: Sequence[int]) -> tuple[int, ...]:
@@ -75,13 +85,13 @@ def _tile_sizes(embedding: EmbeddingConfig | None, asked: Sequence[int]) -> tupl
     return tuple(asked) or (TABLE_6 if embedding.tile_size in TABLE_6 else (embedding.tile_size,))
 
 
-def _check(model, size, text_tokens, new_tokens):
+def _check(model, size, protocol):
     try:
         model.check()
     except UserError as error:
         raise UserError(f"--tile_sizes has {size}: {error}") from None
     visual = model.embedding.tokens_per_tile if model.embedding else 0
-    check_lengths(model.llm, visual + text_tokens, new_tokens, tiles=int(visual > 0))
+    check_lengths(model.llm, visual + protocol.text_tokens, protocol.new_tokens, tiles=int(visual > 0))
 
 
 def numbers(flag: str, text: str) -> tuple[int, ...]:

@@ -112,11 +112,14 @@ def watch(subject: Subject, case: Case, engine: Engine, answers: int, say: Calla
     with waiting(f"{case.name}: compiling and warming up", say):
         list(itertools.islice(finished, case.streams))
     count = -(-answers // case.streams) * case.streams
+    seen = None
     for _ in range(ATTEMPTS):
         before, start = compilations.count(), time.perf_counter()
         list(track(itertools.islice(finished, count), say, case.name, "answers", count))
-        end, compiled = time.perf_counter(), compilations.count()
-        if compiled == before:
+        end, compiled = time.perf_counter(), compilations.count() - before
+        seen = Seen(start, end, count, clients.asked, clients.steps, before - zero, compiled)
+        if not compiled:
             break
     engine.reset()
-    return Seen(start, end, count, clients.asked, clients.steps, before - zero, compiled - before)
+    assert seen is not None, "no attempt"
+    return seen

@@ -17,7 +17,8 @@ from hovle_jax.report.progress import format_count
 JSON_FILE, PLOT_FILE = "bench.json", "bench.png"
 EXPLAINED = textwrap.fill(
     f"Share: of the bytes a second that a large product reads on this device, what decoding without prompts reads. "
-    f"Counted: {traffic.COUNTED}. Left out: {traffic.LEFT_OUT}. A model that fits the processor's caches may pass 100%.",
+    f"Counted: {traffic.COUNTED}. Left out: {traffic.LEFT_OUT}. A model that "
+    "fits the processor's caches may pass 100%.",
     width=110,
 )
 HEADS = ("streams", "tile", "first token, ms", "tokens/s", "", "between tokens, ms", "share of", "programs")
@@ -60,11 +61,13 @@ def table(made: dict[str, Any], found: Sequence[Figures]) -> str:
 
 def _title(made, first):
     model, machine = made["model"], made["machine"]
+    tile = "one tile and " if first.tile_size else ""
     return (
-        f"{model['name']}: {format_count(model['parameters'])} parameters, {model['dtype']}, "
-        f"{first.weight_bytes / 1e9:.3g} GB of weights read a token; {machine['device_count']} x {machine['device']}, "
-        f"{machine['cpu_count']} cores, jax {machine['jax']}; {first.text_tokens} tokens of text in, "
-        f"{first.new_tokens} out; memory gives {first.read_bandwidth / 1e9:.3g} GB/s"
+        f"{model['name']}: {format_count(model['parameters'])} parameters, {model['dtype']}: "
+        f"{first.weight_bytes / 1e9:.3g} GB of weights read a token\n"
+        f"{machine['device_count']} x {machine['device']}, {machine['cpu_count']} cores, jax {machine['jax']}, memory "
+        f"read at {first.read_bandwidth / 1e9:.3g} GB/s\n"
+        f"{tile}{first.text_tokens} tokens of text in, {first.new_tokens} tokens out"
     )
 
 

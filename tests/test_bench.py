@@ -1,0 +1,158 @@
+"""The command bench: its plan, its figures from what clients saw, and a run on a small model."""
+
+import json
+import types
+
+import jax
+import pytest
+from PIL import Image
+
+from hovle_jax.errors import UserError
+from hovle_jax.inference.bench import clients, figures, measure, subject, traffic
+from hovle_jax.inference.bench.cases import QUICK, Case, Protocol, numbers, plan
+from hovle_jax.model.presets import MODELS
+from tests import micro
+from tests.test_commands import command
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+LLM_ALONE = micro.run_config("pretrain").model_config.only(("llm",)).model
+
+
+def test_the_plan_is_table_6_and_then_more_streams():
+    paper = [(case.streams, case.tile_size) for case in plan(MODELS["hovle"](), Protocol())]
+    assert paper == [(1, 336), (1, 448), (2, 448), (4, 448), (8, 448), (16, 448), (32, 448)]
+    assert plan(MODELS["hovle"](), Protocol(streams=()))[0] == Case(1, 336, text_tokens=256, new_tokens=120)
+    assert [case.tile_size for case in plan(micro.model_config(), QUICK)] == [32, 32]
+    assert [case.tile_size for case in plan(micro.model_config(), QUICK, (48, 64))] == [48, 64, 64]
+    assert plan(LLM_ALONE, QUICK) == (Case(1, 0, 16, 8), Case(2, 0, 16, 8))
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        (lambda: plan(micro.model_config(), QUICK, (100,)), "--tile_sizes has 100: .* multiple of patch_size=8"),
+        (lambda: plan(micro.model_config(), QUICK, (40,)), "--tile_sizes has 40: .* 5x5 patch grid is odd"),
+        (lambda: plan(LLM_ALONE, QUICK, (32,)), "--tile_sizes=32: this model is an LLM alone"),
+        (lambda: plan(micro.model_config(), Protocol(text_tokens=500)), "504 tokens, those of 1 tile included"),
+        (lambda: numbers("streams", "1,x"), "--streams=1,x: give whole numbers from 1 on"),
+        (lambda: numbers("streams", "0"), "--streams=0: give whole numbers"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(asked, said):
+    with pytest.raises(UserError, match=said):
+        asked()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--quick"], "give --checkpoint, as runs/instruct, or --config"),
+        (["--checkpoint", "TMP", "--out", "TMP/out"], "holds no finished model"),
+        (["--config", "configs/instruct.py", "--out", "TMP/file/out"], "no folder can be made there"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, flags, said):
+    (tmp_path / "file").touch()
+    result = command("bench", *(flag.replace("TMP", str(tmp_path)) for flag in flags), JAX_LOG_COMPILES="1")
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and said in result.stderr
+
+
+def test_figures_are_those_of_the_time_that_was_watched():
+    """Two streams; of the first answers only what came after the start counts."""
+    stream = lambda asked, *times: types.SimpleNamespace(asked=asked, times=times)
+    asked = [
+        stream(0.0, 5.0, 11.0, 12.0),
+        stream(0.0, 6.0, 11.0, 12.0, 13.0),
+        stream(12.0, 12.5, 14.0, 15.0),
+        stream(13.0, 14.0),
+        stream(15.0),
+    ]
+    steps = [(9.0, True, 1), (11.0, True, 2), (12.0, True, 3), (13.0, False, 4), (14.0, True, 5), (15.0, True, 6)]
+    seen = clients.Seen(10.0, 15.0, 4, asked, [clients.Step(*step) for step in steps], 7, 0)
+    found = figures.figures(Case(2, 0, 16, 3), seen, 16, weight_bytes=60, cache_bytes=20.0, read_bandwidth=160.0)
+    assert (found.answers, found.tokens, found.seconds, found.tokens_per_second) == (4, 12, 5.0, 12 / 5)
+    assert found.first_token_seconds.p50 == 0.75  # of those after 0.5 and after 1
+    assert sorted(figures._between(seen)) == [1, 1, 1, 1, 1.5]
+    assert found.between_tokens_seconds.p50 == 1 and found.tokens_per_second_a_stream == pytest.approx(5 / 5.5)
+    assert figures.decoding_steps(seen) == [(1.0, 3), (1.0, 6)] and found.share_of_bandwidth is None  # too few
+    more = [clients.Step(14.0 + n / 4, True, 5 + n) for n in range(5)]
+    seen = clients.Seen(10.0, 15.0, 4, asked, [*seen.steps[:-2], *more], 7, 0)
+    found = figures.figures(Case(2, 0, 16, 3), seen, 16, weight_bytes=60, cache_bytes=20.0, read_bandwidth=160.0)
+    assert (found.decoding_steps, found.decoding_seconds, found.tokens_per_second_decoding) == (5, 0.25, 8)
+    assert found.share_of_bandwidth == 80 / 0.25 / 160 and found.programs_compiled_before == 7
+
+
+@pytest.mark.parametrize("compiled, tried, left", [((5, 0), 1, 0), ((5, 1, 0), 2, 0), ((5, 1, 1, 1, 1), 3, 1)])
+def test_time_in_which_something_was_compiled_is_not_measured(monkeypatch, compiled, tried, left):
+    """`compiled`: programs by turn; the first turn is never measured."""
+    case, made = Case(2, 0, 16, 8), []
+
+    class Fake(clients.Clients):
+        def answers(self):
+            for number in range(100):
+                made.append(number)
+                yield number
+
+    count = lambda: sum(compiled[: -(-len(made) // 2)])
+    monkeypatch.setattr(clients, "Clients", Fake)
+    monkeypatch.setattr(clients.compilations, "count", count)
+    engine = types.SimpleNamespace(reset=lambda: None)
+    seen = clients.watch(None, case, engine, 1, lambda line: None)
+    assert len(made) == 2 + 2 * tried and seen.answers == 2
+    assert seen.programs == left and seen.programs_before == sum(compiled[:tried])
+
+
+def test_where_memory_ends_so_does_the_profile(monkeypatch):
+    def measured(about, case, *_):
+        if case.streams == 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+        return types.SimpleNamespace(
+            first_token_seconds=figures.Spread(1, 1, 1), tokens_per_second_a_stream=1.0, tokens_per_second=2.0
+        )
+
+    said = []
+    monkeypatch.setattr(measure, "measure", measured)
+    cases = plan(LLM_ALONE, Protocol(text_tokens=16))
+    assert len(list(measure.measure_all(None, cases, 1, said.append))) == 2
+    assert said[-1].startswith("4 streams: not enough memory on the device")
+
+
+def test_random_weights_in_int8_of_two_streams_of_an_embedding():
+    """HD: its caches differ in length, and both count."""
+    about = subject.random(micro.run_config("instruct", "post").model_config, "int8")
+    (case,) = plan(about.hovle.config, Protocol((), text_tokens=16, new_tokens=6))
+    engine = about.engine(case)
+    seen = clients.watch(about, case, engine, 2, lambda line: None)
+    assert [len(stream.tokens) for stream in seen.asked] == [6] * len(seen.asked) and not seen.programs
+    assert all(stream.finish == "length" and stream.reused == 0 for stream in seen.asked)
+    # Layers of 2 x 2 kv heads x 8 numbers of float32 a token; caches shorter than 128 are looked at whole.
+    llm, embedding = 4 + 16 + 6 + 256, 4 + 12 + 16 + 6 + 256
+    looked_at = traffic.cache_bytes(engine, 20, 32, [6])
+    assert looked_at == 2 * (2 * 2 * 8 * 4) * (llm + embedding if llm * 0.75 < 128 else 2 * 128)
+    layers, head = about.params["layers"], about.params["head"]
+    assert traffic.weight_bytes(about.params) == sum(x.nbytes for x in jax.tree.leaves((layers, head)))
+    assert layers["llm"][0].qkv.kernel.dtype == "int8"
+
+
+def test_the_command_on_a_finished_run(tmp_path):
+    run = micro.finished_run(tmp_path / "run")
+    flags = ["--checkpoint", run, "--quick", "--streams=2", "--answers=3", "--out", tmp_path / "out"]
+    done = command("bench", *flags)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert made["model"]["dtype"] == "float32" and made["machine"]["cpu_count"] and made["command"].count("bench")
+    one, two = made["cases"]
+    assert (one["streams"], one["answers"], two["streams"], two["answers"]) == (1, 3, 2, 4)
+    for case in (one, two):
+        assert case["tokens"] == case["answers"] * case["new_tokens"] == case["answers"] * 8
+        assert case["prompt_tokens"] == 16 + 4 and case["programs_compiled"] == 0 < case["programs_compiled_before"]
+        for name in ("first_token_seconds", "between_tokens_seconds"):
+            assert 0 < case[name]["p50"] <= case[name]["p90"] <= case[name]["p99"] < case["seconds"]
+        assert case["tokens_per_second"] == pytest.approx(case["tokens"] / case["seconds"])
+        assert case["weight_bytes"] == 4 * (4 * (32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 * 320)
+        if case["share_of_bandwidth"] is not None:
+            read = (case["weight_bytes"] + case["cache_bytes"]) / case["decoding_seconds"]
+            assert case["share_of_bandwidth"] == pytest.approx(read / case["read_bandwidth"])
+    assert one["share_of_bandwidth"] is not None and two["cache_bytes"] == 2 * one["cache_bytes"]
+    assert Image.open(tmp_path / "out" / "bench.png").size[0] > 600
+    assert "[2/2] 2 streams" in done.stderr and len(done.stdout.splitlines()) > 6
