@@ -94,17 +94,19 @@ def _drawn(path, leaf):
     """Numbers of a usual size."""
     name = jax.tree_util.keystr(path)
     if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return jnp.resize(jnp.arange(127, dtype=leaf.dtype), leaf.shape)
-    if "norm" in name:
-        return jnp.ones(leaf.shape, leaf.dtype)
-    if name.endswith(".scale"):  # of int8
-        return jnp.full(leaf.shape, 1e-4, leaf.dtype)
-    return jnp.resize(_block().astype(leaf.dtype), leaf.shape)
+        values = np.arange(127)
+    elif "norm" in name:
+        values = np.ones(1)
+    elif name.endswith(".scale"):  # of int8
+        values = np.full(1, 1e-4)
+    else:
+        values = _block()
+    return jnp.asarray(np.resize(values.astype(leaf.dtype), leaf.shape))
 
 
 @functools.cache
 def _block():
-    return jnp.asarray(np.random.default_rng(0).normal(0, 0.02, 2**20), jnp.float32)
+    return np.random.default_rng(0).normal(0, 0.02, 2**20)
 
 
 def _count(tree):
