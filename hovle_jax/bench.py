@@ -128,4 +128,4 @@ def _subject(folder: pathlib.Path | None) -> "Subject":
 
 
 if __name__ == "__main__":
-    command_line.run(main, config=RunConfig)
+    command_line.run(main)
