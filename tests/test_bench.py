@@ -48,6 +48,10 @@ def test_what_cannot_be_measured_is_said_at_once(asked, said):
     [
         (["--quick"], "give --checkpoint, as runs/instruct, or --config"),
         (["--config", "configs/instruct.py", "--out", "TMP/file/out"], "no folder can be made there"),
+        (
+            ["--config", "configs/instruct.py", "--config.model.llm.stack.num_layer=1"],
+            "num_layer; Did you mean num_layers",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, flags, said):
