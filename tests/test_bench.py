@@ -70,19 +70,30 @@ def test_figures_are_those_of_the_time_that_was_watched():
         stream(13.0, 14.0),
         stream(15.0),
     ]
-    steps = [(9.0, True, 1), (11.0, True, 2), (12.0, True, 3), (13.0, False, 4), (14.0, True, 5), (15.0, True, 6)]
-    seen = clients.Seen(10.0, 15.0, 4, asked, [clients.Step(*step) for step in steps], 7, 0)
-    found = figures.figures(Case(2, 0, 16, 3), seen, 16, weight_bytes=60, cache_bytes=20.0, read_bandwidth=160.0)
+    seen, decoding = clients.Seen(10.0, 15.0, 4, asked, [], 7, 0), figures.Decoding([0.5, 0.25, 0.25], 16, 20.0)
+    found = figures.figures(Case(2, 0, 16, 3), seen, 16, decoding, weight_bytes=60, read_bandwidth=160.0)
     assert (found.answers, found.tokens, found.seconds, found.tokens_per_second) == (4, 12, 5.0, 12 / 5)
     assert found.first_token_seconds.p50 == 0.75  # of those after 0.5 and after 1
     assert sorted(figures._between(seen)) == [1, 1, 1, 1, 1.5]
     assert found.between_tokens_seconds.p50 == 1 and found.tokens_per_second_a_stream == pytest.approx(5 / 5.5)
-    assert figures.decoding_steps(seen) == [(1.0, 3), (1.0, 6)] and found.share_of_bandwidth is None  # too few
-    more = [clients.Step(14.0 + n / 4, True, 5 + n) for n in range(5)]
-    seen = clients.Seen(10.0, 15.0, 4, asked, [*seen.steps[:-2], *more], 7, 0)
-    found = figures.figures(Case(2, 0, 16, 3), seen, 16, weight_bytes=60, cache_bytes=20.0, read_bandwidth=160.0)
-    assert (found.decoding_steps, found.decoding_seconds, found.tokens_per_second_decoding) == (5, 0.25, 8)
+    assert (found.decoding_steps, found.decoding_seconds, found.tokens_per_second_decoding) == (3, 0.25, 8)
     assert found.share_of_bandwidth == 80 / 0.25 / 160 and found.programs_compiled_before == 7
+    few = figures.figures(Case(2, 0, 16, 3), seen, 16, figures.Decoding([0.5, 0.25], 16, 20.0), 60, 160.0)
+    assert few.decoding_seconds is few.share_of_bandwidth is few.tokens_per_second_decoding is None
+
+
+def test_steps_of_decoding_alone_follow_one_that_read_nothing():
+    steps = [(9, True, 1), (11, True, 2), (12, True, 3), (13, False, 4), (14, True, 5), (15, True, 6), (17, True, 2)]
+    assert figures.decoding_steps(clients.Step(*step) for step in steps) == [(2, 2), (1, 3), (1, 6)]
+
+
+def test_short_prompts_leave_steps_of_decoding_alone():
+    hovle = Models(micro.run_config("instruct").model_config).hovle
+    about, case = subject.Subject(hovle, {}, subject.NoText(319), 0, "float32"), Case(4, 48, 16, 6)
+    assert not figures.decoding_steps(clients.watch(case, OneByOne(about.answerer(case)), 4, print).steps)
+    alone = clients.watch_decoding(case, OneByOne(about.answerer(case)))
+    assert len(figures.decoding_steps(alone.steps)) == 24 - 7 - 1  # of the first, which had 7 when all were read
+    assert {(stream.reading.length, len(stream.reading.tiles)) for stream in alone.asked} == {(16, 0)}
 
 
 @pytest.mark.parametrize("compiled, tried, left", [((5, 0), 1, 0), ((5, 1, 0), 2, 0), ((5, 1, 1, 1, 1), 3, 1)])
@@ -100,7 +111,7 @@ def test_time_in_which_something_was_compiled_is_not_measured(monkeypatch, compi
     monkeypatch.setattr(clients, "Clients", Fake)
     monkeypatch.setattr(clients.compilations, "count", count)
     engine = types.SimpleNamespace(reset=lambda: None)
-    seen = clients.watch(None, case, engine, 1, lambda line: None)
+    seen = clients.watch(case, engine, 1, lambda line: None)
     assert len(made) == 2 + 2 * tried and seen.answers == 2
     assert seen.programs == left and seen.programs_before == sum(compiled[:tried])
 
@@ -122,6 +133,8 @@ def test_where_memory_ends_so_does_the_profile(monkeypatch):
 
 class OneByOne:
     """An engine that reads a prompt in two steps, and makes a token a step for those that it has read."""
+
+    length = 40
 
     def __init__(self, answerer):
         self.answerer, self.waiting, self.answering, self.most, self.was_reading = answerer, [], [], 0, []
@@ -151,7 +164,7 @@ def test_clients_ask_again_as_soon_as_they_are_answered():
     hovle = Models(micro.run_config("instruct").model_config).hovle
     about, case = subject.Subject(hovle, {}, subject.NoText(319), 0, "float32"), Case(2, 48, 16, 6)
     engine = OneByOne(about.answerer(case))
-    seen = clients.watch(about, case, engine, 3, lambda line: None)
+    seen = clients.watch(case, engine, 3, lambda line: None)
     assert seen.answers == 4 and engine.most == 2 and not seen.programs
     done = [stream for stream in seen.asked if stream.finish]
     assert len(done) == 2 + 4 and [len(stream.times) for stream in done] == [6] * 6

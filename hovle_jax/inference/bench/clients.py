@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hovle_jax.inference.bench.cases import Case
-from hovle_jax.inference.bench.subject import Subject, draw, read
-from hovle_jax.inference.engine import Engine, Request, Stream
+from hovle_jax.inference.bench.subject import draw, read
+from hovle_jax.inference.engine import CHUNKS, Engine, Request, Stream
 from hovle_jax.inference.texts import TextSoFar
 from hovle_jax.system import compilations
 from hovle_jax.system.progress import track, waiting
 
 ATTEMPTS = 3  # to measure while nothing is compiled
+SHORT, CHUNKS_OF_IT = CHUNKS[0], 2  # tokens of a short prompt, and steps that read one at most
+STEPS = 24  # of decoding alone after short prompts
 
 
 class Timed(Stream):
@@ -71,8 +73,8 @@ class Clients:
       steps: all steps so far.
     """
 
-    def __init__(self, subject: Subject, case: Case, engine: Engine):
-        self._subject, self._case, self._engine = subject, case, engine
+    def __init__(self, case: Case, engine: Engine):
+        self._case, self._engine = case, engine
         self.asked: list[Timed] = []
         self.steps: list[Step] = []
 
@@ -91,8 +93,8 @@ class Clients:
             waited_for = [self._ask() if stream.finish else stream for stream in waited_for]
 
     def _ask(self):
-        sample = draw(self._subject, self._case, seed=len(self.asked))
-        start, answerer = time.perf_counter(), self._engine.answerer
+        answerer = self._engine.answerer
+        sample, start = draw(answerer, self._case, seed=len(self.asked)), time.perf_counter()
         request, text = Request(self._case.new_tokens), TextSoFar(answerer.tokenizer)
         stream = Timed(start, read(answerer, sample), request, (), text, lambda piece: None)
         self._engine.enqueue(stream)
@@ -100,14 +102,14 @@ class Clients:
         return stream
 
 
-def watch(subject: Subject, case: Case, engine: Engine, answers: int, say: Callable[[str], None]) -> Seen:
+def watch(case: Case, engine: Engine, answers: int, say: Callable[[str], None]) -> Seen:
     """Lets clients ask: first one answer each, which compiles and is not measured, then whole turns.
 
     Args:
       answers: that are measured, at least; a multiple of the streams is.
     """
     compilations.count()
-    zero, clients = compilations.count(), Clients(subject, case, engine)
+    zero, clients = compilations.count(), Clients(case, engine)
     finished = clients.answers()
     with waiting(f"{case.name}: compiling and warming up", say):
         list(itertools.islice(finished, case.streams))
@@ -123,3 +125,12 @@ def watch(subject: Subject, case: Case, engine: Engine, answers: int, say: Calla
     engine.reset()
     assert seen is not None, "no attempt"
     return seen
+
+
+def watch_decoding(case: Case, engine: Engine) -> Clients:
+    """As many streams after short prompts of text, whose answers go on when all of them are read."""
+    most = min(engine.length - SHORT, CHUNKS_OF_IT * case.streams + STEPS)
+    clients = Clients(dataclasses.replace(case, tile_size=0, text_tokens=SHORT, new_tokens=most), engine)
+    next(clients.answers())
+    engine.reset()
+    return clients

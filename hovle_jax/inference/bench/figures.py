@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from hovle_jax.inference.bench.cases import Case
-from hovle_jax.inference.bench.clients import Seen
+from hovle_jax.inference.bench.clients import Seen, Step
 
-LEAST_STEPS = 3  # of decoding alone, for a share of the bandwidth
+LEAST_STEPS = 3  # of decoding alone, of which a median says something
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,21 @@ class Spread:
 
 
 @dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Steps that read no prompt.
+
+    Attributes:
+      seconds: of each.
+      prompt_tokens: of the prompts before.
+      cache_bytes: see `traffic`.
+    """
+
+    seconds: list[float]
+    prompt_tokens: int
+    cache_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Figures:
     """What is reported of a case.
 
@@ -39,6 +54,7 @@ class Figures:
       tokens_per_second_a_stream: after its first token, while others' prompts are read between.
       tokens_per_second: of all streams, prompts included.
       decoding_steps, decoding_seconds: steps that read no prompt, and their median; None = too few.
+      decoding_prompt_tokens: of the prompts before them: short ones where the reading of others left too few steps.
       tokens_per_second_decoding: of all streams in such steps.
       weight_bytes, cache_bytes: that such a step must read (traffic.py).
       read_bandwidth: bytes a second, measured right after the case.
@@ -59,6 +75,7 @@ class Figures:
     tokens_per_second_a_stream: float
     tokens_per_second: float
     decoding_steps: int
+    decoding_prompt_tokens: int
     decoding_seconds: float | None
     tokens_per_second_decoding: float | None
     weight_bytes: int
@@ -70,12 +87,11 @@ class Figures:
 
 
 def figures(
-    case: Case, seen: Seen, prompt_tokens: int, weight_bytes: int, cache_bytes: float, read_bandwidth: float
+    case: Case, seen: Seen, prompt_tokens: int, decoding: Decoding, weight_bytes: int, read_bandwidth: float
 ) -> Figures:
-    """Of a case; bytes as in `traffic`."""
-    between, seconds = _between(seen), seen.end - seen.start
-    decoding = [end for end, _ in decoding_steps(seen)]
-    step = statistics.median(decoding) if len(decoding) >= LEAST_STEPS else None
+    """Of a case."""
+    between, seconds, steps = _between(seen), seen.end - seen.start, decoding.seconds
+    step = statistics.median(steps) if len(steps) >= LEAST_STEPS else None
     tokens = seen.answers * case.new_tokens
     return Figures(
         **dataclasses.asdict(case),
@@ -87,24 +103,25 @@ def figures(
         between_tokens_seconds=Spread.of(between),
         tokens_per_second_a_stream=1 / statistics.mean(between),
         tokens_per_second=tokens / seconds,
-        decoding_steps=len(decoding),
+        decoding_steps=len(steps),
+        decoding_prompt_tokens=decoding.prompt_tokens,
         decoding_seconds=step,
         tokens_per_second_decoding=case.streams / step if step else None,
         weight_bytes=weight_bytes,
-        cache_bytes=cache_bytes,
+        cache_bytes=decoding.cache_bytes,
         read_bandwidth=read_bandwidth,
-        share_of_bandwidth=(weight_bytes + cache_bytes) / step / read_bandwidth if step else None,
+        share_of_bandwidth=(weight_bytes + decoding.cache_bytes) / step / read_bandwidth if step else None,
         programs_compiled_before=seen.programs_before,
         programs_compiled=seen.programs,
     )
 
 
-def decoding_steps(seen: Seen) -> list[tuple[float, int]]:
+def decoding_steps(steps: Iterable[Step]) -> list[tuple[float, int]]:
     """(seconds, tokens of the longest answer) of the steps in which neither they nor the one before read a prompt.
 
     The host sees a step's tokens while the next one is made, so that the first after a prompt still waits for it.
     """
-    pairs = itertools.pairwise(step for step in seen.steps if seen.start <= step.end <= seen.end)
+    pairs = itertools.pairwise(steps)
     return [(b.end - a.end, b.longest) for a, b in pairs if a.is_alone and b.is_alone and b.longest > a.longest]
 
 

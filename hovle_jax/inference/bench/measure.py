@@ -6,8 +6,8 @@ import jax
 
 from hovle_jax.inference.bench import traffic
 from hovle_jax.inference.bench.cases import Case
-from hovle_jax.inference.bench.clients import watch
-from hovle_jax.inference.bench.figures import Figures, decoding_steps, figures, summary
+from hovle_jax.inference.bench.clients import watch, watch_decoding
+from hovle_jax.inference.bench.figures import LEAST_STEPS, Decoding, Figures, decoding_steps, figures, summary
 from hovle_jax.inference.bench.subject import Subject, prompt_tokens
 from hovle_jax.system.read_bandwidth import read_bandwidth
 
@@ -42,12 +42,19 @@ def measure(
       gigabytes: read to measure the bandwidth; None = see `read_bandwidth`.
     """
     engine = subject.engine(case)
-    seen = watch(subject, case, engine, answers, say)
-    longest = [tokens for _, tokens in decoding_steps(seen)] or [case.new_tokens]
-    reading = seen.asked[0].reading
-    caches = traffic.cache_bytes(engine, reading.length, reading.long_length, longest)
+    seen = watch(case, engine, answers, say)
+    decoding = _decoding(engine, seen.asked[0], [step for step in seen.steps if seen.start <= step.end <= seen.end])
+    if len(decoding.seconds) < LEAST_STEPS:
+        alone = watch_decoding(case, engine)
+        decoding = _decoding(engine, alone.asked[0], alone.steps)
     del engine
-    return figures(
-        case, seen, prompt_tokens(subject.hovle, case), traffic.weight_bytes(subject.params), caches,
-        read_bandwidth(gigabytes),
-    )  # fmt: skip
+    weights = traffic.weight_bytes(subject.params)
+    return figures(case, seen, prompt_tokens(subject.hovle, case), decoding, weights, read_bandwidth(gigabytes))
+
+
+def _decoding(engine, stream, steps):
+    """`stream`: any of those that made these steps."""
+    found, reading = decoding_steps(steps), stream.reading
+    longest = [tokens for _, tokens in found] or [len(stream.tokens)]
+    caches = traffic.cache_bytes(engine, reading.length, reading.long_length, longest)
+    return Decoding([seconds for seconds, _ in found], reading.length, caches)

@@ -116,20 +116,20 @@ def _count(tree):
 def prompt_tokens(hovle: HoVLE, case: Case) -> int:
     """Of each request, as the LLM reads them."""
     embedding = with_tile_size(hovle.config, case.tile_size).embedding
-    return case.text_tokens + (embedding.tokens_per_tile if embedding else 0)
+    return case.text_tokens + (embedding.tokens_per_tile if embedding and case.tile_size else 0)
 
 
-def draw(subject: Subject, case: Case, seed: int) -> Sample:
+def draw(answerer: Answerer, case: Case, seed: int) -> Sample:
     """A request that is like no other, so that nothing read before is used again: random pixels, then random ids."""
-    rng, embedding = np.random.default_rng(seed), with_tile_size(subject.hovle.config, case.tile_size).embedding
-    ids = np.arange(subject.hovle.config.num_tokens, dtype=np.int32)
-    if embedding is None:
-        tokens, tiles = rng.choice(ids, case.text_tokens), no_tiles()
-    else:
-        image_id, size = subject.tokenizer.image_id, embedding.tile_size
-        text = rng.choice(np.delete(ids, image_id), case.text_tokens)
-        tokens = np.concatenate([np.full(embedding.tokens_per_tile, image_id, np.int32), text])
-        tiles = rng.integers(0, 256, (1, size, size, 3), np.uint8)
+    rng, config = np.random.default_rng(seed), answerer.hovle.config
+    ids, tiles, embedding = np.arange(config.num_tokens, dtype=np.int32), no_tiles(), config.embedding
+    if embedding is not None:
+        ids, tiles = np.delete(ids, answerer.tokenizer.image_id), no_tiles(embedding.tile_size)
+    tokens = rng.choice(ids, case.text_tokens)
+    if embedding is not None and case.tile_size:
+        image = np.full(embedding.tokens_per_tile, answerer.tokenizer.image_id, np.int32)
+        tokens = np.concatenate([image, tokens])
+        tiles = rng.integers(0, 256, (1, *tiles.shape[1:]), np.uint8)
     return Sample(tokens, np.zeros(len(tokens), bool), tiles)
 
 
