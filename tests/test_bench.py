@@ -94,6 +94,9 @@ def test_short_prompts_leave_steps_of_decoding_alone():
     alone = clients.watch_decoding(case, OneByOne(about.answerer(case)))
     assert len(figures.decoding_steps(alone.steps)) == 24 - 7 - 1  # of the first, which had 7 when all were read
     assert {(stream.reading.length, len(stream.reading.tiles)) for stream in alone.asked} == {(16, 0)}
+    small = OneByOne(about.answerer(case))
+    small.length = 3
+    assert {len(stream.reading.tokens) for stream in clients.watch_decoding(case, small).asked} == {1}
 
 
 @pytest.mark.parametrize("compiled, tried, left", [((5, 0), 1, 0), ((5, 1, 0), 2, 0), ((5, 1, 1, 1, 1), 3, 1)])

@@ -129,8 +129,9 @@ def watch(case: Case, engine: Engine, answers: int, say: Callable[[str], None]) 
 
 def watch_decoding(case: Case, engine: Engine) -> Clients:
     """As many streams after short prompts of text, whose answers go on when all of them are read."""
-    most = min(engine.length - SHORT, CHUNKS_OF_IT * case.streams + STEPS)
-    clients = Clients(dataclasses.replace(case, tile_size=0, text_tokens=SHORT, new_tokens=most), engine)
+    text = min(SHORT, engine.length // 2)
+    most = min(engine.length - text, CHUNKS_OF_IT * case.streams + STEPS)
+    clients = Clients(dataclasses.replace(case, tile_size=0, text_tokens=text, new_tokens=most), engine)
     next(clients.answers())
     engine.reset()
     return clients
