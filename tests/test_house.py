@@ -38,6 +38,7 @@ WITHOUT_TRAINING = (
     "generate",
     "chat",
     "serve",
+    "bench",
     "evaluate",
     "convert",
 )

@@ -171,6 +171,38 @@ def plot_bars(values: dict[str, float], path: str | os.PathLike, title: str) -> 
     return _save(figure, path)
 
 
+def plot_over(
+    points: list[int], panels: dict[str, dict[str, list]], path: str | os.PathLike, title: str, axis_name: str
+) -> pathlib.Path:
+    """Quantities over a few sizes that double, each point marked and named below.
+
+    Args:
+      panels: {title: {label: [a number, or None, for each point]}}; one curve may do without a label.
+      axis_name: what the points are.
+
+    Returns:
+      the path.
+    """
+    figure, axes = _panels(len(panels), columns=2, size=(4.6, 2.8))
+    for (name, curves), axis in zip(panels.items(), axes):
+        for label, values in curves.items():
+            known = [(at, value) for at, value in enumerate(values) if value is not None]
+            axis.plot([at for at, _ in known], [value for _, value in known], marker=".", linewidth=1.2, label=label)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.set_xticks(range(len(points)), [str(point) for point in points])
+        axis.set_xlim(-0.3, len(points) - 0.7)
+        axis.set_ylim(0)
+        axis.set_xlabel(axis_name, fontsize=8)
+        axis.yaxis.set_major_formatter(format_tick)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        if any(curves):
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
 def metric_names(rows: list[dict]) -> list[str]:
     """All names but `step`, as first seen, with 'loss' at the front."""
     names = dict.fromkeys(name for row in rows for name in row if name != "step")

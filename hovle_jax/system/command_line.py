@@ -100,7 +100,7 @@ def _unknown_key(argv, text, config):
     known = {entry.key.removeprefix("config.") for entry in config_help.entries_of(config)} if config else set()
     unknown = [key for key in given if key not in known]
     if not known or not unknown:
-        return "unknown config key " + re.sub(r"[\"'\\]", "", text)
+        return "unknown config key " + re.sub(r"[\"'\\]", "", text.replace("\\n", "; "))
     return _did_you_mean(f"unknown config key {unknown[0]!r}", config_help.nearest(unknown[0], config))
 
 

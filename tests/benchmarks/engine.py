@@ -12,7 +12,6 @@ import statistics
 import time
 
 import jax
-from read_bandwidth import bandwidth
 
 from hovle_jax.conversion.downloads import resolve
 from hovle_jax.inference.engine import Engine, Request
@@ -20,6 +19,7 @@ from hovle_jax.inference.generate import Prompt
 from hovle_jax.inference.load import load_run
 from hovle_jax.inference.slots import fused
 from hovle_jax.system import malloc
+from hovle_jax.system.read_bandwidth import read_bandwidth
 
 PROMPT = "Write a long story about a robot that learns to paint."
 
@@ -59,7 +59,7 @@ def main():
     ]
     rates = {n: statistics.median(each[n] for each in rounds) for n in engines}
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves((params["layers"], params["head"])))
-    read = bandwidth()
+    read = read_bandwidth()
     print(
         json.dumps(
             {

@@ -179,9 +179,9 @@ def serve(side):
     """A child: what its weights weigh, then for each line on stdin the seconds of one answer."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share a GPU
     if side == "bandwidth":
-        from read_bandwidth import bandwidth
+        from hovle_jax.system.read_bandwidth import read_bandwidth
 
-        answers = iter(lambda: (bandwidth(), 0), None)
+        answers = iter(lambda: (read_bandwidth(), 0), None)
         print(json.dumps({"weights": 0}), flush=True)
     else:
         answers = torch_answers(side) if side.startswith("torch") else our_answers(side)
