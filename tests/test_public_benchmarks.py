@@ -302,7 +302,7 @@ def says(monkeypatch, run_folder):
     def put(answer):
         items = []
         monkeypatch.setattr(run, "load_run", lambda *_: None)
-        ask = lambda *_: lambda batch: [items.append(item) or answer(item) for item in batch]
+        ask = lambda *_: lambda given: (items.append(item) or answer(item) for item in given)
         for name, row in PUBLIC.items():
             monkeypatch.setitem(benchmarks.BENCHMARKS, name, dataclasses.replace(row, ask=ask, batch_size=1))
         return items
@@ -346,7 +346,7 @@ def test_a_prompts_own_limit_of_tiles_is_kept(run_folder):
     for limit in (None, 3, 1):
         with pytest.raises(AttributeError):  # nothing answers: the prompts are made before
             ask = generated(SimpleNamespace(answerer=answerer), prompts.tiled(prompts.as_asked, limit), 4, 1)
-            ask([item])
+            list(ask([item]))
     assert len(seen[0].tiles) > len(seen[2].tiles) == 1 and len(seen[1].tiles) == 4  # with a thumbnail
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import easy_vqa
+from hovle_jax.evaluation.asking import Way
 from hovle_jax.evaluation.benchmark import Benchmark
 from hovle_jax.evaluation.public.table import PUBLIC, Public
 from hovle_jax.evaluation.results import Scored
 from hovle_jax.inference.folders import check_model_folder
-from hovle_jax.inference.load import load_run
 from hovle_jax.system.progress import track
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -43,22 +43,26 @@ def evaluate(
     limit: int = 0,
     max_tiles: int | None = None,
     say: Callable[[str], None] | None = None,
+    way: Way = Way(),
 ) -> Scored:
     """Scores a finished run, on the first `limit` items of the benchmark (0: all).
 
     Args:
       max_tiles: of the grid of an image; None = as the model was trained.
       say: takes a line of progress now and then.
+      way: how it is loaded and asked.
     Raises:
       UserError: an unknown benchmark, a run without the needed components, or an item that cannot be asked.
     """
-    benchmark = find(name)
+    benchmark = way.of(find(name))
     if isinstance(benchmark, Public):
         raise UserError(f"{name} has its questions in a TSV of VLMEvalKit: name it with --tsv FILE.tsv")
     check_model_folder(folder)
-    loaded = load_run(folder, benchmark.components).with_max_tiles(max_tiles)
+    loaded = way.load(folder, benchmark.components).with_max_tiles(max_tiles)
     items = list(itertools.islice(benchmark.items(), limit or None))
-    answered = benchmark.answered(loaded, track(items, say, name, benchmark.unit, len(items)) if say else items)
+    answered = benchmark.answered(loaded, items)
+    if say:
+        answered = track(answered, say, name, benchmark.unit, len(items))
     return Scored(benchmark, tuple(map(_of_a_sound_item, answered)))
 
 

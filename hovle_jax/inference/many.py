@@ -6,15 +6,16 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import AnsweringModel, opened, request_of
-from hovle_jax.inference.engine import Engine, Stream
+from hovle_jax.inference.engine import Stream
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.system.progress import track
 
 T = TypeVar("T")
+A = TypeVar("A")
 PROMPTS = ("prompt", "question")  # the key that a question may have
 
 
@@ -91,11 +92,19 @@ def answer_rows(
     return track(answered, say, "answers", "questions", len(questions))
 
 
-def in_order(engine: Engine, items: Iterable[T], submit: Callable[[T], Stream | None]) -> Iterator[tuple[T, str]]:
+class Steps(Protocol):
+    """What `in_order` needs of an engine."""
+
+    num_slots: int
+
+    def step(self) -> bool: ...
+
+
+def in_order(engine: Steps, items: Iterable[T], submit: Callable[[T], Stream | A]) -> Iterator[tuple[T, str | A]]:
     """(item, its answer), in order.
 
     Args:
-      submit: queues an item in the engine; None = it cannot be asked, and its answer is empty.
+      submit: queues an item in the engine; what else it gives takes the answer's place, of an item that is not asked.
     """
     rest, waiting = iter(items), collections.deque()
     while True:
@@ -103,7 +112,7 @@ def in_order(engine: Engine, items: Iterable[T], submit: Callable[[T], Stream | 
         waiting += [(item, submit(item)) for item in itertools.islice(rest, 2 * engine.num_slots - len(waiting))]
         if not waiting:
             return
-        item, stream = waiting.popleft()
-        while stream and not stream.finish:
+        item, asked = waiting.popleft()
+        while isinstance(asked, Stream) and not asked.finish:
             engine.step()
-        yield item, stream.text if stream else ""
+        yield item, asked.text if isinstance(asked, Stream) else asked

@@ -61,6 +61,7 @@ class AnswerFile:
             raise UserError(f"{self.path} is no file of answers to a TSV: name another folder with --out") from None
         differs = [f"{name}={before.get(name)!r}, not {value!r}" for name, value in about.items()
                    if before.get(name) != value]  # fmt: skip
+        differs += [f"{name}={value!r}" for name, value in before.items() if name not in about]
         if differs:
             raise UserError(
                 f"{self.path} has answers of another evaluation ({'; '.join(differs)}): delete it, or name another "
