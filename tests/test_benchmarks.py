@@ -94,7 +94,7 @@ def test_an_engine_gives_the_answers_of_batches(run_folder, monkeypatch):
         assert [isinstance(one, BadEvent) for one in answered] == [False, True, False]
         said[way] = [one.detail if isinstance(one, BadEvent) else one.answer for one in answered]
     batches, engine = said.values()
-    assert batches == engine and all(batches) and engines[0].engine.length == 256
+    assert batches == engine and all(batches) and engines[0].engine.length == 128
 
 
 def test_what_an_engine_cannot_do_is_said(monkeypatch):
