@@ -73,14 +73,20 @@ def way() -> "Way":
 
 def on_benchmark(folder: str) -> "tuple[dict[str, str], Scored, Path]":
     """-> (what the scores are of, the scores, the predictions file)."""
-    from hovle_jax.evaluation.benchmarks import evaluate
+    from hovle_jax.evaluation.benchmarks import evaluate, find_built_in
     from hovle_jax.evaluation.own_data import predictions_path
+    from hovle_jax.evaluation.remembering import remembered
     from hovle_jax.evaluation.results import write_predictions
+    from hovle_jax.inference.folders import check_model_folder
 
     name = BENCHMARK.value or "easy_vqa"
-    scored = evaluate(folder, name, LIMIT.value, MAX_TILES.value, say, way())
-    path = predictions_path(folder, name, OUT.value)
-    write_predictions(path, scored.answered)
+    find_built_in(name)
+    check_model_folder(folder)
+    path, asked = predictions_path(folder, name, OUT.value), way()
+    about = asked.about(folder) | {"benchmark": name, "max_tiles": MAX_TILES.value}
+    with remembered(path, about, say) as memory:
+        scored = evaluate(folder, name, LIMIT.value, MAX_TILES.value, say, asked, memory)
+        write_predictions(path, scored.answered)
     return {"benchmark": name, "checkpoint": folder, "split": "test"}, scored, path
 
 

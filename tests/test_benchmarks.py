@@ -16,6 +16,7 @@ from hovle_jax.evaluation import asking, benchmarks, own_data, summary
 from hovle_jax.evaluation.asking import Shapes
 from hovle_jax.evaluation.benchmark import Benchmark, Item
 from hovle_jax.evaluation.own_data import evaluate_data, items_of, own_benchmark, predictions_path
+from hovle_jax.evaluation.remembering import remembered
 from hovle_jax.evaluation.results import sample, write_predictions
 from hovle_jax.evaluation.scorers import choice, exact, vqa
 from hovle_jax.inference.growing import GrowingEngine
@@ -107,6 +108,41 @@ def test_what_an_engine_cannot_do_is_said(monkeypatch):
     assert made == [(asking.INT8_SLOTS, True), (3, True), (4, False)]
     with pytest.raises(UserError, match="no LLM answers this benchmark: leave --slots"):
         benchmarks.evaluate("runs/contrast", "easy_vqa_zero_shot", way=asking.Way(4))
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
+    items, asked, said = list(own_items()), [], []
+    path, about = tmp_path / "predictions.jsonl", {"checkpoint": "a", "dtype": ""}
+
+    def asking(*_):
+        def answers(items):
+            for item in items:
+                asked.append(item.question)
+                if len(asked) == 3:
+                    raise KeyboardInterrupt
+                yield BadSample("cannot_be_asked", "why") if len(asked) == 1 else f"answer {len(asked)}"
+
+        return answers
+
+    def go_on(about, items=items):
+        with remembered(path, about, said.append) as memory:
+            row = own_benchmark(exact, ask=memory.of(asking))
+            return [one.detail if isinstance(one, BadEvent) else one.answer for one in row.answered(None, items)]
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(about)
+    with (tmp_path / "predictions.jsonl.answers").open("a") as file:
+        file.write('["and now?", "answ')  # was being written
+    with pytest.raises(UserError, match="'what is it[?]' where 'why[?]' is asked: delete it"):
+        go_on(about, [Item.of(PICTURE, "why?", "")])
+    assert go_on(about) == ["why", "answer 2", "answer 4", "answer 5"] and not list(tmp_path.iterdir())
+    assert said[-1] == f"{path}.answers has 2 answers: going on from there" and len(asked) == 5
+
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        go_on(about)
+    go_on(about | {"dtype": "int8"})
+    assert said[-1].endswith("another evaluation (dtype was '' and is 'int8'): starting again") and len(asked) == 7
 
 
 def test_every_stage_names_a_row_or_none():

@@ -6,8 +6,10 @@ slot (`--slots`). Batches read many short prompts at once and wait for the longe
 
 import collections
 import dataclasses
+import datetime
 import itertools
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -122,6 +124,12 @@ def through_engine(slots: int, int8: bool = False) -> Asking:
     return asking
 
 
+def written(folder: pathlib.Path) -> str:
+    """When the newest file of a model was written: another time after more training."""
+    newest = max(path.stat().st_mtime for path in (folder / "model").rglob("*"))
+    return datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).isoformat()
+
+
 @dataclasses.dataclass(frozen=True)
 class Way:
     """How a model is loaded and asked.
@@ -137,6 +145,11 @@ class Way:
     def load(self, folder: str | os.PathLike, components: Sequence[str] | None = None) -> Loaded:
         """See `load_run`."""
         return load_run(folder, components, "" if self.dtype == "int8" else self.dtype)
+
+    def about(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """What the answers of a model depend on; the number of slots is no part of it."""
+        path = pathlib.Path(folder).resolve()
+        return {"checkpoint": str(path), "model written": written(path), "dtype": self.dtype}
 
     def of(self, benchmark: Any) -> Any:
         """The benchmark asked in this way. Raises UserError where no LLM answers it."""

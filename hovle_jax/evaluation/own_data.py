@@ -18,6 +18,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.evaluation import scorers
 from hovle_jax.evaluation.asking import Way
 from hovle_jax.evaluation.benchmark import Answered, Benchmark, Item
+from hovle_jax.evaluation.remembering import remembered
 from hovle_jax.evaluation.results import Scored, line, lines_into
 from hovle_jax.evaluation.scorers import Scorer, exact
 from hovle_jax.inference.folders import check_model_folder
@@ -133,9 +134,11 @@ def evaluate_data(
     entries = open_mixture(source_path(data, SPLIT, say), SPLIT)
     check_model_folder(folder)
     path = predictions_path(folder, data, out)
+    about = {"data": data, "max_tiles": max_tiles, "max_new_tokens": max_new_tokens}
     loaded = way.load(folder)
     answered, bad = [], []
-    with lines_into(path) as write:
+    with remembered(path, way.about(folder) | about, say) as memory, lines_into(path) as write:
+        benchmark = dataclasses.replace(benchmark, ask=memory.of(benchmark.ask))
         for one in ask_rows(loaded, entries, benchmark, limit, max_tiles, say):
             if isinstance(one, BadEvent):
                 bad.append(one)

@@ -9,9 +9,9 @@ from hovle_jax.checkpoints import load_model_config
 from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import rules
-from hovle_jax.evaluation.asking import Way
+from hovle_jax.evaluation.asking import Way, written
 from hovle_jax.evaluation.benchmarks import find_public
-from hovle_jax.evaluation.public.answers import AnswerFile, fingerprint, written
+from hovle_jax.evaluation.public.answers import AnswerFile, fingerprint
 from hovle_jax.evaluation.public.prompts import tiled
 from hovle_jax.evaluation.public.questions import Asked, choose
 from hovle_jax.evaluation.public.submissions import has_excel, write_json, write_rows
