@@ -12,7 +12,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import AnsweringModel, opened, request_of
 from hovle_jax.inference.engine import Stream
 from hovle_jax.inference.generate import Prompt
-from hovle_jax.system.progress import track
+from hovle_jax.system.json_lines import whole_lines
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -61,12 +61,7 @@ def rows_done(output: pathlib.Path, questions: Sequence[Question]) -> int:
     Raises:
       UserError: its rows are not those of the questions.
     """
-    if not output.exists():
-        return 0
-    whole, _, rest = output.read_bytes().rpartition(b"\n")
-    if rest:
-        output.write_bytes(whole + b"\n" if whole else b"")
-    done = [json.loads(line) for line in whole.splitlines() if line.strip()]
+    done = [json.loads(line) for line in whole_lines(output) if line.strip()]
     for number, (row, question) in enumerate(zip(done, questions), 1):
         if {**row, "answer": None} != {**question.row, "answer": None}:
             raise UserError(f"{output}:{number} answers another question than --input: give another --output")
@@ -75,21 +70,14 @@ def rows_done(output: pathlib.Path, questions: Sequence[Question]) -> int:
     return len(done)
 
 
-def answer_rows(
-    model: AnsweringModel,
-    questions: Sequence[Question],
-    system: str,
-    options: dict,
-    say: Callable[[str], None],
-) -> Iterator[dict]:
-    """Each question's row with its "answer", in order. `say` is called with lines of progress."""
+def answer_rows(model: AnsweringModel, questions: Sequence[Question], system: str, options: dict) -> Iterator[dict]:
+    """Each question's row with its "answer", in order. `options`: see `answering.request_of`."""
     request = request_of(**options)
 
     def submit(question):
         return model.engine.submit(Prompt(((question.prompt, None),), opened(question.images), system), request)
 
-    answered = (q.row | {"answer": text} for q, text in in_order(model.engine, questions, submit))
-    return track(answered, say, "answers", "questions", len(questions))
+    return (q.row | {"answer": text} for q, text in in_order(model.engine, questions, submit))
 
 
 class Steps(Protocol):
