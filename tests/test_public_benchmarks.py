@@ -11,7 +11,7 @@ import pytest
 from hovle_jax.config import ModelConfig
 from hovle_jax.data.images import decode_image
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation import benchmarks, rules
+from hovle_jax.evaluation import asking, benchmarks, rules
 from hovle_jax.evaluation.asking import generated
 from hovle_jax.evaluation.benchmark import Item
 from hovle_jax.evaluation.public import prompts, run
@@ -301,7 +301,7 @@ def says(monkeypatch, run_folder):
 
     def put(answer):
         items = []
-        monkeypatch.setattr(run, "load_run", lambda *_: None)
+        monkeypatch.setattr(asking, "load_run", lambda *_: None)
         ask = lambda *_: lambda given: (items.append(item) or answer(item) for item in given)
         for name, row in PUBLIC.items():
             monkeypatch.setitem(benchmarks.BENCHMARKS, name, dataclasses.replace(row, ask=ask, batch_size=1))
