@@ -461,13 +461,13 @@ def test_an_interrupted_evaluation_goes_on(says, run_folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate_tsv(run_folder, "gqa", path, out=tmp_path, say=quiet)
     answers = tmp_path / "predictions_GQA.jsonl"
-    assert len(lines(answers)) == 5  # what they are of, and the first four, which were asked together
+    assert len(lines(answers)) == 6  # what they are of, and the first five
     with answers.open("a") as file:
-        file.write('{"index": "4", "predi')
+        file.write('{"index": "5", "predi')
     items, told = says(lambda item: "red"), []
     found = evaluate_tsv(run_folder, "gqa", path, out=tmp_path, say=told.append)
-    assert [item.question for item in items] == [f"what is it, {i}?" for i in range(4, 9)]
-    assert told[0] == f"{answers} has 4 of 9 answers: going on from there"
+    assert [item.question for item in items] == [f"what is it, {i}?" for i in range(5, 9)]
+    assert told[0] == f"{answers} has 5 of 9 answers: going on from there"
     assert found.scores["questions"] == 9 and len(lines(answers)) == 10
 
 
