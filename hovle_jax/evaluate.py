@@ -21,6 +21,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.system import command_line
 
 if TYPE_CHECKING:
+    from hovle_jax.evaluation.asking import Way
     from hovle_jax.evaluation.public.run import OnTable
     from hovle_jax.evaluation.results import Scored
 
@@ -49,6 +50,14 @@ MAX_TILES = flags.DEFINE_integer(
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "The longest answer to --data (64) or --tsv (by benchmark), in tokens", lower_bound=1
 )
+SLOTS = flags.DEFINE_integer(
+    "slots", 0, "Questions that an engine answers at once, each as long as its own answer takes: 8; 0: in batches, "
+    "which wait for the longest answer and are faster where answers are a word or two", lower_bound=0,
+)  # fmt: skip
+DTYPE = flags.DEFINE_enum(
+    "dtype", "", ["", "float32", "bfloat16", "int8"],
+    "Of the weights; int8: about a third of float32, through an engine. Default: bfloat16, and float32 on a CPU",
+)  # fmt: skip
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else")
 
 
@@ -57,16 +66,29 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def way() -> "Way":
+    """The flags that say how the model is loaded and asked."""
+    from hovle_jax.evaluation.asking import Way
+
+    return Way(SLOTS.value, DTYPE.value)
+
+
 def on_benchmark(folder: str) -> "tuple[dict[str, str], Scored, Path]":
     """-> (what the scores are of, the scores, the predictions file)."""
-    from hovle_jax.evaluation.benchmarks import evaluate
+    from hovle_jax.evaluation.benchmarks import evaluate, find_built_in
     from hovle_jax.evaluation.own_data import predictions_path
+    from hovle_jax.evaluation.remembering import remembered
     from hovle_jax.evaluation.results import write_predictions
+    from hovle_jax.inference.folders import check_model_folder
 
     name = BENCHMARK.value or "easy_vqa"
-    scored = evaluate(folder, name, LIMIT.value, MAX_TILES.value, say)
-    path = predictions_path(folder, name, OUT.value)
-    write_predictions(path, scored.answered)
+    find_built_in(name)
+    check_model_folder(folder)
+    path, asked = predictions_path(folder, name, OUT.value), way()
+    about = asked.about(folder) | {"benchmark": name, "max_tiles": MAX_TILES.value}
+    with remembered(path, about, say) as memory:
+        scored = evaluate(folder, name, LIMIT.value, MAX_TILES.value, say, asked, memory)
+        write_predictions(path, scored.answered)
     return {"benchmark": name, "checkpoint": folder, "split": "test"}, scored, path
 
 
@@ -75,8 +97,9 @@ def on_data(folder: str) -> "tuple[dict[str, str], Scored, Path]":
     from hovle_jax.evaluation.own_data import evaluate_data
 
     scored, path = evaluate_data(
-        folder, DATA.value, SCORER.value, OUT.value, LIMIT.value, MAX_TILES.value, MAX_NEW_TOKENS.value or 64, say
-    )
+        folder, DATA.value, SCORER.value, OUT.value, LIMIT.value, MAX_TILES.value, MAX_NEW_TOKENS.value or 64, say,
+        way(),
+    )  # fmt: skip
     return {"data": DATA.value, "checkpoint": folder, "scorer": SCORER.value}, scored, path
 
 
@@ -86,7 +109,7 @@ def on_tsv(folder: str) -> "tuple[dict[str, str], OnTable, Path]":
 
     found = evaluate_tsv(
         folder, BENCHMARK.value or "", TSV.value, RULES.value, SPLIT.value, OUT.value, LIMIT.value, MAX_TILES.value,
-        MAX_NEW_TOKENS.value or 0, say,
+        MAX_NEW_TOKENS.value or 0, say, way(),
     )  # fmt: skip
     return found.about | {"checkpoint": folder}, found, found.files["predictions"]
 

@@ -7,21 +7,31 @@
 Each `<image>` in a prompt takes one --image, in order; without any mark the images come first. A row of --input is
 {"prompt": "...", "image": "a.png"} or has several under "images"; paths are relative to the file. A run that was
 interrupted goes on by the same command.
+
+Several hosts share the rows of --input where the same command is started on each (--coordinator, --hosts, --host, or as
+jax finds them on a TPU pod): host 0 writes --output, which no other host needs to see; --input, its images and
+--checkpoint must be on every host, on a shared file system or as copies. Another number of hosts can go on.
 """
 
+import contextlib
 import functools
+import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 import hovle_jax
 from hovle_jax.errors import UserError
+from hovle_jax.hosts import options as hosts
 from hovle_jax.inference import options
 from hovle_jax.system import command_line
+
+if TYPE_CHECKING:
+    from hovle_jax.inference.many import Question
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None,
@@ -91,35 +101,56 @@ def beam_answers(prompts: list[str], images: list) -> Iterator[str]:
 
 
 def on_file() -> None:
-    """Writes a row of --output for each of --input that it lacks."""
-    from hovle_jax.inference.many import read_questions, rows_done
+    """Writes a row of --output for each of --input that it lacks; several hosts share them."""
+    from hovle_jax.hosts import distributed
+    from hovle_jax.inference.many import read_questions
 
     if PROMPT.value or IMAGE.value:
         raise UserError("--input has questions and images of its own: leave --prompt and --image out")
     if not OUTPUT.value:
         raise UserError("--output is missing: the .jsonl file for the answers to --input")
-    questions, output = read_questions(pathlib.Path(INPUT.value)), pathlib.Path(OUTPUT.value)
-    done = rows_done(output, questions)
-    say = functools.partial(print, file=sys.stderr, flush=True)
+    questions = read_questions(pathlib.Path(INPUT.value))
+    given = {"system": options.SYSTEM.value, "max_tiles": options.MAX_TILES.value, "dtype": options.DTYPE.value}
+    given |= {"beams": BEAMS.value}
+    rows = hashlib.sha256(json.dumps([question.row for question in questions]).encode()).hexdigest()[:16]
+    hosts.start({"--input": rows, "options": options.request() | given})
+    with distributed.ending_together():
+        answer_file(questions, pathlib.Path(OUTPUT.value))
+
+
+def answer_file(questions: "list[Question]", output: pathlib.Path) -> None:
+    """The same on each host; host 0 alone reads and writes the file, and speaks."""
+    from hovle_jax.hosts import distributed
+    from hovle_jax.hosts.sharing import made_together
+    from hovle_jax.inference.many import rows_done
+    from hovle_jax.system.json_lines import adding_to
+    from hovle_jax.system.progress import track
+
+    leads = distributed.is_leader()
+    say = functools.partial(print, file=sys.stderr, flush=True) if leads else lambda line: None
+    done = distributed.gather("rows that are done", rows_done(output, questions) if leads else 0)[0]
     if done:
         say(f"{output} has {done:,} of {len(questions):,} answers: going on from there")
-    if done < len(questions):
-        with output.open("a", encoding="utf-8") as file:
-            for row in rows(questions[done:], say):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
+    rest = questions[done:]
+    if rest:
+        rows = made_together(rest, answers_to_rows())
+        with adding_to(output, "give another --output") if leads else contextlib.nullcontext(print) as add:
+            for row in track(rows, say, "answers", "questions", len(rest)):
+                add(row)
     say(f"{len(questions):,} answers in {output}")
 
 
-def rows(questions: list, say: Callable[[str], None]) -> Iterator[dict]:
-    """Each question's row with its answer."""
+def answers_to_rows() -> "Callable[[Sequence[Question]], Iterator[dict]]":
+    """Loads the model -> what gives each question's row with its answer."""
     from hovle_jax.inference.beam import Beam
     from hovle_jax.inference.many import answer_rows, beam_rows
 
+    system = options.SYSTEM.value
     if not BEAMS.value:
-        return answer_rows(load(), questions, options.SYSTEM.value, options.request(), say)
-    most = options.MAX_NEW_TOKENS.value
-    return beam_rows(load_for_beams(), questions, options.SYSTEM.value, Beam(BEAMS.value), most, say)
+        model = load()
+        return lambda questions: answer_rows(model, questions, system, options.request())
+    answerer, beam, most = load_for_beams(), Beam(BEAMS.value), options.MAX_NEW_TOKENS.value
+    return lambda questions: beam_rows(answerer, questions, system, beam, most)
 
 
 def main() -> None:

@@ -67,13 +67,17 @@ def main() -> None:
     except ModuleNotFoundError:
         raise UserError('serving needs starlette and uvicorn; run: pip install "hovle_jax[serve]"') from None
     from hovle_jax.serving.app import Server
+    from hovle_jax.serving.heads import in_time
     from hovle_jax.serving.opening import key_of, listen
 
     key = key_of(KEY.value, KEY_FILE.value)
     listening = listen(HOST.value, PORT.value)
     worker, name, text_of = _worker(folder)
     server = Server(worker, name, text_of, worker.limits, key)
-    config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=int(GRACE.value))
+    config = uvicorn.Config(
+        server.app(), http=in_time(worker.limits.head_seconds), log_level="warning",
+        timeout_graceful_shutdown=int(GRACE.value),
+    )  # fmt: skip
     web = uvicorn.Server(config)
     host = f"[{HOST.value}]" if ":" in HOST.value else HOST.value
     print(f"serving {name} at http://{host}:{listening.getsockname()[1]} (Ctrl-C ends)", file=sys.stderr)

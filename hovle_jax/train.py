@@ -28,19 +28,13 @@ from ml_collections import config_flags
 
 from hovle_jax.config import InitConfig, RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.hosts import options as hosts
 from hovle_jax.system import command_line, config_help
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A stage's config file, with a preset: configs/distill.py:tiny"
 )
 WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder of all runs, one folder a stage; shared by all hosts")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", os.environ.get("HOVLE_COORDINATOR", ""), "HOST:PORT of host 0, where jax does not find the hosts"
-)
-HOSTS = flags.DEFINE_integer(
-    "hosts", os.environ.get("HOVLE_HOSTS", 0), "How many hosts there are; 1 = this one alone, whatever jax finds"
-)
-HOST = flags.DEFINE_integer("host", os.environ.get("HOVLE_HOST", -1), "The index of this host, from 0")
 FROM = flags.DEFINE_string(
     "from", "", "A finished model to start from: a folder; of what it has all that the stage holds"
 )
@@ -52,7 +46,6 @@ TRACK = flags.DEFINE_enum(
 SEEDS = flags.DEFINE_integer(
     "seeds", 0, "3: trains the chain with the seeds 0, 1, 2 into WORKDIR/seed_0, ..., and compares them", lower_bound=0
 )
-HOST_TIMEOUT = flags.DEFINE_float("host_timeout", 300, "Seconds in which all hosts must have started")
 
 
 ONE_HOST = "--seeds trains on one host; on several, start a run for each with --config.seed and compare them after"
@@ -147,12 +140,12 @@ def main() -> None:
     from hovle_jax.training import profiling
 
     check_installed(TRACK.value)
-    if SEEDS.value and HOSTS.value > 1:
+    if SEEDS.value and hosts.HOSTS.value > 1:
         raise UserError(ONE_HOST)
     profile = profiling.parse_steps(PROFILE.value)
     profiling.check_steps(profile, 0, config.last_step)
     command = {"config": config.to_dict(), "workdir": workdir}
-    distributed.start(COORDINATOR.value, HOSTS.value, HOST.value, HOST_TIMEOUT.value, command)
+    hosts.start(command)
     place = config_path.parent, pathlib.Path(workdir)
     with distributed.ending_together():
         if SEEDS.value:

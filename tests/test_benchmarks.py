@@ -5,18 +5,21 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hovle_jax.data.bad_samples import BadEvent, BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.mixture import open_mixture
 from hovle_jax.data.files.records import parse
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation import benchmarks, own_data, summary
+from hovle_jax.evaluation import asking, benchmarks, own_data, summary
 from hovle_jax.evaluation.asking import Shapes
-from hovle_jax.evaluation.benchmark import BATCHES_AT_ONCE, Benchmark, Item
+from hovle_jax.evaluation.benchmark import Benchmark, Item
 from hovle_jax.evaluation.own_data import evaluate_data, items_of, own_benchmark, predictions_path
+from hovle_jax.evaluation.remembering import remembered
 from hovle_jax.evaluation.results import sample, write_predictions
 from hovle_jax.evaluation.scorers import choice, exact, vqa
+from hovle_jax.inference.growing import GrowingEngine
 from hovle_jax.training.stages import STAGES
 from tests import broken, micro
 from tests.source_files import COUNT, ROWS, quiet, write_jsonl
@@ -72,6 +75,74 @@ def test_a_benchmark_is_one_row(run_folder, tmp_path, monkeypatch):
         "score": 0.0, "source": "", "row": "",
     }  # fmt: skip
     assert benchmarks.evaluate(run_folder, "own", limit=2).scores["questions"] == 2
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_an_engine_gives_the_answers_of_batches(run_folder, monkeypatch):
+    """Prompts of several lengths and tiles, one that the engine has to grow for, and one that no model reads."""
+    wide = Image.new("RGB", (96, 32), "red")
+    items = [
+        Item.of(wide, "is it " * 20, ""), Item.of(PICTURE, "what " * 600, ""), Item.of(PICTURE, "what is it?", ""),
+    ]  # fmt: skip
+    row = Benchmark(items=tuple, max_new_tokens=6, batch_size=2)
+    said, engines = {}, []
+    monkeypatch.setattr(
+        asking, "GrowingEngine", lambda *given: engines.append(GrowingEngine(*given, 64)) or engines[-1]
+    )
+    for way in (asking.Way(), asking.Way(slots=2, dtype="float32")):
+        loaded = way.load(run_folder, row.components).with_max_tiles(3)
+        answered = list(way.of(row).answered(loaded, items))
+        assert [isinstance(one, BadEvent) for one in answered] == [False, True, False]
+        said[way] = [one.detail if isinstance(one, BadEvent) else one.answer for one in answered]
+    batches, engine = said.values()
+    assert batches == engine and all(batches) and engines[0].engine.length == 128
+
+
+def test_what_an_engine_cannot_do_is_said(monkeypatch):
+    made = []
+    monkeypatch.setattr(asking, "through_engine", lambda *given: made.append(given) or says("x"))
+    row = own_benchmark(exact)
+    assert asking.Way(dtype="bfloat16").of(row) is row and not made
+    for way in (asking.Way(dtype="int8"), asking.Way(3, "int8"), asking.Way(4)):
+        assert way.of(row).ask is not row.ask
+    assert made == [(asking.INT8_SLOTS, True), (3, True), (4, False)]
+    with pytest.raises(UserError, match="no LLM answers this benchmark: leave --slots"):
+        benchmarks.evaluate("runs/contrast", "easy_vqa_zero_shot", way=asking.Way(4))
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
+    items, asked, said = list(own_items()), [], []
+    path, about = tmp_path / "predictions.jsonl", {"checkpoint": "a", "dtype": ""}
+
+    def asking(*_):
+        def answers(items):
+            for item in items:
+                asked.append(item.question)
+                if len(asked) == 3:
+                    raise KeyboardInterrupt
+                yield BadSample("cannot_be_asked", "why") if len(asked) == 1 else f"answer {len(asked)}"
+
+        return answers
+
+    def go_on(about, items=items):
+        with remembered(path, about, said.append) as memory:
+            row = own_benchmark(exact, ask=memory.of(asking))
+            return [one.detail if isinstance(one, BadEvent) else one.answer for one in row.answered(None, items)]
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(about)
+    with (tmp_path / "predictions.jsonl.answers").open("a") as file:
+        file.write('["and now?", "answ')  # was being written
+    with pytest.raises(UserError, match="'what is it[?]' where 'why[?]' is asked: delete it"):
+        go_on(about, [Item.of(PICTURE, "why?", "")])
+    assert go_on(about) == ["why", "answer 2", "answer 4", "answer 5"] and not list(tmp_path.iterdir())
+    assert said[-1] == f"{path}.answers has 2 answers: going on from there" and len(asked) == 5
+
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        go_on(about)
+    go_on(about | {"dtype": "int8"})
+    assert said[-1].endswith("another evaluation (dtype was '' and is 'int8'): starting again") and len(asked) == 7
 
 
 def test_every_stage_names_a_row_or_none():
@@ -141,7 +212,7 @@ def test_captions_references_and_options():
 
 def test_a_sample_shows_the_reference_that_was_given():
     item = Item((), (("what?", None),), ("red", "crimson"))
-    benchmark = Benchmark(items=tuple, ask=lambda *_: lambda items: ["Crimson."])
+    benchmark = Benchmark(items=tuple, ask=says("Crimson."))
     (answered,) = benchmark.answered(None, [item])
     assert answered.score == 1 and sample(answered).expected == "crimson" and sample(answered).right
 
@@ -155,7 +226,7 @@ class Echo:
 
 
 def says(text):
-    return lambda *_: lambda items: [text] * len(items)
+    return lambda *_: lambda items: (text for _ in items)
 
 
 @pytest.mark.parametrize("kind", [*ROWS, "meta"])
@@ -188,8 +259,8 @@ def test_a_large_source_is_read_as_it_is_asked():
             read.append(i)
             yield Item.of(PICTURE, "?", str(i))
 
-    answered = own_benchmark(exact, ask=says("7"), batch_size=4).answered(None, items())
-    assert next(answered).score == 0 and len(read) == 4 * BATCHES_AT_ONCE
+    answered = own_benchmark(exact, ask=says("7")).answered(None, items())
+    assert next(answered).score == 0 and len(read) == 1
     assert sum(one.score for one in answered) == 1 and len(read) == 100
 
 
@@ -296,7 +367,8 @@ def test_prompts_much_alike_share_a_shape():
 
 def test_bad_rows_and_answers_keep_their_order():
     event = BadEvent(-1, "rows", "rows.jsonl", "1", "missing_image", "")
-    ask = lambda *_: lambda items: [BadSample("cannot_be_asked", "why") if i == 1 else "x" for i in range(len(items))]
+    answers = ["x", BadSample("cannot_be_asked", "why"), "x"]
+    ask = lambda *_: lambda items: (answer for answer, _ in zip(answers, items))
     items = [Item((), (("?", None),), ("x",), where=("rows.jsonl", str(i))) for i in range(3)]
     found = list(Benchmark(items=tuple, ask=ask, scorer=vqa).answered(None, [items[0], event, *items[1:]]))
     assert [getattr(one, "score", None) for one in found] == [1, None, None, 1] and found[1] is event

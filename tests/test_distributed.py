@@ -344,6 +344,30 @@ def test_a_host_that_dies_ends_the_others(tmp_path, start_hosts):
     assert status != 0 and "stopped sending heartbeats" in job.err(0)
 
 
+def test_hosts_share_the_questions_of_a_file_and_another_number_goes_on(tmp_path):
+    rows, output = [{"prompt": f"question {i}"} for i in range(7)], tmp_path / "out.jsonl"
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--checkpoint", "none", "--input", str(tmp_path / "in.jsonl"), "--output"]
+    together = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", "2", "--host"]
+    output.write_text('{"prompt": "question 0", "answer": "before"}\n{"prompt": "ques')
+    jobs = []
+    for host_number in "01":  # only host 0 sees the output
+        path = output if host_number == "0" else tmp_path / "absent" / "out.jsonl"
+        command = [sys.executable, "-m", "tests.answering_host", *given, str(path), *together, host_number]
+        jobs.append(start_process(command, {}, tmp_path / host_number))
+    assert [job.wait(WITHIN) for job in jobs] == [0, 0], (tmp_path / "0.err").read_text()
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
+    assert [row["answer"] for row in found] == ["before", *("host 0", "host 1") * 3]
+    assert "1 of 7 answers: going on" in (tmp_path / "0.err").read_text() and not (tmp_path / "1.err").read_text()
+    whole = output.read_bytes()
+    output.write_bytes(whole[:-20])
+    alone = [sys.executable, "-m", "tests.answering_host", *given, str(output)]
+    assert start_process(alone, {}, tmp_path / "alone").wait(WITHIN) == 0
+    last = json.loads(output.read_text().splitlines()[-1])
+    assert last == rows[-1] | {"answer": "host 0"} and output.read_bytes().count(b"\n") == 7
+
+
 def test_the_command_names_the_host_that_did_not_start():
     command = [sys.executable, "-m", "hovle_jax.train", "--config", "configs/contrast.py", "--host_timeout=2"]
     command += ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", "3", "--host", "0"]

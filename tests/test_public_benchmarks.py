@@ -11,7 +11,7 @@ import pytest
 from hovle_jax.config import ModelConfig
 from hovle_jax.data.images import decode_image
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation import benchmarks, rules
+from hovle_jax.evaluation import asking, benchmarks, rules
 from hovle_jax.evaluation.asking import generated
 from hovle_jax.evaluation.benchmark import Item
 from hovle_jax.evaluation.public import prompts, run
@@ -301,8 +301,8 @@ def says(monkeypatch, run_folder):
 
     def put(answer):
         items = []
-        monkeypatch.setattr(run, "load_run", lambda *_: None)
-        ask = lambda *_: lambda batch: [items.append(item) or answer(item) for item in batch]
+        monkeypatch.setattr(asking, "load_run", lambda *_: None)
+        ask = lambda *_: lambda given: (items.append(item) or answer(item) for item in given)
         for name, row in PUBLIC.items():
             monkeypatch.setitem(benchmarks.BENCHMARKS, name, dataclasses.replace(row, ask=ask, batch_size=1))
         return items
@@ -346,7 +346,7 @@ def test_a_prompts_own_limit_of_tiles_is_kept(run_folder):
     for limit in (None, 3, 1):
         with pytest.raises(AttributeError):  # nothing answers: the prompts are made before
             ask = generated(SimpleNamespace(answerer=answerer), prompts.tiled(prompts.as_asked, limit), 4, 1)
-            ask([item])
+            list(ask([item]))
     assert len(seen[0].tiles) > len(seen[2].tiles) == 1 and len(seen[1].tiles) == 4  # with a thumbnail
 
 
@@ -461,13 +461,13 @@ def test_an_interrupted_evaluation_goes_on(says, run_folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate_tsv(run_folder, "gqa", path, out=tmp_path, say=quiet)
     answers = tmp_path / "predictions_GQA.jsonl"
-    assert len(lines(answers)) == 5  # what they are of, and the first four, which were asked together
+    assert len(lines(answers)) == 6  # what they are of, and the first five
     with answers.open("a") as file:
-        file.write('{"index": "4", "predi')
+        file.write('{"index": "5", "predi')
     items, told = says(lambda item: "red"), []
     found = evaluate_tsv(run_folder, "gqa", path, out=tmp_path, say=told.append)
-    assert [item.question for item in items] == [f"what is it, {i}?" for i in range(4, 9)]
-    assert told[0] == f"{answers} has 4 of 9 answers: going on from there"
+    assert [item.question for item in items] == [f"what is it, {i}?" for i in range(5, 9)]
+    assert told[0] == f"{answers} has 5 of 9 answers: going on from there"
     assert found.scores["questions"] == 9 and len(lines(answers)) == 10
 
 

@@ -224,6 +224,11 @@ BROKEN = {
     "no answer": (body(n=0), 400, "n=0: from 1 to 16"),
     "no token": (body(max_completion_tokens=0), 400, "max_completion_tokens=0: at least 1"),
     "no end": ('{"messages": [], "seed": Infinity}', 400, "seed=inf: a number"),
+    "an unknown field of an image": (
+        {"messages": said("a", "data:,", max_tiles=3)},
+        400,
+        "image_url.max_tiles is not supported: known are url, detail",
+    ),
     "many digits": ('{"messages": [], "temperature": 1' + "0" * 400 + "}", 400, "a number is needed"),
     "half a character": ('{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
     "a tool's call": (body([*said("a"), {"role": "assistant", "tool_calls": [{}]}]), 400, "tool_calls are not"),

@@ -1,12 +1,12 @@
 """What a benchmark is: a source, a prompt and a scorer; and how a model goes through one."""
 
+import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from hovle_jax.data.bad_samples import BadEvent, BadSample
-from hovle_jax.evaluation.asking import Ask, generated
+from hovle_jax.evaluation.asking import Asking, generated
 from hovle_jax.evaluation.intervals import MeanScore
 from hovle_jax.evaluation.scorers import Scorer, exact
 from hovle_jax.inference.generate import Prompt
@@ -83,7 +83,7 @@ class Benchmark:
     components: tuple[str, ...] = ("embedding", "llm")
     prompt: Callable[[Item], Prompt] = as_it_is
     scorer: Scorer = exact
-    ask: Callable[[Loaded, Callable[[Item], Prompt], int, int], Ask] = generated
+    ask: Asking = generated
     max_new_tokens: int = 64
     batch_size: int = 32
     metric: str = "accuracy"
@@ -98,12 +98,20 @@ class Benchmark:
             yield one if isinstance(one, BadEvent) else self._scored(*one)
 
     def asked(self, loaded: Loaded, items: Iterable[Item | BadEvent]) -> Iterator[tuple[Item, str] | BadEvent]:
-        """Each item with a model's answer, some batches at a time, so that of a large source little is in memory."""
-        ask = self.ask(loaded, self.prompt, self.max_new_tokens, self.batch_size)
-        for chunk in batched(items, BATCHES_AT_ONCE * self.batch_size):
-            answers = iter(ask([item for item in chunk if isinstance(item, Item)]))
-            for item in chunk:
-                yield _with_answer(item, next(answers)) if isinstance(item, Item) else item
+        """Each item with a model's answer, as answers come, so that of a large source little is in memory."""
+        read = collections.deque()  # and not passed on
+
+        def sound():
+            for item in items:
+                read.append(item)
+                if isinstance(item, Item):
+                    yield item
+
+        for answer in self.ask(loaded, self.prompt, self.max_new_tokens, self.batch_size)(sound()):
+            while isinstance(read[0], BadEvent):
+                yield read.popleft()
+            yield _with_answer(read.popleft(), answer)
+        yield from read
 
     def _scored(self, item, answer):
         return Answered(item, answer, self.scorer(answer, item.references, item.options))
@@ -140,13 +148,3 @@ def _with_answer(item, answer):
         file, row = item.where
         return BadEvent(-1, "", file, row, answer.reason, answer.detail)
     return item, answer
-
-
-BATCHES_AT_ONCE = 4
-
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of so many of them; the last may be shorter (itertools.batched is new in Python 3.12)."""
-    items = iter(items)
-    while part := list(itertools.islice(items, size)):
-        yield part

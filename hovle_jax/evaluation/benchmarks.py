@@ -1,5 +1,6 @@
 """THE table of benchmarks. Another one is a file beside this one and a row here."""
 
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable
@@ -7,11 +8,12 @@ from collections.abc import Callable
 from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import easy_vqa
+from hovle_jax.evaluation.asking import Way
 from hovle_jax.evaluation.benchmark import Benchmark
 from hovle_jax.evaluation.public.table import PUBLIC, Public
+from hovle_jax.evaluation.remembering import Memory
 from hovle_jax.evaluation.results import Scored
 from hovle_jax.inference.folders import check_model_folder
-from hovle_jax.inference.load import load_run
 from hovle_jax.system.progress import track
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -37,28 +39,43 @@ def find_public(name: str) -> Public:
     return row
 
 
+def find_built_in(name: str) -> Benchmark:
+    """A row that has its own questions. Raises UserError where there is none of this name."""
+    row = find(name)
+    if isinstance(row, Public):
+        raise UserError(f"{name} has its questions in a TSV of VLMEvalKit: name it with --tsv FILE.tsv")
+    return row
+
+
 def evaluate(
     folder: str | pathlib.Path,
     name: str,
     limit: int = 0,
     max_tiles: int | None = None,
     say: Callable[[str], None] | None = None,
+    way: Way = Way(),
+    memory: Memory | None = None,
 ) -> Scored:
     """Scores a finished run, on the first `limit` items of the benchmark (0: all).
 
     Args:
       max_tiles: of the grid of an image; None = as the model was trained.
       say: takes a line of progress now and then.
+      way: how it is loaded and asked.
+      memory: what answers are taken from and written to as they come.
     Raises:
       UserError: an unknown benchmark, a run without the needed components, or an item that cannot be asked.
     """
-    benchmark = find(name)
-    if isinstance(benchmark, Public):
-        raise UserError(f"{name} has its questions in a TSV of VLMEvalKit: name it with --tsv FILE.tsv")
+    benchmark = way.of(find_built_in(name))
     check_model_folder(folder)
-    loaded = load_run(folder, benchmark.components).with_max_tiles(max_tiles)
+    loaded = way.load(folder, benchmark.components).with_max_tiles(max_tiles)
     items = list(itertools.islice(benchmark.items(), limit or None))
-    answered = benchmark.answered(loaded, track(items, say, name, benchmark.unit, len(items)) if say else items)
+    before = 0
+    if memory:
+        benchmark, before = dataclasses.replace(benchmark, ask=memory.of(benchmark.ask)), len(memory.known)
+    answered = benchmark.answered(loaded, items)
+    if say:
+        answered = track(answered, say, name, benchmark.unit, len(items), before=before)
     return Scored(benchmark, tuple(map(_of_a_sound_item, answered)))
 
 

@@ -12,7 +12,7 @@ from hovle_jax.corpora import easy_vqa
 from hovle_jax.data.images import single_tile
 from hovle_jax.data.kinds.captions import caption_tokens
 from hovle_jax.data.text.conversation import CAPTION_REQUEST
-from hovle_jax.evaluation.asking import Ask
+from hovle_jax.evaluation.asking import Ask, batched
 from hovle_jax.evaluation.benchmark import Benchmark, Item
 from hovle_jax.inference.load import Loaded
 
@@ -72,11 +72,7 @@ def classified(loaded: Loaded, prompt: Callable, max_new_tokens: int, batch_size
         vectors = _image_vectors(loaded.params["clip"], padded, clip=clip)
         return np.asarray(jnp.argmax(vectors[: len(tiles)] @ classes.T, axis=1))
 
-    def ask(items):
-        parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-        return [easy_vqa.CAPTIONS[index] for part in parts for index in best(part)]
-
-    return ask
+    return lambda items: (easy_vqa.CAPTIONS[i] for part in batched(items, batch_size) for i in best(part))
 
 
 QUESTIONS = Benchmark(items=questions, max_new_tokens=8, batch_size=256, source=SOURCE)

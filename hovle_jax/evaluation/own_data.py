@@ -16,11 +16,13 @@ from hovle_jax.data.text.chat_template import IMAGE_MARK
 from hovle_jax.data.text.conversation import CAPTION_REQUEST
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import scorers
+from hovle_jax.evaluation.asking import Way
 from hovle_jax.evaluation.benchmark import Answered, Benchmark, Item
+from hovle_jax.evaluation.remembering import remembered
 from hovle_jax.evaluation.results import Scored, line, lines_into
 from hovle_jax.evaluation.scorers import Scorer, exact
 from hovle_jax.inference.folders import check_model_folder
-from hovle_jax.inference.load import Loaded, load_run
+from hovle_jax.inference.load import Loaded
 from hovle_jax.system.progress import track
 
 SPLIT = "test"  # of folders that have several, unless one is named
@@ -115,6 +117,7 @@ def evaluate_data(
     max_tiles: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     say: Say = print,
+    way: Way = Way(),
 ) -> tuple[Scored, pathlib.Path]:
     """Scores a model on the rows of a source -> (what came of it, the predictions file).
 
@@ -123,16 +126,19 @@ def evaluate_data(
       scorer: a key of SCORERS.
       out: the folder of predictions.jsonl; empty = the model's, with the data's name in that of the file.
       limit, max_tiles, say: see `ask_rows`.
+      way: how the model is loaded and asked.
     Raises:
       UserError: an unknown scorer, no such source or model, or no row that can be asked.
     """
-    benchmark = own_benchmark(scorers.find(scorer), metric="score", max_new_tokens=max_new_tokens)
+    benchmark = way.of(own_benchmark(scorers.find(scorer), metric="score", max_new_tokens=max_new_tokens))
     entries = open_mixture(source_path(data, SPLIT, say), SPLIT)
     check_model_folder(folder)
     path = predictions_path(folder, data, out)
-    loaded = load_run(folder)
+    about = {"data": data, "max_tiles": max_tiles, "max_new_tokens": max_new_tokens}
+    loaded = way.load(folder)
     answered, bad = [], []
-    with lines_into(path) as write:
+    with remembered(path, way.about(folder) | about, say) as memory, lines_into(path) as write:
+        benchmark = dataclasses.replace(benchmark, ask=memory.of(benchmark.ask))
         for one in ask_rows(loaded, entries, benchmark, limit, max_tiles, say):
             if isinstance(one, BadEvent):
                 bad.append(one)

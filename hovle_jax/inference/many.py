@@ -6,16 +6,17 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import AnsweringModel, opened, request_of
 from hovle_jax.inference.beam import Beam, answers
-from hovle_jax.inference.engine import Engine, Stream
+from hovle_jax.inference.engine import Stream
 from hovle_jax.inference.generate import Answerer, Prompt
-from hovle_jax.system.progress import track
+from hovle_jax.system.json_lines import whole_lines
 
 T = TypeVar("T")
+A = TypeVar("A")
 PROMPTS = ("prompt", "question")  # the key that a question may have
 
 
@@ -61,12 +62,7 @@ def rows_done(output: pathlib.Path, questions: Sequence[Question]) -> int:
     Raises:
       UserError: its rows are not those of the questions.
     """
-    if not output.exists():
-        return 0
-    whole, _, rest = output.read_bytes().rpartition(b"\n")
-    if rest:
-        output.write_bytes(whole + b"\n" if whole else b"")
-    done = [json.loads(line) for line in whole.splitlines() if line.strip()]
+    done = [json.loads(line) for line in whole_lines(output) if line.strip()]
     for number, (row, question) in enumerate(zip(done, questions), 1):
         if {**row, "answer": None} != {**question.row, "answer": None}:
             raise UserError(f"{output}:{number} answers another question than --input: give another --output")
@@ -75,38 +71,38 @@ def rows_done(output: pathlib.Path, questions: Sequence[Question]) -> int:
     return len(done)
 
 
-def answer_rows(
-    model: AnsweringModel,
-    questions: Sequence[Question],
-    system: str,
-    options: dict,
-    say: Callable[[str], None],
-) -> Iterator[dict]:
-    """Each question's row with its "answer", in order. `say` is called with lines of progress."""
+def answer_rows(model: AnsweringModel, questions: Sequence[Question], system: str, options: dict) -> Iterator[dict]:
+    """Each question's row with its "answer", in order. `options`: see `answering.request_of`."""
     request = request_of(**options)
 
     def submit(question):
         return model.engine.submit(Prompt(((question.prompt, None),), opened(question.images), system), request)
 
-    answered = (q.row | {"answer": text} for q, text in in_order(model.engine, questions, submit))
-    return track(answered, say, "answers", "questions", len(questions))
+    return (q.row | {"answer": text} for q, text in in_order(model.engine, questions, submit))
 
 
 def beam_rows(
-    answerer: Answerer, questions: Sequence[Question], system: str, beam: Beam, max_new_tokens: int, say: Callable
+    answerer: Answerer, questions: Sequence[Question], system: str, beam: Beam, max_new_tokens: int
 ) -> Iterator[dict]:
     """The same by beam search."""
     prompts = (Prompt(((q.prompt, None),), opened(q.images), system) for q in questions)
     texts = answers(answerer, prompts, beam, max_new_tokens)
-    answered = (q.row | {"answer": text} for q, text in zip(questions, texts))
-    return track(answered, say, "answers", "questions", len(questions))
+    return (q.row | {"answer": text} for q, text in zip(questions, texts))
 
 
-def in_order(engine: Engine, items: Iterable[T], submit: Callable[[T], Stream | None]) -> Iterator[tuple[T, str]]:
+class Steps(Protocol):
+    """What `in_order` needs of an engine."""
+
+    num_slots: int
+
+    def step(self) -> bool: ...
+
+
+def in_order(engine: Steps, items: Iterable[T], submit: Callable[[T], Stream | A]) -> Iterator[tuple[T, str | A]]:
     """(item, its answer), in order.
 
     Args:
-      submit: queues an item in the engine; None = it cannot be asked, and its answer is empty.
+      submit: queues an item in the engine; what else it gives takes the answer's place, of an item that is not asked.
     """
     rest, waiting = iter(items), collections.deque()
     while True:
@@ -114,7 +110,7 @@ def in_order(engine: Engine, items: Iterable[T], submit: Callable[[T], Stream | 
         waiting += [(item, submit(item)) for item in itertools.islice(rest, 2 * engine.num_slots - len(waiting))]
         if not waiting:
             return
-        item, stream = waiting.popleft()
-        while stream and not stream.finish:
+        item, asked = waiting.popleft()
+        while isinstance(asked, Stream) and not asked.finish:
             engine.step()
-        yield item, stream.text if stream else ""
+        yield item, asked.text if isinstance(asked, Stream) else asked

@@ -34,6 +34,7 @@ class Limits:
     """Of one request, and of all.
 
     Attributes:
+      head_seconds: in which its head must have come.
       body_bytes: of the request's JSON, images included.
       body_seconds: in which it must have come.
       pixels: of one image.
@@ -49,6 +50,7 @@ class Limits:
       preparing: requests that are in these threads or wait for one.
     """
 
+    head_seconds: float = 30.0
     body_bytes: int = 32 * 2**20
     body_seconds: float = 60.0
     pixels: int = 50_000_000

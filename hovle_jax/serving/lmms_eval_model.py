@@ -103,7 +103,7 @@ class Answers:
                 return self._submit(request)
             except UserError as error:
                 failed.append(f"{request.args[4]} row {request.args[3]}: {error}")
-                return None
+                return ""
 
         answered = in_order(self._model.engine, requests, submit)
         texts = [text for _, text in track(answered, _say, "answers", "questions", len(requests))]

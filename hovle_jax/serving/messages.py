@@ -7,6 +7,8 @@ from hovle_jax.data.text.conversation import IMAGE_MARK
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.serving.limits import Limits, Refused
 
+OF_AN_IMAGE = ("url", "detail", "max_dynamic_patch")  # the last is not OpenAI's
+
 
 def number(body: dict, name: str, kind: type, least: float | None = None, most: float | None = None) -> Any:
     """A field as a number of a kind, or None without it. Raises Refused: no number, or beyond its bounds."""
@@ -108,6 +110,9 @@ def _image(image, default):
     image = {"url": image} if isinstance(image, str) else image
     if not isinstance(image, dict) or not isinstance(image.get("url"), str):
         raise Refused(400, "image_url: a url is needed")
+    for name in [name for name in image if name not in OF_AN_IMAGE]:
+        known = ", ".join(OF_AN_IMAGE)
+        raise Refused(400, f"image_url.{name} is not supported: known are {known}", "messages", "unknown_parameter")
     return image["url"], _tiles(image) or default
 
 

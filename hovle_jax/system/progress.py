@@ -19,6 +19,7 @@ def track(
     total: int,
     size: Callable[[T], int] = lambda item: 1,
     clock: Callable[[], float] = time.monotonic,
+    before: int = 0,
 ) -> Iterator[T]:
     """Passes items on, and reports progress every few seconds.
 
@@ -27,6 +28,7 @@ def track(
       total: the sum of the sizes of all items.
       size: of an item, in units.
       clock: returns seconds from any origin.
+      before: of the first so many units is known that they take no time.
     """
     done, start = 0, clock()
     last = start
@@ -36,7 +38,7 @@ def track(
         now = clock()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            left = format_duration((now - start) / done * (total - done))
+            left = format_duration((now - start) / max(1, done - before) * (total - done))
             say(f"{name}: {done:,} of {total:,} {unit} {done / total:>4.0%}  {left} left")
 
 

@@ -1,6 +1,5 @@
 """A file that answers are added to as they come, so that an interrupted evaluation goes on where it was."""
 
-import datetime
 import hashlib
 import json
 import pathlib
@@ -9,6 +8,7 @@ from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation.public.tsv import Row, Table
+from hovle_jax.system.json_lines import whole_lines
 
 
 class AnswerFile:
@@ -26,7 +26,7 @@ class AnswerFile:
         self.answers: dict[str, str] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = _whole_lines(path)
+            lines = whole_lines(path)
             if lines:
                 self._take(lines, about)
             self._file = path.open("a", encoding="utf-8")
@@ -61,6 +61,7 @@ class AnswerFile:
             raise UserError(f"{self.path} is no file of answers to a TSV: name another folder with --out") from None
         differs = [f"{name}={before.get(name)!r}, not {value!r}" for name, value in about.items()
                    if before.get(name) != value]  # fmt: skip
+        differs += [f"{name}={value!r}" for name, value in before.items() if name not in about]
         if differs:
             raise UserError(
                 f"{self.path} has answers of another evaluation ({'; '.join(differs)}): delete it, or name another "
@@ -72,25 +73,9 @@ class AnswerFile:
         self._file.flush()
 
 
-def _whole_lines(path):
-    """The lines of a file; one that was not written to its end is cut off."""
-    if not path.exists():
-        return []
-    whole, _, rest = path.read_bytes().rpartition(b"\n")
-    if rest:
-        path.write_bytes(whole + b"\n" if whole else b"")
-    return whole.decode("utf-8", "replace").splitlines() if whole else []
-
-
 def fingerprint(table: Table) -> str:
     """Changes with any cell but the images."""
     digest = hashlib.sha256()
     for row in table.rows:
         digest.update(json.dumps([dict(row.cells), row.place >= 0]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
-
-
-def written(folder: pathlib.Path) -> str:
-    """When the newest file of a model was written: another time after more training."""
-    newest = max(path.stat().st_mtime for path in (folder / "model").rglob("*"))
-    return datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).isoformat()

@@ -9,15 +9,15 @@ from hovle_jax.checkpoints import load_model_config
 from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import rules
+from hovle_jax.evaluation.asking import Way, written
 from hovle_jax.evaluation.benchmarks import find_public
-from hovle_jax.evaluation.public.answers import AnswerFile, fingerprint, written
+from hovle_jax.evaluation.public.answers import AnswerFile, fingerprint
 from hovle_jax.evaluation.public.prompts import tiled
 from hovle_jax.evaluation.public.questions import Asked, choose
 from hovle_jax.evaluation.public.submissions import has_excel, write_json, write_rows
 from hovle_jax.evaluation.public.table import ROWS
 from hovle_jax.evaluation.public.tsv import read_table
 from hovle_jax.inference.folders import check_model_folder
-from hovle_jax.inference.load import load_run
 from hovle_jax.system.progress import track
 
 Say = Callable[[str], None]
@@ -77,6 +77,7 @@ def evaluate_tsv(
     max_tiles: int | None = None,
     max_new_tokens: int = 0,
     say: Say = print,
+    way: Way = Way(),
 ) -> OnTable:
     """Scores a model on a TSV of VLMEvalKit. Answers that an interrupted evaluation left are not asked again.
 
@@ -87,23 +88,24 @@ def evaluate_tsv(
       max_tiles: of an image; None = the benchmark's, for a model that learned on several tiles.
       max_new_tokens: the longest answer; 0 = the benchmark's.
       say: takes a line of progress now and then.
+      way: how the model is loaded and asked.
     Raises:
       UserError: no such benchmark, file or model, or a row that cannot be asked or scored.
     """
     tsv, folder = pathlib.Path(tsv), pathlib.Path(folder)
     asked = choose(find_public(name), read_table(tsv), rule_set, split, limit)
     check_model_folder(folder)
-    settings = _settings(folder, asked, max_tiles, max_new_tokens)
+    settings = _settings(folder, asked, max_tiles, max_new_tokens, way)
     target = pathlib.Path(out or folder)
     with AnswerFile(target / f"predictions_{tsv.stem}.jsonl", settings) as answers:
-        _ask(folder, asked, settings, answers, say)
+        _ask(folder, asked, settings, answers, say, way)
     said = answers.answers
     score = _score(asked, said)
     found = OnTable(asked, score, settings, _write(target, folder, asked, said, say))
     return dataclasses.replace(found, files={**found.files, **_write_score(target, found)})
 
 
-def _settings(folder, asked, max_tiles, max_new_tokens):
+def _settings(folder, asked, max_tiles, max_new_tokens, way):
     benchmark = asked.benchmark
     own = benchmark.max_tiles if load_model_config(folder).max_tiles > 1 else 1
     return {
@@ -114,10 +116,10 @@ def _settings(folder, asked, max_tiles, max_new_tokens):
         "benchmark": benchmark.title,
         "max_tiles": max_tiles or own,
         "max_new_tokens": max_new_tokens or benchmark.max_new_tokens,
-    }
+    } | ({"dtype": way.dtype} if way.dtype else {})
 
 
-def _ask(folder, asked, settings, answers, say):
+def _ask(folder, asked, settings, answers, say, way):
     """Adds the answers that are missing. A model is loaded only where there are any."""
     rows, name = answers.missing(asked.rows), asked.benchmark.title
     if len(rows) < len(asked.rows):
@@ -128,8 +130,8 @@ def _ask(folder, asked, settings, answers, say):
     benchmark = dataclasses.replace(
         asked.benchmark, prompt=tiled(words, settings["max_tiles"], asked.benchmark.enlarged), max_new_tokens=tokens
     )
-    loaded = load_run(folder, benchmark.components)
-    given = benchmark.asked(loaded, asked.items(rows))
+    loaded = way.load(folder, benchmark.components)
+    given = way.of(benchmark).asked(loaded, asked.items(rows))
     for row, one in zip(rows, track(given, say, name, benchmark.unit, len(rows)), strict=True):
         if isinstance(one, BadEvent):
             raise row.error("question", f"it cannot be asked: {one.detail or one.reason}")
