@@ -82,7 +82,8 @@ def on_prompts(prompts: list[str]) -> None:
     images = [load_image(path) for path in IMAGE.value]
     for prompt in prompts:
         with_image_marks([(prompt, None)], len(images))
-    for said in beam_answers(prompts, images) if BEAMS.value else plain_answers(prompts, images):
+    beams = BEAMS.value
+    for said in beam_answers(prompts, images, beams) if beams else plain_answers(prompts, images):
         print(said)
 
 
@@ -91,13 +92,13 @@ def plain_answers(prompts: list[str], images: list) -> list[str]:
     return load().answer(prompts, images, options.SYSTEM.value, **options.request())
 
 
-def beam_answers(prompts: list[str], images: list) -> Iterator[str]:
+def beam_answers(prompts: list[str], images: list, beams: int) -> Iterator[str]:
     """One after another."""
     from hovle_jax.inference.beam import Beam, answers
     from hovle_jax.inference.generate import Prompt
 
     asked = [Prompt(((text, None),), tuple(images), options.SYSTEM.value) for text in prompts]
-    return answers(load_for_beams(), asked, Beam(BEAMS.value), options.MAX_NEW_TOKENS.value)
+    return answers(load_for_beams(), asked, Beam(beams), options.MAX_NEW_TOKENS.value)
 
 
 def on_file() -> None:

@@ -15,8 +15,8 @@ def product(x: jax.Array, kernel: jax.Array, result: Any) -> jax.Array:
 
 
 def _dot(left, right, result):
-    batch = tuple(range(left.ndim - 2))
-    return jax.lax.dot_general(left, right, (((left.ndim - 1,),) * 2, (batch, batch)), preferred_element_type=result)
+    batch, last = tuple(range(left.ndim - 2)), (left.ndim - 1,)
+    return jax.lax.dot_general(left, right, ((last, last), (batch, batch)), preferred_element_type=result)
 
 
 def _few_on_a_cpu(x, kernel, result):
