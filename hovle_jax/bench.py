@@ -67,7 +67,7 @@ def main() -> None:
             showing.write(out, showing.result(subject, name, found))
     except KeyboardInterrupt:
         if not found:
-            raise
+            raise UserError("interrupted before anything was measured") from None
         say("interrupted; what was measured until now:")
     if not found:
         raise UserError("not even the first case finds room: try --dtype int8")

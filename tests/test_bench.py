@@ -178,26 +178,19 @@ def test_clients_ask_again_as_soon_as_they_are_answered():
     assert all((reading.tokens[9:] != 319).all() and (reading.tokens[:9] == 319).all() for reading in readings)
 
 
-def test_random_weights_are_in_the_type_that_is_asked_for():
-    params = subject.random(micro.run_config("pretrain").model_config.only(("llm",)), "int8").params
-    assert params["head"].kernel.dtype == "int8" and params["layers"]["llm"][1].ffn_norm.dtype == "float32"
-    assert (params["layers"]["llm"][1].ffn_norm == 1).all()
-
-
 def test_bytes_are_those_that_the_engine_holds():
-    """HD: the caches of its stacks differ in length, and both count."""
-    about = subject.random(micro.run_config("instruct", "post").model_config, "float32")
+    """HD in int8: the caches of its stacks differ in length, and both count."""
+    about = subject.random(micro.run_config("instruct", "post").model_config, "int8")
+    layers, head = about.params["layers"], about.params["head"]
+    assert head.kernel.dtype == "int8" and layers["llm"][1].ffn_norm.dtype == "float32"
+    assert (layers["llm"][1].ffn_norm == 1).all()
+    assert traffic.weight_bytes(about.params) == sum(leaf.nbytes for leaf in jax.tree.leaves((layers, head)))
     _, case = plan(about.hovle.config, Protocol((2,), text_tokens=300, new_tokens=100))
-    short, long = (
-        300 + 4,
-        300 + 16,
-    )  # capacities: 404 + 256 and 416 + 256; 512 are looked at only if that is less than 3/4
+    short, long = 300 + 4, 300 + 16  # of caches for 404 + 256 and 416 + 256 tokens, too few for 512 to be a part
     a_token = 2 * 2 * (2 * 2 * 8 * 4)  # slots, layers; key and value, heads, numbers of float32
     engine = about.engine(case)
     assert traffic.cache_bytes(engine, short, long, [50]) == a_token * (660 + 672)
     assert traffic.cache_bytes(engine, 100, 110, [5, 40]) == a_token * (128 + 256) / 2 + a_token * (128 + 256) / 2
-    stack, head = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32, 32 * 320
-    assert traffic.weight_bytes(about.params) == 4 * (4 * stack + head)
 
 
 def test_the_command_on_a_finished_run(tmp_path):
@@ -218,6 +211,8 @@ def test_the_command_on_a_finished_run(tmp_path):
     for name in ("first_token_seconds", "between_tokens_seconds"):
         assert 0 < case[name]["p50"] <= case[name]["p90"] <= case[name]["p99"] < case["seconds"]
     assert case["tokens_per_second"] == pytest.approx(case["tokens"] / case["seconds"])
+    stack, head = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32, 32 * 320
+    assert case["weight_bytes"] == 4 * (4 * stack + head)
     read = (case["weight_bytes"] + case["cache_bytes"]) / case["decoding_seconds"]
     assert case["share_of_bandwidth"] == pytest.approx(read / case["read_bandwidth"])
     assert Image.open(tmp_path / "out" / "bench.png").size[0] > 600
