@@ -11,9 +11,8 @@ import json
 import statistics
 import time
 
-import jax
-
 from hovle_jax.conversion.downloads import resolve
+from hovle_jax.inference.bench.traffic import weight_bytes
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.inference.load import load_run
@@ -58,7 +57,7 @@ def main():
         for _ in range(args.rounds)
     ]
     rates = {n: statistics.median(each[n] for each in rounds) for n in engines}
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves((params["layers"], params["head"])))
+    weights = weight_bytes(params)
     read = read_bandwidth()
     print(
         json.dumps(

@@ -84,10 +84,9 @@ def random_params(hovle, int8: bool) -> dict:
 
 def our_answers(side):
     """Endless answers; each gives (seconds to the first token, seconds of the others)."""
-    import jax
-
     from hovle_jax.data.batch import Sample
     from hovle_jax.data.processor import Processor
+    from hovle_jax.inference.bench.traffic import weight_bytes
     from hovle_jax.inference.engine import Engine, Request, Stream
     from hovle_jax.inference.generate import Answerer
     from hovle_jax.inference.texts import TextSoFar
@@ -100,7 +99,7 @@ def our_answers(side):
     params = random_params(hovle, side == "int8")
     answerer = Answerer(hovle, {}, Processor(_Ids(), tokens_per_tile=hovle.config.embedding.tokens_per_tile))
     engine = Engine(answerer, slots=1, length=1024, params=params)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves((params["layers"], params["head"])))
+    weights = weight_bytes(params)
     yield {"weights": weights}
     for number in range(10**6):
         rng = np.random.default_rng(number)

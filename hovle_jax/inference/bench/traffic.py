@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from hovle_jax.inference.engine import AHEAD, Engine
+from hovle_jax.inference.weights import Int8Head
 
 COUNTED = "the weights of all layers and of the head, and the part of the caches that the step looks at, on one device"
 LEFT_OUT = (
@@ -15,8 +16,9 @@ LEFT_OUT = (
 
 
 def weight_bytes(params: dict) -> int:
-    """Of all layers and the head."""
-    return _bytes((params["layers"], params["head"]))
+    """Of all layers and the head; second halves of a head in int8 are read of a few rows, and left out."""
+    head = params["head"]
+    return _bytes((params["layers"], head.coarse if isinstance(head, Int8Head) else head))
 
 
 def cache_bytes(engine: Engine, prompt: int, long_prompt: int, answered: Iterable[int]) -> float:
