@@ -102,6 +102,8 @@ def test_the_most_that_fits_is_named():
         dataclasses.replace(budget, caches=lambda slots, length: 10**7).slots(1, 10)
     with pytest.raises(UserError, match="0.00 GB while they are read: 0.27 GB of memory are free"):
         dataclasses.replace(budget, weights=Weights(1, 1_000_001)).slots(1, 10)
+    with pytest.raises(UserError, match=r"GB are a second copy \(serve --noattention\)$"):
+        dataclasses.replace(budget, weights=Weights(100_000, 900_000, 50_000)).slots(10, 100)
     assert Budget(None, taken).slots(None, 10**9) == 8
 
 
