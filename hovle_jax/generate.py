@@ -40,6 +40,11 @@ BEAMS = flags.DEFINE_integer(
 OUTPUT = flags.DEFINE_string("output", "", "The .jsonl file that the answers to --input are written to")
 
 
+def beams() -> int:
+    """--beams; 0 = no search."""
+    return BEAMS.value or 0
+
+
 def check_beams() -> None:
     """Raises UserError for flags that a beam search would drop."""
     given = [name for name in options.OF_ENGINE if flags.FLAGS[name].present]
@@ -87,7 +92,7 @@ def beam_answers(prompts: list[str], images: list) -> Iterator[str]:
     from hovle_jax.inference.generate import Prompt
 
     asked = [Prompt(((text, None),), tuple(images), options.SYSTEM.value) for text in prompts]
-    return answers(load_for_beams(), asked, Beam(BEAMS.value), options.MAX_NEW_TOKENS.value)
+    return answers(load_for_beams(), asked, Beam(beams()), options.MAX_NEW_TOKENS.value)
 
 
 def on_file() -> None:
@@ -119,7 +124,7 @@ def rows(questions: list, say: Callable[[str], None]) -> Iterator[dict]:
     if not BEAMS.value:
         return answer_rows(load(), questions, options.SYSTEM.value, options.request(), say)
     most = options.MAX_NEW_TOKENS.value
-    return beam_rows(load_for_beams(), questions, options.SYSTEM.value, Beam(BEAMS.value), most, say)
+    return beam_rows(load_for_beams(), questions, options.SYSTEM.value, Beam(beams()), most, say)
 
 
 def main() -> None:

@@ -72,10 +72,9 @@ class AnsweringModel:
           cache: see `Engine`.
         """
         self.loaded = loaded if keep else dataclasses.replace(loaded, params={})
-        params = fused(loaded.params, loaded.models.hovle, int8, consume=not keep)
-        self.engine = Engine(
-            self.loaded.answerer, slots, longest(loaded.config.llm, length), params=params, cache=cache
-        )
+        hovle = loaded.models.hovle
+        params, tokens = fused(loaded.params, hovle, int8, consume=not keep), longest(hovle.config.llm, length)
+        self.engine = Engine(self.loaded.answerer, slots, tokens, params=params, cache=cache)
 
     @classmethod
     def of_folder(

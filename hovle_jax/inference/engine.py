@@ -171,10 +171,9 @@ class Engine:
         self._length, self._chunks = length, tuple(chunks)
         self._tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         self.params = programs.fused(answerer.params, self._hovle) if params is None else params
-        sizes = dict(tiles=tiles, chunk=chunks[-1], cache=cache)
-        taken = lambda slots, length: slots_bytes(self._hovle, slots, length, **sizes)
+        taken = lambda slots, length: slots_bytes(self._hovle, slots, length, tiles, chunks[-1], cache)
         self.num_slots = Budget(free_on(jax.local_devices()), taken).slots(slots, length)
-        self._empty = lambda: empty_slots(self._hovle, self.num_slots, length, **sizes)
+        self._empty = lambda: empty_slots(self._hovle, self.num_slots, length, tiles, chunks[-1], cache)
         self.reset()
 
     def reset(self) -> None:

@@ -52,7 +52,8 @@ def free_on(devices: Iterable[Any]) -> int | None:
       None where it is not known.
     """
     found = [_free(device) for device in devices]
-    return min(found, default=None) if None not in found else None
+    known = [free for free in found if free is not None]
+    return min(known) if known and len(known) == len(found) else None
 
 
 def _free(device):
