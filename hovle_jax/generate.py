@@ -50,6 +50,11 @@ BEAMS = flags.DEFINE_integer(
 OUTPUT = flags.DEFINE_string("output", "", "The .jsonl file that the answers to --input are written to")
 
 
+def beams() -> int:
+    """--beams; 0 = no search."""
+    return BEAMS.value or 0
+
+
 def check_beams() -> None:
     """Raises UserError for flags that a beam search would drop."""
     given = [name for name in options.OF_ENGINE if flags.FLAGS[name].present]
@@ -82,8 +87,7 @@ def on_prompts(prompts: list[str]) -> None:
     images = [load_image(path) for path in IMAGE.value]
     for prompt in prompts:
         with_image_marks([(prompt, None)], len(images))
-    beams = BEAMS.value
-    for said in beam_answers(prompts, images, beams) if beams else plain_answers(prompts, images):
+    for said in beam_answers(prompts, images) if BEAMS.value else plain_answers(prompts, images):
         print(said)
 
 
@@ -92,13 +96,13 @@ def plain_answers(prompts: list[str], images: list) -> list[str]:
     return load().answer(prompts, images, options.SYSTEM.value, **options.request())
 
 
-def beam_answers(prompts: list[str], images: list, beams: int) -> Iterator[str]:
+def beam_answers(prompts: list[str], images: list) -> Iterator[str]:
     """One after another."""
     from hovle_jax.inference.beam import Beam, answers
     from hovle_jax.inference.generate import Prompt
 
     asked = [Prompt(((text, None),), tuple(images), options.SYSTEM.value) for text in prompts]
-    return answers(load_for_beams(), asked, Beam(beams), options.MAX_NEW_TOKENS.value)
+    return answers(load_for_beams(), asked, Beam(beams()), options.MAX_NEW_TOKENS.value)
 
 
 def on_file() -> None:
@@ -150,7 +154,7 @@ def answers_to_rows() -> "Callable[[Sequence[Question]], Iterator[dict]]":
     if not BEAMS.value:
         model = load()
         return lambda questions: answer_rows(model, questions, system, options.request())
-    answerer, beam, most = load_for_beams(), Beam(BEAMS.value), options.MAX_NEW_TOKENS.value
+    answerer, beam, most = load_for_beams(), Beam(beams()), options.MAX_NEW_TOKENS.value
     return lambda questions: beam_rows(answerer, questions, system, beam, most)
 
 

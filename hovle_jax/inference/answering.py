@@ -73,8 +73,8 @@ class AnsweringModel:
         """
         self.loaded = loaded if keep else dataclasses.replace(loaded, params={})
         hovle = loaded.models.hovle
-        params = fused(loaded.params, hovle, int8, consume=not keep)
-        self.engine = Engine(self.loaded.answerer, slots, longest(hovle.config.llm, length), params=params, cache=cache)
+        params, tokens = fused(loaded.params, hovle, int8, consume=not keep), longest(hovle.config.llm, length)
+        self.engine = Engine(self.loaded.answerer, slots, tokens, params=params, cache=cache)
 
     @classmethod
     def of_folder(

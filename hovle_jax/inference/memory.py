@@ -30,10 +30,21 @@ def gigabytes(count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Bytes that weights take: while there are answers, and at most before, while they are read and fused."""
+    """Bytes that weights take.
+
+    Attributes:
+      kept: while there are answers.
+      reading: at most before, while they are read and fused.
+      second: of the weights as they were trained, which are among those kept where attention maps need them.
+    """
 
     kept: int = 0
     reading: int = 0
+    second: int = 0
+
+    def without_second(self) -> str:
+        """What to do about the second copy, in words; nothing where there is none."""
+        return f"; {gigabytes(self.second)} are a second copy (serve --noattention)" if self.second else ""
 
     @classmethod
     def of(cls, config: ModelConfig, hovle: HoVLE, int8: bool = False, keep: bool = False) -> "Weights":
@@ -50,7 +61,7 @@ class Weights:
         head = 0 if hovle.config.llm.tied and not int8 else size(made["head"])
         new = size(made["layers"]) + head + (0 if is_shared else tables)
         if keep:
-            return cls(size(read) + new, size(read) + new)
+            return cls(size(read) + new, size(read) + new, size(read))
         group = max(size([getattr(w, name) for w in layers]) for layers in made["layers"].values() for name in GROUPS)
         return cls(size(made["layers"]) + head + tables, size(read) + group + (0 if is_shared else tables))
 
@@ -93,6 +104,7 @@ class Budget:
         return (
             f"the weights take {gigabytes(self.weights.kept)}, and {gigabytes(self.weights.reading)} while they are "
             f"read: {gigabytes(self.free or 0)} of memory are free; end what else runs here, or use a machine with more"
+            f"{self.weights.without_second()}"
         )
 
     def _too_many(self, slots, length, fit):
@@ -100,8 +112,9 @@ class Budget:
         beside = f" beside {gigabytes(kept)} of weights" if kept else ""
         shorter = self._most(lambda tokens: self.caches(slots, tokens), length)
         ways = [f"slots={fit}"] * (fit > 0) + [f"length={shorter}"] * (shorter > 1)
+        most = " or ".join(ways) or "less than one token: use a machine with more"
         return (
             f"slots={slots}, length={length}: {slots} answers at once of {length:,} tokens each take "
             f"{gigabytes(caches)} of caches{beside}, and {gigabytes(self.free or 0)} of memory are free; the most that "
-            f"fits is {' or '.join(ways) or 'less than one token: use a machine with more'}"
+            f"fits is {most}{self.weights.without_second()}"
         )

@@ -53,7 +53,7 @@ def free_on(devices: Iterable[Any]) -> int | None:
     """
     found = [_free(device) for device in devices]
     known = [free for free in found if free is not None]
-    return min(known, default=None) if len(known) == len(found) else None
+    return min(known) if known and len(known) == len(found) else None
 
 
 def _free(device):
