@@ -33,6 +33,8 @@ from hovle_jax.system import command_line
 if TYPE_CHECKING:
     from hovle_jax.inference.many import Question
 
+flags.adopt_module_key_flags(options)  # so that --help lists them
+flags.adopt_module_key_flags(hosts)
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None,
     "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "

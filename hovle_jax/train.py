@@ -31,6 +31,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts import options as hosts
 from hovle_jax.system import command_line, config_help
 
+flags.adopt_module_key_flags(hosts)  # so that --help lists them
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A stage's config file, with a preset: configs/distill.py:tiny"
 )
