@@ -53,8 +53,13 @@ def run(module, arguments, cwd, env, said=None, timeout=180) -> subprocess.Compl
 def _server(variables):
     line, env = [sys.executable, "-m", "tests.forked"], os.environ | json.loads(variables)
     server = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-    atexit.register(server.kill)
+    atexit.register(_end, server)
     return server
+
+
+def _end(server):
+    server.kill()
+    server.wait()
 
 
 def serve():

@@ -153,7 +153,7 @@ def test_a_mistake_is_one_line(name, files):
 
 @pytest.mark.parametrize(
     "config, length",
-    [("pretrain", 38), ("contrast", 0), ("distill", 260), ("align", 98), ("instruct", 98), ("instruct:hovle", 8192)],
+    [("pretrain", 38), ("contrast", 64), ("distill", 260), ("align", 98), ("instruct", 98), ("instruct:hovle", 8192)],
 )
 def test_keys_are_shown_and_nothing_is_trained(config, length, tmp_path):
     stage, _, preset = config.partition(":")
