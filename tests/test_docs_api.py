@@ -14,12 +14,12 @@ pytest.importorskip("pdoc", reason="the extra docs is not installed")
 def test_every_module_but_the_commands_is_listed(tmp_path):
     """As pdoc finds them by what the script asks for, and one page."""
     code = f"""
-import runpy, pdoc, pdoc.extract
+import pathlib, runpy, pdoc, pdoc.extract
 asked = []
 real, pdoc.pdoc = pdoc.pdoc, lambda *specs, output_directory: asked.extend(specs)
 runpy.run_path("docs/api.py")["write"](None)
 print(*pdoc.extract.walk_specs(asked))
-real("hovle_jax.system.config_help", output_directory={str(tmp_path)!r})
+real("hovle_jax.system.config_help", output_directory=pathlib.Path({str(tmp_path)!r}))
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
