@@ -37,16 +37,53 @@ def run(module, arguments, cwd, env, said=None, timeout=180) -> subprocess.Compl
         with open(files[0], "w", encoding="utf-8") as file:
             file.write(said or "")
         job = dict(module=module, arguments=arguments, cwd=str(cwd), env=env, files=files, timeout=timeout)
-        # JAX reads its variables when it is imported.
-        read = {name: value for name, value in env.items() if name.startswith(("JAX_", "XLA_", "PYTHON"))}
-        server = _server(json.dumps(read, sort_keys=True))
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        status = json.loads(server.stdout.readline())
+        status = _ask(_server_for(env), job)
         out, err = (open(file, encoding="utf-8").read() for file in files[1:])
     if status is None:
         raise subprocess.TimeoutExpired([module, *arguments], timeout, out, err)
     return subprocess.CompletedProcess([module, *arguments], status, out, err)
+
+
+class Process:
+    """`python -u -m MODULE ARGUMENTS`, started; its output goes to two files. Behaves like subprocess.Popen."""
+
+    def __init__(self, module, arguments, cwd, env, out, err):
+        files = [os.devnull, str(out), str(err)]
+        job = dict(module=module, arguments=list(map(str, arguments)), cwd=str(cwd), env=env, files=files, timeout=None)
+        self.server, self.returncode = _server_for(env), None
+        self.pid = _ask(self.server, job)
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = _ask(self.server, {"of": self.pid})
+        return self.returncode
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.05)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def _ask(server, job):
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+def _server_for(env):
+    # JAX reads its variables when it is imported.
+    read = {name: value for name, value in env.items() if name.startswith(("JAX_", "XLA_", "PYTHON"))}
+    return _server(json.dumps(read, sort_keys=True))
 
 
 @functools.cache
@@ -63,18 +100,28 @@ def _end(server):
 
 
 def serve():
-    """Answers each job with the status of its fork, or null if it took too long."""
+    """Answers each job with the status of its fork, or null if it took too long; without a timeout with its id."""
     for module in PRELOADED:
         __import__(module)
     for line in sys.stdin:
         job = json.loads(line)
+        if "of" in job:
+            print(json.dumps(_status(job["of"], 0)), flush=True)
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that threads do not survive a fork: there is nothing yet that needs one
             child = os.fork()
         if not child:
             _become(job)
             return
-        print(json.dumps(_status(child, job["timeout"])), flush=True)
+        if job["timeout"] is None:
+            print(child, flush=True)
+            continue
+        status = _status(child, job["timeout"])
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        print(json.dumps(status), flush=True)
 
 
 def _become(job):
@@ -83,7 +130,8 @@ def _become(job):
         with open(path, mode) as file:
             os.dup2(file.fileno(), number)
     sys.stdin, sys.stdout, sys.stderr = (open(number, mode) for number, mode in enumerate(("r", "w", "w")))
-    sys.stderr.reconfigure(line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
@@ -92,15 +140,15 @@ def _become(job):
 
 
 def _status(child, timeout):
+    """How it has ended; None = it has not, within so many seconds."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
+    while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            return None
         time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def test_candidates_of_a_plan_have_the_fewest_flops_first():
 
 @libtpu
 def test_a_plan_recommends_the_first_that_fits(monkeypatch):
-    fitting = compiled()
+    fitting = compiled("instruct", "hovle")
 
     def compile_one(config, target):
         if config.execution.remat == "none":

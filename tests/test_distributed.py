@@ -30,7 +30,7 @@ from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import loop
 from hovle_jax.training.stages import STAGES
-from tests import broken, host, micro
+from tests import broken, forked, host, micro
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 WITHIN = 120  # seconds in which a job ends, on busy cores
@@ -188,19 +188,16 @@ def start_hosts(tmp_path):
         folder.mkdir()
         job = dict(hosts=hosts, coordinator=f"127.0.0.1:{free_port()}", heartbeat=heartbeat, runs=runs)
         (folder / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-u", "-m", "tests.host", str(folder / "job.json")]
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        jobs.append(Job(folder, [start_process([*command, str(i)], flags, folder / str(i)) for i in range(hosts)]))
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        start = lambda i: forked.Process(
+            "tests.host", [folder / "job.json", i], REPOSITORY, env, folder / f"{i}.out", folder / f"{i}.err"
+        )
+        jobs.append(Job(folder, list(map(start, range(hosts)))))
         return jobs[-1]
 
     yield start
     for process in (process for job in jobs for process in job.processes):
         process.kill()
-
-
-def start_process(command, environment, log):
-    with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
-        return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | environment, stdout=out, stderr=err)
 
 
 @dataclasses.dataclass
