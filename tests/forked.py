@@ -8,6 +8,7 @@ the usual way.
 import atexit
 import functools
 import json
+import logging
 import os
 import runpy
 import signal
@@ -132,6 +133,7 @@ def _become(job):
     sys.stdin, sys.stdout, sys.stderr = (open(number, mode) for number, mode in enumerate(("r", "w", "w")))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
+    logging.root.handlers.clear()  # of what was imported: a command sets up its own
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
