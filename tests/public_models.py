@@ -1,7 +1,11 @@
 """Small models of every kind that public checkpoints hold, with random weights."""
 
 import dataclasses
+import functools
 import json
+import pathlib
+import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -88,10 +92,19 @@ def made(folder, config):
     return params
 
 
+@functools.cache
+def _made_once(name, options):
+    """A temporary folder with `ours` and `public`, which is there as long as the process."""
+    kept = tempfile.TemporaryDirectory(prefix="hovle_jax_public_")
+    folder = pathlib.Path(kept.name)
+    made(folder / "ours", MODELS[name])
+    export_model(folder / "ours", folder / "public", say=lambda _: None, **dict(options))
+    return kept
+
+
 def public_folder(folder, name, **options):
     """One of `MODELS` as a public checkpoint, made in `folder` -> its folder, FOLDER/public (ours is FOLDER/ours)."""
-    made(folder / "ours", MODELS[name])
-    export_model(folder / "ours", folder / "public", say=lambda _: None, **options)
+    shutil.copytree(_made_once(name, tuple(options.items())).name, folder, dirs_exist_ok=True)
     return folder / "public"
 
 

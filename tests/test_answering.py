@@ -1,5 +1,6 @@
 """The Python API and the commands that answer, over a model with random weights."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -43,7 +44,17 @@ def model(folder):
 
 def plain(folder, *prompts):
     """The answers of the batched greedy program."""
-    return answer(load_run(folder / "run").answerer, [Prompt.of(*prompt) for prompt in prompts], 6)
+    known = _known(folder)
+    return [known[text] for text, *_ in prompts]
+
+
+@functools.cache
+def _known(folder):
+    """{prompt: its answer} of all that is asked below, in one batch."""
+    image = Image.open(folder / "a.png").convert("RGB")
+    asked = {"what is it?": [image], "and that?": [image], "hello": [], "why?": []}
+    prompts = [Prompt.of(text, *images) for text, images in asked.items()]
+    return dict(zip(asked, answer(load_run(folder / "run").answerer, prompts, 6)))
 
 
 def test_the_api_answers_streams_and_talks(folder, model):

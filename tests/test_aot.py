@@ -29,7 +29,7 @@ from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import setup
 from hovle_jax.training.stages import STAGES
 from hovle_jax.training.step import train_step, train_step_for
-from tests import micro
+from tests import forked, micro
 from tests.tpu_programs import ROOT, small
 
 libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
@@ -49,7 +49,7 @@ def test_a_step_on_a_slice(stage, preset):
     assert (report.setting["devices"], report.setting["microbatches"], report.setting["mesh"]["fsdp"]) == (16, 2, 16)
     memory = report.memory
     assert report.fits and 0 < memory["arguments"] < memory["peak"] < memory["available"] == 16 * 2**30
-    assert sum(report.arguments.values()) == pytest.approx(memory["arguments"], rel=0.25)
+    assert sum(report.arguments.values()) == pytest.approx(memory["arguments"], rel=0.25) and memory["host"] == 0
     used = report.attention
     assert used["embedding"]["implementation"] == "splash" and used["embedding"]["kernels"] == 3
     if stage == "distill":
@@ -86,7 +86,7 @@ def test_other_axes_keep_splash_attention():
 @libtpu
 def test_inputs_of_layers_can_wait_in_the_hosts_memory():
     report = compiled(execution=(("remat", "offload"),))
-    assert report.memory["host"] > 0 == compiled("instruct", "hovle").memory["host"]
+    assert report.memory["host"] > 0
     assert "in the host's memory" in text_of(report)
 
 
@@ -181,7 +181,7 @@ def test_candidates_of_a_plan_have_the_fewest_flops_first():
 
 @libtpu
 def test_a_plan_recommends_the_first_that_fits(monkeypatch):
-    fitting = compiled()
+    fitting = compiled("instruct", "hovle")
 
     def compile_one(config, target):
         if config.execution.remat == "none":
@@ -225,8 +225,9 @@ def test_neighbours_on_the_torus_are_neighbours_on_the_mesh():
 
 
 @libtpu
-@pytest.mark.parametrize("kib", [32, 512])
-@pytest.mark.parametrize("name", ["v5e-256", "v5p-128", "v6e-256", "v4-32"])
+@pytest.mark.parametrize(
+    "name, kib", [("v5e-256", 32), ("v5e-256", 512), ("v5p-128", 512), ("v6e-256", 512), ("v4-32", 32)]
+)
 def test_a_matmul_gathers_twice_and_scatters_once_on_every_torus(name, kib):
     """A shard of so many KiB; an all-reduce in place of any of the three would move twice its bytes."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), topology.find(name).devices())
@@ -262,8 +263,7 @@ def test_what_a_step_is_compiled_with_where_its_collectives_would_stop_the_matmu
 
 def command(*arguments, **environment):
     """Runs the command -> (status, stdout, stderr)."""
-    call = [sys.executable, "-m", "hovle_jax.aot", *arguments]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    done = forked.run("hovle_jax.aot", arguments, ROOT, os.environ | environment, timeout=600)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -3,15 +3,13 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from hovle_jax import train
 from hovle_jax.training import run_folder
-from tests import micro
+from tests import forked, micro
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -24,10 +22,7 @@ def environment(**variables):
 
 def command(name, *arguments, timeout=180, said=None, **variables):
     """Runs `python -m hovle_jax.NAME`, with `said` on its standard input."""
-    line, env = [sys.executable, "-m", f"hovle_jax.{name}", *map(str, arguments)], environment(**variables)
-    return subprocess.run(
-        line, cwd=ROOT, env=env, input=said, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return forked.run(f"hovle_jax.{name}", arguments, ROOT, environment(**variables), said, timeout)
 
 
 @pytest.fixture
@@ -160,11 +155,30 @@ def test_a_mistake_is_one_line(name, files):
     assert not (files / "w").exists() or not any((files / "w").rglob("checkpoints"))
 
 
-def test_keys_are_shown_and_nothing_is_trained(tmp_path):
-    result = command("train", "--config", "configs/instruct.py:hovle", "--workdir", tmp_path / "w", "--show")
+@pytest.mark.parametrize(
+    "config, length",
+    [("pretrain", 38), ("contrast", 64), ("distill", 260), ("align", 98), ("instruct", 98), ("instruct:hovle", 8192)],
+)
+def test_keys_are_shown_and_nothing_is_trained(config, length, tmp_path):
+    stage, _, preset = config.partition(":")
+    asked = f"configs/{stage}.py" + f":{preset}" * bool(preset)
+    result = command("train", "--config", asked, "--workdir", tmp_path / "w", "--show")
     assert result.returncode == 0 and not result.stderr and not (tmp_path / "w").exists()
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("config.data.sequence_length ")]
-    assert line.split()[1] == "8192" and line.endswith("tokens of a row (HD: of the short stream)")
+    assert line.split()[1] == str(length) and line.endswith("tokens of a row (HD: of the short stream)")
+
+
+def test_a_stage_is_trained_by_the_command(tmp_path):
+    """One of them; of all five, with a trace, answers and a score, the slow test below."""
+    short = ["--config.steps=2", "--config.data.batch_size=8", "--config.eval_rows=8", "--config.eval_limit=8"]
+    short += ["--config.execution.unroll_layers=False", "--config.model.llm.stack.num_layers=1"]
+    call = ["train", "--config", "configs/pretrain.py", "--workdir", tmp_path, *short]
+    result = command(*call, timeout=400)
+    assert result.returncode == 0 and "== pretrain (1 of 1)" in result.stdout, result.stderr
+    for name in ("report.html", "metrics.jsonl", "metrics.png", "config.json", "results.json", "model/llm"):
+        assert (tmp_path / "pretrain" / name).exists(), name
+    again = command(*call)
+    assert again.returncode == 0 and f"pretrain is finished in {tmp_path / 'pretrain'}" in again.stdout
 
 
 # Each stage, and where its components come from: stages of other lengths than their config files say are named.

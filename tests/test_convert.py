@@ -259,9 +259,11 @@ def test_a_padded_vocabulary_changes_nothing(tied, tmp_path):
         run = HoVLE(model)
 
         def loss(params, run=run):
-            return divide(cross_entropy(run.logits(params, batch), batch["targets"], batch["loss_weights"]))
+            logits = run.logits(params, batch)
+            return divide(cross_entropy(logits, batch["targets"], batch["loss_weights"])), logits
 
-        results.append((run.logits(params[name], batch), *jax.value_and_grad(loss)(params[name])))
+        (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params[name])
+        results.append((logits, value, gradients))
     table = params["padded"]["llm"]["token_embedding"]["embedding"]
     assert table.sharding.shard_shape(table.shape)[0] == 96
     (logits, loss, gradients), (padded_logits, padded_loss, padded_gradients) = results

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 VARIANTS = {
     "pre": dict(variant="pre"),
-    "post (HD)": dict(variant="post"),
     "none": dict(variant="none"),
     "special table, HD": dict(variant="post", special=9),
     "normalized output": dict(variant="pre", normalize_output=True),

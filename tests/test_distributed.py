@@ -20,7 +20,8 @@ import pytest
 from hovle_jax import checkpoints
 from hovle_jax.config import MeshConfig
 from hovle_jax.corpora import easy_vqa, loading
-from hovle_jax.data.bad_samples import FILE_NAME, read_bad_samples
+from hovle_jax.data import pipeline
+from hovle_jax.data.bad_samples import read_bad_samples
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.hosts.rollcall import numbers, roll_call
@@ -28,7 +29,8 @@ from hovle_jax.report.metrics import is_measured, read_metrics
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import loop
-from tests import broken, host, micro
+from hovle_jax.training.stages import STAGES
+from tests import broken, forked, host, micro
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 WITHIN = 120  # seconds in which a job ends, on busy cores
@@ -186,19 +188,16 @@ def start_hosts(tmp_path):
         folder.mkdir()
         job = dict(hosts=hosts, coordinator=f"127.0.0.1:{free_port()}", heartbeat=heartbeat, runs=runs)
         (folder / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-u", "-m", "tests.host", str(folder / "job.json")]
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        jobs.append(Job(folder, [start_process([*command, str(i)], flags, folder / str(i)) for i in range(hosts)]))
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        start = lambda i: forked.Process(
+            "tests.host", [folder / "job.json", i], REPOSITORY, env, folder / f"{i}.out", folder / f"{i}.err"
+        )
+        jobs.append(Job(folder, list(map(start, range(hosts)))))
         return jobs[-1]
 
     yield start
     for process in (process for job in jobs for process in job.processes):
         process.kill()
-
-
-def start_process(command, environment, log):
-    with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
-        return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | environment, stdout=out, stderr=err)
 
 
 @dataclasses.dataclass
@@ -297,17 +296,20 @@ def half_broken(tmp_path):
     return path
 
 
-def test_hosts_that_share_rows_list_each_bad_sample_once(tmp_path, half_broken, start_hosts, monkeypatch):
+def test_hosts_that_share_rows_list_each_bad_sample_once(tmp_path, half_broken, start_hosts):
     """Four hosts of two devices: each half of the batch lies on two hosts, as the tensor axis is between them."""
-    four, one = tmp_path / "four", tmp_path / "one"
-    corpora = dict.fromkeys("0123", str(half_broken))
+    four, corpora = tmp_path / "four", dict.fromkeys("0123", str(half_broken))
     run = run_of(four, mesh={"data": 2, "tensor": 4}, corpora=corpora, steps=3, bad_ceiling=1.0)
     job = start_hosts("job", 4, 2, [run])
-    run_alone(run, one, monkeypatch)
+    config = host.config_of(run)
+    corpus = loading.load_corpus(config, "train", lambda line: None)
+    dataset = pipeline.build_dataset(config, STAGES["contrast"].batch, micro.tokenizer(), corpus)
+    drawn = [event for (_, events, _), _ in zip(dataset.iterate(), range(3)) for event in events]
+    expected = [(event.sample, event.replaced_by) for event in [*dataset.summary.bad, *drawn]]
+    assert len(expected) > 3
     assert job.statuses(WITHIN) == [0, 0, 0, 0], job.err(0)
-    assert_same_run(four, one)
-    assert len(read_bad_samples(one)) > 3
-    assert (four / FILE_NAME).read_text() == (one / FILE_NAME).read_text()
+    assert [row["step"] for row in read_metrics(four)] == [1, 2, 3]
+    assert [(event.sample, event.replaced_by) for event in read_bad_samples(four)] == expected
     assert not list(four.glob("bad_samples.host*"))
 
 

@@ -123,25 +123,17 @@ def test_execution_changes_neither_parameters_nor_numbers(execution):
 
 
 MESHES = {
-    "one device": MeshConfig(),
-    "data=8": MeshConfig(data=8),
-    "fsdp=8": MeshConfig(data=1, fsdp=8),
     "data=2,fsdp=4": MeshConfig(data=2, fsdp=4),
     "data=2,fsdp=2,tensor=2": MeshConfig(data=2, fsdp=2, tensor=2),
     "data=4,sequence=2": MeshConfig(data=4, sequence=2),
     "fsdp=4,sequence=2": MeshConfig(data=1, fsdp=4, sequence=2),
 }
 SHARDED = [
-    *itertools.product(STAGES, ["pre"], ["one device", "data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,sequence=2"]),
+    *itertools.product(STAGES, ["pre"], ["data=2,fsdp=4"]),
+    *itertools.product(["contrast", "distill", "instruct"], ["pre"], ["fsdp=4,sequence=2"]),
     *itertools.product(["instruct", "distill"], ["pre"], ["data=2,fsdp=2,tensor=2"]),
-    ("instruct", "pre", "data=4,sequence=2"),
-    *itertools.product(["instruct"], ["post"], ["data=2,fsdp=4", "fsdp=4,sequence=2"]),
-    ("distill", "post", "fsdp=4,sequence=2"),
+    *itertools.product(["instruct", "distill"], ["post"], ["fsdp=4,sequence=2"]),
 ]
-
-
-def mesh_of(name):
-    return make_mesh(MESHES[name], jax.devices()[: 1 if name == "one device" else 8])
 
 
 def assert_mesh_changes_no_number(config, execution, mesh):
@@ -156,16 +148,16 @@ def assert_mesh_changes_no_number(config, execution, mesh):
 @pytest.mark.parametrize("stage, variant, mesh_name", SHARDED)
 def test_a_mesh_changes_no_number(stage, variant, mesh_name):
     config = micro.run_config(stage, variant)
-    assert_mesh_changes_no_number(config, config.execution, mesh_of(mesh_name))
+    assert_mesh_changes_no_number(config, config.execution, make_mesh(MESHES[mesh_name]))
 
 
-@pytest.mark.parametrize("mesh_name", ["fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=4,sequence=2"])
+@pytest.mark.parametrize("mesh_name", ["data=2,fsdp=2,tensor=2", "fsdp=4,sequence=2"])
 def test_a_mesh_changes_nothing_of_the_chunked_loss(mesh_name):
     config = micro.run_config("instruct")
-    assert_mesh_changes_no_number(config, ExecutionConfig(vocab_chunk=48), mesh_of(mesh_name))
+    assert_mesh_changes_no_number(config, ExecutionConfig(vocab_chunk=48), make_mesh(MESHES[mesh_name]))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "distill", "instruct"])
+@pytest.mark.parametrize("stage", ["distill", "instruct"])
 def test_a_batch_read_in_microbatches_gives_the_same_update(stage):
     """With the usual eps of 1e-8 Adam's first update is the sign of the gradient, which rounding turns around wherever
     the gradient is nothing but rounding. With an eps of 1 the update is as smooth as the (clipped) gradient, and at a
@@ -191,14 +183,13 @@ def test_a_batch_read_in_microbatches_gives_the_same_update(stage):
     (wanted, moments, metrics), before = run(1), host(params())
     assert max(np.abs(value - before[name]).max() for name, value in wanted.items()) > 1e-2
     scale = max(np.abs(value).max() for value in moments.values())
-    for parts in (2, 4):
-        found, parts_moments, parts_metrics = run(parts)
-        assert metrics.keys() == parts_metrics.keys()
-        for name, value in metrics.items():
-            np.testing.assert_allclose(parts_metrics[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
-        for name, value in wanted.items():
-            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=name)
-            np.testing.assert_allclose(parts_moments[name], moments[name], rtol=0, atol=1e-6 * scale, err_msg=name)
+    found, parts_moments, parts_metrics = run(4)
+    assert metrics.keys() == parts_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(parts_metrics[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(parts_moments[name], moments[name], rtol=0, atol=1e-6 * scale, err_msg=name)
 
 
 def test_microbatches_take_rows_of_every_device():
@@ -216,7 +207,8 @@ def test_batches_that_cannot_be_read_in_microbatches_are_refused():
 
 
 def test_parameters_moments_and_rows_are_really_sharded():
-    config, mesh = micro.run_config("instruct"), make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
+    # Steps that no other test has: the program is not there yet.
+    config, mesh = micro.run_config("instruct", steps=7), make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
     state, batches, step = micro.start(config, mesh)
     kernels = lambda tree: tree["llm"]["stack"]["layers"]["gate"]["kernel"]
 

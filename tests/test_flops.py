@@ -1,4 +1,4 @@
-"""Analytic FLOPs against those that XLA counts in compiled programs: unrolled layers, dense attention."""
+"""Analytic FLOPs against those that XLA counts in programs: unrolled layers, dense attention."""
 
 import dataclasses
 import functools
@@ -68,13 +68,13 @@ def batch_of(config):
 
 
 def counted(config):
-    """FLOPs of the loss of a stage and its gradient, as XLA counts them in the compiled program."""
+    """FLOPs of the loss of a stage and its gradient, as XLA counts them in the program, which need not be compiled."""
     run, batch = micro.run(config), batch_of(config)
     params = run.abstract_params()
     trains = lambda path: STAGES[config.stage].trains(path, config.model_config)
     trained, frozen = select(params, trains), select(params, lambda path: not trains(path))
     gradient = jax.grad(functools.partial(total_loss, stage=config.stage, models=run.models), has_aux=True)
-    return jax.jit(gradient).lower(trained, frozen, batch).compile().cost_analysis()["flops"]
+    return jax.jit(gradient).lower(trained, frozen, batch).cost_analysis()["flops"]
 
 
 CASES = [
@@ -108,7 +108,7 @@ def forward(module, *shapes):
     """FLOPs of a module's forward pass as XLA counts them."""
     inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
     params = unboxed(jax.eval_shape(module.init, jax.random.key(0), *inputs))
-    return jax.jit(module.apply).lower(params, *inputs).compile().cost_analysis()["flops"]
+    return jax.jit(module.apply).lower(params, *inputs).cost_analysis()["flops"]
 
 
 def test_forward_passes_of_the_modules():

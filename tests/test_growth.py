@@ -6,10 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "benchmarks" / "growth.py"
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_draws_and_prints_growth(tmp_path):
     command = [sys.executable, SCRIPT, "--quick", "--axes", "layers,devices", "--out", tmp_path]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -73,6 +73,7 @@ def colab(monkeypatch):
     return said
 
 
+@pytest.mark.slow
 def test_it_runs_from_the_first_cell_to_the_last(quick, shown, monkeypatch, capsys):
     monkeypatch.setenv("IMAGE", str(ROOT / "docs" / "example.png"))
     made = execute(cells(), {})

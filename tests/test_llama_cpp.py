@@ -200,7 +200,7 @@ def test_llama_cpp_reads_texts_and_chats_as_we_do(kind, tmp_path):
 
 def test_the_documented_example(tmp_path):
     """The Python block of the page, as it stands, answers a chat as we do."""
-    pytest.importorskip("xllamacpp", reason=by_llama_cpp.REASON)
+    by_llama_cpp.skip_without()
     tokenizer = bpe.tokenizer()
     tokenizer.chat_template = bpe.CHATML
     config = dataclasses.replace(llm("llama"), vocab_size=tokenizer.vocab_size)

@@ -81,9 +81,14 @@ def imported(folder, into):
 
 def own_llama(config: LLMConfig, params, x, batch):
     """Logits [L, V] of our own Llama for input vectors [1, L, D], or for its tokens (x is None)."""
-    llm = LanguageModel(config, Execution()).bind({"params": params})
-    x = llm.token_embedding(batch["tokens"]) if x is None else x
-    return np.asarray(llm.logits(llm.run(x, batch["positions"], batch["segment_ids"])[0])[0])
+
+    @jax.jit
+    def run(params, x, batch):
+        llm = LanguageModel(config, Execution()).bind({"params": params})
+        x = llm.token_embedding(batch["tokens"]) if x is None else x
+        return llm.logits(llm.run(x, batch["positions"], batch["segment_ids"])[0])[0]
+
+    return np.asarray(run(params, x, batch))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_unused_parameters_have_no_gradient(name):
     config = checkpoint.config
     context_id = checkpoint.public_config["embedding_config"]["img_context_token_id"]
     batch, model = HoVLEInputs(config, context_id, expected).batch(), HoVLE(config)
-    gradients = jax.grad(lambda params: jnp.std(model.logits(params, batch)))(checkpoint.load())
+    gradients = jax.jit(jax.grad(lambda params: jnp.std(model.logits(params, batch))))(checkpoint.load())
     public = to_public(checkpoint.rules, gradients)
     unused = {"embedding_model.vision_embeddings.class_embedding", "language_model.model.tok_embeddings.weight"}
     assert {key for key, gradient in public.items() if not np.any(gradient)} == unused
@@ -62,7 +62,8 @@ def test_the_teacher_of_distillation_is_these_parts(name):
     expected, checkpoint = np.load(folder / "expected.npz"), open_checkpoint(folder)
     tiles, features = expected["pixel_values"].transpose(0, 2, 3, 1), expected["projected_features"]
     teacher = VisionTeacher(checkpoint.config.teacher, Execution())
-    target = teacher.apply({"params": checkpoint.load()["teacher"]}, tiles, features.shape[1])
+    apply = jax.jit(teacher.apply, static_argnums=2)
+    target = apply({"params": checkpoint.load()["teacher"]}, tiles, features.shape[1])
     np.testing.assert_allclose(target, features, atol=TOLERANCE)
 
 

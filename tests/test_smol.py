@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def test_logits(smol):
     index = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     ends = np.asarray([[len(case["ids"])] for case in CASES])
     llm = smol.models["llm"]
-    logits = llm.apply({"params": smol.params["llm"]}, tokens, index, (index < ends).astype(np.int32))
+    logits = jax.jit(llm.apply)({"params": smol.params["llm"]}, tokens, index, (index < ends).astype(np.int32))
     for case, row, end in zip(CASES, np.asarray(logits), ends[:, 0], strict=True):
         last = row[end - 1]
         np.testing.assert_allclose(last[case["at"]], case["logits"], atol=1e-3, rtol=0)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ def test_verify_tells_right_from_wrong(public):
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     index, ones = np.broadcast_to(np.arange(6, dtype=np.int32), tokens.shape), np.ones_like(tokens)
     model = LanguageModel(checkpoint.config, Execution())
-    logits = np.array(model.apply({"params": checkpoint.load()}, tokens, index, ones))
+    logits = np.array(jax.jit(model.apply)({"params": checkpoint.load()}, tokens, index, ones))
     np.savez(public / "expected.npz", input_ids=tokens, logits=logits, other=ones)
     good = command("convert", "verify", public, "--json")
     assert good.returncode == 0, good.stderr

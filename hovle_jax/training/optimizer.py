@@ -1,5 +1,7 @@
 """AdamW with warm-up, cosine decay and clipping, on optax."""
 
+import functools
+
 import jax
 import optax
 
@@ -26,6 +28,7 @@ def decay_mask(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
 
 
+@functools.cache  # equal runs have equal optimizers, so that a step is traced once for all of them
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
