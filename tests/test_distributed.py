@@ -352,11 +352,13 @@ def test_hosts_share_the_questions_of_a_file_and_another_number_goes_on(tmp_path
     given = ["--checkpoint", "none", "--input", str(tmp_path / "in.jsonl"), "--output"]
     together = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", "2", "--host"]
     output.write_text('{"prompt": "question 0", "answer": "before"}\n{"prompt": "ques')
-    jobs = []
-    for host_number in "01":  # only host 0 sees the output
-        path = output if host_number == "0" else tmp_path / "absent" / "out.jsonl"
-        command = [sys.executable, "-m", "tests.answering_host", *given, str(path), *together, host_number]
-        jobs.append(start_process(command, {}, tmp_path / host_number))
+
+    def start(log, *arguments):
+        files = (tmp_path / f"{log}.out", tmp_path / f"{log}.err")
+        return forked.Process("tests.answering_host", [*given, *arguments], REPOSITORY, dict(os.environ), *files)
+
+    # Only host 0 sees the output.
+    jobs = [start(0, output, *together, 0), start(1, tmp_path / "absent" / "out.jsonl", *together, 1)]
     assert [job.wait(WITHIN) for job in jobs] == [0, 0], (tmp_path / "0.err").read_text()
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
@@ -364,8 +366,7 @@ def test_hosts_share_the_questions_of_a_file_and_another_number_goes_on(tmp_path
     assert "1 of 7 answers: going on" in (tmp_path / "0.err").read_text() and not (tmp_path / "1.err").read_text()
     whole = output.read_bytes()
     output.write_bytes(whole[:-20])
-    alone = [sys.executable, "-m", "tests.answering_host", *given, str(output)]
-    assert start_process(alone, {}, tmp_path / "alone").wait(WITHIN) == 0
+    assert start("alone", output).wait(WITHIN) == 0
     last = json.loads(output.read_text().splitlines()[-1])
     assert last == rows[-1] | {"answer": "host 0"} and output.read_bytes().count(b"\n") == 7
 
