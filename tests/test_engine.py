@@ -123,6 +123,19 @@ def test_a_cancelled_answer_leaves_its_slot_to_the_next():
     check_greedy(answerer, streams[2:], asked[2:])
 
 
+def test_prompts_are_read_first_where_that_is_asked_for():
+    answerer = make_answerer()
+    engine = Engine(answerer, **SETTINGS)
+    asked = prompts()[: engine.num_slots]
+    assert len(asked) > 1
+    streams = [engine.submit(prompt, Request(NEW)) for prompt in asked]
+    engine.step(prompts_first=True)
+    engine.step(prompts_first=True)
+    assert all(stream.tokens for stream in streams)
+    engine.run()
+    check_greedy(answerer, streams, asked)
+
+
 def test_nothing_is_compiled_for_prompts_like_those_before():
     engine = Engine(make_answerer("post"), **SETTINGS | dict(chunks=(8, 24)))  # shapes of its own
     compilations.count()  # begins to count

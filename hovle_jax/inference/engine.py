@@ -295,16 +295,23 @@ class Engine:
 
     def run(self) -> None:
         """Answers all that was asked."""
-        while self.step():
+        while self.step(prompts_first=True):
             pass
 
-    def step(self) -> bool:
+    def step(self, prompts_first: bool = False) -> bool:
         """One chunk of a prompt, if one is to be read, and one token for all that are being answered.
 
         The host looks at the tokens of a step while the devices do the next one. Returns whether anything is left.
+
+        Args:
+          prompts_first: all chunks for which there are slots, so that more answers share the steps after: sooner done in
+            all, while answers that have begun wait.
         """
         self._admit()
         self._read_chunk()
+        while prompts_first and self._reads():
+            self._admit()
+            self._read_chunk()
         answering = {i: s.stream for i, s in enumerate(self._slots) if s.stream and not self._is_reading(i)}
         if answering:
             plain = all(stream.request.is_plain for stream in answering.values())
@@ -333,6 +340,10 @@ class Engine:
         capacity = layers[0].capacity if layers else 0
         size = next((size for size in REACHES if size >= tokens), capacity)
         return size if size < 0.75 * capacity else capacity  # a part may be copied before it is read
+
+    def _reads(self):
+        """Whether a chunk of a prompt can be read."""
+        return self._reading is not None or (bool(self._waiting) and any(slot.stream is None for slot in self._slots))
 
     def _is_reading(self, index):
         return self._reading is not None and self._reading[0] == index

@@ -45,6 +45,6 @@ class GrowingEngine:
         check_lengths(llm, n, request.max_new_tokens, len(sample.tiles))
         return 1 << (n + request.max_new_tokens - 1).bit_length()
 
-    def step(self) -> bool:
+    def step(self, prompts_first: bool = False) -> bool:
         """See `Engine.step`."""
-        return self.engine.step()
+        return self.engine.step(prompts_first)

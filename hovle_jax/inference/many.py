@@ -95,7 +95,7 @@ class Steps(Protocol):
 
     num_slots: int
 
-    def step(self) -> bool: ...
+    def step(self, prompts_first: bool = False) -> bool: ...
 
 
 def in_order(engine: Steps, items: Iterable[T], submit: Callable[[T], Stream | A]) -> Iterator[tuple[T, str | A]]:
@@ -112,5 +112,5 @@ def in_order(engine: Steps, items: Iterable[T], submit: Callable[[T], Stream | A
             return
         item, asked = waiting.popleft()
         while isinstance(asked, Stream) and not asked.finish:
-            engine.step()
+            engine.step(prompts_first=True)
         yield item, asked.text if isinstance(asked, Stream) else asked
