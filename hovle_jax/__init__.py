@@ -32,7 +32,8 @@ def load(
       dtype: 'float32', 'bfloat16', or 'int8': weights in int8, all else as without it. Empty = bfloat16, and float32 on
         a CPU.
       keep: keep the weights as they were trained, too, which attention maps need.
-      cache: 'int8' keeps what was read in int8, in half of bfloat16's memory; empty = as it was computed.
+      cache: of what was read: 'bfloat16', or 'int8' in half of its memory; empty = as it was computed, and bfloat16
+        beside weights in int8.
     Raises:
       UserError: no such folder, or it holds no finished model that answers, or there is not enough memory.
     """

@@ -37,8 +37,8 @@ DTYPE = flags.DEFINE_enum(
     "Of the weights; int8: about a third of float32. Default: bfloat16, and float32 on a CPU",
 )  # fmt: skip
 CACHE = flags.DEFINE_enum(
-    "cache", "", ["", "int8"],
-    "Of what was read and answered; int8: half of bfloat16's memory. Default: as it was computed",
+    "cache", "", ["", "bfloat16", "int8"],
+    "Of what was read and answered; int8: half of bfloat16's memory. Default: as computed; with --dtype=int8 bfloat16",
 )  # fmt: skip
 MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; default: as in training", lower_bound=1

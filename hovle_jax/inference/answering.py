@@ -10,6 +10,7 @@ import jax
 
 from hovle_jax.data.images import load_image
 from hovle_jax.data.text.conversation import IMAGE_MARK
+from hovle_jax.inference.caches import kind_for
 from hovle_jax.inference.engine import Engine, Request, slots_bytes
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.inference.limits import longest
@@ -95,7 +96,7 @@ class AnsweringModel:
         found = find_run(folder, dtype="" if int8 else dtype)
         config, hovle = found.models.config, found.models.hovle
         weights, tokens = Weights.of(config, hovle, int8, keep), longest(hovle.config.llm, length)
-        taken = lambda slots, length: slots_bytes(hovle, slots, length, cache=cache)
+        taken = lambda slots, length: slots_bytes(hovle, slots, length, cache=kind_for(cache, int8))
         slots = Budget(free_on(jax.local_devices()), taken, weights).slots(slots, tokens)
         return cls(found.read().with_max_tiles(max_tiles), slots, length, int8, keep, cache)
 

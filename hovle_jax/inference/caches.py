@@ -1,4 +1,4 @@
-"""Keys and values of one layer for every slot, in the compute type or in int8, and attention over them.
+"""Keys and values of one layer for every slot, in the compute type, bfloat16 or int8, and attention over them.
 
 Dimension letters: B slots, T tokens of a chunk, S capacity, H heads, K kv heads, G = H / K, C head dim.
 """
@@ -39,7 +39,7 @@ class All:
 
 @flax.struct.dataclass
 class Plain:
-    """Vectors [B, K, S, C] in the compute type: heads in front, so that nothing is moved to attend."""
+    """Vectors [B, K, S, C], in which attention is computed: heads in front, so that nothing is moved to attend."""
 
     vectors: jax.Array
 
@@ -56,8 +56,8 @@ class Plain:
         return Plain(_write(self.vectors, new, where))
 
     def get(self, where: One | All, dtype: Any) -> jax.Array:
-        """[1 or B, K, reach, C]: what `where` looks at."""
-        return _read(self.vectors, where).astype(dtype)
+        """[1 or B, K, reach, C]: what `where` looks at; in a type of its own in place of the compute type."""
+        return _read(self.vectors, where)
 
 
 @flax.struct.dataclass
@@ -88,11 +88,20 @@ class Int8:
         return Int8(_write(self.rounded, rounded, where), _write(self.scale, scale, where))
 
     def get(self, where: One | All, dtype: Any) -> jax.Array:
-        """See `Plain.get`."""
+        """See `Plain.get`; in `dtype`."""
         return _read(self.rounded, where).astype(dtype) * _read(self.scale, where).astype(dtype)
 
 
-KINDS = {"": Plain, "int8": Int8}
+KINDS = {
+    "": Plain.empty,  # in the compute type
+    "bfloat16": lambda shape, dtype: Plain.empty(shape, jnp.bfloat16),
+    "int8": Int8.empty,
+}
+
+
+def kind_for(wanted: str, int8: bool) -> str:
+    """Of `KINDS`: the one wanted; without a wish bfloat16 for weights in int8, which are rounded more than that."""
+    return wanted or ("bfloat16" if int8 else "")
 
 
 def _write(cache, new, where):
@@ -118,7 +127,7 @@ class LayerSlots:
     def empty(cls, config: StackConfig, slots: int, capacity: int, dtype: Any, kind: str = "") -> "LayerSlots":
         """`kind`: of `KINDS`."""
         shape = (slots, config.num_kv_heads, capacity, config.head_dim)
-        return cls(KINDS[kind].empty(shape, dtype), KINDS[kind].empty(shape, dtype))
+        return cls(KINDS[kind](shape, dtype), KINDS[kind](shape, dtype))
 
     @property
     def capacity(self) -> int:
@@ -140,10 +149,11 @@ def _attention(query, key, value, where):
     B, T, H, C = query.shape
     K, S = key.shape[1:3]
     query = query.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, C]
-    scores = product(query.reshape(B, K, -1, C), key, jnp.float32).reshape(*query.shape[:-1], S) * C**-0.5
+    rows = query.reshape(B, K, -1, C).astype(key.dtype)
+    scores = product(rows, key, jnp.float32).reshape(*query.shape[:-1], S) * C**-0.5
     last = jnp.reshape(where.start, (-1, 1, 1)) + jnp.arange(T)[:, None]  # [B, T, 1]
     seen = jnp.arange(S) <= last
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bkgts,bksc->bkgtc", probabilities, value)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bkgts,bksc->bkgtc", probabilities, value, preferred_element_type=query.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)

@@ -17,6 +17,7 @@ import numpy as np
 
 from hovle_jax.errors import UserError
 from hovle_jax.inference import slots as programs
+from hovle_jax.inference.caches import kind_for
 from hovle_jax.inference.generate import Answerer, Prompt, prompt_samples, row_shape
 from hovle_jax.inference.limits import check_lengths
 from hovle_jax.inference.memory import SLOTS, Budget, gigabytes, size
@@ -24,6 +25,7 @@ from hovle_jax.inference.reading import Reading
 from hovle_jax.inference.sampling import GREEDY, Sampling, SamplingRows
 from hovle_jax.inference.slots import MOST_TOPS, NOWHERE, STOPS, Slots
 from hovle_jax.inference.texts import TextSoFar
+from hovle_jax.inference.weights import is_int8
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.system.memory import free_on
 
@@ -151,7 +153,7 @@ class Engine:
       tiles: HD: the most tiles of a prompt, which make the embedding's caches longer; None = those that fit.
       chunks: see `CHUNKS`.
       params: as `slots.fused` makes them, in int8 too; None = of the answerer's.
-      cache: of keys and values: 'int8', or empty = in the compute type.
+      cache: of keys and values: 'bfloat16', 'int8', or empty = in the compute type, for weights in int8 in bfloat16.
     Raises:
       UserError: there is no room for the caches.
     """
@@ -171,6 +173,7 @@ class Engine:
         self._length, self._chunks = length, tuple(chunks)
         self._tiles = (length // embedding.tokens_per_tile if embedding else 0) if tiles is None else tiles
         self.params = programs.fused(answerer.params, self._hovle) if params is None else params
+        cache = kind_for(cache, is_int8(self.params))
         taken = lambda slots, length: slots_bytes(self._hovle, slots, length, tiles, chunks[-1], cache)
         self.num_slots = Budget(free_on(jax.local_devices()), taken).slots(slots, length)
         self._empty = lambda: empty_slots(self._hovle, self.num_slots, length, tiles, chunks[-1], cache)
@@ -304,8 +307,8 @@ class Engine:
         The host looks at the tokens of a step while the devices do the next one. Returns whether anything is left.
 
         Args:
-          prompts_first: all chunks for which there are slots, so that more answers share the steps after: sooner done in
-            all, while answers that have begun wait.
+          prompts_first: all chunks for which there are slots, so that more answers share the steps after: all are done
+            sooner, while those that have begun wait.
         """
         self._admit()
         self._read_chunk()

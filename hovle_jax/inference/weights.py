@@ -143,3 +143,8 @@ def kernel_of(
 def head_of(table: jax.Array, dtype: Any, int8: bool) -> Kernel | Int8Head:
     """A head [F, D] in the type that decoding reads."""
     return Int8Head.of(table) if int8 else Kernel(table.astype(dtype))
+
+
+def is_int8(params: dict) -> bool:
+    """Whether the weights of an engine are in int8."""
+    return isinstance(params["head"], Int8Head)

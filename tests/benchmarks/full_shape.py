@@ -98,7 +98,7 @@ def our_answers(side):
     hovle = HoVLE(MODELS["hovle"](), Execution(dtype=dtype, unroll_layers=True))
     params = random_params(hovle, side == "int8")
     answerer = Answerer(hovle, {}, Processor(_Ids(), tokens_per_tile=hovle.config.embedding.tokens_per_tile))
-    engine = Engine(answerer, slots=1, length=1024, params=params)
+    engine = Engine(answerer, slots=1, length=TEXT + hovle.config.embedding.tokens_per_tile + NEW, params=params)
     weights = weight_bytes(params)
     yield {"weights": weights}
     for number in range(10**6):

@@ -18,10 +18,12 @@ import hovle_jax
 from hovle_jax.conversion.downloads import resolve
 from hovle_jax.evaluation.easy_vqa import questions
 from hovle_jax.inference import slots as programs
+from hovle_jax.inference.caches import One, kind_for
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.generate import Prompt
 from hovle_jax.inference.load import load_run
 from hovle_jax.inference.slots import Slots
+from hovle_jax.inference.weights import is_int8
 
 PROMPTS = (
     "Write a long story about a robot that learns to paint.",
@@ -38,11 +40,11 @@ PROMPTS = (
 def choices(hovle, params, tokens: jax.Array) -> jax.Array:
     """[n] int32: what an LLM alone would say after each of the tokens [n], read at once."""
     n = len(tokens)
-    state = Slots.empty(hovle, 1, n, n, 0)
+    state = Slots.empty(hovle, 1, n, n, 0, kind_for("", is_int8(params)))
     llm = hovle.llm.bind({"params": params["llm"]})
     x, _ = programs._run(
         hovle.config.llm.stack, hovle.execution, params["layers"]["llm"], llm.token_embedding(tokens)[None],
-        jnp.arange(n)[None], state.llm, programs.One(jnp.int32(0), jnp.int32(0), n), jnp.int32(n),
+        jnp.arange(n)[None], state.llm, One(jnp.int32(0), jnp.int32(0), n), jnp.int32(n),
     )  # fmt: skip
     return jnp.argmax(programs._logits(params, hovle, x[0]), axis=-1)
 

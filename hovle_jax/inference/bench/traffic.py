@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from hovle_jax.inference.engine import AHEAD, Engine
-from hovle_jax.inference.weights import Int8Head
+from hovle_jax.inference.weights import is_int8
 
 COUNTED = "the weights of all layers and of the head, and the part of the caches that the step looks at, on one device"
 LEFT_OUT = (
@@ -18,7 +18,7 @@ LEFT_OUT = (
 def weight_bytes(params: dict) -> int:
     """Of all layers and the head; second halves of a head in int8 are read of a few rows, and left out."""
     head = params["head"]
-    return _bytes((params["layers"], head.coarse if isinstance(head, Int8Head) else head))
+    return _bytes((params["layers"], head.coarse if is_int8(params) else head))
 
 
 def cache_bytes(engine: Engine, prompt: int, long_prompt: int, answered: Iterable[int]) -> float:
