@@ -132,9 +132,9 @@ def check_flags() -> None:
 def main() -> None:
     folder = command_line.local_folder("checkpoint")
     check_flags()
-    from hovle_jax.conversion.downloads import model_folder
+    from hovle_jax.conversion import downloads
 
-    started, folder = time.time(), str(model_folder(folder))
+    started, folder = time.time(), str(downloads.found(folder))
     about, scored, path = on_tsv(folder) if TSV.value else on_data(folder) if DATA.value else on_benchmark(folder)
     result = about | scored.scores | scored.details() | {"predictions": str(path)}
     result["seconds"] = round(time.time() - started, 1)

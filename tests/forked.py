@@ -138,6 +138,7 @@ def _become(job):
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
     sys.argv = [job["module"], *job["arguments"]]
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]
     runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
 
 

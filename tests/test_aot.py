@@ -66,6 +66,7 @@ def test_a_step_on_a_slice(stage, preset):
 
 
 @libtpu
+@pytest.mark.slow
 def test_gradients_cross_slices_alone_and_the_report_says_how_often():
     report = compiled(rows=64, place=("v5e-16", 2))
     assert report.setting["mesh"] == {"data": 2, "fsdp": 16, "tensor": 1, "sequence": 1}
@@ -84,6 +85,7 @@ def test_other_axes_keep_splash_attention():
 
 
 @libtpu
+@pytest.mark.slow
 def test_inputs_of_layers_can_wait_in_the_hosts_memory():
     report = compiled(execution=(("remat", "offload"),))
     assert report.memory["host"] > 0

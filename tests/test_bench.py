@@ -182,12 +182,12 @@ def test_bytes_are_those_that_the_engine_holds():
     """HD in int8: the caches of its stacks differ in length, and both count."""
     about = subject.random(micro.run_config("instruct", "post").model_config, "int8")
     layers, head = about.params["layers"], about.params["head"]
-    assert head.kernel.dtype == "int8" and layers["llm"][1].ffn_norm.dtype == "float32"
+    assert head.fine.dtype == "int8" and layers["llm"][1].ffn_norm.dtype == "float32"
     assert (layers["llm"][1].ffn_norm == 1).all()
-    assert traffic.weight_bytes(about.params) == sum(leaf.nbytes for leaf in jax.tree.leaves((layers, head)))
+    assert traffic.weight_bytes(about.params) == sum(leaf.nbytes for leaf in jax.tree.leaves((layers, head.coarse)))
     _, case = plan(about.hovle.config, Protocol((2,), text_tokens=300, new_tokens=100))
     short, long = 300 + 4, 300 + 16  # of caches for 404 + 256 and 416 + 256 tokens, too few for 512 to be a part
-    a_token = 2 * 2 * (2 * 2 * 8 * 4)  # slots, layers; key and value, heads, numbers of float32
+    a_token = 2 * 2 * (2 * 2 * 8 * 2)  # slots, layers; key and value, heads, numbers of bfloat16
     engine = about.engine(case)
     assert traffic.cache_bytes(engine, short, long, [50]) == a_token * (660 + 672)
     assert traffic.cache_bytes(engine, 100, 110, [5, 40]) == a_token * (128 + 256) / 2 + a_token * (128 + 256) / 2

@@ -296,6 +296,7 @@ def half_broken(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_hosts_that_share_rows_list_each_bad_sample_once(tmp_path, half_broken, start_hosts):
     """Four hosts of two devices: each half of the batch lies on two hosts, as the tensor axis is between them."""
     four, corpora = tmp_path / "four", dict.fromkeys("0123", str(half_broken))
@@ -313,6 +314,7 @@ def test_hosts_that_share_rows_list_each_bad_sample_once(tmp_path, half_broken, 
     assert not list(four.glob("bad_samples.host*"))
 
 
+@pytest.mark.slow
 def test_other_data_and_a_failing_host_end_the_run_everywhere(tmp_path, half_broken, start_hosts):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(half_broken.read_text().splitlines(keepends=True)[:-2]))

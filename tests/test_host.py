@@ -34,6 +34,7 @@ def faults(mode):
     return int(child.stdout)
 
 
+@pytest.mark.slow
 def test_a_step_finds_its_memory_again():
     assert faults("keep") < faults("free") / 3
 

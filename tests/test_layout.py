@@ -61,6 +61,7 @@ def test_levels_of_zero_change_where_things_lie_and_no_number(zero):
     assert micro.shardings(state) == kept
 
 
+@pytest.mark.slow
 def test_kernels_of_a_frozen_component_are_kept_in_the_compute_type_and_change_nothing():
     config = micro.run_config("align", execution=ExecutionConfig(dtype="bfloat16"))
     state, batches, step = micro.start(config)

@@ -8,6 +8,7 @@ from tests.test_commands import environment
 pytest.importorskip("uvicorn")
 
 
+@pytest.mark.slow
 def test_answers_in_a_crowd_are_those_of_a_lone_run(tmp_path, monkeypatch):
     """Beside clients that go away, image bombs, and requests that are malformed or slow."""
     for name, value in environment().items():

@@ -93,6 +93,7 @@ def test_held_out_rows_are_scored_as_the_samples_are_marked():
 
 
 @pytest.mark.usefixtures("quick_compilation", "micro_corpus")
+@pytest.mark.slow
 def test_the_report_of_a_run_on_own_data(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "score_run", lambda config, folder, benchmark: HELD_OUT)
     config = micro.run_config("contrast", steps=2, log_every=1, execution=ExecutionConfig(dtype="auto"))

@@ -175,6 +175,7 @@ def test_an_imported_llm_answers_alone_as_in_a_batch(gguf_file, tmp_path):
         answer(loaded.answerer, [Prompt.of("What?", micro.draw("red", "circle"))])
 
 
+@pytest.mark.slow
 def test_a_model_that_sees_over_that_llm(gguf_file, tmp_path, monkeypatch):
     """Trained by the LLM's own template with image tokens that it never had, exported, imported: the same answers."""
     import_checkpoint(gguf_file, tmp_path / "llm", say=lambda _: None)

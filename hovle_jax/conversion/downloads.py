@@ -73,9 +73,14 @@ def model_folder(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.
     Raises:
       UserError: there is no such model, it cannot be fetched or imported, or it is not finished; with the remedy.
     """
-    folder = imported(name, say) if is_public(name) or is_hub_id(name) else resolve(name, say)
+    folder = found(name, say)
     check_model_folder(folder)
     return folder
+
+
+def found(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
+    """The same, of which it is not asked whether a model is there."""
+    return imported(name, say) if is_public(name) or is_hub_id(name) else resolve(name, say)
 
 
 def imported(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
