@@ -108,6 +108,7 @@ def test_questions_from_a_file(folder):
     assert "going on from there" in again.stderr and (folder / "out.jsonl").read_text() == whole
 
 
+@pytest.mark.slow
 def test_a_beam_search_by_command(folder):
     (folder / "searched.jsonl").write_text('{"prompt": "hello"}\n{"prompt": "what?"}\n')
     files = ["--input", folder / "searched.jsonl", "--output", folder / "found.jsonl"]

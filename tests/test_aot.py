@@ -43,7 +43,9 @@ def compiled(stage="instruct", preset="hovle", place=("v5e-16", 1), execution=()
 
 
 @libtpu
-@pytest.mark.parametrize("stage, preset", [("distill", "hovle_hd"), ("instruct", "hovle")])
+@pytest.mark.parametrize(
+    "stage, preset", [pytest.param("distill", "hovle_hd", marks=pytest.mark.slow), ("instruct", "hovle")]
+)
 def test_a_step_on_a_slice(stage, preset):
     report = compiled(stage, preset)
     assert (report.setting["devices"], report.setting["microbatches"], report.setting["mesh"]["fsdp"]) == (16, 2, 16)
@@ -80,6 +82,7 @@ def test_gradients_cross_slices_alone_and_the_report_says_how_often():
 
 
 @libtpu
+@pytest.mark.slow
 def test_other_axes_keep_splash_attention():
     assert compiled(mesh=(("tensor", 2), ("sequence", 2))).attention["llm"]["kernels"] == 3
 

@@ -143,6 +143,7 @@ def a_resumed_run_replaces_and_lists_the_same(config, whole, cut):
     assert losses(cut) == losses(whole)
 
 
+@pytest.mark.slow
 def test_worker_processes_hosts_and_a_new_index_replace_the_same(corpus, tmp_path, monkeypatch):
     config = config_of(corpus[0])
     expected = [batch for batch, _ in zip(dataset_of(config).iterate(), range(8))]
