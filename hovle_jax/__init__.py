@@ -1,5 +1,6 @@
 """HoVLE, the monolithic vision-language model with a holistic embedding, in JAX and Flax."""
 
+import os
 import typing
 
 if typing.TYPE_CHECKING:  # JAX is imported when it is needed
@@ -9,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def load(
-    name: str,
+    name: str | os.PathLike,
     *,
     max_tiles: int | None = None,
     slots: int | None = None,

@@ -122,7 +122,7 @@ def test_a_beam_search_by_command(folder):
 def test_a_public_folder_answers_as_the_run_that_was_exported(folder, monkeypatch, capsys):
     monkeypatch.setenv("HOVLE_CACHE", str(folder / "cache"))
     export_model(folder / "run", folder / "public", say=lambda _: None)
-    model = hovle_jax.load(str(folder / "public"), slots=2, length=256)
+    model = hovle_jax.load(folder / "public", slots=2, length=256)
     assert [model.answer("hello", max_new_tokens=6)] == plain(folder, ("hello",))
     assert "public is a public checkpoint: importing it once into" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def resolve(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
     return folder
 
 
-def model_folder(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
+def model_folder(name: str | os.PathLike, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
     """The folder of a finished model: as `resolve`, but a public checkpoint or a hub id is imported the first time.
 
     Raises:
@@ -78,8 +79,9 @@ def model_folder(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.
     return folder
 
 
-def found(name: str, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
+def found(name: str | os.PathLike, say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
     """The same, of which it is not asked whether a model is there."""
+    name = os.fspath(name)
     return imported(name, say) if is_public(name) or is_hub_id(name) else resolve(name, say)
 
 
