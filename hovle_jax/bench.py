@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from hovle_jax.model.config import HoVLEConfig
 
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "The folder of a finished run or an import, as runs/instruct; or smol-llm, which is fetched"
-)
+    "checkpoint", None,
+    "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "
+    "a folder in Hugging Face layout, a .gguf file or a hub id, imported on the way",
+)  # fmt: skip
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "In place of --checkpoint: random weights of this config's sizes, as configs/instruct.py:hovle"
 )
@@ -85,11 +87,9 @@ def _model() -> "tuple[HoVLEConfig, pathlib.Path | None]":
         return RunConfig.from_dict(CONFIG.value.to_dict()).model_config.model, None
     name = command_line.local_folder("checkpoint")
     from hovle_jax.checkpoints import load_model_config
-    from hovle_jax.conversion.downloads import resolve
-    from hovle_jax.inference.folders import check_model_folder
+    from hovle_jax.conversion.downloads import model_folder
 
-    folder = resolve(name)
-    check_model_folder(folder)
+    folder = model_folder(name)
     config = load_model_config(folder)
     if config.llm is None:
         raise UserError(f"{folder} holds no llm: give the folder of a finished run that answers, as runs/instruct")

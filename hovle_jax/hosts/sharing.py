@@ -39,7 +39,7 @@ def _all_in_order(own, total, relay):
     made, at = {}, 0
     for number, value in own:
         made[number] = value
-        while at < total and (found := made.pop(at, None) or relay.take_if_there(at)) is not None:
+        while at < total and (found := made.pop(at) if at in made else relay.take_if_there(at)) is not None:
             yield found
             at += 1
     for number in range(at, total):

@@ -6,7 +6,6 @@ gate and up), and a kernel is [outputs, inputs]: a token reads it in the order i
 Dimension letters: D inputs, F outputs.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,24 +53,17 @@ class Int8Kernel:
     bias: jax.Array | None = None
 
     @classmethod
-    def of(
-        cls, kernel: jax.Array, bias: jax.Array | None, importance: jax.Array | None = None, share: float = SHARE
-    ) -> "Int8Kernel":
+    def of(cls, kernel: jax.Array, bias: jax.Array | None, importance: jax.Array | None = None) -> "Int8Kernel":
         """Rounds a kernel [F, D]; the largest number of an output becomes 127 or -127.
 
         Args:
-          importance: [D]: how large the inputs are expected to be; None = as the columns' largest numbers.
-          share: of the columns that get a second half, the most important first.
+          importance: [D]: how large the inputs are expected to be; None = as the columns' largest numbers. The most
+            important `SHARE` of the columns get a second half.
         """
-        kernel = kernel.astype(jnp.float32)
-        magnitude = jnp.abs(kernel)
-        scale = jnp.maximum(jnp.max(magnitude, axis=1), 1e-30) / INT8
-        scaled = kernel / scale[:, None]
-        coarse = jnp.round(scaled)
-        importance = jnp.max(magnitude, axis=0) if importance is None else jnp.abs(importance.astype(jnp.float32))
-        columns = jnp.argsort(-importance)[: int(kernel.shape[1] * share)].astype(jnp.int32)
-        fine = jnp.round((scaled - coarse)[:, columns] * (2 * INT8))
-        return cls(jnp.concatenate([coarse, fine], axis=1).astype(jnp.int8), columns, scale, bias)
+        coarse, rest, scale = _rounded(kernel)
+        importance = jnp.max(jnp.abs(kernel), axis=0) if importance is None else jnp.abs(importance)
+        columns = jnp.argsort(-importance.astype(jnp.float32))[: int(kernel.shape[1] * SHARE)].astype(jnp.int32)
+        return cls(jnp.concatenate([coarse, _second_half(rest[:, columns])], axis=1), columns, scale, bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., F] in the type of x."""
@@ -101,8 +93,8 @@ class Int8Head:
     @classmethod
     def of(cls, kernel: jax.Array) -> "Int8Head":
         """Rounds a kernel [F, D]."""
-        both, D = Int8Kernel.of(kernel, None, jnp.arange(kernel.shape[1], 0, -1), share=1.0), kernel.shape[1]
-        return cls(dataclasses.replace(both, kernel=both.kernel[:, :D], columns=both.columns[:0]), both.kernel[:, D:])
+        coarse, rest, scale = _rounded(kernel)
+        return cls(Int8Kernel(coarse, jnp.zeros(0, jnp.int32), scale), _second_half(rest))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, D] -> [B, F] float32."""
@@ -112,6 +104,19 @@ class Int8Head:
         rows = self.fine[leaders].astype(jnp.float32)
         rest = jnp.einsum("bkd,bd->bk", rows, x) * self.coarse.scale[leaders] / (2 * INT8)
         return logits.at[jnp.arange(len(x))[:, None], leaders].add(rest)
+
+
+def _rounded(kernel):
+    """A kernel [F, D] -> (in int8, what that left in float32, [F]: what both are multiples of)."""
+    kernel = kernel.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(kernel), axis=1), 1e-30) / INT8
+    scaled = kernel / scale[:, None]
+    coarse = jnp.round(scaled)
+    return coarse.astype(jnp.int8), scaled - coarse, scale
+
+
+def _second_half(rest):
+    return jnp.round(rest * (2 * INT8)).astype(jnp.int8)
 
 
 def _product(x, kernel, result):
