@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.inference.dtype_option import DTYPE
 from hovle_jax.system import command_line
 
 if TYPE_CHECKING:
@@ -34,10 +35,7 @@ CHECKPOINT = flags.DEFINE_string(
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "In place of --checkpoint: random weights of this config's sizes, as configs/instruct.py:hovle"
 )
-DTYPE = flags.DEFINE_enum(
-    "dtype", "", ["", "float32", "bfloat16", "int8"],
-    "Of the weights; int8: about a third of float32. Default: bfloat16, and float32 on a CPU",
-)  # fmt: skip
+flags.declare_key_flag(DTYPE.name)  # so that --help lists it
 STREAMS = flags.DEFINE_string("streams", "", "Answers at once, as 1,8,32; default: 1,2,4,8,16,32")
 TILE_SIZES = flags.DEFINE_string(
     "tile_sizes", "", "Pixels along a side of a tile, one after another; default: 336,448, or the model's own"

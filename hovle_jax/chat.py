@@ -15,6 +15,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.inference import options
 from hovle_jax.system import command_line
 
+flags.adopt_module_key_flags(options)  # so that --help lists them
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None,
     "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "

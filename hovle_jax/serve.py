@@ -15,6 +15,7 @@ from absl import flags
 
 import hovle_jax
 from hovle_jax.errors import UserError
+from hovle_jax.inference.dtype_option import DTYPE
 from hovle_jax.system import command_line
 
 CHECKPOINT = flags.DEFINE_string(
@@ -32,10 +33,7 @@ LENGTH = flags.DEFINE_integer("length", None, "The most tokens of a prompt with 
 ATTENTION = flags.DEFINE_bool(
     "attention", True, "Keep a second copy of the weights, from which the page shows where the model looks"
 )
-DTYPE = flags.DEFINE_enum(
-    "dtype", "", ["", "float32", "bfloat16", "int8"],
-    "Of the weights; int8: about a third of float32. Default: bfloat16, and float32 on a CPU",
-)  # fmt: skip
+flags.declare_key_flag(DTYPE.name)  # so that --help lists it
 CACHE = flags.DEFINE_enum(
     "cache", "", ["", "bfloat16", "int8"],
     "Of what was read and answered; int8: half of bfloat16's memory. Default: as computed; with --dtype=int8 bfloat16",

@@ -4,14 +4,13 @@ from typing import Any
 
 from absl import flags
 
+from hovle_jax.inference.dtype_option import DTYPE
+
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "The longest answer, in tokens", lower_bound=1)
 MAX_TILES = flags.DEFINE_integer(
     "max_tiles", None, "The most tiles of an image; several images share them. Default: as in training", lower_bound=1
 )
-DTYPE = flags.DEFINE_enum(
-    "dtype", "", ["", "float32", "bfloat16", "int8"],
-    "Of the weights; int8: about a third of float32. Default: bfloat16, and float32 on a CPU",
-)  # fmt: skip
+flags.declare_key_flag(DTYPE.name)  # so that --help lists it
 SYSTEM = flags.DEFINE_string("system", "", "The system message; empty: the model's own")
 STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer; may be given several times")
 SAMPLING = (

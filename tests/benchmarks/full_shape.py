@@ -19,8 +19,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-
 TEXT, NEW = 256, 120
 SIDES = ("float32", "bfloat16", "int8", "torch float32", "torch bfloat16")
 
@@ -29,87 +27,27 @@ SIDES = ("float32", "bfloat16", "int8", "torch float32", "torch bfloat16")
 # Ours
 
 
-class _Ids:
-    """What an engine needs of a tokenizer, for answers that nobody reads."""
-
-    stop_ids, image_id, clean_up = (), 92_546, False
-
-    def decode(self, ids):
-        return ""
-
-
-def random_params(hovle, int8: bool) -> dict:
-    """Weights as an engine takes them, layer by layer, so that no second copy is needed."""
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
-    from hovle_jax.inference.layer import LayerWeights
-    from hovle_jax.inference.weights import head_of
-
-    c, dtype = hovle.config, jnp.dtype(hovle.execution.dtype)
-    block = jnp.asarray(np.random.default_rng(0).normal(0, 0.02, 2**20), dtype)
-
-    def draw(*shape):
-        return jnp.resize(block, shape)
-
-    def layer(stack):
-        D, F, C = stack.width, stack.mlp_width, stack.head_dim
-        outputs = {"query": (D, stack.num_heads * C), "key": (D, stack.num_kv_heads * C)}
-        outputs |= {"value": outputs["key"], "output": (stack.num_heads * C, D)}
-        outputs |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
-        params = {name: {"kernel": draw(1, *shape)} for name, shape in outputs.items()}
-        params |= {name: {"scale": jnp.ones((1, D), dtype)} for name in ("attention_norm", "ffn_norm")}
-        return LayerWeights.of_stack(params, 1, dtype, int8)[0]
-
-    P = c.embedding.patch_size
-    tables = lambda rows, width: {"embedding": draw(rows, width)}
-    width, llm = c.embedding.stack.width, c.llm
-    shapes = jax.eval_shape(
-        lambda: hovle.embedding.init(
-            jax.random.key(0), jnp.zeros((1, 1, P * 2 * 16, P * 2 * 16, 3), jnp.uint8), method="embed_tiles"
-        )
-    )["params"]
-    embedding = jax.tree.map(lambda leaf: draw(*leaf.shape), nn.meta.unbox(shapes))
-    return {
-        "embedding": embedding | {"text_embedding": tables(llm.table_rows, width)},
-        "llm": {"token_embedding": tables(llm.table_rows, width), "norm": {"scale": jnp.ones(width, dtype)}},
-        "layers": {
-            "embedding": [layer(c.embedding.stack) for _ in range(c.embedding.stack.num_layers)],
-            "llm": [layer(llm.stack) for _ in range(llm.stack.num_layers)],
-        },
-        "head": head_of(draw(llm.table_rows, width), dtype, int8),
-    }
-
-
 def our_answers(side):
     """Endless answers; each gives (seconds to the first token, seconds of the others)."""
-    from hovle_jax.data.batch import Sample
-    from hovle_jax.data.processor import Processor
+    from hovle_jax.config import ModelConfig
+    from hovle_jax.inference.bench import subject
+    from hovle_jax.inference.bench.cases import Case
     from hovle_jax.inference.bench.traffic import weight_bytes
-    from hovle_jax.inference.engine import Engine, Request, Stream
-    from hovle_jax.inference.generate import Answerer
+    from hovle_jax.inference.engine import Request, Stream
     from hovle_jax.inference.texts import TextSoFar
-    from hovle_jax.model.execution import Execution
-    from hovle_jax.model.hovle import HoVLE
     from hovle_jax.model.presets import MODELS
 
-    dtype = {"int8": "float32"}.get(side, side)
-    hovle = HoVLE(MODELS["hovle"](), Execution(dtype=dtype, unroll_layers=True))
-    params = random_params(hovle, side == "int8")
-    answerer = Answerer(hovle, {}, Processor(_Ids(), tokens_per_tile=hovle.config.embedding.tokens_per_tile))
-    engine = Engine(answerer, slots=1, length=TEXT + hovle.config.embedding.tokens_per_tile + NEW, params=params)
-    weights = weight_bytes(params)
-    yield {"weights": weights}
+    c = MODELS["hovle"]()
+    model = subject.random(ModelConfig(llm=c.llm, embedding=c.embedding), side)
+    case = Case(1, 448, TEXT, NEW)
+    answerer, engine = model.answerer(case), model.engine(case)
+    yield {"weights": weight_bytes(model.params)}
     for number in range(10**6):
-        rng = np.random.default_rng(number)
-        image = np.full(hovle.config.embedding.tokens_per_tile, _Ids.image_id, np.int32)
-        tokens = np.concatenate([image, rng.integers(3, 90_000, TEXT).astype(np.int32)])
-        size = hovle.config.embedding.tile_size
-        tiles = rng.integers(0, 255, (1, size, size, 3), np.uint8)
-        sample = Sample(tokens, np.zeros(len(tokens), bool), tiles)
-        start = time.perf_counter()
-        stream = engine.enqueue(Stream(engine._read(sample), Request(NEW), (), TextSoFar(_Ids()), lambda piece: None))
+        sample, start = subject.draw(answerer, case, seed=number), time.perf_counter()
+        stream = Stream(
+            subject.read(answerer, sample), Request(NEW), (), TextSoFar(model.tokenizer), lambda piece: None
+        )
+        engine.enqueue(stream)
         while not stream.tokens:
             engine.step()
         first = time.perf_counter()
