@@ -13,9 +13,10 @@ from hovle_jax.config import MeshConfig
 from hovle_jax.inference import slots as programs
 from hovle_jax.inference import weights
 from hovle_jax.inference.caches import LayerSlots, One
+from hovle_jax.inference.calibration import input_sizes
 from hovle_jax.inference.engine import Engine, Request
 from hovle_jax.inference.layer import LayerWeights
-from hovle_jax.inference.weights import Int8Head, Int8Kernel, kernel_of
+from hovle_jax.inference.weights import Int8Head, Int8Kernel, joined
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import Stack
@@ -45,7 +46,7 @@ def read_back(made):
 def test_int8_inputs_cost_next_to_nothing():
     """The product is that of the rounded kernel with inputs of 15 bits, also where one input is far larger."""
     x, bias = drawn(ROWS, D).at[:, 3].multiply(50), drawn(F, seed=2)
-    made = Int8Kernel.of(drawn(F, D, seed=1), bias)
+    made = Int8Kernel.of(drawn(F, D, seed=1), bias, jnp.ones(D))
     assert made.kernel.dtype == jnp.int8 and int(jnp.max(jnp.abs(made.kernel[:, :D]), axis=1).min()) == 127
     exact = np.asarray(x) @ read_back(made).T + bias
     spread = float(jnp.max(jnp.abs(x))) * float(jnp.max(jnp.abs(made.scale))) * 127
@@ -54,16 +55,17 @@ def test_int8_inputs_cost_next_to_nothing():
 
 
 def test_the_columns_of_large_inputs_have_second_halves():
-    kernel, importance = drawn(F, D, seed=1), jnp.arange(D, dtype=jnp.float32)
-    made = Int8Kernel.of(kernel, None, importance)
-    assert sorted(made.columns.tolist()) == list(range(D - D // 8, D))
+    kernel, count = drawn(F, D, seed=1), int(D * weights.SHARE)
+    made = Int8Kernel.of(kernel, None, jnp.arange(D, dtype=jnp.float32))
+    assert count and sorted(made.columns.tolist()) == list(range(D - count, D))
     error = np.abs(read_back(made) - kernel).max(axis=0)
-    assert error[D - D // 8 :].max() < error[: D - D // 8].min() / 50
+    assert error[D - count :].max() < error[: D - count].min() / 50
 
 
 def test_int8_kernels_are_near_those_in_float():
     kernel, x = drawn(F, D, seed=1), drawn(ROWS, D)
-    plain, rounded = (kernel_of(kernel, None, "float32", int8)(x) for int8 in (False, True))
+    dense = {"kernel": kernel.T}
+    plain, rounded = (joined([dense], "float32", inputs)(x) for inputs in (None, jnp.ones(D)))
     error = float(jnp.linalg.norm(rounded - plain) / jnp.linalg.norm(plain))
     assert 1e-4 < error < 0.01
 
@@ -78,7 +80,7 @@ def test_the_largest_logits_of_an_int8_head_are_made_anew(monkeypatch):
 
 
 def test_an_output_of_zeros_alone_stays_zero():
-    assert not np.asarray(Int8Kernel.of(jnp.zeros((F, D)), None)(drawn(ROWS, D))).any()
+    assert not np.asarray(Int8Kernel.of(jnp.zeros((F, D)), None, jnp.ones(D))(drawn(ROWS, D))).any()
 
 
 @pytest.mark.parametrize("extras", [{}, dict(qkv_bias=True, output_bias=True, mlp_bias=True), dict(qk_norm=True)])
@@ -94,7 +96,7 @@ def test_a_fused_stack_gives_what_the_plain_one_gives(extras):
         nn.meta.unbox(abstract),
     )
     plain, _ = jax.jit(stack.apply)({"params": params}, x, positions, segments)
-    layers = LayerWeights.of_stack(params["layers"], 2, "float32", int8=False)
+    layers = LayerWeights.of_stack(params["layers"], 2, "float32")
     caches = tuple(LayerSlots.empty(config, 1, 12, jnp.float32) for _ in range(2))
     fused, _ = programs._run(
         config, Execution(), layers, x, positions, caches, One(jnp.int32(0), jnp.int32(0), 12), jnp.int32(12)
@@ -134,3 +136,26 @@ def test_int8_answers_are_those_of_the_rounded_weights():
     for a, b in zip(exact, rounded):
         assert abs(a.logprobs[0] - b.logprobs[0]) < 0.05
     assert engine.params["head"].coarse.kernel.dtype == jnp.int8
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_inputs_that_are_large_are_found(alone):
+    """Weights before a product are changed so that it is known which of its inputs are."""
+    answerer = make_answerer("post")
+    if alone:
+        config = dataclasses.replace(answerer.hovle.config, embedding=None)
+        hovle, params = dataclasses.replace(answerer.hovle, config=config), {"llm": answerer.params["llm"]}
+        answerer = dataclasses.replace(answerer, hovle=hovle, params=params)
+    llm = answerer.params["llm"]["stack"]["layers"]
+    change = lambda leaf, at, by: leaf.at[:, ..., at].multiply(by)
+    llm["attention_norm"]["scale"] = change(llm["attention_norm"]["scale"], 5, 30)
+    llm["ffn_norm"]["scale"] = change(llm["ffn_norm"]["scale"], 7, 30)
+    llm["up"]["kernel"] = change(llm["up"]["kernel"], 11, 1000)
+    head = answerer.hovle.config.llm.stack.head_dim
+    llm["value"]["kernel"] = change(llm["value"]["kernel"], slice(0, head), 100)
+    sizes = input_sizes(answerer.params, hovle=answerer.hovle)
+    assert set(sizes) == set(answerer.params) & {"embedding", "llm"}
+    largest = {name: np.argmax(rows, axis=1) for name, rows in sizes["llm"].items()}
+    groups = answerer.hovle.config.llm.stack.num_heads // answerer.hovle.config.llm.stack.num_kv_heads
+    assert (largest["qkv"] == 5).all() and (largest["gate_up"] == 7).all() and (largest["down"] == 11).all()
+    assert (largest["output"] < head * groups).all()

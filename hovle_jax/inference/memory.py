@@ -10,12 +10,12 @@ import jax
 from hovle_jax.components import shapes
 from hovle_jax.config import ModelConfig
 from hovle_jax.errors import UserError
+from hovle_jax.inference.layer import PRODUCTS
 from hovle_jax.inference.slots import fused
 from hovle_jax.model.hovle import HoVLE
 
 SLOTS = 8  # answers at once, unless there is room for fewer
 WORK = 2**28  # bytes left to what programs compute with
-GROUPS = ("qkv", "output", "gate_up", "down")  # of `LayerWeights`: made one after another, each for a whole stack
 
 
 def size(tree: Any) -> int:
@@ -62,7 +62,8 @@ class Weights:
         new = size(made["layers"]) + head + (0 if is_shared else tables)
         if keep:
             return cls(size(read) + new, size(read) + new, size(read))
-        group = max(size([getattr(w, name) for w in layers]) for layers in made["layers"].values() for name in GROUPS)
+        # Products are made one after another, each for a whole stack.
+        group = max(size([getattr(w, name) for w in layers]) for layers in made["layers"].values() for name in PRODUCTS)
         return cls(size(made["layers"]) + head + tables, size(read) + group + (0 if is_shared else tables))
 
 

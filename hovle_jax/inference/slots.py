@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.inference.caches import All, LayerSlots, One
+from hovle_jax.inference.calibration import input_sizes
 from hovle_jax.inference.layer import LayerWeights, normalized, run_layer
 from hovle_jax.inference.sampling import GREEDY, SamplingRows, draw, most_likely, penalized
 from hovle_jax.inference.weights import head_of
@@ -105,10 +106,12 @@ def fused(params: dict, hovle: HoVLE, int8: bool = False, consume: bool = False)
     c, dtype = hovle.config, jnp.dtype(hovle.execution.dtype)
     stacks = {"embedding": c.embedding.stack if c.embedding else None, "llm": c.llm.stack}
 
+    inputs = input_sizes(params, hovle=hovle) if int8 else {}
+
     def layers(name, count):
         if not count:
             return []
-        return LayerWeights.of_stack(params[name]["stack"]["layers"], count, dtype, int8, consume)
+        return LayerWeights.of_stack(params[name]["stack"]["layers"], count, dtype, inputs.get(name), consume)
 
     rest = lambda tree: {key: value for key, value in tree.items() if key not in ("stack", "head")}
     held = {name: jax.tree.map(lambda leaf: leaf.astype(dtype), rest(params[name])) for name in stacks if stacks[name]}
@@ -118,14 +121,17 @@ def fused(params: dict, hovle: HoVLE, int8: bool = False, consume: bool = False)
     return held | {"layers": made, "head": head_of(table, dtype, int8)}
 
 
-def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length):
-    """The layers of a stack over x [B, T, D] -> (x, caches). `text_length`: see `rotary.needs_lengths`."""
+def _run(config: StackConfig, execution, layers, x, positions, caches, where, text_length, only=None):
+    """The layers of a stack over x [B, T, D] -> (x, caches).
+
+    `text_length`: see `rotary.needs_lengths`; `only`: of the last layer, see `run_layer`.
+    """
     capacity = caches[0].capacity if caches else 0
     lengths = jnp.broadcast_to(text_length, positions.shape) if needs_lengths(config, capacity) else None
     angles = jax.lax.optimization_barrier(rotary_angles(positions, config, lengths))
     x, written = x.astype(execution.dtype), []
-    for weights, cache in zip(layers, caches, strict=True):
-        x, cache = run_layer(config, execution, weights, x, cache, angles, where)
+    for i, (weights, cache) in enumerate(zip(layers, caches, strict=True), 1):
+        x, cache = run_layer(config, execution, weights, x, cache, angles, where, only if i == len(layers) else None)
         written.append(cache)
     return x, tuple(written)
 
@@ -293,7 +299,7 @@ def read_llm(
     Returns:
       (slots, Made of one row).
     """
-    embedding, llm = _bound(params, hovle)
+    c, (embedding, llm) = hovle.config.llm, _bound(params, hovle)
     if embedding is None:
         x = llm.token_embedding(chunk.tokens)
     else:
@@ -302,9 +308,11 @@ def read_llm(
     positions = start + jnp.arange(len(chunk.tokens), dtype=jnp.int32)
     x, caches = _run(
         hovle.config.llm.stack, hovle.execution, params["layers"]["llm"], x[None], positions[None], slots.llm,
-        One(slot, start, reach), chunk.text_length,
+        One(slot, start, reach), chunk.text_length, only=chunk.count - 1,
     )  # fmt: skip
-    logits = _logits(params, hovle, jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)[:, 0])
+    # The head is read after a prompt's last chunk alone.
+    unread = jnp.zeros((1, c.table_rows), jnp.float32)
+    logits = jax.lax.cond(most > 0, lambda: _logits(params, hovle, x[:, 0]), lambda: unread)
     slots = dataclasses.replace(slots, llm=caches, length=slots.length.at[slot].add(chunk.count))
     rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1)
     token, made = _choose(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from hovle_jax.inference.products import product
 
 INT8 = 127.0
-SHARE = 1 / 8  # of the columns that have a second half
+SHARE = 1 / 32  # of the columns that have a second half
 LEADERS = 32  # logits that are made anew
 
 
@@ -53,16 +53,14 @@ class Int8Kernel:
     bias: jax.Array | None = None
 
     @classmethod
-    def of(cls, kernel: jax.Array, bias: jax.Array | None, importance: jax.Array | None = None) -> "Int8Kernel":
+    def of(cls, kernel: jax.Array, bias: jax.Array | None, inputs: jax.Array) -> "Int8Kernel":
         """Rounds a kernel [F, D]; the largest number of an output becomes 127 or -127.
 
         Args:
-          importance: [D]: how large the inputs are expected to be; None = as the columns' largest numbers. The most
-            important `SHARE` of the columns get a second half.
+          inputs: [D]: how large they are expected to be. The columns of the largest `SHARE` get a second half.
         """
         coarse, rest, scale = _rounded(kernel)
-        importance = jnp.max(jnp.abs(kernel), axis=0) if importance is None else jnp.abs(importance)
-        columns = jnp.argsort(-importance.astype(jnp.float32))[: int(kernel.shape[1] * SHARE)].astype(jnp.int32)
+        columns = jnp.argsort(-inputs)[: int(kernel.shape[1] * SHARE)].astype(jnp.int32)
         return cls(jnp.concatenate([coarse, _second_half(rest[:, columns])], axis=1), columns, scale, bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,8 +70,10 @@ class Int8Kernel:
         coarse = jnp.round(rows / step)
         fine = jnp.round((rows / step - coarse) * (2 * INT8))
         again = coarse[:, self.columns]
-        both = jnp.block([[coarse, jnp.zeros_like(again)], [fine, again]]).astype(jnp.int8)
-        coarse, fine = jnp.split(_product(both, self.kernel, jnp.int32).astype(jnp.float32), 2)
+        parts = [(coarse, fine), (jnp.zeros_like(again), again)]
+        # Else what is computed is computed anew for each place of the concatenation, one after another.
+        both = jax.lax.optimization_barrier([jnp.concatenate(halves).astype(jnp.int8) for halves in parts])
+        coarse, fine = jnp.split(_product(jnp.concatenate(both, axis=1), self.kernel, jnp.int32).astype(jnp.float32), 2)
         out = _biased((coarse + fine / (2 * INT8)) * step * self.scale, self.bias)
         return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
@@ -128,21 +128,17 @@ def _biased(x, bias):
     return x if bias is None else x + bias.astype(x.dtype)
 
 
-def joined(denses: Sequence[dict], dtype: Any, int8: bool, importance: jax.Array | None = None) -> Kernel | Int8Kernel:
+def joined(denses: Sequence[dict], dtype: Any, inputs: jax.Array | None = None) -> Kernel | Int8Kernel:
     """One kernel of the Linen Denses {'kernel' [D, F], 'bias' [F]} of the same input, their outputs side by side.
 
     Either all have a bias or none.
+
+    Args:
+      inputs: see `Int8Kernel.of`, which is made where they are given.
     """
     kernel = jnp.concatenate([dense["kernel"].T for dense in denses])
     bias = jnp.concatenate([dense["bias"] for dense in denses]) if "bias" in denses[0] else None
-    return kernel_of(kernel, bias, dtype, int8, importance)
-
-
-def kernel_of(
-    kernel: jax.Array, bias: jax.Array | None, dtype: Any, int8: bool, importance: jax.Array | None = None
-) -> Kernel | Int8Kernel:
-    """A kernel [F, D] in the type that decoding reads; `importance`: see `Int8Kernel.of`."""
-    return Int8Kernel.of(kernel, bias, importance) if int8 else Kernel(kernel.astype(dtype), bias)
+    return Kernel(kernel.astype(dtype), bias) if inputs is None else Int8Kernel.of(kernel, bias, inputs)
 
 
 def head_of(table: jax.Array, dtype: Any, int8: bool) -> Kernel | Int8Head:
