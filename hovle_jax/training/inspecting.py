@@ -2,8 +2,6 @@
 
 import dataclasses
 import pathlib
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ from hovle_jax.system.files import reason_of
 from hovle_jax.training import saved_steps
 
 MODEL = "model"
+PIECE = 2**22  # elements that are converted at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +79,62 @@ def find(place: str) -> Saved:
     return saved_in(place)[-1]
 
 
-def leaves(saved: Saved) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of every leaf; each is read when it is asked for. Raises UserError where one cannot be read."""
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array in a checkpoint, which `read` reads."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    folder: pathlib.Path
+    name: str
+
+    def read(self) -> np.ndarray:
+        """Raises UserError where it cannot be read."""
+        import tensorstore as ts
+
+        store = {"driver": "ocdbt", "base": f"file://{self.folder.absolute()}/", "path": f"{self.name}/"}
+        try:
+            return ts.open({"driver": "zarr", "kvstore": store}, read=True).result().read().result()
+        except ValueError as error:
+            raise UserError(f"{self.name} in {self.folder} cannot be read: {reason_of(error)}") from None
+
+
+def leaves(saved: Saved) -> dict[str, Leaf]:
+    """{path: leaf} of all arrays, in order. Raises UserError where the tree cannot be read."""
+    found = {}
     for part, folder in saved.trees.items():
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            try:
-                tree: Any = checkpointer.metadata(folder.absolute()).item_metadata.tree
-                paths = sorted(path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf))
-            except Exception as error:  # Orbax has many
-                raise UserError(f"{folder} cannot be read: {reason_of(error)}") from None
-    yield from ()
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            metas = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "shape"))
+            for meta in metas:
+                path = "/".join(filter(None, [part, *meta.name.split(".")]))
+                found[path] = Leaf(tuple(meta.shape), str(np.dtype(meta.dtype)), folder, meta.name)
+        except Exception as error:  # Orbax has many for a damaged folder
+            raise UserError(f"{folder} cannot be read: {reason_of(error)}") from None
+    return found
 
 
-def _is_leaf(node):
-    return hasattr(node, "shape")
+def norm(array: np.ndarray) -> float:
+    """The root of the sum of the squares, in float64 and in small pieces."""
+    flat = array.reshape(-1)
+    pieces = (flat[at : at + PIECE].astype(np.float64) for at in range(0, flat.size, PIECE))
+    return float(np.sqrt(sum(float(np.dot(piece, piece)) for piece in pieces)))
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> float:
+    """The largest absolute difference of two arrays of one shape; 0.0 = bit-equal, nan where one is not a number."""
+    if first.dtype == second.dtype and first.tobytes() == second.tobytes():
+        return 0.0
+    largest = 0.0
+    for at in range(0, first.size, PIECE):
+        one, other = (array.reshape(-1)[at : at + PIECE].astype(np.float64) for array in (first, second))
+        with np.errstate(invalid="ignore"):
+            gap = np.where(one == other, 0.0, np.abs(one - other))
+        largest = max(largest, float(gap.max())) if not np.isnan(gap).any() else float("nan")
+        if np.isnan(largest):
+            break
+    return largest
 
 
 def _step(step, path):
