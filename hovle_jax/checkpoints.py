@@ -117,7 +117,7 @@ def load_model_config(folder: str | os.PathLike) -> ModelConfig:
         raise UserError(
             f"{folder} holds no finished model; give the folder of a finished run, as runs/instruct, or of an import"
         )
-    return from_dict(ModelConfig, read_json(path, remedy=MADE_AGAIN), str(path))
+    return from_dict(ModelConfig, read_json(path, ["llm"], MADE_AGAIN), str(path))
 
 
 def abstract_component(config: ModelConfig, component: str, placement: Placement) -> Params:

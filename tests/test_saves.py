@@ -6,6 +6,7 @@ import pathlib
 import random
 import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from hovle_jax.training import resumable, saved_steps
 from hovle_jax.training.resumable import RunCheckpoints
 from hovle_jax.training.saved_steps import Keep
 from hovle_jax.training.state import TrainState
-from tests import micro
+from tests import forked, micro
+from tests.test_commands import ROOT, environment
 
 SIDE = 40
 
@@ -169,6 +171,34 @@ def test_a_whole_checkpoint_of_another_tree_is_no_damage(two_steps):
     with RunCheckpoints(two_steps, Keep(2)) as saved, pytest.raises(UserError, match="is whole and cannot be restored"):
         saved.restore(TrainState(jnp.int32(0), {"b": jnp.zeros(3)}, {}, []))
     assert (two_steps / "checkpoints" / "2").is_dir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_kill_inside_a_save_leaves_the_one_before(kills, tmp_path):
+    """Killed at random moments of one save after another, each time in the folder that the kill before left."""
+    drawn, cut = random.Random(kills), 0
+    for kill in range(kills):
+        out = tmp_path / f"out_{kill}"
+        process = forked.Process("tests.saving_host", [tmp_path], ROOT, environment(), out, tmp_path / "err")
+        patience = time.monotonic() + 120
+        while out.read_text().count("saved") < 3 and process.poll() is None and time.monotonic() < patience:
+            time.sleep(0.005)
+        time.sleep(drawn.random() * 0.1)
+        process.kill()
+        process.wait(timeout=20)
+        said = [line.split() for line in out.read_text().splitlines()]
+        assert len(said) > 2, (tmp_path / "err").read_text()
+        cut += any((tmp_path / "checkpoints").glob("*.partial"))
+        complete = int(said[-1][1])  # the next one, or the one after that, may be complete too
+        newest = saved_steps.newest_whole(tmp_path / "checkpoints", (lines := []).append)
+        assert complete <= newest <= complete + 2 and not lines
+    assert cut > kills // 2
+    step, state = restored(tmp_path)
+    assert_is(state, step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
