@@ -208,7 +208,12 @@ def test_the_chain_of_stages(tmp_path):
         assert rows[-1]["step"] == 2 and all(np.isfinite(row.get("loss", 0)) for row in rows)
         assert json.loads((folder / "config.json").read_text())["steps"] == 2
         assert isinstance(json.loads((folder / "results.json").read_text()), dict)
-    assert {p.name for p in (workdir / "instruct" / "model").iterdir()} == {"config.json", "embedding", "files.json", "llm"}
+    assert {p.name for p in (workdir / "instruct" / "model").iterdir()} == {
+        "config.json",
+        "embedding",
+        "files.json",
+        "llm",
+    }
     assert {p.name for p in (workdir / "contrast" / "model").iterdir()} == {"clip", "config.json", "files.json"}
 
     again = command("train", "--config", "configs/instruct.py", "--workdir", workdir, *short, *init)

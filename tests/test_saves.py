@@ -19,7 +19,9 @@ from hovle_jax.system import file_lists
 from hovle_jax.training import resumable, saved_steps
 from hovle_jax.training.resumable import RunCheckpoints
 from hovle_jax.training.saved_steps import Keep
+from hovle_jax.training.stages import STAGES
 from hovle_jax.training.state import TrainState
+from hovle_jax.training.weights import save_result
 from tests import forked, micro
 from tests.test_commands import ROOT, environment
 
@@ -288,6 +290,16 @@ def test_a_limit_to_the_size_of_files_is_named(tmp_path, impatient):
         saved._failures = 0
         saved.finish(1, state_of(1))
     assert_is(restored(tmp_path)[1], 1)
+
+
+def test_a_model_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch):
+    config = micro.run_config("contrast")
+    (tmp_path / "model.partial").touch()  # a file where a folder is needed
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(
+        UserError, match="cannot write .*/model: Not a directory; .* goes on from the newest checkpoint"
+    ):
+        save_result(tmp_path, STAGES["contrast"], micro.params(config), config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

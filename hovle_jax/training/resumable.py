@@ -97,7 +97,7 @@ class RunCheckpoints:
         except Exception as error:  # Orbax and tensorstore have many
             self._failed(step, error)
             return
-        note = {"step": step, "held_out": dict(held_out or {})}
+        note = {"step": step, "held_out": {name: float(value) for name, value in (held_out or {}).items()}}
         self._saving = step, self._threads.submit(self._complete, partial, final, note)
 
     def finish(self, step: int, state: TrainState) -> None:
