@@ -21,6 +21,7 @@ from hovle_jax.sharding import table
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.system.files import write_whole
+from hovle_jax.system.mirror import Mirror
 from hovle_jax.training import profiling, resumable, run_folder
 from hovle_jax.training.checks import check, check_same_data_everywhere, check_sources, check_tokenizer
 from hovle_jax.training.held_out import check_keep_best, evaluate, open_held_out
@@ -55,6 +56,7 @@ def run(
     say: Callable = print,
     profile: range | None = None,
     track: str = "",
+    mirror: Mirror | None = None,
 ) -> Result:
     """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
@@ -63,6 +65,7 @@ def run(
       sources: {component: folder of the run that it comes from}.
       profile: a range of steps to trace, or None.
       track: a service that follows the run (`report.tracking`); '' = none.
+      mirror: where the work folder belongs, if it is a copy of one at a URL.
     Returns:
       Result.
     Raises:
@@ -99,7 +102,7 @@ def run(
 
     # 3. State.
     keep = Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
-    saving = resumable.RunCheckpoints(folder, keep, say)
+    saving = resumable.RunCheckpoints(folder, keep, say, mirror)
     with saving as saved:
         profiling.check_steps(profile, saved.latest or 0, config.last_step)
         if distributed.is_leader():

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.system.files import reason_of
+from hovle_jax.system.mirror import Mirror
 from hovle_jax.training import saved_steps
 from hovle_jax.training.state import TrainState
 
@@ -35,12 +36,20 @@ class RunCheckpoints:
       folder: the run's own.
       keep: which checkpoints stay.
       say: takes lines about damaged checkpoints and failed saves.
+      mirror: where the work folder belongs, if it is a copy: a save is complete when it is there too.
     Attributes:
       latest: the newest complete step, or None.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: saved_steps.Keep, say: Callable[[str], object] = print) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        keep: saved_steps.Keep,
+        say: Callable[[str], object] = print,
+        mirror: Mirror | None = None,
+    ) -> None:
         self._folder, self._keep, self._say = pathlib.Path(folder).absolute() / "checkpoints", keep, say
+        self._mirror = mirror
         newest = None
         if distributed.is_leader():
             self._folder.mkdir(exist_ok=True)
@@ -128,6 +137,8 @@ class RunCheckpoints:
         if distributed.is_leader():
             saved_steps.commit(partial, final, note)
             saved_steps.prune(self._folder, self._keep, self._say)
+            if self._mirror:
+                self._mirror.push()
 
     def _settle(self):
         """Waits for the save that is on its way, and takes note of how it went."""
