@@ -1,7 +1,9 @@
 """Work folders at a URL: what a run leaves there, and how another machine goes on from it."""
 
 import pathlib
+import random
 import shutil
+import socket
 
 import fsspec
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 from hovle_jax.errors import UserError
 from hovle_jax.system import mirror as mirrors
 from hovle_jax.system.mirror import Mirror
+from hovle_jax.training import saved_steps
 from hovle_jax.training.resumable import RunCheckpoints
 from hovle_jax.training.saved_steps import Keep
-from tests.test_saves import assert_is, flip, state_of
+from tests.test_saves import assert_is, flip, killed, state_of
 
 
 @pytest.fixture
@@ -122,6 +125,42 @@ def test_a_kill_while_it_is_sent_leaves_a_checkpoint_and_the_rows_up_to_it(sent,
     assert newest == 1
     assert (path / "run" / "metrics.jsonl").read_text() == "row\n" * (2 if sent else 1)
     assert saved(url, 5) == newest
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The URL of a folder on a server of Google Cloud Storage, in this process."""
+    server = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")
+    pytest.importorskip("gcsfs", reason="pip install gcsfs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
+    with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
+        yield "gs://bucket/runs"
+
+
+@pytest.mark.slow
+def test_a_bucket_takes_20_kills(bucket, tmp_path):
+    survives_kills(bucket, 20, tmp_path)
+
+
+def test_a_folder_at_a_url_takes_kills(remote, tmp_path):
+    survives_kills(remote[1], 2, tmp_path)
+
+
+def survives_kills(url, kills, tmp_path):
+    """Each process goes on from a checkpoint that the one before has said, or a later one; no rows are missing."""
+    drawn, complete = random.Random(kills), 0
+    for _ in range(kills):
+        first, *_, last = killed(url, tmp_path, drawn.random() * 0.3)
+        assert complete <= int(first[1]) <= complete + 2
+        complete = int(last[1])
+    folder = opened(url).folder / "run"
+    newest = saved_steps.newest_whole(folder / "checkpoints", print)
+    assert newest >= complete > 2 * kills
+    assert len((folder / "rows").read_text().split()) >= newest
 
 
 def test_what_is_sent_in_which_turn():
