@@ -2,6 +2,7 @@
 
 FOLDER/model/COMPONENT/    parameters, one component a folder ('embedding', 'llm', ...); appears when complete
 FOLDER/model/config.json   the components' sizes
+FOLDER/model/files.json    size and sha256 of each of these files, compared before weights are read
 FOLDER/tokenizer.model     or another tokenizer's files (data/text/tokenizer.py)
 
 What a run can be resumed from is apart: training/resumable.py.
@@ -9,7 +10,7 @@ What a run can be resumed from is apart: training/resumable.py.
 
 import asyncio
 import dataclasses
-import json
+import functools
 import math
 import os
 import pathlib
@@ -27,8 +28,14 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts.distributed import is_leader, wait
 from hovle_jax.sharding.layout import Layout
 from hovle_jax.sharding.placement import Placement
+from hovle_jax.system import file_lists
+from hovle_jax.system.files import read_json, sync_folder, write_json
 
 SAVE_CONCURRENT_BYTES = 10**8
+MADE_AGAIN = (
+    "remove the folder model there and give its training command again, which goes on from the newest checkpoint; or "
+    "import it again"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,9 +102,11 @@ def save_model(folder: str | os.PathLike, config: ModelConfig, components: dict[
         del params
     wait("the components are written")
     if is_leader():
-        (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write_json(partial / "config.json", dataclasses.asdict(config))
+        file_lists.write_list(partial)
         shutil.rmtree(folder / "model", ignore_errors=True)
         partial.rename(folder / "model")
+        sync_folder(folder)
     wait("the model is there")
 
 
@@ -108,7 +117,7 @@ def load_model_config(folder: str | os.PathLike) -> ModelConfig:
         raise UserError(
             f"{folder} holds no finished model; give the folder of a finished run, as runs/instruct, or of an import"
         )
-    return from_dict(ModelConfig, json.loads(path.read_text()), str(path))
+    return from_dict(ModelConfig, read_json(path, ["llm"], MADE_AGAIN), str(path))
 
 
 def abstract_component(config: ModelConfig, component: str, placement: Placement) -> Params:
@@ -123,7 +132,7 @@ def load_component(folder: str | os.PathLike, component: str, abstract: Params) 
     Called on the hosts whose devices are in these shardings.
 
     Raises:
-      UserError: the run is missing, unfinished, without this component, or of other sizes.
+      UserError: the run is missing, unfinished, without this component, of other sizes, or damaged.
     """
     path = pathlib.Path(folder).absolute() / "model" / component
     if not path.is_dir():
@@ -131,6 +140,8 @@ def load_component(folder: str | os.PathLike, component: str, abstract: Params) 
             f"{folder} holds no finished {component!r} weights; train that stage first, or name another run"
         )
     options = _options_of(abstract)
+    if jax.process_index() == (options.primary_host or 0):  # its error ends the others, which wait for it
+        check_component(path.parent.parent, component)
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
@@ -138,6 +149,31 @@ def load_component(folder: str | os.PathLike, component: str, abstract: Params) 
         restore_args = jax.tree.map(_restore_args, abstract)  # which crop the padding of a vocabulary or add it
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         return checkpointer.restore(path, args=args)
+
+
+def check_component(folder: str | os.PathLike, component: str) -> None:
+    """Reads a component's files and compares them with the list that was written with them. Older folders have none.
+
+    Raises:
+      UserError: a file is missing or is not what was written.
+    """
+    model = pathlib.Path(folder).absolute() / "model"
+    written = model / file_lists.FILE_NAME
+    _check_component(model, component, written.stat().st_mtime_ns if written.exists() else 0)
+
+
+@functools.cache  # once, not for each of the leaves that an export reads
+def _check_component(model, component, _):
+    try:
+        listed = file_lists.read_list(model)
+    except UserError as error:
+        raise UserError(f"{error}; {MADE_AGAIN}") from None
+    if listed is None:
+        return
+    names = [name for name in listed[0] if name.startswith((f"{component}/", "config.json"))]
+    found = file_lists.damage(model, names)
+    if found:
+        raise UserError(f"{model} is damaged: {file_lists.named(found)}; {MADE_AGAIN}")
 
 
 def _options_of(abstract):

@@ -238,6 +238,8 @@ class RunConfig:
     eval_limit: int = 0  # questions or images of the benchmark at the end (0: all)
     checkpoint_every: int = 500  # steps between two checkpoints
     keep_checkpoints: int = 2  # how many of the newest stay
+    keep_every: int = 0  # checkpoints whose step divides by it stay too (0: none)
+    keep_best: str = ""  # a held-out metric, 'loss': the checkpoint where it was lowest stays too ('max:NAME': highest)
     workers: int = 0  # processes that prepare batches (0: threads of this one)
     bad_ceiling: float = 0.01  # the share of samples that may be unusable before the run stops
 
@@ -338,6 +340,8 @@ RUN_ONLY_KEYS = (
     "eval_limit",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "keep_best",
     "workers",
     "bad_ceiling",
     "mesh",

@@ -5,6 +5,7 @@
     python -m hovle_jax.train --config configs/instruct.py --from runs/instruct --workdir runs_mine \
         --config.data.source=rows.jsonl                                 # goes on from a finished model, on own data
     python -m hovle_jax.train --config configs/instruct.py --show       # all keys, with values and meanings
+    python -m hovle_jax.train --config configs/instruct.py --workdir gs://bucket/runs        # docs/saves.md
     python -m hovle_jax.train --config configs/instruct.py --workdir runs_seeds --seeds 3    # mean and spread
 
 A stage that is finished in the work folder is used as it is; an interrupted one resumes from its newest checkpoint.
@@ -22,6 +23,7 @@ import pathlib
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
@@ -31,11 +33,16 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts import options as hosts
 from hovle_jax.system import command_line, config_help
 
+if TYPE_CHECKING:
+    from hovle_jax.system.mirror import Mirror
+
 flags.adopt_module_key_flags(hosts)  # so that --help lists them
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A stage's config file, with a preset: configs/distill.py:tiny"
 )
-WORKDIR = flags.DEFINE_string("workdir", "runs", "The folder of all runs, one folder a stage; shared by all hosts")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs", "The folder of all runs, one folder a stage, shared by all hosts; or its URL (gs://...)"
+)
 FROM = flags.DEFINE_string(
     "from", "", "A finished model to start from: a folder; of what it has all that the stage holds"
 )
@@ -132,7 +139,7 @@ def main() -> None:
     if SHOW.value:
         print(config_help.text_of(config))
         return
-    workdir = command_line.local_folder("workdir")
+    workdir = str(command_line.required("workdir"))
     if FROM.value:
         config = start_from(config, FROM.value)
 
@@ -147,13 +154,38 @@ def main() -> None:
     profiling.check_steps(profile, 0, config.last_step)
     command = {"config": config.to_dict(), "workdir": workdir}
     hosts.start(command)
-    place = config_path.parent, pathlib.Path(workdir)
     with distributed.ending_together():
+        mirror = open_mirror(workdir)
+        place = config_path.parent, mirror.folder if mirror else pathlib.Path(workdir)
         if SEEDS.value:
-            status = train_seeds(config, *place, SEEDS.value, profile, TRACK.value)
+            status = train_seeds(config, *place, SEEDS.value, profile, TRACK.value, mirror)
         else:
-            status = train(config, *place, started, profile, TRACK.value)
+            status = train(config, *place, started, profile, TRACK.value, mirror=mirror)
+        if mirror:
+            mirror.push()
+            print(f"all of it is in {mirror.url}")
     sys.exit(status)
+
+
+def open_mirror(workdir: str) -> "Mirror | None":
+    """The local copy of a work folder at a URL, with what lies there; None for a folder.
+
+    Raises:
+      UserError: the URL cannot be used, or there are several hosts, which write one checkpoint together.
+    """
+    from hovle_jax.hosts import distributed
+    from hovle_jax.system import mirror
+
+    if not mirror.is_url(workdir):
+        return None
+    if distributed.several():
+        raise distributed.SharedError(
+            f"--workdir={workdir}: several hosts write one checkpoint together; mount the bucket as a folder on all of "
+            "them (docs/launch.md)"
+        )
+    found = mirror.Mirror(workdir)
+    found.pull()
+    return found
 
 
 def train_seeds(
@@ -163,6 +195,7 @@ def train_seeds(
     count: int,
     profile: range | None = None,
     track: str = "",
+    mirror: "Mirror | None" = None,
 ) -> int:
     """Trains the same chain with seeds 0 to count - 1, one after another, and compares them. -> the exit status."""
     import jax
@@ -175,7 +208,7 @@ def train_seeds(
     for seed, folder in enumerate(folders):
         print(f"==== seed {seed} of 0 to {count - 1} -> {folder}")
         of_seed = dataclasses.replace(config, seed=seed)
-        status = train(of_seed, config_folder, folder, time.time(), profile, track, seed)
+        status = train(of_seed, config_folder, folder, time.time(), profile, track, seed, mirror)
         if status:
             return status
     print(f"\n{compare(folders, workdir)}")
@@ -190,11 +223,13 @@ def train(
     profile: range | None = None,
     track: str = "",
     seed: int | None = None,
+    mirror: "Mirror | None" = None,
 ) -> int:
     """Makes the runs that are missing, on all hosts; the first one speaks, and scores them. -> the exit status.
 
     Args:
       seed: of the stages that are trained first; None = each its config's own.
+      mirror: where the work folder belongs, if it is a copy of one at a URL.
     """
     from hovle_jax.checkpoints import is_finished
     from hovle_jax.conversion.downloads import resolve
@@ -223,7 +258,7 @@ def train(
         if stage.stage != config.stage:
             say(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
         say(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
-        result = loop.run(stage, folder, sources, say, profile if stage.stage == config.stage else None, track)
+        result = loop.run(stage, folder, sources, say, profile if stage.stage == config.stage else None, track, mirror)
         if not result.finished:
             without = " without stop_at_step" if stage.stop_at_step else ""
             say(f"stopped at step {result.step} of {stage.steps}; the same command{without} goes on")
@@ -231,6 +266,8 @@ def train(
         if distributed.is_leader():
             for name, value in summarize(stage, result, find(stage.stage).benchmark, track).items():
                 say(f"{stage.stage}: {name} {value}")
+        if mirror:
+            mirror.push()
         distributed.wait("the report is written")
     page = workdir / config.stage / "report.html"
     say(f"done in {format_duration(time.time() - started)}; see {page} and, of all stages, {workdir / 'report.html'}")

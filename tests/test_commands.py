@@ -71,7 +71,8 @@ MISTAKES = {
         ["data.batch_size=0 must be at least 1"],
     ),
     "remote work folder": (
-        "train --config configs/pretrain.py --workdir gs://bucket/runs", ["--workdir=gs://bucket/runs", "mount it"]
+        "train --config configs/pretrain.py --workdir gs://bucket/runs",
+        ["gs://bucket/runs cannot be opened", "pip install gcsfs"],
     ),
     "remote checkpoint": (
         "generate --checkpoint gs://bucket/runs/instruct --prompt hi", ["--checkpoint=gs://bucket/runs/instruct"]
@@ -208,8 +209,13 @@ def test_the_chain_of_stages(tmp_path):
         assert rows[-1]["step"] == 2 and all(np.isfinite(row.get("loss", 0)) for row in rows)
         assert json.loads((folder / "config.json").read_text())["steps"] == 2
         assert isinstance(json.loads((folder / "results.json").read_text()), dict)
-    assert {p.name for p in (workdir / "instruct" / "model").iterdir()} == {"config.json", "embedding", "llm"}
-    assert {p.name for p in (workdir / "contrast" / "model").iterdir()} == {"config.json", "clip"}
+    assert {p.name for p in (workdir / "instruct" / "model").iterdir()} == {
+        "config.json",
+        "embedding",
+        "files.json",
+        "llm",
+    }
+    assert {p.name for p in (workdir / "contrast" / "model").iterdir()} == {"clip", "config.json", "files.json"}
 
     again = command("train", "--config", "configs/instruct.py", "--workdir", workdir, *short, *init)
     assert again.returncode == 0 and f"instruct is finished in {workdir / 'instruct'}" in again.stdout

@@ -84,7 +84,7 @@ def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
     written = {row["step"]: row.get("held_out/loss") for row in read_metrics(tmp_path)}
     assert written == pytest.approx(losses)
     # The teacher, the head and the part of the LLM that this stage reads are not its result.
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "embedding"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "embedding", "files.json"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, micro_corpus):

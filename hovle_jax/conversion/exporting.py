@@ -26,7 +26,7 @@ from hovle_jax.formats.mapping import Array, Rule, nested, public_shapes, public
 from hovle_jax.formats.source import INDEX
 from hovle_jax.formats.tiling import tiling_to_json
 from hovle_jax.model.config import HoVLEConfig
-from hovle_jax.system.files import whole_folder
+from hovle_jax.system.files import read_json, whole_folder
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}  # in a safetensors header
@@ -167,7 +167,7 @@ def leaf_reader(source: pathlib.Path, abstract: Params) -> Callable[[str], Array
 def own_dtype(source: str | os.PathLike) -> str:
     """The type that stores a model without loss: an import's own, else float32."""
     path = pathlib.Path(source) / NOTE
-    return json.loads(path.read_text())["dtype"] if path.is_file() else "float32"
+    return read_json(path, ["dtype"])["dtype"] if path.is_file() else "float32"
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -132,7 +132,8 @@ def _questions(split):
 @functools.cache
 def _builder_class():
     """The TFDS builder's class; in a function because the import is heavy."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    absl = logging.getLogger("absl")
+    absl.setLevel(max(absl.level, logging.ERROR))  # a command may have silenced more
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()

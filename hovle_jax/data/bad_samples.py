@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from hovle_jax.errors import UserError
+from hovle_jax.system.files import write_whole
 
 FILE_NAME = "bad_samples.jsonl"
 FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run on several hosts is going on
@@ -91,7 +92,7 @@ class BadSamples:
         if self.path:
             earlier = [event for event in read_bad_samples(self.path.parent) if -1 < event.step < step]
             if self.path.exists() or indexed or earlier:
-                _write(self.path, [*indexed, *earlier], "w")
+                _replace(self.path, [*indexed, *earlier])
             _remove_others(self.path.parent)
         if len(indexed) > self.ceiling * max(total, 1):
             self._count(indexed)
@@ -105,7 +106,7 @@ class BadSamples:
         self.bad += len(events)
         self._count(events)
         if self.path:
-            _write(self.path, events, "a")
+            _append(self.path, events)
         if self.bad > self.ceiling * max(self.drawn, FEWEST_DRAWN):
             raise UserError(self._message(self.bad, self.drawn))
 
@@ -123,10 +124,17 @@ class BadSamples:
         )
 
 
-def _write(path, events, mode):
-    with path.open(mode, encoding="utf-8") as file:
-        for event in events:
-            file.write(json.dumps(dataclasses.asdict(event), ensure_ascii=False) + "\n")
+def _replace(path, events):
+    write_whole(path, "".join(map(_line, events)))
+
+
+def _append(path, events):
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(map(_line, events))
+
+
+def _line(event):
+    return json.dumps(dataclasses.asdict(event), ensure_ascii=False) + "\n"
 
 
 def count_reasons(events: Iterable[BadEvent]) -> dict[str, int]:
@@ -139,7 +147,7 @@ def merge_bad_samples(folder: str | os.PathLike) -> None:
     """Merges the lists of all hosts into one, ordered by step. No host may write to its list any more."""
     folder = pathlib.Path(folder)
     if any(folder.glob(OF_ALL_HOSTS)):
-        _write(folder / FILE_NAME, read_bad_samples(folder), "w")
+        _replace(folder / FILE_NAME, read_bad_samples(folder))
         _remove_others(folder)
 
 
@@ -158,5 +166,12 @@ def read_bad_samples(folder: str | os.PathLike) -> list[BadEvent]:
 def _read(path):
     if not path.is_file():
         return []
-    *lines, _ = path.read_text("utf-8").split("\n")  # after the last line's end: what a killed run was writing
-    return [BadEvent(**json.loads(line)) for line in lines]
+    *lines, _ = path.read_bytes().split(b"\n")  # after the last line's end: what a killed run was writing
+    return [_event(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _event(line, where):
+    try:
+        return BadEvent(**json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where} is damaged ({error}); remove that line, or the file") from None

@@ -1,6 +1,5 @@
 """What a finished run shows: its scores, sample answers beside their images, plots, its page and its chain's."""
 
-import json
 import numbers
 import pathlib
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from hovle_jax.report.plots import plot_answers, plot_metrics
 from hovle_jax.report.progress import format_number
 from hovle_jax.report.runs import Run
 from hovle_jax.report.tracking import open_tracker
+from hovle_jax.system.files import write_json
 
 NUM_SAMPLES = 24
 HELD_OUT_ROWS = 200  # of data.held_out that are asked, unless eval_limit says another number
@@ -55,9 +55,9 @@ def summarize(config: RunConfig, result: Finished, benchmark: str | None, track:
     bad = read_bad_samples(folder)
     reasons = {f"bad samples: {reason}": number for reason, number in count_reasons(bad).items()}
     results = scores | held_out_change(result) | reasons
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     installed = versions()
-    (folder / "versions.json").write_text(json.dumps(installed, indent=2) + "\n")
+    write_json(folder / "versions.json", installed)
     samples = choose_samples(scored.samples if scored else [])
     if samples:
         plot_answers(samples, folder / "answers.png")

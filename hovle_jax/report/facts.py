@@ -1,7 +1,6 @@
 """Facts about a run: versions and machine, command, commit, parameters, memory."""
 
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -12,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import hovle_jax
+from hovle_jax.system.files import read_json, write_json
 
 FILE_NAME = "facts.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
@@ -22,13 +22,13 @@ HOST_PEAK, DEVICE_PEAK = "memory/host_peak_bytes", "memory/device_peak_bytes"
 def write_facts(folder: str | os.PathLike, **facts: str | int) -> None:
     """Replaces `folder/facts.json`: this process's command line, the code's commit, and these facts."""
     found = {"command": command_line(), "commit": git_commit()} | facts
-    (pathlib.Path(folder) / FILE_NAME).write_text(json.dumps(found, indent=2) + "\n")
+    write_json(pathlib.Path(folder) / FILE_NAME, found)
 
 
 def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     """What `write_facts` wrote into a run's folder; {} without the file."""
     path = pathlib.Path(folder) / FILE_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def command_line() -> str:

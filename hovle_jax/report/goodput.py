@@ -17,7 +17,6 @@ ml-goodput-measurement), where the first step of a process, data loading, checkp
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import queue
@@ -26,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
+from hovle_jax.system.files import read_json, write_json
 from hovle_jax.system.progress import format_duration
 
 if TYPE_CHECKING:
@@ -106,10 +106,8 @@ def shares(seconds: Seconds) -> dict[str, str]:
 
 def write_time(folder: str | os.PathLike, step: int, seconds: Seconds) -> None:
     """Replaces `folder/time.json`: the seconds of the run up to a step, over all its processes."""
-    path = pathlib.Path(folder) / FILE_NAME
-    fresh = path.with_suffix(".json.new")
-    fresh.write_text(json.dumps({"step": step, "seconds": seconds}, indent=2) + "\n")
-    os.replace(fresh, path)
+    # Written with every line of the run: it need not wait for the disk.
+    write_json(pathlib.Path(folder) / FILE_NAME, {"step": step, "seconds": seconds}, synced=False)
 
 
 def read_time(folder: str | os.PathLike) -> tuple[int, Seconds]:
@@ -117,7 +115,7 @@ def read_time(folder: str | os.PathLike) -> tuple[int, Seconds]:
     path = pathlib.Path(folder) / FILE_NAME
     if not path.is_file():
         return 0, {}
-    noted = json.loads(path.read_text())
+    noted = read_json(path, ["step", "seconds"], "remove it: the time of the run then counts from here")
     return noted["step"], noted["seconds"]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hovle_jax.errors import UserError
 from hovle_jax.report.progress import format_number
+from hovle_jax.system.files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1f; --faint: #66666c; --paper: #fff; --panel: #f5f5f7; --rule: #dedee3;
@@ -63,14 +64,14 @@ def write(path: pathlib.Path, title: str, sections: list[str], above: str = "") 
     Returns:
       the path.
     """
-    path.write_text(
+    write_whole(
+        path,
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # Without an icon here, a browser asks the server for one.
         '<link rel="icon" href="data:,">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{above}"
         f"<h1>{html.escape(title)}</h1>\n{''.join(sections)}</body>\n</html>\n",
-        encoding="utf-8",
     )
     return path
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from hovle_jax.errors import UserError
 from hovle_jax.report.tracking import NoTracker, Tracker
+from hovle_jax.system.files import write_whole
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -153,9 +154,7 @@ def _to_line(row):
 
 def _rewrite(path, rows):
     """Replaces the file by a rename, so that a kill leaves the old or the new one -> the file, open at its end."""
-    fresh = path.with_suffix(".jsonl.new")
-    fresh.write_bytes(b"".join(map(_to_line, rows)))
-    os.replace(fresh, path)
+    write_whole(path, b"".join(map(_to_line, rows)))
     file = path.open("r+b")
     file.seek(0, os.SEEK_END)
     return file

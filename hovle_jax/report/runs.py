@@ -1,7 +1,6 @@
 """A run, read from its folder, for pages and comparisons."""
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -13,6 +12,7 @@ from hovle_jax.report.goodput import read_time
 from hovle_jax.report.metrics import MEMORY, SCORES, TIMES, WALL, read_metrics
 from hovle_jax.report.plots import HELD_OUT, series
 from hovle_jax.report.progress import format_count, format_number
+from hovle_jax.system.files import read_json
 from hovle_jax.system.progress import format_duration
 
 NOT_CURVES = (WALL, *SEEN)
@@ -47,9 +47,9 @@ class Run:
         results = folder / "results.json"
         return cls(
             folder=folder,
-            config=json.loads((folder / "config.json").read_text()),
+            config=read_json(folder / "config.json", ["stage", "steps"]),
             rows=read_metrics(folder),
-            results=json.loads(results.read_text()) if results.is_file() else {},
+            results=read_json(results) if results.is_file() else {},
             facts=read_facts(folder),
             seconds=read_time(folder)[1],
         )
@@ -133,7 +133,7 @@ class Run:
 def is_run(folder: pathlib.Path) -> bool:
     """Whether a folder is a run's: the config.json of a model or an import names no stage."""
     path = folder / "config.json"
-    return path.is_file() and "stage" in json.loads(path.read_text())
+    return path.is_file() and "stage" in read_json(path)
 
 
 def runs_in(workdir: str | os.PathLike) -> dict[str, Run]:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import secrets
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from hovle_jax.errors import UserError
+from hovle_jax.system.files import read_json, write_json
 
 PROJECT = "hovle_jax"
 FILE_NAME = "tracking.json"  # the service's id of the run, with which a resumed run continues there
@@ -109,7 +109,7 @@ def open_tracker(service: str, folder: str | os.PathLike, config: dict[str, Any]
 def _run_id(folder: pathlib.Path) -> str:
     path = folder / FILE_NAME
     if path.is_file():
-        return json.loads(path.read_text())["id"]
+        return read_json(path, ["id"], "remove it, and the run begins anew at the service")["id"]
     run_id = secrets.token_hex(4)
-    path.write_text(json.dumps({"id": run_id}) + "\n")
+    write_json(path, {"id": run_id})
     return run_id

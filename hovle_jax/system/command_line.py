@@ -1,5 +1,6 @@
 """What all commands share: how flags are parsed and errors printed."""
 
+import errno
 import functools
 import logging
 import os
@@ -15,6 +16,9 @@ from ml_collections import config_flags
 
 from hovle_jax.errors import UserError
 from hovle_jax.system import accelerators, config_help, malloc
+from hovle_jax.system.files import reason_of
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a command did not do wrong
 
 
 def run(
@@ -59,10 +63,24 @@ def _call(main, rest):
     absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs, with a stack trace, errors that it also raises
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # the line above resets it if absl's handler is the root's
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a failed save is said once, not once for each array
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
     try:
         main(rest)
     except UserError as error:
         _fail(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _fail(
+            f"cannot write {error.filename or 'a file'}: {reason_of(error)}; put that right, and give the command again"
+        )
+
+
+def _unraisable(hook, found):
+    """Drops what tensorstore's threads say of a failed save, once for each array, when Orbax listens no longer."""
+    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        hook(found)
 
 
 def _parse_flags(argv, usage, config):

@@ -17,7 +17,7 @@ def whole_lines(path: str | os.PathLike) -> list[str]:
         return []
     whole, _, rest = path.read_bytes().rpartition(b"\n")
     if rest:
-        path.write_bytes(whole + b"\n" if whole else b"")
+        os.truncate(path, len(whole) + bool(whole))
     return whole.decode("utf-8", "replace").split("\n") if whole else []
 
 

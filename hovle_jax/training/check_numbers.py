@@ -13,6 +13,7 @@ AT_LEAST = {
     "log_every": (1, "steps between two lines"),
     "checkpoint_every": (1, "steps between two checkpoints"),
     "keep_checkpoints": (1, "checkpoints that stay"),
+    "keep_every": (0, "a number of steps; 0 keeps none for it"),
     "stop_at_step": (0, "a step; 0 never stops early"),
     "eval_every": (0, "steps between two evaluations; 0 evaluates at both ends"),
     "eval_rows": (0, "held-out rows; 0 takes all"),
@@ -36,11 +37,21 @@ def check_numbers(config: RunConfig) -> None:
     if not 0 <= config.seed <= LARGEST_SEED:
         raise UserError(f"seed={config.seed} must be from 0 to {LARGEST_SEED}")
     check_optimizer(config.optimizer)
+    check_keeping(config)
     warmup = config.optimizer.warmup_steps
     if warmup and warmup >= config.steps > 1:
         warn(
             f"optimizer.warmup_steps={warmup} is not below steps={config.steps}: the learning rate rises to the end; "
             f"--config.optimizer.warmup_steps={config.steps // 10} leaves the rest for its decay"
+        )
+
+
+def check_keeping(config: RunConfig) -> None:
+    """Raises UserError where the best checkpoint is to stay and checkpoints have no held-out metrics."""
+    if config.keep_best and (config.eval_every < 1 or config.checkpoint_every % config.eval_every):
+        raise UserError(
+            f"keep_best={config.keep_best!r} compares held-out metrics of checkpoints: eval_every={config.eval_every} "
+            f"must divide checkpoint_every={config.checkpoint_every}"
         )
 
 

@@ -1,7 +1,7 @@
 """Held-out losses: of samples that are never trained on, every one of them once."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
@@ -11,7 +11,9 @@ from hovle_jax.config import RunConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.text.tokenizer import Tokenizer
+from hovle_jax.errors import UserError
 from hovle_jax.sharding.placement import Placement
+from hovle_jax.training.saved_steps import HIGHEST
 from hovle_jax.training.stages import find
 from hovle_jax.training.step import eval_step
 
@@ -29,6 +31,20 @@ def open_held_out(
         return None
     may_fill = bool(stage.loss_weights)  # a loss that compares rows with each other would count the empty ones
     return pipeline.build_held_out(config, stage.batch, tokenizer, corpus, numbers, may_fill)
+
+
+def check_keep_best(keep_best: str, metrics: Collection[str] | None) -> None:
+    """Raises UserError where a run has no metric of the name that its best checkpoint is kept by.
+
+    Args:
+      keep_best: of the config; '' = none is kept by a metric.
+      metrics: names of the held-out ones; None = there are no held-out rows.
+    """
+    name = keep_best.removeprefix(HIGHEST)
+    if name and metrics is None:
+        raise UserError(f"keep_best={keep_best!r}: the run has no held-out rows; name some with data.held_out")
+    if name and metrics is not None and name not in metrics:
+        raise UserError(f"keep_best={keep_best!r} is no held-out metric of this run, which has {', '.join(metrics)}")
 
 
 def _corpus(config, say):

@@ -20,11 +20,14 @@ from hovle_jax.report.batch_images import batch_image
 from hovle_jax.sharding import table
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
+from hovle_jax.system.files import write_whole
+from hovle_jax.system.mirror import Mirror
 from hovle_jax.training import profiling, resumable, run_folder
 from hovle_jax.training.checks import check, check_same_data_everywhere, check_sources, check_tokenizer
-from hovle_jax.training.held_out import evaluate, open_held_out
+from hovle_jax.training.held_out import check_keep_best, evaluate, open_held_out
 from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate
+from hovle_jax.training.saved_steps import Keep
 from hovle_jax.training.setup import Run, build
 from hovle_jax.training.stage import Stage
 from hovle_jax.training.stages import find
@@ -53,6 +56,7 @@ def run(
     say: Callable = print,
     profile: range | None = None,
     track: str = "",
+    mirror: Mirror | None = None,
 ) -> Result:
     """Trains one stage, from the beginning or from its newest checkpoint. Called on all hosts; the first one speaks.
 
@@ -61,6 +65,7 @@ def run(
       sources: {component: folder of the run that it comes from}.
       profile: a range of steps to trace, or None.
       track: a service that follows the run (`report.tracking`); '' = none.
+      mirror: where the work folder belongs, if it is a copy of one at a URL.
     Returns:
       Result.
     Raises:
@@ -81,6 +86,8 @@ def run(
     numbers, lists_bad = distributed.host_rows(run.placement.batch_sharding, config.data.batch_size)
     dataset = pipeline.build_dataset(config, stage.batch, tokenizer, corpus, numbers=numbers)
     held_out = open_held_out(config, tokenizer, numbers, say)
+    if held_out is None:
+        check_keep_best(config.keep_best, None)
     first = dataset[0]
     distributed.check_shared(folder)
     check_same_data_everywhere(dataset.summary, tokenizer)
@@ -94,13 +101,15 @@ def run(
     bad = BadSamples(folder if lists_bad else None, config.bad_ceiling, host=jax.process_index())
 
     # 3. State.
-    saving = resumable.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints)
+    keep = Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
+    saving = resumable.RunCheckpoints(folder, keep, say, mirror)
     with saving as saved:
         profiling.check_steps(profile, saved.latest or 0, config.last_step)
         if distributed.is_leader():
             bad.start(saved.latest or 0, dataset.summary.bad, dataset.summary.samples)
         distributed.wait("the folder is a run")
         state = make_state(stage, run, load_params(config, run, sources))
+        saved.check_space(state)
         shapes = shapes_of_whole(first, config.data.batch_size)
         say(describe(config, state, shapes))
         note_layout(folder, stage, run, shapes)
@@ -168,9 +177,9 @@ class Steps:
                     monitor.line(done, learning_rate=float(np.asarray(schedule(step))))
                 if config.eval_every and done % config.eval_every == 0 and not stops:
                     evaluate_held_out(done)
-                if done % config.checkpoint_every == 0 or stops:
+                if done % config.checkpoint_every == 0 or stops or self.saved.due_again():
                     with monitor.besides("checkpoints"):
-                        self.saved.save(done, state, force=stops)
+                        self.saved.save(done, state, results.get(done))
                 if stops:
                     break
             done = int(state.step)
@@ -178,7 +187,7 @@ class Steps:
             if finished and config.steps not in results:
                 evaluate_held_out(config.steps)
             with monitor.besides("checkpoints"):
-                self.saved.wait()
+                self.saved.finish(done, state)
                 if finished:
                     self.save_model(state)
             monitor.ended(done)
@@ -195,6 +204,7 @@ class Steps:
         with self.monitor.besides("evaluation"):
             assert self.held_out is not None
             metrics = evaluate(self.held_out, state.params, stage, models, self.run.placement)
+        check_keep_best(self.config.keep_best, metrics)
         self.monitor.held_out(step, metrics, self.held_out.count)
         return metrics
 
@@ -231,7 +241,7 @@ def note_layout(folder: pathlib.Path, stage: Stage, run: Run, batch: dict) -> No
         return
     trains = lambda path: stage.trains(path, run.models.config)
     lines, warnings = table.describe(run.layout, batch, trains)
-    (folder / table.FILE_NAME).write_text("\n".join(lines) + "\n")
+    write_whole(folder / table.FILE_NAME, "\n".join(lines) + "\n")
     for warning in warnings:
         log.warning(warning)
 

@@ -1,7 +1,6 @@
 """What a stage will read before anything is trained: its first batches as images and figures, and their speed."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import time
@@ -19,6 +18,7 @@ from hovle_jax.report.facts import versions
 from hovle_jax.report.page import write_page
 from hovle_jax.report.plots import plot_bars, plot_histograms
 from hovle_jax.sharding.mesh import make_mesh
+from hovle_jax.system.files import write_json
 from hovle_jax.training.checks import check_tokenizer
 from hovle_jax.training.setup import build
 from hovle_jax.training.stages import find
@@ -64,7 +64,7 @@ def preview(config: RunConfig, folder: str | os.PathLike, tokenizer_place: str =
         images.append(plot_bars(by_source, folder / "sources.png", "tokens an epoch"))
         facts |= {f"tokens of {name}": tokens for name, tokens in by_source.items()}
     facts |= {f"bad samples: {reason}": number for reason, number in count_reasons(events).items()}
-    (folder / "preview.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(folder / "preview.json", facts)
     title = f"hovle_jax: what {config.stage} ({config.preset}) reads"
     write_page(folder, title, config.to_dict(), versions(), facts, [], images, events)
     return facts

@@ -1,48 +1,185 @@
-"""What a run can be resumed from, by Orbax: RUN/checkpoints/STEP, with trained parameters, optimizer state and step."""
+"""What a run can be resumed from, by Orbax: RUN/checkpoints/STEP, with trained parameters, optimizer state and step.
 
+A save runs beside the steps. One that fails is noticed at the next step and tried again with the state of that time; if
+that fails too, the run stops with the reason.
+"""
+
+import concurrent.futures
 import dataclasses
+import os
 import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from hovle_jax.errors import UserError
+from hovle_jax.hosts import distributed
+from hovle_jax.system.files import reason_of
+from hovle_jax.system.mirror import Mirror
+from hovle_jax.training import saved_steps
 from hovle_jax.training.state import TrainState
+
+# Seconds from a failed save to the next try, each longer than the one before; a save that fails once more ends the run.
+TRY_AGAIN_AFTER = (0.0, 10.0, 60.0)
 
 
 class RunCheckpoints:
-    """The resumable checkpoints of one run."""
+    """The resumable checkpoints of one run; a context manager. All hosts do the same with it.
 
-    def __init__(self, folder, every, keep):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every, create=True)
-        self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute() / "checkpoints", options=options)
+    Opening it looks for the newest checkpoint that is whole (`saved_steps.newest_whole`).
 
-    def __enter__(self):
+    Args:
+      folder: the run's own.
+      keep: which checkpoints stay.
+      say: takes lines about damaged checkpoints and failed saves.
+      mirror: where the work folder belongs, if it is a copy: a save is complete when it is there too.
+    Attributes:
+      latest: the newest complete step, or None.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        keep: saved_steps.Keep,
+        say: Callable[[str], object] = print,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self._folder, self._keep, self._say = pathlib.Path(folder).absolute() / "checkpoints", keep, say
+        self._mirror = mirror
+        newest = None
+        if distributed.is_leader():
+            self._folder.mkdir(exist_ok=True)
+            newest = saved_steps.newest_whole(self._folder, say)
+        self.latest: int | None = distributed.gather("the newest checkpoint", newest)[0]
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._threads = concurrent.futures.ThreadPoolExecutor(1)  # finishes the save that is on its way
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self._failures, self._again_at = 0, 0.0
+
+    def __enter__(self) -> "RunCheckpoints":
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or jax.process_count() == 1:  # a host that fails does not wait for the others' part of a save
-            self._manager.close()
+            if self._saving:
+                concurrent.futures.wait([self._saving[1]])
+            self._threads.shutdown()
 
-    @property
-    def latest(self) -> int | None:
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
+    def check_space(self, state: TrainState) -> None:
+        """Raises UserError where the disk has no room for a checkpoint of this state."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_changing(state)))
+        free = shutil.disk_usage(self._folder).free
+        if distributed.is_leader() and needed > free:
+            raise UserError(
+                f"a checkpoint takes {needed / 1e9:.3g} GB and {self._folder} has {free / 1e9:.3g} GB left; make room, "
+                "or keep fewer (keep_checkpoints, keep_every)"
+            )
 
-    def save(self, step: int, state: TrainState, force: bool = False) -> None:
-        """Saves what the stage changes (asynchronously); `force` also between the regular steps."""
-        if step != self.latest:
-            self._manager.save(step, args=ocp.args.StandardSave(_changing(state)), force=force)
+    def due_again(self) -> bool:
+        """Whether a save has failed and it is time to try again; call it after each step. Raises UserError: `save`."""
+        if self._saving and self._saving[1].done():
+            self._settle()
+        return bool(self._failures) and not self._saving and time.monotonic() >= self._again_at
 
-    def wait(self) -> None:
-        """Until all that was saved is written."""
-        self._manager.wait_until_finished()
+    def save(self, step: int, state: TrainState, held_out: Mapping[str, float] | None = None) -> None:
+        """Begins to save what the stage changes; waits for the save before.
+
+        Args:
+          held_out: the held-out metrics at this step, by which the best checkpoint is kept.
+        Raises:
+          UserError: saves have failed too often.
+        """
+        self._settle()
+        if step == self.latest:
+            return
+        partial, final = self._folder / f"{step}.partial", self._folder / str(step)
+        try:
+            if distributed.is_leader():
+                self.check_space(state)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            self._checkpointer.save(partial / saved_steps.ARRAYS, args=ocp.args.StandardSave(_changing(state)))
+        except Exception as error:  # Orbax and tensorstore have many
+            self._failed(step, error)
+            return
+        note = {"step": step, "held_out": {name: float(value) for name, value in (held_out or {}).items()}}
+        self._saving = step, self._threads.submit(self._complete, partial, final, note)
+
+    def finish(self, step: int, state: TrainState) -> None:
+        """Until the checkpoint of the last step is written."""
+        self._settle()
+        while self.latest != step:
+            time.sleep(max(0.0, self._again_at - time.monotonic()))
+            self.save(step, state)
+            self._settle()
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint, with the frozen parameters of `state`; arrays take the shardings of `state`."""
+        """The newest checkpoint, with the frozen parameters of `state`; arrays take the shardings of `state`.
+
+        Raises:
+          UserError: it cannot be restored.
+        """
+        path = self._folder / str(self.latest)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _changing(state))
-        restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+        try:
+            restored = self._checkpointer.restore(path / saved_steps.ARRAYS, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:
+            raise self._cannot_restore(path, error) from error
         return dataclasses.replace(state, **restored)
 
+    def _complete(self, partial, final, note):
+        """In a thread: waits for what Orbax writes, and makes a checkpoint of it."""
+        self._checkpointer.wait_until_finished()
+        if distributed.is_leader():
+            saved_steps.commit(partial, final, note)
+            saved_steps.prune(self._folder, self._keep, self._say)
+            if self._mirror:
+                self._mirror.push()
 
-def _changing(state):
+    def _settle(self):
+        """Waits for the save that is on its way, and takes note of how it went."""
+        if not self._saving:
+            return
+        (step, saving), self._saving = self._saving, None
+        try:
+            saving.result()
+        except Exception as error:
+            self._failed(step, error)
+        else:
+            self.latest, self._failures = step, 0
+
+    def _failed(self, step: int, error: Exception) -> None:
+        reason = str(error) if isinstance(error, UserError) else reason_of(error)
+        self._failures += 1
+        if not distributed.several():  # the others may still write there
+            shutil.rmtree(self._folder / f"{step}.partial", ignore_errors=True)
+        if distributed.several() or self._failures > len(TRY_AGAIN_AFTER):
+            newest = "from the beginning" if self.latest is None else f"from the checkpoint of step {self.latest}"
+            raise UserError(
+                f"no checkpoint can be saved in {self._folder}: {reason} (tried {self._failures} times, last at step "
+                f"{step}); put that right, and the same command goes on {newest}"
+            ) from error
+        wait = TRY_AGAIN_AFTER[self._failures - 1]
+        self._again_at = time.monotonic() + wait
+        self._say(f"warning: the save of step {step} failed: {reason}; tried again after {wait:g} s")
+
+    def _cannot_restore(self, path, error):
+        reason = reason_of(error)
+        if saved_steps.note_of(path):  # it was compared with its list
+            return UserError(
+                f"{path} is whole and cannot be restored ({reason}): another version of the code wrote it; go on with "
+                "that version, or choose another --workdir"
+            )
+        if distributed.is_leader():
+            path = saved_steps.set_aside(path)
+        return UserError(
+            f"a checkpoint is damaged ({reason}); it is now {path}, and the same command goes on from the one before"
+        )
+
+
+def _changing(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "trained": state.trained, "opt_state": state.opt_state}

@@ -1,6 +1,5 @@
 """A run's folder: its config, and whether what lies there belongs to this run."""
 
-import json
 import os
 import pathlib
 import tempfile
@@ -8,8 +7,10 @@ import tempfile
 from hovle_jax.config import RUN_ONLY_KEYS, RunConfig, differences
 from hovle_jax.data.batch import CorpusSummary
 from hovle_jax.errors import UserError
+from hovle_jax.system.files import read_json, write_json
 
 MOST_NAMED = 4  # keys that differ
+WRITTEN_AGAIN = "remove that file, and the same command writes it again"
 
 
 def open_run_folder(folder: str | os.PathLike) -> pathlib.Path:
@@ -24,8 +25,7 @@ def open_run_folder(folder: str | os.PathLike) -> pathlib.Path:
 
 
 def save_config(folder: pathlib.Path, config: RunConfig) -> None:
-    text = json.dumps(config.to_dict(), indent=2)
-    (folder / "config.json").write_text(text + "\n")
+    write_json(folder / "config.json", config.to_dict())
 
 
 def check_same_config(
@@ -36,7 +36,7 @@ def check_same_config(
     if not path.is_file():
         return
     # Read through the dataclass: a key that is newer than the run has its default.
-    old, new = RunConfig.from_dict(json.loads(path.read_text())).to_dict(), config.to_dict()
+    old, new = RunConfig.from_dict(read_json(path, ["stage"], WRITTEN_AGAIN)).to_dict(), config.to_dict()
     found = [d for d in differences(old, new) if d[0].split(".")[0] not in RUN_ONLY_KEYS]
     if found:
         named = ", ".join(f"{key}={before!r}, not {after!r}" for key, before, after in found[:MOST_NAMED])
@@ -49,10 +49,10 @@ def check_same_data(folder: pathlib.Path, summary: CorpusSummary) -> None:
     path, has_steps = folder / "data.json", any((folder / "checkpoints").glob("[0-9]*"))
     noted = {"digest": summary.digest, "samples": summary.samples, "summary": summary.text}
     if has_steps and path.is_file():
-        before = json.loads(path.read_text())
+        before = read_json(path, ["digest", "samples"], WRITTEN_AGAIN)
         if before["digest"] != summary.digest:
             raise UserError(
                 f"the data of {folder} is not what it was when the run began ({before['samples']:,} samples then, "
                 f"{summary.samples:,} now, or others, or mended ones); bring it back, or choose another --workdir"
             )
-    path.write_text(json.dumps(noted, indent=2) + "\n")
+    write_json(path, noted)

@@ -8,7 +8,9 @@ import jax
 from hovle_jax import checkpoints
 from hovle_jax.components import COMPONENTS, Params, fresh
 from hovle_jax.config import RunConfig
+from hovle_jax.errors import UserError
 from hovle_jax.model.config import TEACHER_KINDS, HoVLEConfig
+from hovle_jax.system.files import errno_of, reason_of
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stage import Stage
 
@@ -81,7 +83,15 @@ def zero_residual_outputs(stack: Params) -> None:
 
 
 def save_result(folder: pathlib.Path, stage: Stage, params: Params, config: RunConfig) -> None:
-    """Writes FOLDER/model: what the stage hands on."""
+    """Writes FOLDER/model: what the stage hands on. Raises UserError where it cannot be written, as on a full disk."""
     components = [c for c in COMPONENTS if c in stage.result and c in params]
     made = {c: lambda c=c: params[c] for c in components}
-    checkpoints.save_model(folder, config.model_config.only(components), made)
+    try:
+        checkpoints.save_model(folder, config.model_config.only(components), made)
+    except (OSError, ValueError) as error:  # the second is tensorstore's
+        if errno_of(error) is None:
+            raise
+        raise UserError(
+            f"cannot write {folder}/model: {reason_of(error)}; put that right, and the same command goes on from the "
+            "newest checkpoint"
+        ) from error

@@ -321,7 +321,8 @@ class TfdsShard(Shard):
 def _tfds_source(path, split):
     import logging
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    absl = logging.getLogger("absl")
+    absl.setLevel(max(absl.level, logging.ERROR))  # a command may have silenced more
     import tensorflow_datasets as tfds
 
     try:

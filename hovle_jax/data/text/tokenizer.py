@@ -5,6 +5,7 @@ adds them, as ids.
 """
 
 import collections
+import contextlib
 import functools
 import io
 import itertools
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from hovle_jax.errors import UserError
+from hovle_jax.system.files import read_json, reason_of, write_json, write_whole
 
 # At the top of the vocabulary, in the order of the public checkpoints (InternLM2: 92542 to 92552).
 ADDED_TOKENS = (
@@ -31,6 +33,7 @@ CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
     (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
+BRING_BACK = "bring that file back, as from the run or the model that this one started from"
 CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer: its chat template; without this file, InternLM2's is used
 
 
@@ -107,9 +110,9 @@ class Tokenizer:
         self._save(folder)
         settings = self._settings() | ({"clean_up": True} if self.clean_up else {})
         if settings:
-            (folder / SETTINGS).write_text(json.dumps(settings) + "\n")
+            write_whole(folder / SETTINGS, json.dumps(settings) + "\n")
         if self.chat_template is not None:
-            (folder / CHAT_TEMPLATE).write_text(self.chat_template)
+            write_whole(folder / CHAT_TEMPLATE, self.chat_template)
 
     def _save(self, folder):
         raise NotImplementedError
@@ -267,9 +270,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _save(self, folder):
         """Writes tokenizer.model, and added_tokens.json if the added tokens have unusual ids."""
-        (folder / "tokenizer.model").write_bytes(self.model)
+        write_whole(folder / "tokenizer.model", self.model)
         if self.added != self._usual_added():
-            (folder / "added_tokens.json").write_text(json.dumps(self.added, indent=2) + "\n")
+            write_json(folder / "added_tokens.json", self.added)
 
 
 def _coverage(lines, most):
@@ -329,7 +332,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return HuggingFaceTokenizer(model.to_str(), **self.settings)
 
     def _save(self, folder):
-        (folder / "tokenizer.json").write_text(self.text)
+        write_whole(folder / "tokenizer.json", self.text)
 
     def _settings(self):
         return self.settings
@@ -339,25 +342,51 @@ def load_tokenizer(place: str | os.PathLike) -> Tokenizer:
     """A tokenizer, with its chat template, from a folder, or one without from a SentencePiece file.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or one of its files is damaged; the message names it.
     """
     place = pathlib.Path(place)
     if place.is_file():
-        return SentencePieceTokenizer(place.read_bytes())
+        return _sentence_pieces(place)
     if not has_tokenizer(place):
         raise UserError(f"no tokenizer at {place}; point tokenizer.path at a SentencePiece model")
-    read_json = lambda path: json.loads(path.read_text()) if path.is_file() else None
-    settings = read_json(place / SETTINGS) or {}
+    settings = _object(place / SETTINGS) or {}
     clean_up = settings.pop("clean_up", False)
     if (place / "tokenizer.model").is_file():
-        added = read_json(place / "added_tokens.json")
-        tokenizer = SentencePieceTokenizer((place / "tokenizer.model").read_bytes(), added)
+        tokenizer = _sentence_pieces(place / "tokenizer.model", _object(place / "added_tokens.json"))
     else:
-        tokenizer = HuggingFaceTokenizer((place / "tokenizer.json").read_text(), **settings)
-    template = place / CHAT_TEMPLATE
+        with _naming(place / "tokenizer.json") as path:
+            tokenizer = HuggingFaceTokenizer(path.read_text("utf-8"), **settings)
     tokenizer.clean_up = clean_up
-    tokenizer.chat_template = template.read_text() if template.is_file() else None
+    if (place / CHAT_TEMPLATE).is_file():
+        with _naming(place / CHAT_TEMPLATE) as path:
+            tokenizer.chat_template = path.read_text("utf-8")
     return tokenizer
+
+
+def _sentence_pieces(path, added=None):
+    with _naming(path):
+        return SentencePieceTokenizer(path.read_bytes(), added)
+
+
+def _object(path):
+    """The JSON object in a file beside a tokenizer; None without the file."""
+    if not path.is_file():
+        return None
+    found = read_json(path, remedy=BRING_BACK)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it is no object; {BRING_BACK}")
+    return found
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """What goes wrong inside is put down to a file: the libraries raise plain errors of many kinds."""
+    try:
+        yield path
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({reason_of(error)}); {BRING_BACK}") from None
 
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:

@@ -1,7 +1,6 @@
 """A model goes through a public benchmark: its answers, their score, and the files for others who score."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -18,6 +17,7 @@ from hovle_jax.evaluation.public.submissions import has_excel, write_json, write
 from hovle_jax.evaluation.public.table import ROWS
 from hovle_jax.evaluation.public.tsv import read_table
 from hovle_jax.inference.folders import check_model_folder
+from hovle_jax.system import files
 from hovle_jax.system.progress import track
 
 Say = Callable[[str], None]
@@ -169,7 +169,7 @@ def _write_score(target, found):
     if not found.score:
         return {}
     path = target / f"results_{found.asked.table.path.stem}.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["scores"] if path.is_file() else []
+    kept = files.read_json(path, ["scores"])["scores"] if path.is_file() else []
     score, key = found.score, found.about | {"questions": len(found.asked.rows)}
     same = lambda one: all(one.get(name) == value for name, value in key.items())
     entry = key | {
@@ -180,6 +180,5 @@ def _write_score(target, found):
         "settings": dict(found.settings),
         "report": score.report,
     }
-    text = json.dumps({"scores": [*(one for one in kept if not same(one)), entry]}, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    files.write_json(path, {"scores": [*(one for one in kept if not same(one)), entry]})
     return {"results": path}

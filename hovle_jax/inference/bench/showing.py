@@ -1,7 +1,6 @@
 """Figures as a JSON file, a table and a plot."""
 
 import dataclasses
-import json
 import pathlib
 import textwrap
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from hovle_jax.inference.bench.subject import Subject
 from hovle_jax.report import facts
 from hovle_jax.report.plots import plot_over
 from hovle_jax.report.progress import format_count
+from hovle_jax.system.files import write_json
 
 JSON_FILE, PLOT_FILE = "bench.json", "bench.png"
 EXPLAINED = textwrap.fill(
@@ -48,7 +48,7 @@ def result(subject: Subject, name: str, found: Sequence[Figures]) -> dict[str, A
 
 def write(folder: pathlib.Path, made: dict[str, Any]) -> None:
     """Replaces the JSON file."""
-    (folder / JSON_FILE).write_text(json.dumps(made, indent=2) + "\n")
+    write_json(folder / JSON_FILE, made)
 
 
 def table(made: dict[str, Any], found: Sequence[Figures]) -> str:
