@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from hovle_jax.config import RunConfig
-from hovle_jax.errors import UserError
 from hovle_jax.hardware.chips import total_bf16_flops
 from hovle_jax.hosts import distributed
 from hovle_jax.report import goodput
@@ -110,12 +109,15 @@ class Monitor:
             self._progress.started()
             self._speed.measure(step + 1, self._sheet.seconds(), self._seen.here()["tokens_seen"])
 
-    def line(self, done: int, learning_rate: float) -> None:
-        """Writes and says how the steps since the last line went. Raises UserError at a loss that is not finite.
+    def line(self, done: int, **beside: float) -> None:
+        """Writes and says how the steps since the last line went.
 
         Reads values that are done or nearly so; between these points the host runs ahead of the devices.
+
+        Args:
+          beside: more numbers to show: the learning rate.
         """
-        values = self._mean_metrics(done) | {"learning_rate": learning_rate}
+        values = self._mean_metrics() | beside
         self._waiting = []
         seconds = self._sheet.seconds()
         rates = self._speed.measure(done, seconds, self._seen.here()["tokens_seen"])
@@ -166,13 +168,13 @@ class Monitor:
     def _say_of_stage(self, text):
         self.say(f"{self.config.stage}: {text}")
 
-    def _mean_metrics(self, done):
+    def _mean_metrics(self):
         values = jax.device_get(self._waiting)
-        for back, metrics in enumerate(reversed(values)):
-            if not math.isfinite(metrics["loss"]):
-                raise UserError(
-                    f"the loss is {metrics['loss']} at step {done - back} (the newest checkpoint in {self.folder} is "
-                    "older); lower optimizer.learning_rate or optimizer.clip_norm and start in another --workdir"
-                )
         names = sorted(values[0], key=lambda name: name != "loss")
-        return {name: float(np.mean([m[name] for m in values])) for name in names}
+        return {name: _mean([m[name] for m in values]) for name in names}
+
+
+def _mean(values):
+    """Of those that are finite: the update of any other step was left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
