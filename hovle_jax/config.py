@@ -218,11 +218,11 @@ class HealthConfig:
     """What a run does about numbers that go wrong and devices that stand still.
 
     Attributes:
-      on_bad_step: a loss, a gradient or an updated value that is not finite: 'stop' ends the run at the first one,
-        'skip' leaves its update out and goes on with the next batch.
+      on_bad_step: what a loss or gradient that is not finite does: 'stop' ends the run before its update, 'skip' leaves
+        the update out and goes on with the next batch.
       max_skipped: updates that the whole run may leave out; one more, and it stops.
-      spike_sigmas: leave out the update of a loss so many standard deviations above the mean of the last 128; 0 = never,
-        6 is a good number.
+      spike_sigmas: leave out the update of a loss so many standard deviations above the mean of the last 128 (6 is
+        usual); 0 = never.
       watchdog_seconds: without the end of a step for so long, and for ten times the usual, each host writes where its
         threads stand to RUN/stacks-HOST.txt; 0 = never.
       on_hang: what happens then: 'wait' goes on waiting, 'stop' ends the process.

@@ -70,6 +70,7 @@ class Health:
                     raise SharedError(f"{self._config.stage}: {self._origin(part, name, step)}")
         self._frozen = {name: seen.bits for name, seen in looked["frozen"].items()}
         self._names = judging.names(state.trained, state.opt_state)
+        self._first_of_update = judging.first_of_update(state.trained)
         state = dataclasses.replace(state, record=_restored(state.record, self._folder, step))
         self._skipped = int(state.record["skipped"]) if state.record else 0
         return state
@@ -90,7 +91,8 @@ class Health:
         read = jax.device_get([metrics for _, metrics in waiting])
         for (step, _), metrics in zip(waiting, read):
             bad = int(metrics["not_finite"])
-            if bad != judging.FINE and self._config.health.on_bad_step == "stop":
+            skips = self._config.health.on_bad_step == "skip"
+            if bad != judging.FINE and (not skips or bad >= self._first_of_update):
                 raise SharedError(self._first_bad(step, bad, metrics, state))
             self._note_skipped(step, bad, metrics)
             self._collapse.add(step, metrics)
@@ -132,29 +134,31 @@ class Health:
 
     def _first_bad(self, step, bad, metrics, state):
         """The message about the first step that is not finite."""
-        loss, name, stage = float(metrics["loss"]), self._names[bad], self._config.stage
-        what = f"the loss is {loss} at step {step}" if bad == judging.LOSS else f"{name} is not finite at step {step}"
-        beside = "" if bad == judging.LOSS else f" (loss {loss:.4g})"
-        found = [n for part in (state.frozen, state.trained) for n, seen in look(part).items() if not seen.finite]
-        if found and bad == judging.LOSS:
-            remedy = f"{found[0]} is not finite in memory any more: the same command goes on, best on another machine"
-        else:
-            remedy = (
-                "lower optimizer.learning_rate and start in another --workdir, or leave such updates out and go on with "
-                "--config.health.on_bad_step=skip"
-            )
+        loss, name = float(metrics["loss"]), self._names[bad]
+        what = f"the loss is {loss} at step {step}"
+        if bad != judging.LOSS:
+            what = f"{name} is not finite at step {step} (loss {loss:.4g})"
         return (
-            f"{stage}: {what}{beside}, the first bad step; nothing of it is saved, and the newest checkpoint in "
-            f"{self._folder} is older; {remedy}"
+            f"{self._config.stage}: {what}, the first bad step; nothing of it is saved, and the newest checkpoint in "
+            f"{self._folder} is older; {self._remedy(bad, state)}"
         )
+
+    def _remedy(self, bad, state):
+        spoilt = [name for name, seen in look(state.frozen).items() if not seen.finite]
+        if spoilt:
+            return f"{spoilt[0]} was finite at the start and is not now: go on by the same command on another machine"
+        lower = "lower optimizer.learning_rate and start in another --workdir"
+        if bad >= self._first_of_update:
+            return lower
+        return f"{lower}, or leave such updates out and go on with --config.health.on_bad_step=skip"
 
     def _origin(self, part, name, step):
         """Says of a tensor that is not finite from the start where it came from."""
         component = name.split("/")[0]
         if step and part != "frozen":
             return (
-                f"{name} is not finite in the checkpoint of step {step} in {self._folder}; remove that checkpoint to go "
-                "on from the one before"
+                f"{name} is not finite in the checkpoint of step {step} in {self._folder}; remove that checkpoint to "
+                "go on from the one before"
             )
         if component in self._sources:
             return (
@@ -185,7 +189,7 @@ class Collapse:
             if step - since + 1 >= COLLAPSED and not self._told:
                 self._told = True
                 if distributed.is_leader():
-                    warn(f"{sign} since step {since}: nothing is learned; lower optimizer.learning_rate, or look at the data")
+                    warn(f"{sign} since step {since}: nothing is learned; look at optimizer.learning_rate and the data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

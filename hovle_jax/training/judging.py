@@ -2,6 +2,10 @@
 
 Nothing here leaves the devices or waits for them. A step gives one more scalar, the number of the first tensor that is
 not finite (`names` tells which that is), and takes one more all-reduce of a flag for each tensor.
+
+An update is left out by what is known before it, the loss and the gradients: then it still overwrites the old state in
+its place. To keep the old state until the new one has been looked at would take its memory twice. A new state that is
+not finite always ends the run, before it is saved.
 """
 
 import dataclasses
@@ -28,7 +32,7 @@ class Rules:
     """What a step is compiled with.
 
     Attributes:
-      skips: a step that is not finite leaves the state as it was, and the run goes on; else the run ends.
+      skips: whether a run goes on after a loss or gradient that is not finite; the state is left as it was either way.
       spike_sigmas: standard deviations above the mean of the last WINDOW losses from which on a loss is a spike, whose
         update is left out; 0 = no loss is.
     """
@@ -50,26 +54,37 @@ class Rules:
 
 
 def names(trained: Params, opt_state: Any) -> list[str]:
-    """What `first_not_finite` numbers, in its order: names[FINE], names[LOSS], and so on."""
+    """What is numbered, by its number: names[FINE], names[LOSS], the gradients, the new parameters, the moments."""
     found = ["nothing", "the loss"]
     for what, tree in (("the gradient of {}", trained), ("{} after its update", trained), ("{}", opt_state)):
         found += [what.format(name_of(path)) for path, _ in _floats(tree)]
     return found
 
 
-def first_not_finite(loss: jax.Array, grads: Params, trained: Params, opt_state: Any) -> jax.Array:
-    """The number of the first tensor of a step that is not finite, int32; FINE where all are.
+def of_gradients(loss: jax.Array, grads: Params) -> jax.Array:
+    """The number of the first tensor that is not finite among the loss and the gradients, int32; FINE where all are.
 
     A gradient counts as not finite too where its squares overflow: its norm, by which all are clipped, is infinite.
-
-    Args:
-      trained, opt_state: after the update.
     """
     squares = [jnp.sum(jnp.square(leaf)) for _, leaf in _floats(grads)]  # the norm's own, which are computed once
-    flags = [jnp.isfinite(loss), *map(jnp.isfinite, squares)]
-    flags += [jnp.all(jnp.isfinite(leaf)) for _, leaf in _floats((trained, opt_state))]
-    fine = jnp.stack(flags)
-    return jnp.where(jnp.all(fine), FINE, jnp.argmin(fine) + LOSS).astype(jnp.int32)
+    return _first([jnp.isfinite(loss), *map(jnp.isfinite, squares)], LOSS)
+
+
+def of_update(found: jax.Array, trained: Params, opt_state: Any) -> jax.Array:
+    """`found`, or where that is FINE the number of the first tensor of the new state that is not finite."""
+    flags = [jnp.all(jnp.isfinite(leaf)) for _, leaf in _floats((trained, opt_state))]
+    return jnp.where(found == FINE, _first(flags, first_of_update(trained)), found)
+
+
+def first_of_update(trained: Params) -> int:
+    """The number from which on tensors are those of the new state."""
+    return LOSS + 1 + len(_floats(trained))
+
+
+def _first(fine, number):
+    """The number of the first flag that is not set, counted from `number`; FINE where all are."""
+    flags = jnp.stack(fine)
+    return jnp.where(jnp.all(flags), FINE, jnp.argmin(flags) + number).astype(jnp.int32)
 
 
 def is_spike(loss: jax.Array, record: Record, sigmas: float) -> jax.Array:

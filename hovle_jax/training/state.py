@@ -29,7 +29,7 @@ class TrainState:
 
 
 def abstract_state(stage: Stage, run: Run, params: Params) -> TrainState:
-    """`make_state`, but for step, moments and record, of which there are shapes with shardings; `params` may be such too.
+    """`make_state`, but for step, moments and record: of these, shapes with shardings; `params` may be such too.
 
     Moments are sharded by their own rows of the table; what belongs to no parameter lies whole everywhere. Without a
     sharding all of it would start on one device, and the second step would be compiled again for where the first one

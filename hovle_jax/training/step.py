@@ -83,21 +83,24 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
     metrics = {"loss": loss} | STAGES[stage].metrics(means) | {"gradient_norm": optax.tree.norm(grads)}
     # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
     trained, opt_state = run.layout.constrain(trained), run.layout.constrain(opt_state, "moments")
-    metrics["not_finite"] = judging.first_not_finite(loss, grads, trained, opt_state)
     made = dataclasses.replace(state, step=state.step + 1, trained=trained, opt_state=opt_state)
-    return judged(made, state, metrics, run)
+    return judged(made, state, grads, metrics, run)
 
 
-def judged(made: TrainState, before: TrainState, metrics: Metrics, run: Run) -> tuple[TrainState, Metrics]:
-    """What the rules make of a step -> (the state as it was `made`, or as it was `before`, metrics)."""
-    good = metrics["not_finite"] == judging.FINE
+def judged(
+    made: TrainState, before: TrainState, grads: Params, metrics: Metrics, run: Run
+) -> tuple[TrainState, Metrics]:
+    """What is made of an update -> (the state as it was `made`, or as it was `before` the step, metrics)."""
+    bad = judging.of_gradients(metrics["loss"], grads)
+    good = bad == judging.FINE
     if run.rules.spike_sigmas:
         good &= ~judging.is_spike(metrics["loss"], before.record, run.rules.spike_sigmas)
     keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, good), new, old)
+    trained, opt_state = keep(made.trained, before.trained), keep(made.opt_state, before.opt_state)
+    metrics = metrics | {"not_finite": judging.of_update(bad, trained, opt_state)}
     record = run.layout.constrain(judging.updated(before.record, metrics["loss"], good))
     if record:
-        metrics = metrics | {"skipped": record["skipped"]}
-    trained, opt_state = keep(made.trained, before.trained), keep(made.opt_state, before.opt_state)
+        metrics["skipped"] = record["skipped"]
     return dataclasses.replace(made, trained=trained, opt_state=opt_state, record=record), metrics
 
 
