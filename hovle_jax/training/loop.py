@@ -20,7 +20,7 @@ from hovle_jax.report.batch_images import batch_image
 from hovle_jax.sharding import table
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
-from hovle_jax.training import profiling, resumable, run_folder
+from hovle_jax.training import profiling, resumable, resumption, run_folder
 from hovle_jax.training.checks import check, check_same_data_everywhere, check_sources, check_tokenizer
 from hovle_jax.training.health import Health
 from hovle_jax.training.held_out import evaluate, open_held_out
@@ -98,6 +98,9 @@ def run(
     saving = resumable.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints)
     with saving as saved:
         profiling.check_steps(profile, saved.latest or 0, config.last_step)
+        conditions = resumption.conditions(run.models.config.execution, config.health)
+        for line in resumption.changes(folder, conditions) if saved.latest else []:
+            say(f"{config.stage}: {line}")
         if distributed.is_leader():
             bad.start(saved.latest or 0, dataset.summary.bad, dataset.summary.samples)
         distributed.wait("the folder is a run")
@@ -106,7 +109,8 @@ def run(
         say(describe(config, state, shapes))
         note_layout(folder, stage, run, shapes)
         trained, frozen = count(state.trained), count(state.frozen)
-        monitor.about(parameters_trained=trained, parameters_frozen=frozen, samples=dataset.summary.samples)
+        samples = dataset.summary.samples
+        monitor.about(parameters_trained=trained, parameters_frozen=frozen, samples=samples, **conditions)
         if dataset.summary.text:
             say(f"{config.stage}: {dataset.summary.text}")
         if saved.latest is not None:

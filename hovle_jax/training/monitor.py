@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from hovle_jax.report.progress import Progress, format_number
 from hovle_jax.report.seen import Seen
 from hovle_jax.report.speed import Speed
 from hovle_jax.report.tracking import open_tracker
+from hovle_jax.training import watchdog
 from hovle_jax.training.profiling import Profile
 from hovle_jax.training.stages import find
 
@@ -49,8 +51,8 @@ class Monitor:
         self._sheet = goodput.TimeSheet()
         self._waiting = []  # metrics of the steps since the last line, on the devices
 
-    def about(self, **facts: int) -> None:
-        """Numbers of the run for its report: parameters_trained, parameters_frozen, samples of the training data."""
+    def about(self, **facts: Any) -> None:
+        """Facts of the run for its report: parameters_trained, parameters_frozen, samples of the training data."""
         self._facts = facts
 
     @contextlib.contextmanager
@@ -73,6 +75,7 @@ class Monitor:
             self._writer = stack.enter_context(self._metrics_writer() if leads else NoMetrics())
             self._seen = Seen.since(first_step, self._writer.last)
             self._watch = stack.enter_context(goodput.StepWatch(self._sheet.clock))
+            self._watchdog = stack.enter_context(self._make_watchdog())
             profile = Profile(self._steps_to_trace, self.folder, self.besides, self._say_of_stage)
             self._profile = stack.enter_context(profile)
             yield
@@ -134,7 +137,7 @@ class Monitor:
         jax.block_until_ready(self._waiting[-1:])
         if activity == "checkpoints":  # a run that is resumed from it goes on counting there
             self.write(self._done, self._seen.totals())
-        with self._sheet.spent(activity):
+        with self._watchdog.paused(), self._sheet.spent(activity):
             yield
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -164,6 +167,12 @@ class Monitor:
         if self._first_step == 0 and first_batch.is_file():
             writer.show(0, "first_batch", first_batch)
         return writer
+
+    def _make_watchdog(self):
+        health, path = self.config.health, self.folder / f"stacks-{jax.process_index()}.txt"
+        stop = watchdog.end if health.on_hang == "stop" else None
+        ended, seconds, clock = self._watch.ended, health.watchdog_seconds, self._sheet.clock
+        return watchdog.Watchdog(ended, seconds, path, self._say_of_stage, stop, clock)
 
     def _say_of_stage(self, text):
         self.say(f"{self.config.stage}: {text}")
