@@ -97,6 +97,7 @@ def run(
     # 3. State.
     saving = resumable.RunCheckpoints(folder, config.checkpoint_every, config.keep_checkpoints)
     with saving as saved:
+        resumption.check_stop(folder, config, saved.latest or 0)
         profiling.check_steps(profile, saved.latest or 0, config.last_step)
         conditions = resumption.conditions(run.models.config.execution, config.health)
         for line in resumption.changes(folder, conditions) if saved.latest else []:

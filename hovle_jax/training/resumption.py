@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from hovle_jax.config import ExecutionConfig, HealthConfig
+from hovle_jax.config import ExecutionConfig, HealthConfig, RunConfig
 from hovle_jax.hosts import distributed
 from hovle_jax.report.facts import read_facts
 
@@ -49,3 +49,12 @@ def changes(folder: pathlib.Path, now: Mapping[str, Any]) -> list[str]:
     if software:
         lines.append(f"resumes with other software: {told(software)}; its numbers may differ in their last bits")
     return lines
+
+
+def check_stop(folder: pathlib.Path, config: RunConfig, newest: int) -> None:
+    """Raises SharedError where a run is to stop before the step that its newest checkpoint has reached."""
+    if newest > config.last_step:
+        raise distributed.SharedError(
+            f"stop_at_step={config.stop_at_step} is behind step {newest}, which the run in {folder} has reached; set a "
+            "later one, or 0 to go on to the end"
+        )
