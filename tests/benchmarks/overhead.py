@@ -4,8 +4,8 @@
 
 In one process, on the tiny preset: the step as it is and the same step without its judgement take turns of a few steps,
 each on a state of its own. Then a save, with what is checked before it, is timed against steps that have none: how long
-the loop waits for it, and how much longer the steps beside the writing take. Prints one JSON object: seconds, and shares
-of the time of a step for the checks, for a save every 100 steps, and for both. The bar is 2%.
+the loop waits for it, and how much longer the steps beside the writing take. Prints one JSON object: seconds, and the
+shares of a step's time that the checks, a save every 100 steps, and both take. The bar is 2%.
 """
 
 import argparse
