@@ -81,8 +81,6 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
     updated: Any = optax.apply_updates(state.trained, updates)
     trained = STAGES[stage].after_update(updated)
     metrics = {"loss": loss} | STAGES[stage].metrics(means) | {"gradient_norm": optax.tree.norm(grads)}
-    # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
-    trained, opt_state = run.layout.constrain(trained), run.layout.constrain(opt_state, "moments")
     made = dataclasses.replace(state, step=state.step + 1, trained=trained, opt_state=opt_state)
     return judged(made, state, grads, metrics, run)
 
@@ -96,7 +94,9 @@ def judged(
     if run.rules.spike_sigmas:
         good &= ~judging.is_spike(metrics["loss"], before.record, run.rules.spike_sigmas)
     keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, good), new, old)
-    trained, opt_state = keep(made.trained, before.trained), keep(made.opt_state, before.opt_state)
+    # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
+    trained = run.layout.constrain(keep(made.trained, before.trained))
+    opt_state = run.layout.constrain(keep(made.opt_state, before.opt_state), "moments")
     metrics = metrics | {"not_finite": judging.of_update(bad, trained, opt_state)}
     record = run.layout.constrain(judging.updated(before.record, metrics["loss"], good))
     if record:
