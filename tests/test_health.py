@@ -97,14 +97,19 @@ def saved_steps(folder):
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
 
 
+def slow(*values):
+    """Each of these compiles a step of its own; `test_the_first_tensor_...` has them in small."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "what, value, first, named",
     [
         ("loss", math.nan, 3, "the loss is nan at step 3, the first bad step"),
         ("loss", math.inf, STEPS, f"the loss is inf at step {STEPS}, "),
         ("gradient", math.nan, STEPS, f"the gradient of clip/log_scale is not finite at step {STEPS} [(]loss "),
-        ("parameter", math.inf, 3, "clip/.* after its update is not finite at step 3 [(]loss "),
-        ("moment", math.nan, 2, "mu of clip/log_scale is not finite at step 2 [(]loss "),
+        slow("parameter", math.inf, 3, "clip/.* after its update is not finite at step 3 [(]loss "),
+        slow("moment", math.nan, 2, "mu of clip/log_scale is not finite at step 2 [(]loss "),
     ],
 )
 def test_a_run_stops_at_its_first_bad_step_and_saves_nothing_of_it(tmp_path, faults, what, value, first, named):
@@ -137,9 +142,32 @@ def test_bad_steps_may_be_left_out_up_to_a_limit(tmp_path, faults):
     assert rows[4]["skipped"] == rows[STEPS]["skipped"] == 2 and math.isfinite(rows[4]["loss"])
     with pytest.raises(UserError, match="step 4: the gradient of .* one more than the 1 that may be left out"):
         loop.run(changed(on_bad_step="skip", max_skipped=1), tmp_path / "one", {}, say=quiet)
+
+
+@pytest.mark.slow
+def test_an_update_that_is_not_finite_always_ends_a_run(tmp_path, faults):
     faults["parameter"] = {1: math.nan}  # no later step could mend that
     with pytest.raises(UserError, match="after its update is not finite at step 1 "):
-        loop.run(config, tmp_path / "update", {}, say=quiet)
+        loop.run(changed(on_bad_step="skip"), tmp_path, {}, say=quiet)
+
+
+def test_the_first_tensor_that_is_not_finite_is_found_by_its_name():
+    trained = {"llm": {"head": jnp.ones((2, 2)), "norm": jnp.ones(2)}}
+    opt_state = optax.adamw(1e-3).init(trained)
+    names = judging.names(trained, opt_state)
+
+    def found(loss=1.0, grads=trained, trained=trained, opt_state=opt_state):
+        return names[judging.of_update(judging.of_gradients(jnp.float32(loss), grads), trained, opt_state)]
+
+    spoilt = lambda value: {"llm": {"head": trained["llm"]["head"], "norm": jnp.array([1.0, value])}}
+    moment = lambda name: optax.tree.set(opt_state, **{name: spoilt(math.inf)})
+    assert found() == names[judging.FINE] == "nothing"
+    assert found(math.nan, spoilt(math.nan), spoilt(math.nan)) == "the loss"
+    assert found(grads=spoilt(math.nan), trained=spoilt(math.nan)) == "the gradient of llm/norm"
+    assert found(grads=spoilt(1e30)) == "the gradient of llm/norm"  # its norm, by which all are clipped, overflows
+    assert found(trained=spoilt(-math.inf), opt_state=moment("mu")) == "llm/norm after its update"
+    assert found(opt_state=moment("mu")) == "mu of llm/norm" and found(opt_state=moment("nu")) == "nu of llm/norm"
+    assert names[judging.first_of_update(trained)] == "llm/head after its update"
 
 
 def test_a_step_that_is_left_out_changes_nothing_but_the_count_and_compiles_once():
@@ -149,7 +177,7 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count_and_compiles_once
     compiled = step.train_step._cache_size()
     once = lambda state: step.train_step(state, run.placement.put_batch(data[0]), stage="contrast", run=run)
     state, _ = once(state)
-    record = state.record | {"losses": jnp.full(judging.WINDOW, -5.0), "taken": jnp.int32(judging.WINDOW)}
+    record = state.record | {"losses": jnp.full(judging.WINDOW, -5.0, jnp.float32), "taken": jnp.int32(judging.WINDOW)}
     record = {name: jax.device_put(value, state.record[name].sharding) for name, value in record.items()}
     before = jax.device_get(state)
     after, metrics = once(dataclasses.replace(state, record=record))
@@ -174,6 +202,7 @@ def test_a_spike_is_one_of_six_sigmas_over_a_full_window():
     assert np.array_equal(left["losses"], losses) and left["skipped"] == 1
 
 
+@pytest.mark.slow
 def test_spikes_are_left_out_alike_in_a_resumed_run(tmp_path, faults, monkeypatch):
     monkeypatch.setattr(judging, "WINDOW", 2)
     faults["loss"] = {4: 50.0, 6: 50.0}
@@ -261,7 +290,7 @@ def test_a_collapse_is_said_once(capsys):
 # Resuming with something else
 
 
-def test_other_conditions_of_a_resumed_run_are_said_or_refused(tmp_path, micro_corpus):
+def test_other_conditions_of_a_resumed_run_are_said_or_refused(tmp_path, faults):
     half = dataclasses.replace(RUN, stop_at_step=2, checkpoint_every=2)
     loop.run(half, tmp_path, {}, say=quiet)
     wider = dataclasses.replace(half, execution=dataclasses.replace(half.execution, dtype="bfloat16"))
