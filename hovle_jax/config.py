@@ -214,6 +214,28 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HealthConfig:
+    """What a run does about numbers that go wrong and devices that stand still.
+
+    Attributes:
+      on_bad_step: what a loss or gradient that is not finite does: 'stop' ends the run before its update, 'skip' leaves
+        the update out and goes on with the next batch.
+      max_skipped: updates that the whole run may leave out; one more, and it stops.
+      spike_sigmas: leave out the update of a loss so many standard deviations above the mean of the last 128 (6 is
+        usual); 0 = never.
+      watchdog_seconds: without the end of a step for so long, and for ten times the usual, each host writes where its
+        threads stand to RUN/stacks-HOST.txt; 0 = never.
+      on_hang: what happens then: 'wait' goes on waiting, 'stop' ends the process.
+    """
+
+    on_bad_step: str = "stop"
+    max_skipped: int = 10
+    spike_sigmas: float = 0.0
+    watchdog_seconds: float = 600.0
+    on_hang: str = "wait"
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -228,6 +250,7 @@ class RunConfig:
     init: InitConfig
     mesh: MeshConfig = MeshConfig()
     execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
+    health: HealthConfig = HealthConfig()
     seed: int = 0  # of weights, order and augmentation
     steps: int = 1000  # optimizer steps, and the length of the learning rate's schedule
     easy_vqa: EasyVQAConfig = EasyVQAConfig()
@@ -345,7 +368,8 @@ RUN_ONLY_KEYS = (
     "workers",
     "bad_ceiling",
     "mesh",
-    "execution",
+    "execution",  # but for its dtype: training/resumption.py
+    "health",
 )
 
 

@@ -8,6 +8,7 @@ from hovle_jax.config import (
     DataConfig,
     EasyVQAConfig,
     ExecutionConfig,
+    HealthConfig,
     InitConfig,
     MeshConfig,
     OptimizerConfig,
@@ -78,6 +79,7 @@ def base(stage: str, preset: str, makes: str = "") -> ConfigDict:
         optimizer=OptimizerConfig(),
         init=InitConfig(),
         mesh=MeshConfig(),
+        health=HealthConfig(),
         # Written-out layers are faster on the CPU; a loop compiles in the same time at any depth.
         execution=ExecutionConfig(dtype="auto", attention="auto", unroll_layers=preset.startswith("tiny")),
     )

@@ -90,6 +90,6 @@ def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, micro_corpus):
     optimizer = dataclasses.replace(LOOP.optimizer, learning_rate=1e38)
     config = dataclasses.replace(LOOP, optimizer=optimizer)
-    with pytest.raises(UserError, match="the loss is nan at step 2 .* lower optimizer.learning_rate"):
+    with pytest.raises(UserError, match="the loss is nan at step 2, .* lower optimizer.learning_rate"):
         loop.run(config, tmp_path, {}, say=quiet)
     assert not (tmp_path / "model").exists()

@@ -19,9 +19,9 @@ SEEN = ("tokens_seen", "images_seen", "samples_seen")
 HOST_PEAK, DEVICE_PEAK = "memory/host_peak_bytes", "memory/device_peak_bytes"
 
 
-def write_facts(folder: str | os.PathLike, **facts: str | int) -> None:
+def write_facts(folder: str | os.PathLike, **facts: Any) -> None:
     """Replaces `folder/facts.json`: this process's command line, the code's commit, and these facts."""
-    found = {"command": command_line(), "commit": git_commit()} | facts
+    found: dict[str, Any] = {"command": command_line(), "commit": git_commit()} | facts
     write_json(pathlib.Path(folder) / FILE_NAME, found)
 
 

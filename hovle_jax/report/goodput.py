@@ -167,6 +167,10 @@ class StepWatch:
         self._dispatched += 1
         self._steps.put(result)
 
+    def ended(self) -> tuple[int, float]:
+        """-> (how many steps have ended, when the last one did)."""
+        return self._ended
+
     def idle_since(self) -> float | None:
         """When the devices ended the last dispatched step; None while they are busy."""
         count, moment = self._ended

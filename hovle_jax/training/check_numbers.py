@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from hovle_jax.config import OptimizerConfig, RunConfig
+from hovle_jax.config import HealthConfig, OptimizerConfig, RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.system.command_line import warn
 
@@ -24,6 +24,7 @@ AT_LEAST = {
     "data.samples_per_row": (0, "samples of a row; 0 takes as many as fit"),
     "data.random_tokens": (0, "random ids"),
     "optimizer.warmup_steps": (0, "steps"),
+    "health.max_skipped": (0, "updates that may be left out"),
 }
 LARGEST_SEED = 2**32 - 1
 
@@ -38,6 +39,7 @@ def check_numbers(config: RunConfig) -> None:
         raise UserError(f"seed={config.seed} must be from 0 to {LARGEST_SEED}")
     check_optimizer(config.optimizer)
     check_keeping(config)
+    check_health(config.health)
     warmup = config.optimizer.warmup_steps
     if warmup and warmup >= config.steps > 1:
         warn(
@@ -66,9 +68,25 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         "eps": (0 < optimizer.eps < math.inf, "above 0"),
         "clip_norm": (optimizer.clip_norm > 0, "above 0; --config.optimizer.clip_norm=inf does not clip"),
     }
+    _check_ranges("optimizer", optimizer, ranges)
+
+
+def check_health(health: HealthConfig) -> None:
+    """Raises UserError for a choice or a number that says nothing."""
+    ranges = {
+        "on_bad_step": (health.on_bad_step in ("stop", "skip"), "'stop' or 'skip'"),
+        "spike_sigmas": (0 <= health.spike_sigmas < math.inf, "0 or more standard deviations; 0 leaves no update out"),
+        "watchdog_seconds": (0 <= health.watchdog_seconds < math.inf, "0 or more; 0 never looks"),
+        "on_hang": (health.on_hang in ("wait", "stop"), "'wait' or 'stop'"),
+    }
+    _check_ranges("health", health, ranges)
+
+
+def _check_ranges(part: str, config: Any, ranges: dict[str, tuple[bool, str]]) -> None:
+    """ranges: {key: (whether it holds, what is wanted)}."""
     for name, (holds, wanted) in ranges.items():
         if not holds:
-            raise UserError(f"optimizer.{name}={getattr(optimizer, name)} must be {wanted}")
+            raise UserError(f"{part}.{name}={getattr(config, name)} must be {wanted}")
 
 
 def _value(config: RunConfig, key: str) -> int | None:

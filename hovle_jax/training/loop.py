@@ -22,8 +22,9 @@ from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.system.files import write_whole
 from hovle_jax.system.mirror import Mirror
-from hovle_jax.training import profiling, resumable, run_folder
+from hovle_jax.training import profiling, resumable, resumption, run_folder
 from hovle_jax.training.checks import check, check_same_data_everywhere, check_sources, check_tokenizer
+from hovle_jax.training.health import Health
 from hovle_jax.training.held_out import check_keep_best, evaluate, open_held_out
 from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate
@@ -69,7 +70,7 @@ def run(
     Returns:
       Result.
     Raises:
-      UserError: see `checks.check`; also a loss that is not finite.
+      UserError: see `checks.check` and `Health`.
     """
     # 1. Checks that need no device, then data: each host's own rows, planned alike on all of them.
     check(config)
@@ -104,7 +105,11 @@ def run(
     keep = Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
     saving = resumable.RunCheckpoints(folder, keep, say, mirror)
     with saving as saved:
+        resumption.check_stop(folder, config, saved.latest or 0)
         profiling.check_steps(profile, saved.latest or 0, config.last_step)
+        conditions = resumption.conditions(run.models.config.execution, config.health)
+        for line in resumption.changes(folder, conditions) if saved.latest else []:
+            say(f"{config.stage}: {line}")
         if distributed.is_leader():
             bad.start(saved.latest or 0, dataset.summary.bad, dataset.summary.samples)
         distributed.wait("the folder is a run")
@@ -114,19 +119,22 @@ def run(
         say(describe(config, state, shapes))
         note_layout(folder, stage, run, shapes)
         trained, frozen = count(state.trained), count(state.frozen)
-        monitor.about(parameters_trained=trained, parameters_frozen=frozen, samples=dataset.summary.samples)
+        samples = dataset.summary.samples
+        monitor.about(parameters_trained=trained, parameters_frozen=frozen, samples=samples, **conditions)
         if dataset.summary.text:
             say(f"{config.stage}: {dataset.summary.text}")
         if saved.latest is not None:
             state = saved.restore(state)
             say(f"{config.stage}: resuming at step {saved.latest}")
+        health = Health(config, folder, sources, say)
+        state = health.start(state, saved.latest or 0)
 
         def save_model(state):
             # What was frozen whole may be narrowed: it is handed on as it came.
             frozen = load_params(config, run, sources, only=wholly_frozen(state.trained, state.frozen))
             save_result(folder, stage, state.params | frozen, config)
 
-        steps = Steps(config, run, dataset, held_out, bad, saved, monitor, save_model)
+        steps = Steps(config, run, dataset, held_out, bad, saved, monitor, health, save_model)
         results = steps.train(state)
     distributed.wait("the last bad sample is listed")
     if distributed.is_leader():
@@ -150,6 +158,7 @@ class Steps:
     bad: BadSamples
     saved: resumable.RunCheckpoints
     monitor: Monitor
+    health: Health
     save_model: Callable[[TrainState], None]
 
     def train(self, state: TrainState) -> tuple[int, bool, dict]:
@@ -170,15 +179,17 @@ class Steps:
                 self.bad.add(events, drawn)
                 with monitor.step(step) as note:
                     state, metrics = train_step(state, batch, stage=config.stage, run=self.run)
-                    note(metrics)
+                    note(self.health.took(step + 1, metrics))
                 done = step + 1
                 stops = done == config.last_step or distributed.preempted()
                 if done % config.log_every == 0 or stops:
-                    monitor.line(done, learning_rate=float(np.asarray(schedule(step))))
+                    left_out = self.health.judge(state)
+                    monitor.line(done, learning_rate=float(np.asarray(schedule(step))), **left_out)
                 if config.eval_every and done % config.eval_every == 0 and not stops:
                     evaluate_held_out(done)
                 if done % config.checkpoint_every == 0 or stops or self.saved.due_again():
                     with monitor.besides("checkpoints"):
+                        self.health.before_save(done, state)
                         self.saved.save(done, state, results.get(done))
                 if stops:
                     break

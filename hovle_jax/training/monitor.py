@@ -4,12 +4,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from hovle_jax.config import RunConfig
-from hovle_jax.errors import UserError
 from hovle_jax.hardware.chips import total_bf16_flops
 from hovle_jax.hosts import distributed
 from hovle_jax.report import goodput
@@ -19,6 +19,7 @@ from hovle_jax.report.progress import Progress, format_number
 from hovle_jax.report.seen import Seen
 from hovle_jax.report.speed import Speed
 from hovle_jax.report.tracking import open_tracker
+from hovle_jax.training import watchdog
 from hovle_jax.training.profiling import Profile
 from hovle_jax.training.stages import find
 
@@ -50,8 +51,8 @@ class Monitor:
         self._sheet = goodput.TimeSheet()
         self._waiting = []  # metrics of the steps since the last line, on the devices
 
-    def about(self, **facts: int) -> None:
-        """Numbers of the run for its report: parameters_trained, parameters_frozen, samples of the training data."""
+    def about(self, **facts: Any) -> None:
+        """Facts of the run for its report: parameters_trained, parameters_frozen, samples of the training data."""
         self._facts = facts
 
     @contextlib.contextmanager
@@ -74,6 +75,7 @@ class Monitor:
             self._writer = stack.enter_context(self._metrics_writer() if leads else NoMetrics())
             self._seen = Seen.since(first_step, self._writer.last)
             self._watch = stack.enter_context(goodput.StepWatch(self._sheet.clock))
+            self._watchdog = stack.enter_context(self._make_watchdog())
             profile = Profile(self._steps_to_trace, self.folder, self.besides, self._say_of_stage)
             self._profile = stack.enter_context(profile)
             yield
@@ -110,12 +112,15 @@ class Monitor:
             self._progress.started()
             self._speed.measure(step + 1, self._sheet.seconds(), self._seen.here()["tokens_seen"])
 
-    def line(self, done: int, learning_rate: float) -> None:
-        """Writes and says how the steps since the last line went. Raises UserError at a loss that is not finite.
+    def line(self, done: int, **beside: float) -> None:
+        """Writes and says how the steps since the last line went.
 
         Reads values that are done or nearly so; between these points the host runs ahead of the devices.
+
+        Args:
+          beside: more numbers to show: the learning rate.
         """
-        values = self._mean_metrics(done) | {"learning_rate": learning_rate}
+        values = self._mean_metrics() | beside
         self._waiting = []
         seconds = self._sheet.seconds()
         rates = self._speed.measure(done, seconds, self._seen.here()["tokens_seen"])
@@ -132,7 +137,7 @@ class Monitor:
         jax.block_until_ready(self._waiting[-1:])
         if activity == "checkpoints":  # a run that is resumed from it goes on counting there
             self.write(self._done, self._seen.totals())
-        with self._sheet.spent(activity):
+        with self._watchdog.paused(), self._sheet.spent(activity):
             yield
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -163,16 +168,22 @@ class Monitor:
             writer.show(0, "first_batch", first_batch)
         return writer
 
+    def _make_watchdog(self):
+        health, path = self.config.health, self.folder / f"stacks-{jax.process_index()}.txt"
+        stop = watchdog.end if health.on_hang == "stop" else None
+        ended, seconds, clock = self._watch.ended, health.watchdog_seconds, self._sheet.clock
+        return watchdog.Watchdog(ended, seconds, path, self._say_of_stage, stop, clock)
+
     def _say_of_stage(self, text):
         self.say(f"{self.config.stage}: {text}")
 
-    def _mean_metrics(self, done):
+    def _mean_metrics(self):
         values = jax.device_get(self._waiting)
-        for back, metrics in enumerate(reversed(values)):
-            if not math.isfinite(metrics["loss"]):
-                raise UserError(
-                    f"the loss is {metrics['loss']} at step {done - back} (the newest checkpoint in {self.folder} is "
-                    "older); lower optimizer.learning_rate or optimizer.clip_norm and start in another --workdir"
-                )
         names = sorted(values[0], key=lambda name: name != "loss")
-        return {name: float(np.mean([m[name] for m in values])) for name in names}
+        return {name: _mean([m[name] for m in values]) for name in names}
+
+
+def _mean(values):
+    """Of those that are finite: the update of any other step was left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan

@@ -14,6 +14,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.hardware.compiler_options import compiler_options
 from hovle_jax.sharding.layout import Layout
 from hovle_jax.sharding.placement import Placement
+from hovle_jax.training.judging import Rules
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.stages import find
 
@@ -25,12 +26,14 @@ class Run:
     Attributes:
       layout: where every parameter that the stage holds lies.
       accumulate: microbatches that a step reads its batch in.
+      rules: which updates it leaves out.
     """
 
     models: Models
     layout: Layout
     optimizer: optax.GradientTransformation
     accumulate: int = 1
+    rules: Rules = Rules()
 
     @property
     def placement(self) -> Placement:
@@ -65,7 +68,8 @@ def build(config: RunConfig, mesh: Mesh) -> Run:
     sizes = dataclasses.replace(config.model_config, execution=execution)
     boxed = {component: logical_shapes(sizes, component) for component in stage.components_of(sizes)}
     layout = Layout.of(placement, select(boxed, stage.holds))
-    return Run(Models(sizes, placement), layout, make_optimizer(config.optimizer, config.steps), accumulate)
+    optimizer, rules = make_optimizer(config.optimizer, config.steps), Rules.of(config.health)
+    return Run(Models(sizes, placement), layout, optimizer, accumulate, rules)
 
 
 def accumulation(config: RunConfig, placement: Placement) -> int:

@@ -14,12 +14,14 @@ from hovle_jax.training.stage import Stage
 
 @flax.struct.dataclass
 class TrainState:
-    """`trained` and `frozen` are disjoint parts of one parameter tree."""
+    """`trained` and `frozen` are disjoint parts of one parameter tree; `record` is of the updates that were left out
+    (`judging.Record`; None where none may be)."""
 
     step: Any
     trained: dict
     frozen: dict
     opt_state: Any
+    record: Any = None
 
     @property
     def params(self) -> Params:
@@ -27,7 +29,7 @@ class TrainState:
 
 
 def abstract_state(stage: Stage, run: Run, params: Params) -> TrainState:
-    """`make_state`, but for step and moments, of which there are shapes with shardings; `params` may be such too.
+    """`make_state`, but for step, moments and record: of these, shapes with shardings; `params` may be such too.
 
     Moments are sharded by their own rows of the table; what belongs to no parameter lies whole everywhere. Without a
     sharding all of it would start on one device, and the second step would be compiled again for where the first one
@@ -38,7 +40,8 @@ def abstract_state(stage: Stage, run: Run, params: Params) -> TrainState:
     frozen = select(params, lambda path: not stage.trains(path, config))
     opt_state = run.layout.abstract(jax.eval_shape(run.optimizer.init, trained), "moments")
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=run.placement.sharding())
-    return TrainState(step, trained, _narrowed(frozen, trained, run.models.execution.dtype), opt_state)
+    record = run.layout.abstract(run.rules.record)
+    return TrainState(step, trained, _narrowed(frozen, trained, run.models.execution.dtype), opt_state, record)
 
 
 def make_state(stage: Stage, run: Run, params: Params) -> TrainState:
@@ -49,6 +52,7 @@ def make_state(stage: Stage, run: Run, params: Params) -> TrainState:
         state,
         step=jax.device_put(jnp.zeros((), jnp.int32), state.step.sharding),
         opt_state=jax.jit(run.optimizer.init, out_shardings=shardings)(state.trained),
+        record=jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), run.rules.record, state.record),
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from hovle_jax.components import Models, Params, merge
+from hovle_jax.training import judging
 from hovle_jax.training.losses import divide
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stage import Pairs
@@ -64,7 +65,7 @@ _JIT: dict[str, Any] = dict(static_argnames=("stage", "run"), donate_argnames="s
 
 @functools.partial(jax.jit, **_JIT)
 def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple[TrainState, Metrics]:
-    """One update.
+    """One update; none where `run.rules` leave it out. The step is counted all the same: it counts batches.
 
     Args:
       state: donated.
@@ -72,16 +73,35 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
       stage: static; a name of the stage table: the cosine loss of distillation, next-token cross-entropy, ...
       run: static; from `setup.build`, for this stage.
     Returns:
-      (new state, metrics: scalars on the device).
+      (new state, metrics: scalars on the device; 'not_finite' is the number of a tensor (`judging.names`), and
+      'skipped', where updates may be left out, how many the run has left out so far).
     """
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, run)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.trained)
     updated: Any = optax.apply_updates(state.trained, updates)
     trained = STAGES[stage].after_update(updated)
     metrics = {"loss": loss} | STAGES[stage].metrics(means) | {"gradient_norm": optax.tree.norm(grads)}
+    made = dataclasses.replace(state, step=state.step + 1, trained=trained, opt_state=opt_state)
+    return judged(made, state, grads, metrics, run)
+
+
+def judged(
+    made: TrainState, before: TrainState, grads: Params, metrics: Metrics, run: Run
+) -> tuple[TrainState, Metrics]:
+    """What is made of an update -> (the state as it was `made`, or as it was `before` the step, metrics)."""
+    bad = judging.of_gradients(metrics["loss"], grads)
+    good = bad == judging.FINE
+    if run.rules.spike_sigmas:
+        good &= ~judging.is_spike(metrics["loss"], before.record, run.rules.spike_sigmas)
+    keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, good), new, old)
     # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
-    trained, opt_state = run.layout.constrain(trained), run.layout.constrain(opt_state, "moments")
-    return dataclasses.replace(state, step=state.step + 1, trained=trained, opt_state=opt_state), metrics
+    trained = run.layout.constrain(keep(made.trained, before.trained))
+    opt_state = run.layout.constrain(keep(made.opt_state, before.opt_state), "moments")
+    metrics = metrics | {"not_finite": judging.of_update(bad, trained, opt_state)}
+    record = run.layout.constrain(judging.updated(before.record, metrics["loss"], good))
+    if record:
+        metrics["skipped"] = record["skipped"]
+    return dataclasses.replace(made, trained=trained, opt_state=opt_state, record=record), metrics
 
 
 def train_step_for(run: Run) -> Callable:
