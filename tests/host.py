@@ -15,7 +15,7 @@ from hovle_jax.config import MeshConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import bad_samples
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import distributed
+from hovle_jax.hosts import distributed, preemption
 from hovle_jax.train import exit_status
 from hovle_jax.training import held_out, loop
 from tests import micro
@@ -67,12 +67,15 @@ def main(job, host):
     loop.train_step_for = lambda run: compiled_in_turn(train_step_for(run))
     held_out.eval_step = compiled_in_turn(held_out.eval_step)
     distributed.HEARTBEAT_SECONDS = job["heartbeat"]
-    distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
-    with distributed.ending_together():
-        for run in job["runs"]:
-            prepare(run, host)
-            config = config_of(run, host)
-            status = exit_status(config, loop.run(config, pathlib.Path(run["folder"]), {}).step)
+    with preemption.listening():
+        distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
+        preemption.agree()
+        with distributed.ending_together(job["runs"][0]["folder"]):
+            for run in job["runs"]:
+                prepare(run, host)
+                config = config_of(run, host)
+                result = loop.run(config, pathlib.Path(run["folder"]), {})
+                status = exit_status(config, result.step, preemption.request())
     sys.exit(status)
 
 

@@ -2,13 +2,15 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from hovle_jax.errors import UserError
 
@@ -48,6 +50,78 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         (folder / path.name).rename(path)
 
 
+def write_whole(path: str | os.PathLike, content: str | bytes, synced: bool = True) -> None:
+    """Replaces a small file: a kill, or a machine that goes down, leaves the old content or the new one.
+
+    Args:
+      synced: wait until it is on the disk; False for what is written often and may be lost with the machine.
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if synced:
+                os.fsync(file.fileno())
+        fresh.replace(path)
+        if synced:
+            sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise UserError(f"cannot write {path}: {reason_of(error)}; what was there before is whole") from None
+
+
+def write_json(path: str | os.PathLike, value: Any, synced: bool = True) -> None:
+    """`write_whole` of a value as indented JSON."""
+    write_whole(path, json.dumps(value, indent=2) + "\n", synced)
+
+
+def read_json(path: str | os.PathLike, needs: Sequence[str] = (), remedy: str = "bring it back, or remove it") -> Any:
+    """The value in a JSON file that the project wrote.
+
+    Args:
+      needs: keys of an object that must be there; none = any value will do.
+      remedy: ends the message.
+    Raises:
+      UserError: there is no such file, or it is empty, cut short or damaged.
+    """
+    try:
+        content = pathlib.Path(path).read_bytes()
+        value = json.loads(content) if content.strip() else None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason_of(error)}; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is cut short or damaged ({error}); {remedy}") from None
+    if not content.strip():
+        raise UserError(f"{path} is empty; {remedy}")
+    missing = [key for key in needs if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise UserError(f"{path} is damaged: it has no {missing[0]!r}; {remedy}")
+    return value
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Waits until the names in a folder are on the disk; nothing where the system has no such call for folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something could not be read or written, in one line; also of errors that tensorstore raises."""
+    number = _errno(error)
+    if number is not None:
+        return "the disk is full" if number == errno.ENOSPC else os.strerror(number)
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
 @contextlib.contextmanager
 def _partial(target):
     """A temporary folder beside `target`, which is removed; errors of writing become UserError."""
@@ -58,11 +132,9 @@ def _partial(target):
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
         yield partial
     except (OSError, ValueError) as error:
-        number = _errno(error)
-        if number is None:
+        if _errno(error) is None:
             raise
-        reason = "the disk is full" if number == errno.ENOSPC else os.strerror(number)
-        raise UserError(f"cannot write {target}: {reason}; nothing was left behind") from None
+        raise UserError(f"cannot write {target}: {reason_of(error)}; nothing was left behind") from None
     finally:
         if partial is not None:
             _remove(partial)
