@@ -1,13 +1,14 @@
 """One host of several, in a process of its own: python -m tests.host JOB.json INDEX.
 
 The job is {"hosts", "coordinator", "heartbeat", "runs": [run, ...]}, a run {"folder", "stage", "mesh", "changes",
-"data", "corpora": {index: path}, "fails": {index: step}}; the last two are optional.
+"data", "corpora": {index: path}, "fails": {index: step}, "waits": {index: seconds}}; the last three are optional.
 """
 
 import dataclasses
 import json
 import pathlib
 import sys
+import time
 
 import jax
 
@@ -35,6 +36,9 @@ def prepare(run, host):
     """The micro corpus where no other is asked for; a host that fails at a step."""
     in_micro = lambda config, split, say=print: micro.corpus()
     loading.load_corpus = load_corpus if "corpora" in run else in_micro
+    if str(host) in run.get("waits", {}):  # before its first step
+        print("waiting")
+        time.sleep(run["waits"][str(host)])
     if str(host) in run.get("fails", {}):
         steps = iter(range(run["fails"][str(host)]))
         bad_samples.BadSamples.add = lambda *_: next(steps, None) is None and fail()
