@@ -21,7 +21,7 @@ from hovle_jax.corpora import easy_vqa, loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import read_bad_samples
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import distributed, preemption
+from hovle_jax.hosts import distributed, preemption, rollcall
 from hovle_jax.hosts.rollcall import numbers, roll_call
 from hovle_jax.report.metrics import is_measured, read_metrics
 from hovle_jax.sharding.mesh import make_mesh
@@ -104,7 +104,10 @@ def test_two_hosts_of_one_index_and_strangers_at_the_port():
 
     def stranger():
         time.sleep(0.2)
-        for line in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"host": 77, "name": "x"}\n', b"\xff\n", b""):
+        calls = [{"host": host, "name": "x", "job": ""} for host in (77, -1, 0, True, 1.5, 1.0, "1", None, [1])]
+        nested = [b"[" * 100_000 + b"\n", b'{"a":' * 100_000 + b"\n"]
+        lines = [b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n", b"", b"1" * 9000 + b"\n", *nested]
+        for line in [*lines, *(json.dumps(call).encode() + b"\n" for call in calls)]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
                 connection.sendall(line)
 
@@ -116,6 +119,42 @@ def test_two_hosts_of_one_index_and_strangers_at_the_port():
         thread.join()
     assert reasons.pop("twin") == "two hosts call themselves 1: vm-1 and twin; see --host"
     assert reasons == {0: "", 1: "", 2: ""}
+
+
+def test_a_line_has_one_deadline_however_slowly_it_comes(monkeypatch):
+    """A stranger that says a little now and then does not hold up the hosts."""
+    monkeypatch.setattr(rollcall, "LINE_SECONDS", 0.3)
+    port, done = free_port(), threading.Event()
+
+    def drip():
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as line, contextlib.suppress(OSError):
+            while not done.wait(0.05):
+                line.sendall(b"[")
+
+    stranger = threading.Timer(0.2, drip)
+    stranger.start()
+    reasons = call_in_threads(announcements(range(2)), 2, 10, port, delays={1: 0.5}.items())
+    done.set()
+    stranger.join()
+    assert reasons == {0: "", 1: ""}
+
+
+def test_a_host_of_another_job_is_told_and_does_not_count(monkeypatch):
+    port, reasons = free_port(), {}
+
+    def other():
+        time.sleep(0.3)
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as line:
+            line.sendall(json.dumps({"host": 1, "hosts": 2, "job": "b", "name": "vm-b"}).encode() + b"\n")
+            reasons["other"] = json.loads(line.makefile().readline())["error"]
+
+    monkeypatch.setenv("HOVLE_JOB", "a")
+    thread = threading.Thread(target=other)
+    thread.start()
+    reasons |= call_in_threads(announcements(range(2)), 2, 20, port, delays={1: 1}.items())
+    thread.join()
+    assert reasons.pop("other").startswith("vm-0 waits for another job: HOVLE_JOB must be the same on all hosts")
+    assert reasons == {0: "", 1: ""}
 
 
 def test_a_port_that_is_taken_is_said():

@@ -48,12 +48,6 @@ def keep_hearing() -> None:
             signal.signal(number, _nothing)
 
 
-def leave_to_parent(*_: object) -> None:
-    """For a worker process: a signal to the whole group (Ctrl-C, `kill -- -GROUP`) is its parent's to answer."""
-    for number in ASKING:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _nothing(number, frame):
     """A handler, so that the signal is not deadly; `_listen` answers it."""
 
