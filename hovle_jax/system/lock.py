@@ -24,6 +24,7 @@ from hovle_jax.errors import UserError
 FILE_NAME = ".lock"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 40.0
+LINE_BYTES = 400
 
 
 @contextlib.contextmanager
@@ -72,8 +73,11 @@ class _Held:
             self._path.write_bytes(b"")
 
     def _write(self, count):
-        # In place: a new file in its stead would not have the flock.
-        self._path.write_text(json.dumps(self._own | {"beat": count}) + "\n")
+        # In place: a new file in its stead would not have the flock. Of one length: the file is never empty meanwhile.
+        line = json.dumps(self._own | {"beat": count}).ljust(LINE_BYTES) + "\n"
+        with self._path.open("r+b", buffering=0) as file:
+            file.write(line.encode())
+            file.truncate()
 
     def _beat(self):
         count = 0
