@@ -64,7 +64,8 @@ def quick(monkeypatch):
 
 
 def elsewhere(beat):
-    return json.dumps({"host": "vm-9", "pid": 1, "time": "then", "token": "t", "process": "p", "beat": beat}).ljust(lock.LINE_BYTES)
+    named = {"host": "vm-9", "pid": 1, "time": "then", "token": "t", "process": "p", "beat": beat}
+    return json.dumps(named).ljust(lock.LINE_BYTES)
 
 
 def test_a_name_from_another_machine_counts_while_its_count_goes_up(tmp_path, quick):

@@ -253,8 +253,8 @@ def ending_together(folder: str | os.PathLike | None = None) -> Iterator[None]:
             _tell(_reason(error))
             where = _keep_trace()
             _leave(
-                f"error: this host failed ({type(error).__name__}{where}), which ends the run; the same command "
-                "resumes it from the newest checkpoint"
+                f"error: this host failed, or lost another ({type(error).__name__}{where}), which ends the run; "
+                "the same command resumes it from the newest checkpoint"
             )
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was faster
             _client().key_value_set(ENDING, "null")

@@ -157,11 +157,11 @@ class Steps:
         config, monitor, placement = self.config, self.monitor, self.run.placement
         first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
         tokens = tokens_per_step(self.dataset[0]) * config.data.batch_size // self.dataset.size
-        train_step = train_step_for(self.run)
+        results, train_step = {}, train_step_for(self.run)
 
         def evaluate_held_out(step):
             if self.held_out:
-                self.evaluate(state, step)
+                results[step] = self.evaluate(state, step)
 
         with preemption.saving(), monitor.following(first_step, tokens, placement.mesh.devices.flat):
             if first_step == 0 or monitor.evaluates:
@@ -186,7 +186,7 @@ class Steps:
                     break
             done = int(state.step)
             finished = done >= config.steps
-            if finished:
+            if finished and config.steps not in results:
                 evaluate_held_out(config.steps)
             with monitor.besides("checkpoints"):
                 self.saved.wait()
@@ -200,13 +200,14 @@ class Steps:
         batches = self.dataset.iterate(first_step, self.config.workers, nobody_has=distributed.reached_by_all)
         return prefetched(itertools.islice(batches, self.config.last_step - first_step), self.run.placement)
 
-    def evaluate(self, state: TrainState, step: int) -> None:
-        """Computes the held-out metrics at a step."""
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """The held-out metrics at a step."""
         stage, models = self.config.stage, self.run.models
         with self.monitor.besides("evaluation"):
             assert self.held_out is not None
             metrics = evaluate(self.held_out, state.params, stage, models, self.run.placement)
         self.monitor.held_out(step, metrics, self.held_out.count)
+        return metrics
 
 
 def prefetched(batches: Iterable[tuple], placement: Placement) -> Iterator[tuple]:

@@ -53,9 +53,8 @@ def _listed(model, at):
     """{path: sha256} below a folder, as the model's own list has them; {} without a list."""
     if not (model / LISTED).is_file():
         return {}
-    files = read_json(model / LISTED)
-    files = files.get("files", files)
-    found = {model / name: value["sha256"] if isinstance(value, dict) else value for name, value in files.items()}
+    files = read_json(model / LISTED, ["files"])["files"]
+    found = {model / name: file["sha256"] for name, file in files.items()}
     return {path: value for path, value in found.items() if at in path.parents}
 
 
