@@ -34,7 +34,7 @@ def ends(monkeypatch):
 def test_a_signal_is_answered_by_a_save_and_the_second_one_by_the_end(number, name, status, ends, capsys):
     with preemption.listening():
         with preemption.saving():
-            assert not preemption.preempted() and preemption.request() is None
+            assert not preemption.preempted() and preemption.request() is None  # a step is done
             os.kill(os.getpid(), number)
             until(preemption.preempted)
             assert preemption.request() == preemption.Request(name, status) and not ends
@@ -57,8 +57,11 @@ def test_where_no_steps_are_made_the_first_signal_is_the_end(number, name, statu
         with preemption.reporting():
             os.kill(os.getpid(), number)
             until(lambda: len(ends) == 2)
-    (loading, first), (reporting, second) = ends
-    assert (first, second) == (75, status)
+        with preemption.saving():  # the first step is being compiled
+            os.kill(os.getpid(), number)
+            until(lambda: len(ends) == 3)
+    (loading, first), (reporting, second), (compiling, third) = ends
+    assert (first, second, third) == (75, status, 75) and compiling == loading
     assert "or from the beginning where there is none" in loading and "goes on with its report" in reporting
 
 

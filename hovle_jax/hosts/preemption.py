@@ -1,9 +1,9 @@
 """Preemption: who asks a run to end, what is saved before it does, and with which status it ends.
 
 SIGTERM, Ctrl-C, SIGHUP and the cloud's notice of maintenance are answered alike. While steps are made, all hosts save
-after the same step and end with the signal's status: all is saved, start again. Elsewhere (loading, scoring), and at a
-second signal, the process ends at once; the newest checkpoint stays as it is, and the status is ENDED_UNSAVED unless
-nothing was left to save.
+after the same step and end with the signal's status: all is saved, start again. Elsewhere (loading, compiling,
+scoring), and at a second signal, the process ends at once; the newest checkpoint stays as it is, and the status is
+ENDED_UNSAVED unless nothing was left to save.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class _Answering:
     def __init__(self):
         self.lock = threading.Lock()
         self.request: Request | None = None
-        self.steps = False  # whether steps are made, after which can be saved
+        self.steps = False  # whether steps are made and there is something to save
         self.saved, self.go_on = False, GO_ON
         self.calls, self.last_call = 0, None  # of `preempted`; the one at which all hosts save
 
@@ -85,10 +85,13 @@ def agree() -> None:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Steps are made within, and `preempted` is asked after each: a first request is answered by a save."""
+    """Steps are made within, and `preempted` is asked after each: a first request is answered by a save.
+
+    Until the first step of the process is done, which compiles for minutes, there is nothing to save.
+    """
     if threading.current_thread() is threading.main_thread():
         signals.keep_hearing()
-    _answering.steps, _answering.saved = True, False
+    _answering.saved = False
     try:
         yield
     finally:
@@ -112,6 +115,7 @@ def preempted() -> bool:
 
     Call it on all hosts after every step: they agree on one that none of them has passed.
     """
+    _answering.steps = True
     if not distributed.several():
         return _answering.request is not None
     with _answering.lock:
