@@ -116,7 +116,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 def reason_of(error: BaseException) -> str:
     """Why something could not be read or written, in one line; also of errors that tensorstore raises."""
-    number = _errno(error)
+    number = errno_of(error)
     if number is not None:
         return "the disk is full" if number == errno.ENOSPC else os.strerror(number)
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
@@ -132,7 +132,7 @@ def _partial(target):
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
         yield partial
     except (OSError, ValueError) as error:
-        if _errno(error) is None:
+        if errno_of(error) is None:
             raise
         raise UserError(f"cannot write {target}: {reason_of(error)}; nothing was left behind") from None
     finally:
@@ -143,7 +143,7 @@ def _partial(target):
                 parent.rmdir()
 
 
-def _errno(error):
+def errno_of(error: BaseException) -> int | None:
     """The errno of an error, also of tensorstore's, which has it in its text; None if it has none."""
     if isinstance(error, OSError):
         return error.errno
