@@ -158,8 +158,7 @@ def main() -> None:
     place = config_path.parent, pathlib.Path(workdir)
     with preemption.listening():
         hosts.start(command)
-        preemption.agree()
-        with distributed.ending_together(place[1] / config.stage):
+        with preemption.agreeing(), distributed.ending_together(place[1] / config.stage):
             if SEEDS.value:
                 status = train_seeds(config, *place, SEEDS.value, profile, TRACK.value)
             else:

@@ -73,8 +73,7 @@ def main(job, host):
     distributed.HEARTBEAT_SECONDS = job["heartbeat"]
     with preemption.listening():
         distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
-        preemption.agree()
-        with distributed.ending_together(job["runs"][0]["folder"]):
+        with preemption.agreeing(), distributed.ending_together(job["runs"][0]["folder"]):
             for run in job["runs"]:
                 prepare(run, host)
                 config = config_of(run, host)

@@ -3,6 +3,7 @@
 import http.server
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -10,6 +11,7 @@ import pytest
 
 from hovle_jax.hosts import distributed, maintenance, preemption
 from hovle_jax.report.metrics import read_metrics
+from hovle_jax.system import signals
 from tests.jobs import WITHIN, run_of
 
 SIGNALS = [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130), (signal.SIGHUP, "SIGHUP", 129)]
@@ -76,6 +78,23 @@ def test_signals_are_what_they_were_afterwards_and_ignored_ones_stay_so(ends):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_outside_of_the_block_a_loop_leaves_signals_alone():
+    with preemption.saving():
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_printed_after_the_terminal_has_gone_is_no_error(monkeypatch):
+    master, slave = os.openpty()
+    os.close(master)
+    with open(slave, "w") as gone, open(os.devnull) as silent:
+        monkeypatch.setattr(sys, "stdout", gone)
+        monkeypatch.setattr(sys, "stderr", silent)
+        with pytest.raises(OSError):
+            os.write(slave, b"x")
+        signals.leave_terminal()
+        print("nobody hears this", flush=True)
 
 
 def test_a_signal_is_heard_while_the_main_thread_is_in_c(ends):

@@ -34,6 +34,7 @@ ENDING = "hovle_jax/ending"  # key in the store: why the run ends; null where no
 
 _counts: dict[str, Iterator[int]] = {}  # by name: every key and barrier can be used only once
 _last_word: LastWord | None = None
+_leaving = threading.Lock()
 
 
 class SharedError(UserError):
@@ -324,6 +325,8 @@ def _watch():
 
 def _leave(message, status=1):
     """Ends this process at once; an orderly exit would wait for hosts that have gone."""
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()  # another thread is about to end it, with a line of its own
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         print(" ".join(message.split()), file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from hovle_jax.system import signals
 ENDED_UNSAVED = 75  # EX_TEMPFAIL of sysexits.h: try again
 GO_ON = "the same command goes on from the newest checkpoint, or from the beginning where there is none"
 REPORT = "the model is written; the same command goes on with its report"
+JOIN_SECONDS = 10
 REQUESTED = "hovle_jax/requested"  # key in the store: the first request to end, of any host
 
 
@@ -59,9 +60,11 @@ class _Answering:
     def agree(self):
         """Waits for a request on any host, then for the number of the call of `preempted` that none has passed."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the run ends
-            said = distributed._client().blocking_key_value_get(REQUESTED, distributed.WAIT_MS)
+            asked = json.loads(distributed._client().blocking_key_value_get(REQUESTED, distributed.WAIT_MS))
+            if asked is None:  # the run has ended without one
+                return
             with self.lock:  # no host makes a further step meanwhile
-                self.request = self.request or Request(**json.loads(said))
+                self.request = self.request or Request(**asked)
                 self.last_call = 1 + max(distributed.gather("steps", self.calls))
 
 
@@ -77,10 +80,18 @@ def listening() -> Iterator[None]:
         yield
 
 
-def agree() -> None:
-    """To be called once jax.distributed has started: from here on a request to one host is one to all."""
-    if distributed.several():
-        threading.Thread(target=_answering.agree, daemon=True).start()
+@contextlib.contextmanager
+def agreeing() -> Iterator[None]:
+    """A request to one host is one to all within the block, which begins once jax.distributed has started."""
+    if not distributed.several():
+        yield
+        return
+    agreement = threading.Thread(target=_answering.agree, daemon=True)
+    agreement.start()
+    yield
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # there was a request
+        distributed._client().key_value_set(REQUESTED, "null")
+    agreement.join(JOIN_SECONDS)
 
 
 @contextlib.contextmanager
@@ -133,6 +144,8 @@ def request() -> Request | None:
 def _hear(number):
     by = signals.ASKING[signal.Signals(number)]
     asked = Request(by, 128 + number)
+    if number == signal.SIGHUP:
+        signals.leave_terminal()
     if not _answering.notes(asked):
         status = asked.status if _answering.saved else ENDED_UNSAVED
         distributed.end_all(f"{by}: ended at once; {_answering.go_on}", status)

@@ -8,12 +8,15 @@ thread that waits there.
 import contextlib
 import os
 import signal
+import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 # By number; a shell gives 128 + the number as the status of a process that a signal has ended.
 ASKING = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}
 _END = b"\0"  # there is no signal 0
+_hearing = False
 
 
 @contextlib.contextmanager
@@ -22,16 +25,19 @@ def heard(tell: Callable[[int], None]) -> Iterator[None]:
 
     A signal that the process was started to ignore (as by nohup) stays ignored.
     """
+    global _hearing
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
     before = {number: signal.getsignal(number) for number in ASKING}
     earlier = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
     listener = threading.Thread(target=_listen, args=(ear, tell), daemon=True)
     listener.start()
+    _hearing = True
     keep_hearing()
     try:
         yield
     finally:
+        _hearing = False
         signal.set_wakeup_fd(earlier)
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -42,10 +48,23 @@ def heard(tell: Callable[[int], None]) -> Iterator[None]:
 
 
 def keep_hearing() -> None:
-    """Takes the signals back from libraries that have handlers of their own, as those of devices do when they start."""
-    for number in ASKING:
+    """Takes the signals back from libraries that have handlers of their own, as those of devices do when they start.
+
+    Nothing outside of `heard`. For the main thread.
+    """
+    for number in ASKING if _hearing else ():
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _nothing)
+
+
+def leave_terminal() -> None:
+    """What is printed after a terminal has gone is lost, instead of being an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file
+            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode) and not os.isatty(stream.fileno()):
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _nothing(number, frame):
