@@ -149,6 +149,30 @@ def test_counts_stay_whole_and_images_reach_tensorboard(tmp_path):
     assert (3, "answers", "image") in events(tmp_path)
 
 
+class DiesAtCut:
+    """A file whose process is killed when it has cut it off."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def truncate(self, *size):
+        self._file.truncate(*size)
+        raise KeyboardInterrupt
+
+
+def test_a_kill_while_a_row_gets_more_values_leaves_the_row(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(3, {"loss": 0.123456789})
+    writer._file = DiesAtCut(writer._file)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write(3, {"loss": 1.0})  # a shorter row
+    assert read_metrics(tmp_path) == [{"step": 3, "loss": 1.0}]
+    writer.close()
+
+
 class FakeService:
     """In the place of both packages: notes every call."""
 
