@@ -129,8 +129,9 @@ def run(
 
 
 def result_of_finished(config: RunConfig, folder: pathlib.Path) -> Result:
-    """The result of a run whose model is written."""
-    merge_bad_samples(folder)
+    """The result of a run whose model is written; its process may have ended right then."""
+    if distributed.is_leader():
+        merge_bad_samples(folder)
     return Result(folder, config.steps, True, read_held_out(folder))
 
 
