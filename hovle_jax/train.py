@@ -12,10 +12,12 @@ A stage that is finished in the work folder is used as it is; an interrupted one
 
 On a TPU pod the same command is started on every host (docs/multihost.md).
 
-Ends with status 0 where all is done that was asked for, 2 at a user's mistake, and 143 (128 + SIGTERM, as a process
-that the signal kills) where the run was preempted: the same command resumes it.
+Ends with status 0 where all is done that was asked for, and 2 at a user's mistake. Asked to end by SIGTERM, Ctrl-C or
+SIGHUP, it saves after the step that is being made and ends with 143, 130 or 129 (128 + the signal), or at once with 75
+where nothing can be saved; the same command goes on (docs/reliability.md).
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -23,7 +25,8 @@ import pathlib
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -57,7 +60,6 @@ SEEDS = flags.DEFINE_integer(
 
 
 ONE_HOST = "--seeds trains on one host; on several, start a run for each with --config.seed and compare them after"
-PREEMPTED = 128 + signal.SIGTERM
 
 
 def stage_config(folder: str | os.PathLike, stage: str, preset: str) -> RunConfig:
@@ -95,6 +97,11 @@ def plan(config: RunConfig, config_folder: pathlib.Path, workdir: pathlib.Path, 
     Args:
       seed: of all of them; None = each its config's own.
     """
+    return [run for run in chain(config, config_folder, workdir, seed) if run[2] is not None]
+
+
+def chain(config: RunConfig, config_folder: pathlib.Path, workdir: pathlib.Path, seed: int | None = None) -> list:
+    """`plan`, and the finished runs that it builds on, with None in the place of their sources."""
     from hovle_jax.checkpoints import is_finished
     from hovle_jax.training.run_folder import check_same_config
     from hovle_jax.training.stages import STAGES, find
@@ -111,6 +118,7 @@ def plan(config: RunConfig, config_folder: pathlib.Path, workdir: pathlib.Path, 
         if is_finished(folder):
             used_as_it_is = f"or give {folder} itself with --config.init.COMPONENT={folder} to use it as it is"
             check_same_config(folder, config, used_as_it_is)
+            runs.append((config, folder, None))
             return
         for field in dataclasses.fields(InitConfig):
             source = getattr(config.init, field.name)
@@ -143,7 +151,7 @@ def main() -> None:
     if FROM.value:
         config = start_from(config, FROM.value)
 
-    from hovle_jax.hosts import distributed
+    from hovle_jax.hosts import distributed, preemption
     from hovle_jax.report.tracking import check_installed
     from hovle_jax.training import profiling
 
@@ -153,17 +161,18 @@ def main() -> None:
     profile = profiling.parse_steps(PROFILE.value)
     profiling.check_steps(profile, 0, config.last_step)
     command = {"config": config.to_dict(), "workdir": workdir}
-    hosts.start(command)
-    with distributed.ending_together():
+    with preemption.listening():
+        hosts.start(command)
         mirror = open_mirror(workdir)
         place = config_path.parent, mirror.folder if mirror else pathlib.Path(workdir)
-        if SEEDS.value:
-            status = train_seeds(config, *place, SEEDS.value, profile, TRACK.value, mirror)
-        else:
-            status = train(config, *place, started, profile, TRACK.value, mirror=mirror)
-        if mirror:
-            mirror.push()
-            print(f"all of it is in {mirror.url}")
+        with preemption.agreeing(), distributed.ending_together(place[1] / config.stage):
+            if SEEDS.value:
+                status = train_seeds(config, *place, SEEDS.value, profile, TRACK.value, mirror)
+            else:
+                status = train(config, *place, started, profile, TRACK.value, mirror=mirror)
+            if mirror:
+                mirror.push()
+                print(f"all of it is in {mirror.url}")
     sys.exit(status)
 
 
@@ -233,11 +242,9 @@ def train(
     """
     from hovle_jax.checkpoints import is_finished
     from hovle_jax.conversion.downloads import resolve
-    from hovle_jax.evaluation.summary import summarize
     from hovle_jax.hosts import distributed
     from hovle_jax.system.progress import format_duration
-    from hovle_jax.training import checks, loop, run_folder
-    from hovle_jax.training.stages import find
+    from hovle_jax.training import checks, run_folder
 
     say = print if distributed.is_leader() else lambda line: None
     run_folder.open_run_folder(workdir)
@@ -245,38 +252,112 @@ def train(
     if is_finished(folder):
         checks.check(config)
         run_folder.check_same_config(folder, config)
+        write_missing_reports([(config, folder, None)], say, track)
         say(f"{config.stage} is finished in {folder}; remove that folder to train it again")
         return 0
-    runs = plan(config, config_folder, workdir, seed)
+    all_runs = chain(config, config_folder, workdir, seed)
+    runs = [run for run in all_runs if run[2] is not None]
     for stage, folder, _ in runs:
         checks.check(stage)
         run_folder.check_same_config(folder, stage)
     stages = [stage.stage for stage, *_ in runs]
     distributed.check_same("the stages to train", stages, f"{workdir} must be a folder that all hosts share")
+    write_missing_reports(all_runs, say, track)
     runs = [(stage, folder, {c: resolve(str(s)) for c, s in sources.items()}) for stage, folder, sources in runs]
     for done, (stage, folder, sources) in enumerate(runs):
         if stage.stage != config.stage:
             say(f"{config.stage} needs {stage.stage}, which {workdir} does not have yet: training it first")
         say(f"== {stage.stage} ({done + 1} of {len(runs)}) -> {folder}")
-        result = loop.run(stage, folder, sources, say, profile if stage.stage == config.stage else None, track, mirror)
-        if not result.finished:
-            without = " without stop_at_step" if stage.stop_at_step else ""
-            say(f"stopped at step {result.step} of {stage.steps}; the same command{without} goes on")
-            return exit_status(stage, result.step)
-        if distributed.is_leader():
-            for name, value in summarize(stage, result, find(stage.stage).benchmark, track).items():
-                say(f"{stage.stage}: {name} {value}")
-        if mirror:
-            mirror.push()
-        distributed.wait("the report is written")
+        with run_locked(folder, say):
+            traced = profile if stage.stage == config.stage else None
+            status = train_one(stage, folder, sources, say, traced, track, mirror)
+        if status is not None:
+            return status
     page = workdir / config.stage / "report.html"
     say(f"done in {format_duration(time.time() - started)}; see {page} and, of all stages, {workdir / 'report.html'}")
     return 0
 
 
-def exit_status(config: RunConfig, step: int) -> int:
-    """Of a run that has ended without an error: one that stops before its last step was preempted."""
-    return 0 if step >= config.last_step else PREEMPTED
+@contextlib.contextmanager
+def run_locked(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
+    """No other run uses the folder within the block; the first host sees to it for all."""
+    from hovle_jax.hosts import distributed
+    from hovle_jax.system.lock import locked
+    from hovle_jax.training.run_folder import open_run_folder
+
+    with locked(open_run_folder(folder), say) if distributed.is_leader() else contextlib.nullcontext():
+        yield
+
+
+def train_one(
+    stage: RunConfig,
+    folder: pathlib.Path,
+    sources: dict,
+    say: Callable[[str], None],
+    profile: range | None,
+    track: str,
+    mirror: "Mirror | None" = None,
+) -> int | None:
+    """One run and its report, on all hosts -> the exit status; None = the next run may begin."""
+    from hovle_jax.hosts import preemption
+    from hovle_jax.training import loop
+
+    result = loop.run(stage, folder, sources, say, profile, track, mirror)
+    asked = preemption.request()
+    by = f" by {asked.by}" if asked else ""
+    if not result.finished:
+        without = " without stop_at_step" if stage.stop_at_step else ""
+        say(f"stopped at step {result.step} of {stage.steps}{by}, which is saved; the same command{without} goes on")
+        return exit_status(stage, result.step, asked)
+    if asked:
+        say(f"stopped{by} with the model of {stage.stage} written; the same command goes on with its report")
+        return asked.status
+    report(stage, result, say, track)
+    if mirror:
+        mirror.push()
+    return None
+
+
+def report(stage: RunConfig, result: Any, say: Callable[[str], None], track: str) -> None:
+    """Scores a finished run and writes its page, on the first host; the others wait."""
+    from hovle_jax.evaluation.summary import summarize
+    from hovle_jax.hosts import distributed, preemption
+    from hovle_jax.training.stages import find
+
+    with preemption.reporting():
+        if distributed.is_leader():
+            for name, value in summarize(stage, result, find(stage.stage).benchmark, track).items():
+                say(f"{stage.stage}: {name} {value}")
+        distributed.wait("the report is written")
+
+
+def write_missing_reports(runs: list, say: Callable[[str], None], track: str) -> None:
+    """Writes the reports of finished runs whose process ended before it had."""
+    from hovle_jax.evaluation.summary import complete_chain, is_reported
+    from hovle_jax.hosts import distributed
+    from hovle_jax.training import loop
+
+    for stage, folder, sources in runs:
+        if sources is not None:
+            continue
+        if distributed.gather("reported", is_reported(folder))[0]:
+            if distributed.is_leader():
+                complete_chain(folder.parent, folder)
+            continue
+        say(f"{stage.stage} is trained and has no report yet: writing it")
+        with run_locked(folder, say):
+            report(stage, loop.result_of_finished(stage, folder), say, track)
+
+
+def exit_status(config: RunConfig, step: int, asked: Any = None) -> int:
+    """Of a run that has ended without an error: one that stops before its last step was preempted.
+
+    Args:
+      asked: the `preemption.Request`, if there was one.
+    """
+    if step >= config.last_step:
+        return 0
+    return asked.status if asked else 128 + signal.SIGTERM
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ run_workload() {
   local variable flags=()
   for variable in ${env[@]+"${env[@]}"}; do flags+=(--env="$variable"); done
   on_cluster workload create --workload="$name" --tpu-type="$accelerator" --num-slices="$slices" --docker-image="$image" \
-    --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1,2 --termination-grace-period-seconds=120 \
+    --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1,2,75 --termination-grace-period-seconds=120 \
     ${flags[@]+"${flags[@]}"} --command="$(quote exec launch/pod.sh "${arguments[@]}")"
 }
 

@@ -73,7 +73,7 @@ status() {
     state=$(cat "$STATE/code")
     case $state in
       0) state="finished" ;;
-      143) state="stopped" ;; # told to end before its last step
+      75 | 129 | 130 | 143) state="stopped" ;; # told to end before its last step; to be started again
       *) state="failed with code $state" ;;
     esac
   fi

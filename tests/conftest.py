@@ -93,6 +93,15 @@ def micro_corpus(monkeypatch):
     monkeypatch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
 
 
+@pytest.fixture
+def start_hosts(tmp_path):
+    """Function of (name, hosts, devices of each, runs) -> jobs.Job."""
+    from tests.jobs import starting
+
+    with starting(tmp_path) as start:
+        yield start
+
+
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory):
     """An empty cache folder for the tests of a file, in which nothing is indexed yet."""

@@ -1,13 +1,14 @@
 """One host of several, in a process of its own: python -m tests.host JOB.json INDEX.
 
 The job is {"hosts", "coordinator", "heartbeat", "runs": [run, ...]}, a run {"folder", "stage", "mesh", "changes",
-"data", "corpora": {index: path}, "fails": {index: step}}; the last two are optional.
+"data", "corpora": {index: path}, "fails": {index: step}, "waits": {index: seconds}}; the last three are optional.
 """
 
 import dataclasses
 import json
 import pathlib
 import sys
+import time
 
 import jax
 
@@ -15,7 +16,7 @@ from hovle_jax.config import MeshConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import bad_samples
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import distributed
+from hovle_jax.hosts import distributed, preemption
 from hovle_jax.train import exit_status
 from hovle_jax.training import held_out, loop
 from tests import micro
@@ -35,6 +36,9 @@ def prepare(run, host):
     """The micro corpus where no other is asked for; a host that fails at a step."""
     in_micro = lambda config, split, say=print: micro.corpus()
     loading.load_corpus = load_corpus if "corpora" in run else in_micro
+    if str(host) in run.get("waits", {}):  # before its first step
+        print("waiting")
+        time.sleep(run["waits"][str(host)])
     if str(host) in run.get("fails", {}):
         steps = iter(range(run["fails"][str(host)]))
         bad_samples.BadSamples.add = lambda *_: next(steps, None) is None and fail()
@@ -67,12 +71,14 @@ def main(job, host):
     loop.train_step_for = lambda run: compiled_in_turn(train_step_for(run))
     held_out.eval_step = compiled_in_turn(held_out.eval_step)
     distributed.HEARTBEAT_SECONDS = job["heartbeat"]
-    distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
-    with distributed.ending_together():
-        for run in job["runs"]:
-            prepare(run, host)
-            config = config_of(run, host)
-            status = exit_status(config, loop.run(config, pathlib.Path(run["folder"]), {}).step)
+    with preemption.listening():
+        distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
+        with preemption.agreeing(), distributed.ending_together(job["runs"][0]["folder"]):
+            for run in job["runs"]:
+                prepare(run, host)
+                config = config_of(run, host)
+                result = loop.run(config, pathlib.Path(run["folder"]), {})
+                status = exit_status(config, result.step, preemption.request())
     sys.exit(status)
 
 

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import pytest
 
 from hovle_jax import train
 from hovle_jax.errors import UserError
-from hovle_jax.training import run_folder
+from hovle_jax.evaluation import summary
+from hovle_jax.system.lock import locked
+from hovle_jax.training import loop, run_folder
 from hovle_jax.training.checks import check_sources
+from hovle_jax.training.source_digests import check_same_sources, digest_of
 from hovle_jax.training.stages import STAGES
 from hovle_jax.training.weights import save_result
 from tests import micro
@@ -76,6 +80,115 @@ def test_a_run_may_start_from_a_finished_model(tmp_path):
         train.start_from(config_of("contrast"), str(tmp_path / "model"))
     with pytest.raises(UserError, match="there is no folder"):
         train.start_from(config_of("instruct"), str(tmp_path / "nothing"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports that are missing
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What is made, in order, by stand-ins for training and scoring; `made.dies` kills the next scoring."""
+
+    class Made(list):
+        dies = False
+
+    made = Made()
+
+    def run(config, folder, sources, *rest):
+        made.append(f"train {config.stage}")
+        run_folder.save_config(folder, config)
+        (folder / "model").mkdir()
+        return loop.Result(folder, config.steps, True, {})
+
+    def summarize(config, result, benchmark, track):
+        made.append(f"score {config.stage}")
+        (result.folder / "results.json").write_text("{}")
+        if made.dies:
+            made.dies = False
+            raise KeyboardInterrupt
+        (result.folder / "report.html").write_text("page")
+        (result.folder.parent / "report.html").write_text("page of all")
+        return {}
+
+    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(summary, "summarize", summarize)
+    monkeypatch.setattr(summary, "write_chain", lambda workdir: made.append("page of all"))
+    return made
+
+
+def test_a_run_that_was_killed_in_its_report_gets_one(tmp_path, made):
+    config = config_of("contrast")
+    made.dies = True
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, CONFIGS, tmp_path, 0.0)
+    assert train.train(config, CONFIGS, tmp_path, 0.0) == 0
+    assert made == ["train contrast", "score contrast", "score contrast"]
+    assert train.train(config, CONFIGS, tmp_path, 0.0) == 0
+    assert len(made) == 3  # all is there
+    (tmp_path / "report.html").unlink()
+    assert train.train(config, CONFIGS, tmp_path, 0.0) == 0
+    assert made[3:] == ["page of all"]
+
+
+def test_a_report_of_a_stage_before_is_written_before_the_next_stage_is_trained(tmp_path, made, capsys):
+    train.train(config_of("contrast"), CONFIGS, tmp_path, 0.0)
+    (tmp_path / "contrast" / "report.html").unlink()
+    made.clear()
+    assert train.train(config_of("distill"), CONFIGS, tmp_path, 0.0) == 0
+    assert made == ["score contrast", "train pretrain", "score pretrain", "train distill", "score distill"]
+    assert "contrast is trained and has no report yet: writing it" in capsys.readouterr().out
+
+
+def test_a_run_that_is_in_use_is_not_trained(tmp_path, made):
+    (tmp_path / "contrast").mkdir()
+    with locked(tmp_path / "contrast"), pytest.raises(UserError, match="contrast is in use by process"):
+        train.train(config_of("contrast"), CONFIGS, tmp_path, 0.0)
+    assert made == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weights that a run starts from
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with a finished model of two components, as far as its files go."""
+    for component in ("llm", "embedding"):
+        (tmp_path / "align" / "model" / component / "d").mkdir(parents=True)
+        (tmp_path / "align" / "model" / component / "d" / "0").write_bytes(component.encode() * 1000)
+    return tmp_path / "align"
+
+
+def test_a_run_does_not_go_on_from_other_weights(tmp_path, source):
+    sources, folder = {"llm": source, "embedding": source}, tmp_path / "instruct"
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    check_same_sources(folder, sources)
+    check_same_sources(folder, sources)
+    file = source / "model" / "embedding" / "d" / "0"
+    content, times = file.read_bytes(), file.stat()
+    file.write_bytes(content[:-1] + b"x")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # neither its size nor its time tells
+    with pytest.raises(UserError, match=f"the embedding weights in {source} are not those that {folder} began with"):
+        check_same_sources(folder, sources)
+    check_same_sources(folder, {"llm": source})
+    moved = source.rename(tmp_path / "elsewhere")
+    check_same_sources(folder, {"llm": moved})
+    (folder / "checkpoints" / "3").rmdir()  # nothing was learned from the others yet
+    check_same_sources(folder, {"llm": moved, "embedding": moved})
+
+
+def test_a_models_own_list_of_digests_is_taken(source):
+    listed = lambda llm, embedding: json.dumps(
+        {"files": {"llm/d/0": {"bytes": 1, "sha256": llm}, "embedding/d/0": {"bytes": 1, "sha256": embedding}}}
+    )
+    path = source / "model" / "files.json"
+    assert len({digest_of(source, "llm"), digest_of(source, "embedding"), ""}) == 3
+    digests = []
+    for names in (("a", "b"), ("a", "c"), ("d", "c")):
+        path.write_text(listed(*names))
+        digests.append(digest_of(source, "llm"))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def with_llm(config, **stack):

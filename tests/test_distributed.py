@@ -1,10 +1,8 @@
 """Several hosts, as processes on loopback: the same run as on one, its missing and failing members by name."""
 
 import contextlib
-import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -23,7 +21,7 @@ from hovle_jax.corpora import easy_vqa, loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import read_bad_samples
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import distributed
+from hovle_jax.hosts import distributed, preemption, rollcall
 from hovle_jax.hosts.rollcall import numbers, roll_call
 from hovle_jax.report.metrics import is_measured, read_metrics
 from hovle_jax.sharding.mesh import make_mesh
@@ -31,17 +29,10 @@ from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import loop
 from hovle_jax.training.stages import STAGES
 from tests import broken, forked, host, micro
-
-REPOSITORY = pathlib.Path(__file__).parents[1]
-WITHIN = 120  # seconds in which a job ends, on busy cores
+from tests.jobs import REPOSITORY, WITHIN, free_port, run_of
 
 # The hosts compile as tests/host.py says; a run in this process must do the same.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +104,10 @@ def test_two_hosts_of_one_index_and_strangers_at_the_port():
 
     def stranger():
         time.sleep(0.2)
-        for line in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"host": 77, "name": "x"}\n', b"\xff\n", b""):
+        calls = [{"host": host, "name": "x", "job": ""} for host in (77, -1, 0, True, 1.5, 1.0, "1", None, [1])]
+        nested = [b"[" * 100_000 + b"\n", b'{"a":' * 100_000 + b"\n"]
+        lines = [b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n", b"", b"1" * 9000 + b"\n", *nested]
+        for line in [*lines, *(json.dumps(call).encode() + b"\n" for call in calls)]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
                 connection.sendall(line)
 
@@ -125,6 +119,42 @@ def test_two_hosts_of_one_index_and_strangers_at_the_port():
         thread.join()
     assert reasons.pop("twin") == "two hosts call themselves 1: vm-1 and twin; see --host"
     assert reasons == {0: "", 1: "", 2: ""}
+
+
+def test_a_line_has_one_deadline_however_slowly_it_comes(monkeypatch):
+    """A stranger that says a little now and then does not hold up the hosts."""
+    monkeypatch.setattr(rollcall, "LINE_SECONDS", 0.3)
+    port, done = free_port(), threading.Event()
+
+    def drip():
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as line, contextlib.suppress(OSError):
+            while not done.wait(0.05):
+                line.sendall(b"[")
+
+    stranger = threading.Timer(0.2, drip)
+    stranger.start()
+    reasons = call_in_threads(announcements(range(2)), 2, 10, port, delays={1: 0.5}.items())
+    done.set()
+    stranger.join()
+    assert reasons == {0: "", 1: ""}
+
+
+def test_a_host_of_another_job_is_told_and_does_not_count(monkeypatch):
+    port, reasons = free_port(), {}
+
+    def other():
+        time.sleep(0.3)
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as line:
+            line.sendall(json.dumps({"host": 1, "hosts": 2, "job": "b", "name": "vm-b"}).encode() + b"\n")
+            reasons["other"] = json.loads(line.makefile().readline())["error"]
+
+    monkeypatch.setenv("HOVLE_JOB", "a")
+    thread = threading.Thread(target=other)
+    thread.start()
+    reasons |= call_in_threads(announcements(range(2)), 2, 20, port, delays={1: 1}.items())
+    thread.join()
+    assert reasons.pop("other").startswith("vm-0 waits for another job: HOVLE_JOB must be the same on all hosts")
+    assert reasons == {0: "", 1: ""}
 
 
 def test_a_port_that_is_taken_is_said():
@@ -151,7 +181,7 @@ def test_half_of_what_start_must_know_is_an_error(said, message):
 def test_one_process_needs_nothing():
     distributed.start()
     distributed.start(hosts=1)
-    assert not distributed.several() and distributed.is_leader() and not distributed.preempted()
+    assert not distributed.several() and distributed.is_leader() and not preemption.preempted()
     with distributed.ending_together():
         assert distributed.gather("value", 7) == [7]
     assert distributed.host_rows(Placement(make_mesh(MeshConfig())).batch_sharding, 16) == (tuple(range(16)), True)
@@ -176,60 +206,6 @@ def test_a_pod_is_found_and_a_cluster_that_cannot_be_read_is_said(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs, in processes
-
-
-@pytest.fixture
-def start_hosts(tmp_path):
-    """Function of (name, hosts, devices of each, runs) -> Job; what still runs after the test is killed."""
-    jobs = []
-
-    def start(name, hosts, devices, runs, heartbeat=60):
-        folder = tmp_path / name
-        folder.mkdir()
-        job = dict(hosts=hosts, coordinator=f"127.0.0.1:{free_port()}", heartbeat=heartbeat, runs=runs)
-        (folder / "job.json").write_text(json.dumps(job))
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        start = lambda i: forked.Process(
-            "tests.host", [folder / "job.json", i], REPOSITORY, env, folder / f"{i}.out", folder / f"{i}.err"
-        )
-        jobs.append(Job(folder, list(map(start, range(hosts)))))
-        return jobs[-1]
-
-    yield start
-    for process in (process for job in jobs for process in job.processes):
-        process.kill()
-
-
-@dataclasses.dataclass
-class Job:
-    """Hosts that were started; `out` and `err` are what one has written."""
-
-    folder: pathlib.Path
-    processes: list
-
-    def out(self, host):
-        return (self.folder / f"{host}.out").read_text()
-
-    def err(self, host):
-        return (self.folder / f"{host}.err").read_text()
-
-    def statuses(self, within):
-        """How the hosts have ended; fails after `within` seconds."""
-        deadline = time.monotonic() + within
-        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
-
-    def until(self, text, within=WITHIN):
-        deadline = time.monotonic() + within
-        while text not in self.out(0):
-            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.err(0)
-            time.sleep(0.1)
-
-
-def run_of(folder, stage="contrast", mesh=None, data=None, corpora=None, **changes):
-    """A run as tests/host.py reads it."""
-    changes = {"log_every": 1, "steps": 5000} | changes
-    run = dict(stage=stage, mesh=mesh or {}, data=data or {}, changes=changes, folder=str(folder))
-    return run | ({"corpora": corpora} if corpora else {})
 
 
 def run_alone(run, folder, monkeypatch):
@@ -337,6 +313,7 @@ def test_one_host_that_is_preempted_lets_all_of_them_save(tmp_path, start_hosts)
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.statuses(WITHIN) == [143, 143]
     last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert job.err(1) == "SIGTERM: saving after this step, then ending; a second signal ends at once, without\n"
     assert last < 5000 and (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
 
 
@@ -345,7 +322,20 @@ def test_a_host_that_dies_ends_the_others(tmp_path, start_hosts):
     job.until(" 2/5000")
     job.processes[1].kill()
     status, _ = job.statuses(60)
-    assert status != 0 and "stopped sending heartbeats" in job.err(0)
+    (line,) = job.err(0).splitlines()
+    traces = tmp_path / "run" / "traces" / "host_00000.txt"
+    assert status != 0 and line.startswith("error: ") and str(traces) in line, line
+    assert len(traces.read_text().splitlines()) > 5
+
+
+def test_a_host_that_asks_the_others_to_end_while_nothing_can_be_saved_ends_them(tmp_path, start_hosts):
+    """Host 1 waits for host 0, which is still on its way."""
+    job = start_hosts("job", 2, 4, [run_of(tmp_path / "run") | {"waits": {"0": 60}}])
+    job.until("waiting")
+    job.processes[1].send_signal(signal.SIGHUP)
+    assert job.statuses(WITHIN) == [75, 75]
+    expected = "SIGHUP: ended at once; the same command goes on from the newest checkpoint, or from the beginning"
+    assert [job.err(host).startswith(expected) and job.err(host).count("\n") for host in range(2)] == [1, 1]
 
 
 def test_hosts_share_the_questions_of_a_file_and_another_number_goes_on(tmp_path):

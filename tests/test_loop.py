@@ -10,7 +10,7 @@ import pytest
 from hovle_jax.config import ExecutionConfig
 from hovle_jax.errors import UserError
 from hovle_jax.report.goodput import read_time
-from hovle_jax.report.metrics import read_metrics
+from hovle_jax.report.metrics import is_measured, read_metrics
 from hovle_jax.training import loop
 from tests import micro
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # The stage that compiles fastest.
-LOOP = micro.run_config("contrast", steps=4, log_every=1, checkpoint_every=3, execution=ExecutionConfig(dtype="auto"))
+LOOP = micro.run_config("contrast", steps=5, log_every=2, checkpoint_every=3, execution=ExecutionConfig(dtype="auto"))
 
 
 def saved(folder, step):
@@ -34,33 +34,41 @@ def quiet(line):
     pass
 
 
+def rows_but_times(folder):
+    """The rows of metrics without what a clock has measured; a row of times alone is none."""
+    rows = [{name: v for name, v in row.items() if not is_measured(name)} for row in read_metrics(folder)]
+    return [row for row in rows if row.keys() > {"step"}]
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpus):
     whole, cut, killed = (tmp_path / name for name in ("whole", "cut", "killed"))
     result = loop.run(LOOP, whole, {}, say=quiet)
-    assert (result.step, result.finished) == (4, True)
-    stopped = loop.run(dataclasses.replace(LOOP, stop_at_step=2), cut, {}, say=quiet)
-    assert (stopped.step, stopped.finished) == (2, False) and not (cut / "model").exists()
+    assert (result.step, result.finished) == (5, True)
+    stopped = loop.run(dataclasses.replace(LOOP, stop_at_step=1), cut, {}, say=quiet)
+    assert (stopped.step, stopped.finished) == (1, False) and not (cut / "model").exists()
+    assert rows_but_times(cut) == []  # a row of step 1 would be one that the whole run does not have
     said = []
     assert loop.run(LOOP, cut, {}, say=said.append).finished
-    assert "contrast: resuming at step 2" in said
-    # Killed after step 4 without a checkpoint of it: what was written after step 3 happens again.
+    assert "contrast: resuming at step 1" in said
+    # Killed after step 5 without a checkpoint of it: what was written after step 3 happens again.
     import shutil
 
     shutil.copytree(whole, killed)
-    shutil.rmtree(killed / "checkpoints" / "4")
+    shutil.rmtree(killed / "checkpoints" / "5")
     shutil.rmtree(killed / "model")
     said.clear()
     assert loop.run(LOOP, killed, {}, say=said.append).finished
     assert "contrast: resuming at step 3" in said
-    expected = saved(whole, 4)
-    assert len(expected) > 100 and int(expected["['state']['step']"]) == 4
+    expected = saved(whole, 5)
+    assert len(expected) > 100 and int(expected["['state']['step']"]) == 5
+    assert [row["step"] for row in rows_but_times(whole)] == [2, 4, 5]
     for folder in (cut, killed):
-        got = saved(folder, 4)
+        got = saved(folder, 5)
         assert got.keys() == expected.keys()
         for path, leaf in expected.items():
             assert leaf.tobytes() == got[path].tobytes(), f"{folder.name}: {path}"
-        assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4]
-        assert [row["loss"] for row in read_metrics(folder)] == [row["loss"] for row in read_metrics(whole)]
+        # Rows are means over the steps since the row before, also over a cut between them.
+        assert rows_but_times(folder) == rows_but_times(whole)
     # The time of the killed process' last step was for nothing.
     assert read_time(cut)[1]["lost"] == 0 < read_time(killed)[1]["lost"]
     for name in ("config.json", "tokenizer.model", "first_batch.png"):
@@ -75,16 +83,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpu
 
 def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
     config = micro.run_config("distill", steps=3, log_every=3, eval_every=2)
-    result = loop.run(config, tmp_path, {}, say=quiet)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = loop.run(config, whole, {}, say=quiet)
     assert list(result.held_out) == [0, 2, 3]
     losses = {step: metrics["loss"] for step, metrics in result.held_out.items()}
     assert losses[3] < losses[0]
     for metrics in result.held_out.values():
         assert metrics["loss"] == pytest.approx(-metrics["image_cosine"] - metrics["text_cosine"], abs=1e-5)
-    written = {row["step"]: row.get("held_out/loss") for row in read_metrics(tmp_path)}
+    written = {row["step"]: row.get("held_out/loss") for row in read_metrics(whole)}
     assert written == pytest.approx(losses)
     # The teacher, the head and the part of the LLM that this stage reads are not its result.
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "embedding", "files.json"}
+    assert {path.name for path in (whole / "model").iterdir()} >= {"config.json", "embedding"}
+    assert not (whole / "model" / "teacher").exists()
+    # A run that is stopped at such a step is not kept waiting: the resumed one evaluates.
+    loop.run(dataclasses.replace(config, stop_at_step=2), cut, {}, say=quiet)
+    assert [row["step"] for row in rows_but_times(cut)] == [0]
+    resumed = loop.run(config, cut, {}, say=quiet)
+    assert rows_but_times(cut) == rows_but_times(whole) and resumed.held_out == result.held_out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, micro_corpus):

@@ -88,6 +88,25 @@ def summarize(config: RunConfig, result: Finished, benchmark: str | None, track:
     return results
 
 
+def is_reported(folder: pathlib.Path) -> bool:
+    """Whether `summarize` came to the end of a run's own page, before which it may have been killed.
+
+    A model that was imported into a work folder is no run, and has no page.
+    """
+    if not (folder / "config.json").is_file():
+        return True
+    return (folder / "results.json").is_file() and (folder / FILE_NAME).is_file()
+
+
+def complete_chain(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the chain's page where it is older than the page of the run that is reported last."""
+    page = workdir / FILE_NAME
+    if not (folder / FILE_NAME).is_file():
+        return
+    if not page.is_file() or page.stat().st_mtime_ns < (folder / FILE_NAME).stat().st_mtime_ns:
+        write_chain(workdir)
+
+
 def score_run(config: RunConfig, folder: pathlib.Path, benchmark: str | None) -> Scored | None:
     """The scores of the stage's benchmark where the run learned from its source, else those of held-out rows.
 

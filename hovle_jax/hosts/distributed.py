@@ -24,13 +24,17 @@ import jax
 
 from hovle_jax.errors import UserError
 from hovle_jax.hosts.rollcall import numbers, roll_call
+from hovle_jax.system.last_word import LastWord, last_word
 
-HEARTBEAT_SECONDS = 60  # without a heartbeat jax considers a host dead, and ends the others
+HEARTBEAT_SECONDS = 45  # without a heartbeat jax considers a host dead, and ends the others
 WAIT_MS = 7 * 24 * 3600 * 1000  # hosts wait for each other while one indexes or scores; a failure ends it earlier
 FAREWELL_SECONDS = 2  # host 0 stays so long, so that the others can still read why the run ends
+TRACES = "traces"  # folder in a run's
 ENDING = "hovle_jax/ending"  # key in the store: why the run ends; null where nothing failed
 
 _counts: dict[str, Iterator[int]] = {}  # by name: every key and barrier can be used only once
+_last_word: LastWord | None = None
+_leaving = threading.Lock()
 
 
 class SharedError(UserError):
@@ -64,6 +68,7 @@ def start(
         raise UserError(f"--coordinator={coordinator!r} is not HOST:PORT, as 10.0.0.1:8476")
     own = {"name": socket.gethostname(), "software": software(), **(announcement or {})}
     roll_call(own, (name.strip("[]"), int(port)), hosts, host, timeout)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; hosts/preemption.py has it
     jax.distributed.initialize(
         coordinator,
         hosts,
@@ -219,50 +224,88 @@ def host_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> tuple[tu
     return rows, jax.process_index() == min(host for host, theirs in blocks.items() if theirs == own)
 
 
-def preempted() -> bool:
-    """Whether all hosts must save and stop now, because one of them was preempted (SIGTERM).
-
-    Call it on all hosts after every step: jax picks a step that none of them has passed.
-    """
-    if not several():
-        return False
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(next(_counts.setdefault("steps", itertools.count())))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The end of a run of several hosts
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """An error inside the block ends the run on all hosts; the others would wait forever in a collective."""
+def ending_together(folder: str | os.PathLike | None = None) -> Iterator[None]:
+    """An error inside the block ends the run on all hosts; the others would wait forever in a collective.
+
+    Each host prints one line. Traces, and what libraries print of lost hosts, go to files.
+
+    Args:
+      folder: the run's, for FOLDER/traces/host_00001.txt; None = traces are printed.
+    """
     if not several():
         yield
         return
-    watch = threading.Thread(target=_watch, daemon=True)
-    watch.start()
-    try:
+    with _file_of_traces(folder):
+        watch = threading.Thread(target=_watch, daemon=True)
+        watch.start()
+        try:
+            yield
+            wait("end")
+        except UserError as error:
+            if not isinstance(error, SharedError):
+                _tell(_reason(error))
+            _leave(f"error: {error}", status=2)
+        except BaseException as error:
+            _tell(_reason(error))
+            where = _keep_trace()
+            _leave(
+                f"error: this host failed, or lost another ({type(error).__name__}{where}), which ends the run; "
+                "the same command resumes it from the newest checkpoint"
+            )
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was faster
+            _client().key_value_set(ENDING, "null")
+        watch.join()
+
+
+@contextlib.contextmanager
+def _file_of_traces(folder):
+    global _last_word
+    if folder is None:
         yield
-        wait("end")
-    except UserError as error:
-        if not isinstance(error, SharedError):
-            _tell(error)
-        _leave(f"error: {error}", status=2)
-    except BaseException as error:
-        _tell(error)
+        return
+    path = pathlib.Path(folder).absolute() / TRACES / f"host_{jax.process_index():05}.txt"
+    line = (
+        f"error: host {jax.process_index()} ({socket.gethostname()}) was ended, as hosts are when one of them is lost; "
+        f"see {path}; the same command resumes the run from the newest checkpoint"
+    )
+    with last_word(path, line) as _last_word:
+        yield
+    _last_word = None
+
+
+def _keep_trace():
+    """Writes the trace of the current error -> where it is, for the line."""
+    if _last_word is None:
         traceback.print_exc()
-        _leave("error: this host failed, which ends the run; the same command resumes it from the newest checkpoint")
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was faster
-        _client().key_value_set(ENDING, "null")
-    watch.join()
+        return ""
+    with contextlib.suppress(OSError), _last_word.path.open("a") as file:
+        traceback.print_exc(file=file)
+    return f": see {_last_word.path}"
 
 
-def _tell(error):
+def end_all(message: str, status: int) -> None:
+    """Ends this process at once, and with it the run on all hosts; may be called in any thread.
+
+    Args:
+      message: the last line of this host; the others print it too.
+    """
+    if several():
+        _tell({"host": jax.process_index(), "text": message, "status": status})
+    _leave(message, status)
+
+
+def _reason(error):
+    text = f"error: host {jax.process_index()} ({socket.gethostname()}) stopped: {type(error).__name__}: {error}"
+    return {"host": jax.process_index(), "text": " ".join(text.split())[:2000], "status": 1}
+
+
+def _tell(reason):
     """Tells the others why this host ends. Where another host was first, `_watch` ends this one with its reason."""
-    text = f"host {jax.process_index()} ({socket.gethostname()}) stopped: {type(error).__name__}: {error}"
-    reason = {"host": jax.process_index(), "text": " ".join(text.split())[:2000]}
     try:
         _client().key_value_set(ENDING, json.dumps(reason))
     except jax.errors.JaxRuntimeError:
@@ -274,18 +317,23 @@ def _watch():
     try:
         reason = json.loads(_client().blocking_key_value_get(ENDING, WAIT_MS))
     except jax.errors.JaxRuntimeError as error:  # the store is on host 0
-        reason = {"host": 0, "text": f"host 0 is gone: {' '.join(str(error).split())[:200]}"}
+        text = f"error: host 0 is gone: {' '.join(str(error).split())[:200]}"
+        reason = {"host": 0, "text": text, "status": 1}
     if reason and reason["host"] != jax.process_index():
-        _leave(f"error: {reason['text']}")
+        _leave(reason["text"], reason["status"])
 
 
 def _leave(message, status=1):
     """Ends this process at once; an orderly exit would wait for hosts that have gone."""
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()  # another thread is about to end it, with a line of its own
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         print(" ".join(message.split()), file=sys.stderr, flush=True)
+    if _last_word is not None:
+        _last_word.spoken()
     for worker in multiprocessing.active_children():
         worker.kill()
-    if is_leader():
+    if several() and is_leader():
         time.sleep(FAREWELL_SECONDS)
     os._exit(status)

@@ -3,10 +3,14 @@
 Where hosts are missing, jax's own start ends with a stack trace that counts those that came and does not name the
 others. The roll-call uses the coordinator's address and port, so it needs no other hole in a firewall, and frees the
 port for jax. One line of JSON goes each way: a host's announcement, and the verdict, which is the same for all.
+
+Whoever reaches the port may speak, so nothing that comes is trusted: a line is short and has one deadline, and a call
+must have the word of the job (HOVLE_JOB, '' where it is not set). The word keeps jobs apart; it is no secret.
 """
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Iterable
@@ -16,7 +20,7 @@ from hovle_jax.config import differences
 from hovle_jax.errors import UserError
 
 RETRY_SECONDS = 0.3
-LINE_SECONDS = 10  # a connected host must send its line within them
+LINE_SECONDS = 5  # within them a connected host must send its whole line; it waits for nothing
 GRACE_SECONDS = 15  # a host waits so much longer than host 0, which may have started later
 MOST_BYTES = 2**20
 
@@ -32,7 +36,8 @@ def roll_call(announcement: dict[str, Any], address: tuple[str, int], hosts: int
     Raises:
       UserError: hosts did not come in time, or differ from host 0; every host raises the same error.
     """
-    call = json.loads(json.dumps({"host": host, "hosts": hosts, **announcement}))
+    job = os.environ.get("HOVLE_JOB", "")
+    call = json.loads(json.dumps({"host": host, "hosts": hosts, "job": job, **announcement}))
     error = _lead(call, address, timeout) if host == 0 else _join(call, address, timeout)
     if error:
         raise UserError(error)
@@ -121,19 +126,29 @@ def _receive(server, deadline, calls, lines):
     except TimeoutError:
         return
     try:
-        line.settimeout(LINE_SECONDS)
-        call = json.loads(_read_line(line))
-        host = call["host"]
-        if not 0 < host < calls[0]["hosts"] or "name" not in call:
-            raise ValueError(host)
-        if host in calls:
-            error = f"two hosts call themselves {host}: {calls[host]['name']} and {call['name']}; see --host"
+        call = _read_json(line, min(deadline, time.monotonic() + LINE_SECONDS))
+        error = _refusal(call, calls)
+        if error:
             line.sendall(json.dumps({"error": error}).encode() + b"\n")
-            raise ValueError(host)
-    except (OSError, ValueError, TypeError, KeyError):
+            raise ValueError(error)
+    except (OSError, ValueError):
         line.close()
         return
-    calls[host], lines[host] = call, line
+    calls[call["host"]], lines[call["host"]] = call, line
+
+
+def _refusal(call, calls):
+    """Why a host's call does not count; '' = it does. Raises ValueError where it is no host's."""
+    host = call.get("host") if isinstance(call, dict) else None
+    if type(host) is not int or not isinstance(call.get("name"), str):  # True is an int too
+        raise ValueError("not a call")
+    if call.get("job") != calls[0]["job"]:
+        return f"{calls[0]['name']} waits for another job: HOVLE_JOB must be the same on all hosts; see --coordinator"
+    if not 0 < host < calls[0]["hosts"]:
+        raise ValueError("not a host of this job")
+    if host in calls:
+        return f"two hosts call themselves {host}: {calls[host]['name']} and {call['name']}; see --host"
+    return ""
 
 
 def _join(own, address, timeout):
@@ -143,9 +158,11 @@ def _join(own, address, timeout):
         try:
             with socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())) as line:
                 line.sendall(json.dumps(own).encode() + b"\n")
-                line.settimeout(timeout + GRACE_SECONDS)
-                return json.loads(_read_line(line))["error"]
-        except (OSError, ValueError, KeyError):  # it does not listen yet, or was restarted
+                answer = _read_json(line, time.monotonic() + timeout + GRACE_SECONDS)
+                if not isinstance(answer, dict) or not isinstance(answer.get("error"), str):
+                    raise ValueError("not a verdict")
+                return answer["error"]
+        except (OSError, ValueError):  # it does not listen yet, or was restarted
             time.sleep(RETRY_SECONDS)
     name, port = address
     return (
@@ -154,14 +171,19 @@ def _join(own, address, timeout):
     )
 
 
-def _read_line(line):
+def _read_json(line, deadline):
+    """The value in one line. Raises OSError when the deadline has passed, ValueError for anything but such a line."""
     content = b""
     while not content.endswith(b"\n"):
+        line.settimeout(max(0.01, deadline - time.monotonic()))
         more = line.recv(2**16)
-        if not more or len(content) > MOST_BYTES:
+        if not more or len(content) > MOST_BYTES or time.monotonic() > deadline:
             raise ValueError("incomplete line")
         content += more
-    return content
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _is_closed(line):

@@ -11,7 +11,8 @@ from typing import Any
 from hovle_jax.errors import UserError
 from hovle_jax.report.facts import HOST_PEAK
 from hovle_jax.report.html import flatten
-from hovle_jax.report.plots import HELD_OUT, plot_comparison, series
+from hovle_jax.report.metrics import HELD_OUT
+from hovle_jax.report.plots import plot_comparison, series
 from hovle_jax.report.progress import format_count, format_number
 from hovle_jax.report.runs import Run, is_run, runs_in, sources_of
 from hovle_jax.system.progress import format_duration

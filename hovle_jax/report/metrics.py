@@ -18,6 +18,7 @@ TENSORBOARD = "tensorboard"
 TIMES = "seconds/"  # by activity, up to the end of a process (`report.goodput`)
 SCORES = "score/"  # of a finished run
 MEMORY = "memory/"
+HELD_OUT = "held_out/"
 RATES = ("tokens_per_second", "model_flops_per_second", "mfu", "goodput")
 WALL = "wall_seconds"  # of the run, over all its processes
 
@@ -69,16 +70,21 @@ class MetricsWriter:
         if step < self.last["step"]:
             raise ValueError(f"step {step} comes after step {self.last['step']} was written")
         if step == self.last["step"]:
-            self._file.truncate(self._file.seek(self._last_offset))
+            self._file.seek(self._last_offset)  # written over, not cut first: a kill leaves the row
             self.last = {**self.last, **values}
         else:
             self.last = {"step": step, **values}
         self._last_offset = self._file.tell()
         self._file.write(_to_line(self.last))
         self._file.flush()
+        self._file.truncate()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         self._tracker.log(step, values)
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk."""
+        os.fsync(self._file.fileno())
 
     def show(self, step: int, name: str, path: str | os.PathLike) -> None:
         """Adds an image file to TensorBoard at a step."""
@@ -106,6 +112,9 @@ class NoMetrics:
     last = {"step": -1}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def show(self, step: int, name: str, path: str | os.PathLike) -> None:
@@ -139,6 +148,12 @@ def read_metrics(folder: str | os.PathLike) -> list[dict]:
             if number < len(lines):
                 raise UserError(f"{path}, line {number} is not a JSON object: repair or delete that line") from None
     return rows
+
+
+def read_held_out(folder: str | os.PathLike) -> dict[int, dict[str, float]]:
+    """{step: {name: value}} of the held-out metrics in `folder/metrics.jsonl`."""
+    of = lambda row: {name.removeprefix(HELD_OUT): row[name] for name in row if name.startswith(HELD_OUT)}
+    return {row["step"]: found for row in read_metrics(folder) if (found := of(row))}
 
 
 def _number(value):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import textwrap
 
+from hovle_jax.report.metrics import HELD_OUT
 from hovle_jax.report.progress import SUFFIXES, format_number
 
 UNITS = {
@@ -18,7 +19,6 @@ UNITS = {
     "learning_rate": "rate",
     "gradient_norm": "norm",
 }
-HELD_OUT = "held_out/"
 SMOOTH_FROM = 20  # points; fewer are drawn as they are, with markers
 LINE_FROM = 3  # points; a line through two would suggest steps that were not measured
 PANEL = (4.2, 2.5)  # inches

@@ -9,8 +9,8 @@ from typing import Any
 from hovle_jax.errors import UserError
 from hovle_jax.report.facts import DEVICE_PEAK, HOST_PEAK, SEEN, read_facts
 from hovle_jax.report.goodput import read_time
-from hovle_jax.report.metrics import MEMORY, SCORES, TIMES, WALL, read_metrics
-from hovle_jax.report.plots import HELD_OUT, series
+from hovle_jax.report.metrics import HELD_OUT, MEMORY, SCORES, TIMES, WALL, read_metrics
+from hovle_jax.report.plots import series
 from hovle_jax.report.progress import format_count, format_number
 from hovle_jax.system.files import read_json
 from hovle_jax.system.progress import format_duration

@@ -46,7 +46,7 @@ def run(
     try:
         app.run(lambda rest: _call(call, rest), flags_parser=lambda argv: _parse_flags(argv, usage, config))
     except KeyboardInterrupt:
-        _fail("interrupted; the same command continues from the newest checkpoint", status=130)
+        _fail("interrupted", status=130)
 
 
 def _saying(line, call):

@@ -15,8 +15,9 @@ from hovle_jax.config import RunConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import BadSamples, merge_bad_samples
-from hovle_jax.hosts import distributed
+from hovle_jax.hosts import distributed, preemption
 from hovle_jax.report.batch_images import batch_image
+from hovle_jax.report.metrics import read_held_out
 from hovle_jax.sharding import table
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
@@ -30,6 +31,7 @@ from hovle_jax.training.monitor import Monitor
 from hovle_jax.training.optimizer import learning_rate
 from hovle_jax.training.saved_steps import Keep
 from hovle_jax.training.setup import Run, build
+from hovle_jax.training.source_digests import check_same_sources
 from hovle_jax.training.stage import Stage
 from hovle_jax.training.stages import find
 from hovle_jax.training.state import TrainState, make_state, wholly_frozen
@@ -47,7 +49,7 @@ class Result:
     folder: pathlib.Path
     step: int
     finished: bool
-    held_out: dict  # step -> metrics
+    held_out: dict  # step -> metrics, of all processes of the run
 
 
 def run(
@@ -96,6 +98,7 @@ def run(
     # 2. The folder is a run from here on.
     if distributed.is_leader():
         run_folder.check_same_data(folder, dataset.summary)
+        check_same_sources(folder, sources)
         run_folder.save_config(folder, config)
         tokenizer.save(folder)
         batch_image(first, tokenizer.pieces, folder / "first_batch.png")
@@ -135,11 +138,18 @@ def run(
             save_result(folder, stage, state.params | frozen, config)
 
         steps = Steps(config, run, dataset, held_out, bad, saved, monitor, health, save_model)
-        results = steps.train(state)
+        step, finished = steps.train(state)
     distributed.wait("the last bad sample is listed")
     if distributed.is_leader():
         merge_bad_samples(folder)
-    return Result(folder, *results)
+    return Result(folder, step, finished, read_held_out(folder))
+
+
+def result_of_finished(config: RunConfig, folder: pathlib.Path) -> Result:
+    """The result of a run whose model is written; its process may have ended right then."""
+    if distributed.is_leader():
+        merge_bad_samples(folder)
+    return Result(folder, config.steps, True, read_held_out(folder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +171,8 @@ class Steps:
     health: Health
     save_model: Callable[[TrainState], None]
 
-    def train(self, state: TrainState) -> tuple[int, bool, dict]:
-        """-> (step, whether the run is finished, held-out metrics {step: metrics})."""
+    def train(self, state: TrainState) -> tuple[int, bool]:
+        """-> (step, whether the run is finished)."""
         config, monitor, placement = self.config, self.monitor, self.run.placement
         first_step, schedule = int(state.step), learning_rate(config.optimizer, config.steps)
         tokens = tokens_per_step(self.dataset[0]) * config.data.batch_size // self.dataset.size
@@ -172,24 +182,26 @@ class Steps:
             if self.held_out:
                 results[step] = self.evaluate(state, step)
 
-        with monitor.following(first_step, tokens, placement.mesh.devices.flat):
-            if first_step == 0:
-                evaluate_held_out(0)
+        with preemption.saving(), monitor.following(first_step, tokens, placement.mesh.devices.flat):
+            if first_step == 0 or monitor.evaluates:
+                evaluate_held_out(first_step)
             for step, (batch, events, drawn) in enumerate(monitor.waits(self.batches(first_step)), first_step):
                 self.bad.add(events, drawn)
                 with monitor.step(step) as note:
                     state, metrics = train_step(state, batch, stage=config.stage, run=self.run)
                     note(self.health.took(step + 1, metrics))
                 done = step + 1
-                stops = done == config.last_step or distributed.preempted()
-                if done % config.log_every == 0 or stops:
+                stops = done == config.last_step or preemption.preempted()
+                if done % config.log_every == 0 or done == config.steps:
                     left_out = self.health.judge(state)
                     monitor.line(done, learning_rate=float(np.asarray(schedule(step))), **left_out)
-                if config.eval_every and done % config.eval_every == 0 and not stops:
+                evaluates = bool(config.eval_every) and done % config.eval_every == 0
+                if evaluates and not stops:
                     evaluate_held_out(done)
                 if done % config.checkpoint_every == 0 or stops or self.saved.due_again():
                     with monitor.besides("checkpoints"):
                         self.health.before_save(done, state)
+                        monitor.carry(done, evaluates and stops and done < config.steps)
                         self.saved.save(done, state, results.get(done))
                 if stops:
                     break
@@ -202,7 +214,7 @@ class Steps:
                 if finished:
                     self.save_model(state)
             monitor.ended(done)
-        return done, finished, results
+        return done, finished
 
     def batches(self, first_step: int) -> Iterator[tuple]:
         """Those from `first_step` on, on the devices: (batch, events, samples drawn)."""

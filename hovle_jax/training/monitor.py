@@ -14,14 +14,17 @@ from hovle_jax.hardware.chips import total_bf16_flops
 from hovle_jax.hosts import distributed
 from hovle_jax.report import goodput
 from hovle_jax.report.facts import peak_memory, write_facts
-from hovle_jax.report.metrics import TIMES, WALL, MetricsWriter, NoMetrics
+from hovle_jax.report.metrics import HELD_OUT, TIMES, WALL, MetricsWriter, NoMetrics
 from hovle_jax.report.progress import Progress, format_number
 from hovle_jax.report.seen import Seen
 from hovle_jax.report.speed import Speed
 from hovle_jax.report.tracking import open_tracker
 from hovle_jax.training import watchdog
+from hovle_jax.training.carried import Carried, read_carried, write_carried
 from hovle_jax.training.profiling import Profile
 from hovle_jax.training.stages import find
+
+MOST_AHEAD = 2  # steps on their way while another is dispatched: a save on request waits for no more of them
 
 
 class Monitor:
@@ -49,7 +52,7 @@ class Monitor:
         self._track, self._facts = track, {}
         self._steps_to_trace = profile
         self._sheet = goodput.TimeSheet()
-        self._waiting = []  # metrics of the steps since the last line, on the devices
+        self._waiting: list[dict[str, Any]] = []  # metrics of the steps since the last line, on the devices or read
 
     def about(self, **facts: Any) -> None:
         """Facts of the run for its report: parameters_trained, parameters_frozen, samples of the training data."""
@@ -73,7 +76,11 @@ class Monitor:
         self._speed = Speed(flops, total_bf16_flops(device.device_kind for device in self._devices))
         with contextlib.ExitStack() as stack:
             self._writer = stack.enter_context(self._metrics_writer() if leads else NoMetrics())
-            self._seen = Seen.since(first_step, self._writer.last)
+            carried = read_carried(self.folder, first_step) or Carried()
+            self._waiting, self.evaluates = list(carried.metrics), carried.evaluates
+            self._seen = Seen.since(
+                first_step, {"step": first_step} | carried.seen if carried.seen else self._writer.last
+            )
             self._watch = stack.enter_context(goodput.StepWatch(self._sheet.clock))
             self._watchdog = stack.enter_context(self._make_watchdog())
             profile = Profile(self._steps_to_trace, self.folder, self.besides, self._say_of_stage)
@@ -105,6 +112,7 @@ class Monitor:
             yield self._waiting.append
         metrics, self._done = self._waiting[-1], step + 1
         self._watch.dispatched(metrics["loss"])
+        jax.block_until_ready(self._waiting[:-MOST_AHEAD][-1:])
         self._profile.after(step)
         if first:
             jax.block_until_ready(metrics)
@@ -135,10 +143,20 @@ class Monitor:
     def besides(self, activity: str) -> Iterator[None]:
         """Something else than steps is done within, which waits for those on their way: until then they train."""
         jax.block_until_ready(self._waiting[-1:])
-        if activity == "checkpoints":  # a run that is resumed from it goes on counting there
-            self.write(self._done, self._seen.totals())
         with self._watchdog.paused(), self._sheet.spent(activity):
             yield
+
+    def carry(self, step: int, evaluates: bool) -> None:
+        """Notes for the checkpoint of a step, which is saved next, what the metrics of a resumed run need of this one.
+
+        Args:
+          evaluates: whether the held-out metrics of this step are left to the resumed run.
+        """
+        self._waiting = [{name: float(value) for name, value in m.items()} for m in jax.device_get(self._waiting)]
+        carried = Carried(self._waiting, self._seen.totals(), evaluates)
+        if distributed.is_leader():
+            self._writer.sync()
+            write_carried(self.folder, step, carried)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds to the metrics of a step."""
@@ -146,14 +164,15 @@ class Monitor:
 
     def held_out(self, step: int, metrics: Mapping[str, float], rows: int) -> None:
         """Writes and says the held-out metrics at a step, of so many rows."""
-        self.write(step, {f"held_out/{name}": value for name, value in metrics.items()})
+        self.write(step, {f"{HELD_OUT}{name}": value for name, value in metrics.items()})
         values = "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
         self._say_of_stage(f"held out at step {step}: {values}  ({rows:,} rows)")
 
     def ended(self, done: int) -> None:
         """Says and writes where the time went until here."""
         seconds = self._sheet.seconds()
-        self.write(done, {f"{TIMES}{activity}": value for activity, value in seconds.items()})
+        if done >= self.config.steps:  # a row where a run is stopped would not be in one that goes on
+            self.write(done, {f"{TIMES}{activity}": value for activity, value in seconds.items()})
         if distributed.is_leader():
             goodput.write_time(self.folder, done, seconds)
         self._say_of_stage(goodput.summary(seconds))
@@ -184,6 +203,6 @@ class Monitor:
 
 
 def _mean(values):
-    """Of those that are finite: the update of any other step was left out."""
-    finite = [value for value in values if math.isfinite(value)]
+    """Of those that are finite, as the update of any other step was left out; in float64, from a device or a file."""
+    finite = [float(value) for value in values if math.isfinite(value)]
     return float(np.mean(finite)) if finite else math.nan
