@@ -41,6 +41,7 @@ RULES = flags.DEFINE_string(
 )
 SPLIT = flags.DEFINE_string("split", "", "The split of --tsv, of a file that has several; default: by benchmark")
 DATA = flags.DEFINE_string("data", "", "In place of a benchmark: any source that training reads, as rows.jsonl")
+OUTSIDE_ROOT = flags.DEFINE_bool("outside_root", False, "Image paths of --data rows may lead out of their folder")
 SCORER = flags.DEFINE_string("scorer", "exact", "How --data is scored: exact, relaxed, anls, choice or vqa")
 OUT = flags.DEFINE_string("out", "", "The folder for predictions and scores; default: the checkpoint's")
 LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many items, of --data rows (0: all)", lower_bound=0)
@@ -98,7 +99,7 @@ def on_data(folder: str) -> "tuple[dict[str, str], Scored, Path]":
 
     scored, path = evaluate_data(
         folder, DATA.value, SCORER.value, OUT.value, LIMIT.value, MAX_TILES.value, MAX_NEW_TOKENS.value or 64, say,
-        way(),
+        way(), OUTSIDE_ROOT.value,
     )  # fmt: skip
     return {"data": DATA.value, "checkpoint": folder, "scorer": SCORER.value}, scored, path
 

@@ -30,6 +30,7 @@ def convert(
     held_out: float = 0.0,
     ceiling: float = 0.01,
     say: Callable[[str], object] = print,
+    outside_root: bool = False,
 ) -> dict[str, int]:
     """Writes `train` and, if a share of the samples is held out, `test`.
 
@@ -39,6 +40,7 @@ def convert(
       root: the folder that image paths are relative to; empty = as a meta file says, or the source's folder.
       held_out: the share of samples that go to `test`, chosen by their ids.
       ceiling: the share of samples that may be unusable.
+      outside_root: image paths may lead out of `root`.
     Returns:
       {split: number of rows}.
     Raises:
@@ -48,8 +50,8 @@ def convert(
         raise UserError(f"held_out={held_out} is a share of samples; set it between 0 and 1")
     with tempfile.TemporaryDirectory() as temporary:
         listed = rows_of_json_list(source, temporary)
-        entries = open_mixture(listed or source)
-        root = root or (str(source).rpartition("/")[0] if listed else "")
+        entries = open_mixture(listed or source, outside_root=outside_root)
+        root = root or (str(source).rpartition("/")[0] or "." if listed else "")
         if root:
             entries = [dataclasses.replace(e, source=dataclasses.replace(e.source, root=root)) for e in entries]
         return _convert(entries, source, folder, held_out, ceiling, say)
@@ -90,7 +92,7 @@ def _rows(entries: list[Entry], held_out, bad):
 def _row(source, index):
     """A row in InternVL's form, with its images as the bytes of their files."""
     original = source[index]
-    record = parse(original, source.root)
+    record = parse(original, source.root, source.outside_root)
     row: dict[str, Any] = {"id": f"{source.name}/{original.get('id', index)}"}
     if record.images:
         data = [record.image_bytes(k) for k in range(len(record.images))]

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from hovle_jax.errors import UserError
+from hovle_jax.system.printable import printable
 
 FILE_NAME = "bad_samples.jsonl"
 FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run on several hosts is going on
@@ -33,11 +34,6 @@ class BadSample(Exception):
     def __init__(self, reason: str, detail: object = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, printable(" ".join(str(detail).split())[:300])
-
-
-def printable(text: str) -> str:
-    """The text without lone surrogates, which no file can hold; file names and row keys may contain them."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -297,56 +297,6 @@ class ArrayRecordShard(Shard):
             return str(index)
 
 
-@dataclasses.dataclass(frozen=True)
-class TfdsShard(Shard):
-    """A split of a prepared TFDS data set (a folder with dataset_info.json), images left encoded."""
-
-    split: str
-
-    def _data(self):
-        return self.opened(lambda: _tfds_source(self.path, self.split))
-
-    def __len__(self) -> int:
-        return len(self._data())
-
-    def row(self, index: int) -> dict[str, Any]:
-        data = self._data()
-        try:
-            row = data[index]
-        except Exception as error:  # noqa: BLE001 (as in _tfds_source)
-            raise BadSample("broken_record", error) from None
-        return {key: _plain(value) for key, value in row.items()}
-
-
-def _tfds_source(path, split):
-    import logging
-
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    import tensorflow_datasets as tfds
-
-    try:
-        builder: Any = tfds.builder_from_directory(path)  # TFDS's own types are too narrow
-        features = builder.info.features.items()
-        encoded = {k: tfds.decode.SkipDecoding() for k, f in features if isinstance(f, tfds.features.Image)}
-        return builder.as_data_source(split, decoders=encoded)
-    except Exception as error:  # noqa: BLE001 (tfds raises anything)
-        raise UserError(f"{path} has no split {split!r} that TFDS reads as ArrayRecord: {error}") from None
-
-
-def _plain(value):
-    """TFDS's numpy values as plain ones: texts as str, encoded images as bytes."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, np.ndarray)):
-        return [_plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
-    return value.item() if isinstance(value, np.generic) else value
-
-
 SHARD_KINDS = {
     ".jsonl": JsonlShard,
     ".ndjson": JsonlShard,

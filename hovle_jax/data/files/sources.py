@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from hovle_jax.data.bad_samples import printable
 from hovle_jax.data.files import storage
+from hovle_jax.data.files.records import Record, parse
 from hovle_jax.data.files.shard import Shard
-from hovle_jax.data.files.shard_kinds import SHARD_KINDS, ArrayRecordShard, TfdsShard
+from hovle_jax.data.files.shard_kinds import SHARD_KINDS, ArrayRecordShard
+from hovle_jax.data.files.tfds_shard import TfdsShard
 from hovle_jax.errors import UserError
+from hovle_jax.system.printable import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Source:
 
     Attributes:
       name: how reports name it.
-      root: the folder that image paths are relative to.
+      root: the folder that image paths are relative to, and below which they stay.
+      outside_root: image paths may lead elsewhere.
     """
 
     name: str
     shards: tuple[Shard, ...]
     root: str = ""
+    outside_root: bool = False
 
     @functools.cached_property
     def _ends(self):
@@ -44,6 +48,10 @@ class Source:
         shard, inner = self._find(index)
         return shard.row(inner)
 
+    def record(self, index: int) -> Record:
+        """A row as what it means. Raises BadSample if it cannot be read, or means nothing."""
+        return parse(self[index], self.root, self.outside_root)
+
     def where(self, index: int) -> tuple[str, str]:
         """(shard's path, the row's name in it)."""
         shard, inner = self._find(index)
@@ -54,7 +62,9 @@ class Source:
         return [shard.stamp for shard in self.shards]
 
 
-def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", split: str = "train") -> Source:
+def open_source(
+    pattern: str | os.PathLike, name: str = "", root: str = "", split: str = "train", outside_root: bool = False
+) -> Source:
     """The source that a path, a pattern or a URL names.
 
     Args:
@@ -62,6 +72,7 @@ def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", spli
         without a split as in FOLDER:test.
       root: the folder that image paths are relative to; empty = that of the (first) file.
       split: of a folder whose split `pattern` does not name.
+      outside_root: the rows' image paths may lead out of `root`.
     Raises:
       UserError: there is no such file, or it is of an unknown kind.
     """
@@ -70,7 +81,8 @@ def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", spli
         pattern, split = folder, named_split
     paths = storage.expand(pattern)
     if len(paths) == 1 and not storage.is_url(paths[0]) and os.path.isdir(paths[0]):
-        return Source(name or pathlib.Path(paths[0]).name, _folder_shards(pathlib.Path(paths[0]), split), root)
+        name, folder = printable(name or pathlib.Path(paths[0]).name), pathlib.Path(paths[0])
+        return Source(name, _folder_shards(folder, split), root or str(folder), outside_root)
     shards = []
     for path in paths:
         suffix = pathlib.PurePosixPath(path).suffix.lower()
@@ -80,7 +92,8 @@ def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", spli
             )
         shards.append(SHARD_KINDS[suffix](path))
     root = root or paths[0].rpartition("/")[0]
-    return Source(name or pathlib.PurePosixPath(str(pattern)).stem, tuple(shards), root)
+    name = printable(name or pathlib.PurePosixPath(str(pattern)).stem)
+    return Source(name, tuple(shards), root, outside_root)
 
 
 def _folder_shards(folder, split):

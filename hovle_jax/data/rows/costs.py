@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from hovle_jax.data.bad_samples import BadSample
-from hovle_jax.data.files.records import parse
 from hovle_jax.data.files.shard import cached_arrays
 from hovle_jax.data.files.sources import Source
 from hovle_jax.data.kinds import Reader
@@ -24,7 +23,7 @@ def costs_of(source: Source, reader: Reader, say: Callable[[str], object] = prin
     Args:
       workers: processes that inspect samples if there are many; 0 = this process alone.
     """
-    key = ("costs", source.fingerprint(), source.root, reader.index_key())
+    key = ("costs", source.fingerprint(), source.root, source.outside_root, reader.index_key())
     build = lambda: _build(source, reader, say, workers)
     costs = _load(cached_arrays(key, build))
     # People may repair an image's file, which changes nothing in the file of rows.
@@ -78,7 +77,7 @@ def inspect_samples(source: Source, reader: Reader, span: Iterable[int]) -> list
     inspected = []
     for i in span:
         try:
-            need = reader.needs(parse(source[i], source.root))
+            need = reader.needs(source.record(i))
             inspected.append(((need.text, need.first, need.images_before, need.sizes), None))
         except BadSample as error:
             inspected.append(((0, 0, 0, ()), (error.reason, error.detail)))
