@@ -243,6 +243,7 @@ class RunConfig:
     checkpoint_every: int = 500  # steps between two checkpoints
     keep_checkpoints: int = 2  # how many of the newest stay
     workers: int = 0  # processes that prepare batches (0: threads of this one)
+    worker_timeout: float = 300.0  # seconds that such a process may take for a row, then it is started anew (0: any)
     bad_ceiling: float = 0.01  # the share of samples that may be unusable before the run stops
 
     @classmethod
@@ -343,6 +344,7 @@ RUN_ONLY_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
     "workers",
+    "worker_timeout",
     "bad_ceiling",
     "mesh",
     "execution",

@@ -19,6 +19,7 @@ from absl import flags
 
 from hovle_jax.errors import UserError
 from hovle_jax.system import command_line
+from hovle_jax.system.printable import printable
 
 if TYPE_CHECKING:
     from hovle_jax.evaluation.asking import Way
@@ -143,7 +144,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     for name, value in result.items():
-        print(f"{name:20} {value}")
+        print(f"{name:20} {printable(value)}")
 
 
 if __name__ == "__main__":

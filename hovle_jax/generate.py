@@ -29,6 +29,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts import options as hosts
 from hovle_jax.inference import options
 from hovle_jax.system import command_line
+from hovle_jax.system.printable import printable
 
 if TYPE_CHECKING:
     from hovle_jax.inference.many import Question
@@ -91,7 +92,7 @@ def on_prompts(prompts: list[str]) -> None:
     for prompt in prompts:
         with_image_marks([(prompt, None)], len(images))
     for said in beam_answers(prompts, images) if BEAMS.value else plain_answers(prompts, images):
-        print(said)
+        print(printable(said, lines=True))
 
 
 def plain_answers(prompts: list[str], images: list) -> list[str]:

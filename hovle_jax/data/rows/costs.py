@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -11,6 +12,8 @@ from hovle_jax.data.files.shard import cached_arrays
 from hovle_jax.data.files.sources import Source
 from hovle_jax.data.kinds import Reader
 from hovle_jax.data.kinds.needs import Costs
+from hovle_jax.errors import UserError
+from hovle_jax.system.processes import end_with_parent
 from hovle_jax.system.progress import track
 
 CHUNK = 2048  # samples that a worker process inspects at a time
@@ -68,8 +71,14 @@ def _each(function, spans, workers):
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")  # this process has threads, which a fork would break
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(function, spans)
+    ending = {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, **ending) as pool:
+        try:
+            yield from pool.map(function, spans)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                f"one of the {workers} processes that index was killed (out of memory?); set fewer workers, or 0"
+            ) from None
 
 
 def inspect_samples(source: Source, reader: Reader, span: Iterable[int]) -> list[tuple[tuple, tuple[str, str] | None]]:
