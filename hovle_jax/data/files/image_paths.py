@@ -14,7 +14,7 @@ from hovle_jax.system import fetching
 
 SCHEMES = ("gs", "s3", "https")
 WEB = ("http", "https")
-LARGEST_IMAGE = 2**27  # bytes of an encoded image
+LARGEST_IMAGE = 2**26  # bytes of an encoded image
 SECONDS = 30.0  # to fetch an image of the web
 SHOWN = 200  # characters of a refused path in a report
 REMEDY = "allow it with data.outside_root=True (--outside_root) if the rows may read any file"

@@ -224,8 +224,8 @@ def _options(row: dict) -> tuple:
     return tuple(map(str, options)) if isinstance(options, (list, tuple)) else ()
 
 
-def sizes_of(record: Record, upright: bool = True) -> tuple:
+def sizes_of(record: Record, upright: bool = True, max_pixels: int = images.MAX_PIXELS) -> tuple:
     """((width, height), ...) of a record's images, as its row states them, else from headers. Raises BadSample."""
     if record.sizes or not record.images:
         return record.sizes
-    return tuple(images.image_size(record.image_bytes(i), upright) for i in range(len(record.images)))
+    return tuple(images.image_size(record.image_bytes(i), upright, max_pixels) for i in range(len(record.images)))
