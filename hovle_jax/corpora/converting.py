@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hovle_jax.corpora.writing import CorpusWriter, describe
-from hovle_jax.data.bad_samples import BadEvent, BadSample, BadSamples, read_bad_samples
+from hovle_jax.data.bad_samples import BadSample, BadSamples, read_bad_samples
 from hovle_jax.data.files import storage
 from hovle_jax.data.files.mixture import Entry, open_mixture
 from hovle_jax.data.files.records import parse
@@ -84,8 +84,8 @@ def _rows(entries: list[Entry], held_out, bad, max_pixels):
             try:
                 row = _row(entry.source, i, max_pixels)
             except BadSample as error:
-                event = BadEvent(-1, entry.source.name, *entry.source.where(i), error.reason, error.detail)
-                bad.add([event], 1)
+                event = entry.source.event(i, error.reason, error.detail)
+                bad.add([event], event.samples)
                 yield None
                 continue
             bad.add([], 1)

@@ -44,6 +44,7 @@ class BadEvent:
       step: the step whose batch it was drawn for; -1 = found while the source was indexed, so never drawn.
       source, shard, sample: the source's name, the file, and the sample's own name in it.
       replaced_by: the sample that took its place; empty if the place stayed empty or was never planned.
+      samples: how many it counts for; a file that cannot be read at all for as many as others hold on average.
     """
 
     step: int
@@ -53,6 +54,7 @@ class BadEvent:
     reason: str
     detail: str
     replaced_by: str = ""
+    samples: int = 1
 
 
 class BadSamples:
@@ -89,16 +91,17 @@ class BadSamples:
             if self.path.exists() or indexed or earlier:
                 _write(self.path, [*indexed, *earlier], "w")
             _remove_others(self.path.parent)
-        if len(indexed) > self.ceiling * max(total, 1):
+        bad, total = _samples_of(indexed), total + _samples_of(indexed) - len(indexed)
+        if bad > self.ceiling * max(total, 1):
             self._count(indexed)
-            raise UserError(self._message(len(indexed), total))
+            raise UserError(self._message(bad, total))
 
     def add(self, events: Sequence[BadEvent], drawn: int) -> None:
         """Adds a batch's events, of so many samples drawn. Raises UserError above the ceiling."""
         self.drawn += drawn
         if not events:
             return
-        self.bad += len(events)
+        self.bad += _samples_of(events)
         self._count(events)
         if self.path:
             _write(self.path, events, "a")
@@ -106,8 +109,9 @@ class BadSamples:
             raise UserError(self._message(self.bad, self.drawn))
 
     def _count(self, events):
-        self._shards.update(event.shard for event in events)
-        self._reasons.update(event.reason for event in events)
+        for event in events:
+            self._shards[event.shard] += event.samples
+            self._reasons[event.reason] += event.samples
 
     def _message(self, bad, total):
         named = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(SHARDS_NAMED))
@@ -117,6 +121,10 @@ class BadSamples:
             f"{bad} of {total} samples cannot be used, more than bad_ceiling={self.ceiling:g} allows: {reasons}; "
             f"most are in {named}{where}; mend these files, or raise the ceiling"
         )
+
+
+def _samples_of(events):
+    return sum(event.samples for event in events)
 
 
 def _write(path, events, mode):

@@ -8,13 +8,42 @@ from typing import Any
 
 import numpy as np
 
+from hovle_jax.data.bad_samples import BadEvent, BadSample
 from hovle_jax.data.files import storage
 from hovle_jax.data.files.records import Record, parse
-from hovle_jax.data.files.shard import Shard
+from hovle_jax.data.files.shard import Shard, UnreadableShard
 from hovle_jax.data.files.shard_kinds import SHARD_KINDS, ArrayRecordShard
 from hovle_jax.data.files.tfds_shard import TfdsShard
 from hovle_jax.errors import UserError
 from hovle_jax.system.printable import printable
+
+UNREADABLE = "unreadable_shard"
+
+
+@dataclasses.dataclass(frozen=True)
+class LostShard(Shard):
+    """A file among others that cannot be read, as one bad row that stands for all of them.
+
+    Attributes:
+      problem: what is wrong with it.
+      samples: how many it may have held, as the others hold on average.
+    """
+
+    problem: str
+    samples: int
+
+    @functools.cached_property
+    def stamp(self) -> tuple:
+        return ("LostShard", self.path)
+
+    def __len__(self) -> int:
+        return 1
+
+    def row(self, index: int) -> Any:
+        raise BadSample(UNREADABLE, self.problem)
+
+    def name(self, index: int) -> str:
+        return "all of it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +75,20 @@ class Source:
     def __getitem__(self, index: int) -> Any:
         """A row. Raises BadSample if it cannot be read."""
         shard, inner = self._find(index)
-        return shard.row(inner)
+        try:
+            return shard.row(inner)
+        except UnreadableShard as error:  # since it was opened
+            raise BadSample(UNREADABLE, error) from None
+
+    def after_shard(self, index: int) -> int:
+        """The first row of the shard after that of a row; of the last one, the number of all rows."""
+        return int(self._ends[np.searchsorted(self._ends, index, side="right")])
+
+    def event(self, index: int, reason: str, detail: str) -> BadEvent:
+        """A row that cannot be used, as it is listed before any step."""
+        shard, _ = self._find(index)
+        samples = shard.samples if isinstance(shard, LostShard) else 1
+        return BadEvent(-1, self.name, *self.where(index), reason, detail, samples=samples)
 
     def record(self, index: int) -> Record:
         """A row as what it means. Raises BadSample if it cannot be read, or means nothing."""
@@ -82,7 +124,7 @@ def open_source(
     paths = storage.expand(pattern)
     if len(paths) == 1 and not storage.is_url(paths[0]) and os.path.isdir(paths[0]):
         name, folder = printable(name or pathlib.Path(paths[0]).name), pathlib.Path(paths[0])
-        return Source(name, _folder_shards(folder, split), root or str(folder), outside_root)
+        return Source(name, _readable(_folder_shards(folder, split)), root or str(folder), outside_root)
     shards = []
     for path in paths:
         suffix = pathlib.PurePosixPath(path).suffix.lower()
@@ -93,7 +135,25 @@ def open_source(
         shards.append(SHARD_KINDS[suffix](path))
     root = root or paths[0].rpartition("/")[0]
     name = printable(name or pathlib.PurePosixPath(str(pattern)).stem)
-    return Source(name, tuple(shards), root, outside_root)
+    return Source(name, _readable(tuple(shards)), root, outside_root)
+
+
+def _readable(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
+    """The shards; in the place of one that cannot be read, a LostShard. Raises UnreadableShard if none can be."""
+    if len(shards) < 2:
+        return shards
+    lengths, lost = {}, {}
+    for shard in shards:
+        try:
+            lengths[shard] = len(shard)
+        except (UnreadableShard, OSError) as error:
+            if storage.is_url(shard.path):
+                raise
+            lost[shard] = error
+    if not lengths:
+        raise UnreadableShard(str(next(iter(lost.values()))))
+    mean = max(1, round(sum(lengths.values()) / len(lengths)))
+    return tuple(LostShard(s.path, printable(lost[s]), mean) if s in lost else s for s in shards)
 
 
 def _folder_shards(folder, split):

@@ -54,7 +54,8 @@ def expand(pattern: str | os.PathLike) -> list[str]:
         exists = found and fs.exists(path) if not glob.has_magic(path) else bool(found)
     else:
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
-        exists = all(os.path.exists(path) for path in found) and bool(found)
+        # A link without its file, among the files of a pattern, is one of them that cannot be read.
+        exists = bool(found) if found != [pattern] else os.path.exists(pattern)
     if not exists:
         raise UserError(f"no file at {pattern}; check the path, or the annotation that names it")
     return found
@@ -75,8 +76,9 @@ def read(path: str | os.PathLike, offset: int = 0, length: int | None = None) ->
         with open(path, "rb", buffering=0, opener=_open_at_once) as file:
             if offset:
                 file.seek(offset)
-            size = os.fstat(file.fileno()).st_size - offset if length is None else length
-            if length is None and size > LARGEST:
+            held = os.fstat(file.fileno()).st_size - offset
+            size = max(0, held if length is None else min(length, held))  # whatever a header states
+            if size > LARGEST:
                 raise BadSample("unreadable_file", f"{path} has {size:,} bytes, and at most {LARGEST:,} are read")
             data = file.read(size)
             while len(data) < size and (more := file.read(size - len(data))):  # one call reads 2 GiB at most

@@ -19,6 +19,7 @@ from hovle_jax.data.bad_samples import NOT_FOR_THE_KIND, BadEvent, BadSample
 from hovle_jax.data.batch import HELD_OUT_SEED, CorpusSummary, Row
 from hovle_jax.data.files.mixture import Entry, open_mixture
 from hovle_jax.data.files.shard import cached_arrays
+from hovle_jax.data.files.sources import UNREADABLE
 from hovle_jax.data.kinds import Kind, Reader
 from hovle_jax.data.kinds.base import RowLimits
 from hovle_jax.data.kinds.needs import Costs
@@ -275,9 +276,8 @@ class RowMaker:
         """-> (sample or None, events): the planned sample, or the next one of its source that fits into its place."""
         entry_number, record, piece, tokens, tiles = place
         entry = self.entries[entry_number]
-        first_error = None
+        first_error, index = None, record
         for k in range(min(REPLACEMENTS, entry.used)):
-            index = (record + k) % entry.used
             try:
                 sample = self._make(entry, index, piece if k == 0 else 0, seed)
                 if not self.reader.kind.fits(sample, tokens, tiles):
@@ -288,6 +288,9 @@ class RowMaker:
                     )
             except BadSample as error:
                 first_error = first_error or error
+                # Of a file that has become unreadable no other sample is tried.
+                following = entry.source.after_shard(index) if error.reason == UNREADABLE else index + 1
+                index = following % entry.used
                 continue
             if first_error is None:
                 return sample, []
