@@ -15,6 +15,7 @@ import hovle_jax
 from hovle_jax.errors import UserError
 from hovle_jax.inference import options
 from hovle_jax.system import command_line
+from hovle_jax.system.printable import printable
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The folder of a finished run or an import, as runs/instruct")
 IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be given several times")
@@ -52,7 +53,7 @@ def main() -> None:
     (answer,) = model.answer([question], images, options.SYSTEM.value, **options.request())
     maps = attention_maps(answerer, Prompt(((question, None),), images, options.SYSTEM.value), answer, layers)
     draw(maps, output, f"{question} {answer}")
-    print(answer)
+    print(printable(answer, lines=True))
     for layer, sparsity, share in zip(maps.layers, maps.sparsity, maps.image_share):
         print(
             f"layer {layer + 1} of {maps.num_layers}: sparsity {sparsity:.3f}, {share:.1%} of the attention on images"

@@ -14,6 +14,7 @@ import hovle_jax
 from hovle_jax.errors import UserError
 from hovle_jax.inference import options
 from hovle_jax.system import command_line
+from hovle_jax.system.printable import printable
 
 flags.adopt_module_key_flags(options)  # so that --help lists them
 CHECKPOINT = flags.DEFINE_string(
@@ -45,13 +46,13 @@ def main() -> None:
                 _answer(chat, line, images)
                 images = []
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
 
 
 def _answer(chat, line, images):
     with contextlib.suppress(KeyboardInterrupt):  # which ends the answer; the chat goes on
         for piece in chat.stream(line, images):
-            print(piece, end="", flush=True)
+            print(printable(piece, lines=True), end="", flush=True)
     print()
 
 

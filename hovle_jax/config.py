@@ -44,6 +44,8 @@ class DataConfig:
       split: 'train'; the test split is never trained on.
       held_out: a source of samples that are not trained on, for held-out losses and answers in the report; empty = the
         corpus' own, if any.
+      outside_root: image paths of rows may lead out of the folder that they are relative to, and to http.
+      max_pixels: an image of more is a bad sample; memory for its decoding is taken 8 bytes a pixel.
       batch_size: rows of the global batch.
       sequence_length: L, tokens of a row (HD: of the short stream).
       tiles: M, image tiles of a row, at most.
@@ -61,6 +63,8 @@ class DataConfig:
     source: str = "easy_vqa"
     split: str = "train"
     held_out: str = ""
+    outside_root: bool = False
+    max_pixels: int = 2**26
     batch_size: int = 64
     sequence_length: int = 64
     tiles: int = 1
@@ -264,6 +268,7 @@ class RunConfig:
     keep_every: int = 0  # checkpoints whose step divides by it stay too (0: none)
     keep_best: str = ""  # a held-out metric, 'loss': the checkpoint where it was lowest stays too ('max:NAME': highest)
     workers: int = 0  # processes that prepare batches (0: threads of this one)
+    worker_timeout: float = 300.0  # seconds that such a process may take for a row, then it is started anew (0: any)
     bad_ceiling: float = 0.01  # the share of samples that may be unusable before the run stops
 
     @classmethod
@@ -366,6 +371,7 @@ RUN_ONLY_KEYS = (
     "keep_every",
     "keep_best",
     "workers",
+    "worker_timeout",
     "bad_ceiling",
     "mesh",
     "execution",  # but for its dtype: training/resumption.py

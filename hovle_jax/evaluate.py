@@ -19,6 +19,7 @@ from absl import flags
 
 from hovle_jax.errors import UserError
 from hovle_jax.system import command_line
+from hovle_jax.system.printable import printable
 
 if TYPE_CHECKING:
     from hovle_jax.evaluation.asking import Way
@@ -41,6 +42,7 @@ RULES = flags.DEFINE_string(
 )
 SPLIT = flags.DEFINE_string("split", "", "The split of --tsv, of a file that has several; default: by benchmark")
 DATA = flags.DEFINE_string("data", "", "In place of a benchmark: any source that training reads, as rows.jsonl")
+OUTSIDE_ROOT = flags.DEFINE_bool("outside_root", False, "Image paths of --data rows may lead out of their folder")
 SCORER = flags.DEFINE_string("scorer", "exact", "How --data is scored: exact, relaxed, anls, choice or vqa")
 OUT = flags.DEFINE_string("out", "", "The folder for predictions and scores; default: the checkpoint's")
 LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many items, of --data rows (0: all)", lower_bound=0)
@@ -98,7 +100,7 @@ def on_data(folder: str) -> "tuple[dict[str, str], Scored, Path]":
 
     scored, path = evaluate_data(
         folder, DATA.value, SCORER.value, OUT.value, LIMIT.value, MAX_TILES.value, MAX_NEW_TOKENS.value or 64, say,
-        way(),
+        way(), OUTSIDE_ROOT.value,
     )  # fmt: skip
     return {"data": DATA.value, "checkpoint": folder, "scorer": SCORER.value}, scored, path
 
@@ -142,7 +144,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     for name, value in result.items():
-        print(f"{name:20} {value}")
+        print(f"{name:20} {printable(value)}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts import options as hosts
 from hovle_jax.inference import options
 from hovle_jax.system import command_line
+from hovle_jax.system.printable import printable
 
 if TYPE_CHECKING:
     from hovle_jax.inference.many import Question
@@ -45,6 +46,7 @@ PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "The question; may be given several times: answers in order, all about the same images"
 )
 INPUT = flags.DEFINE_string("input", "", "A .jsonl file of questions, in place of --prompt and --image")
+OUTSIDE_ROOT = flags.DEFINE_bool("outside_root", False, "Images of --input may lie elsewhere than below its folder")
 BEAMS = flags.DEFINE_integer(
     "beams", None, "Beam search: so many beginnings are kept, and the likeliest answer is given; default: no search",
     lower_bound=1,
@@ -90,7 +92,7 @@ def on_prompts(prompts: list[str]) -> None:
     for prompt in prompts:
         with_image_marks([(prompt, None)], len(images))
     for said in beam_answers(prompts, images) if BEAMS.value else plain_answers(prompts, images):
-        print(said)
+        print(printable(said, lines=True))
 
 
 def plain_answers(prompts: list[str], images: list) -> list[str]:
@@ -116,7 +118,7 @@ def on_file() -> None:
         raise UserError("--input has questions and images of its own: leave --prompt and --image out")
     if not OUTPUT.value:
         raise UserError("--output is missing: the .jsonl file for the answers to --input")
-    questions = read_questions(pathlib.Path(INPUT.value))
+    questions = read_questions(pathlib.Path(INPUT.value), OUTSIDE_ROOT.value)
     given = {"system": options.SYSTEM.value, "max_tiles": options.MAX_TILES.value, "dtype": options.DTYPE.value}
     given |= {"beams": BEAMS.value}
     rows = hashlib.sha256(json.dumps([question.row for question in questions]).encode()).hexdigest()[:16]

@@ -30,6 +30,10 @@ from hovle_jax.system import command_line
 USAGE = "emoji | tuxpaint | jsonl SRC DST | webdataset SRC DST | preview --config FILE | bench --config FILE"
 CONFIG = config_flags.DEFINE_config_file("config", None, "preview, bench: a stage's config file, with a preset")
 ROOT = flags.DEFINE_string("root", "", "jsonl, webdataset: the folder that image paths are relative to")
+OUTSIDE_ROOT = flags.DEFINE_bool("outside_root", False, "jsonl, webdataset: image paths may lead out of that folder")
+MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", 2**26, "jsonl, webdataset: an image of more is a bad sample", lower_bound=1
+)
 HELD_OUT = flags.DEFINE_float("held_out", 0.0, "jsonl, webdataset: the share of samples that goes to the split 'test'")
 CEILING = flags.DEFINE_float("bad_ceiling", 0.01, "jsonl, webdataset: the share of samples that may be unusable")
 OUT = flags.DEFINE_string("out", "preview", "preview: the folder of what is written")
@@ -52,7 +56,9 @@ def corpus(name: str) -> None:
 def convert(source: str, folder: str) -> None:
     from hovle_jax.corpora.converting import convert
 
-    splits = convert(source, folder, ROOT.value, HELD_OUT.value, CEILING.value)
+    splits = convert(
+        source, folder, ROOT.value, HELD_OUT.value, CEILING.value, print, OUTSIDE_ROOT.value, MAX_PIXELS.value
+    )
     print(f"{folder}: " + ", ".join(f"{split} {rows:,}" for split, rows in splits.items()))
 
 

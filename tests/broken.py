@@ -229,7 +229,7 @@ def broken_rows():
             ("file_as_folder", ("unreadable_image", "missing_image"), asked(image="good/0.png/1.png")),
             ("path_with_zero_byte", "unreadable_image", asked(image="good/\0.png")),
             ("path_too_long", "unreadable_image", asked(image="a" * 5000)),
-            ("unknown_protocol", "unreadable_image", asked(image="nosuch://bucket/0.png")),
+            ("unknown_protocol", "refused_url", asked(image="nosuch://bucket/0.png")),
             ("answer_past_the_row", "nothing_supervised", asked(conversations=turns("why? " * 400, "x"))),
             ("images_past_the_row", "nothing_supervised",
              asked(image=["good/0.png"] * 40, conversations=turns("<image>" * 40, "yes"))),

@@ -20,7 +20,10 @@ def record(tmp_path=None, **row):
 def test_how_rows_say_where_images_and_marks_are():
     talk = broken.turns("<image>\nhi", "yes")
     assert record(image="a.png", conversations=talk).images == ("root/a.png",)
-    assert record(image=["a.png", "/b.png"], conversations=broken.turns("hi", "yes")).images == ("root/a.png", "/b.png")
+    assert record(image=["a.png", "b.png"], conversations=broken.turns("hi", "yes")).images == (
+        "root/a.png",
+        "root/b.png",
+    )
     assert record(image="", conversations=broken.turns("hi", "yes")).images == ()  # InternVL's rows of text alone
     assert record(video="", image="a.png", conversations=talk).images == ("root/a.png",)
     assert record(image={"bytes": b"x", "path": "a.png"}, conversations=talk).images == (b"x",)

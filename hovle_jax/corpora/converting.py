@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 from hovle_jax.corpora.writing import CorpusWriter, describe
-from hovle_jax.data.bad_samples import BadEvent, BadSample, BadSamples, read_bad_samples
+from hovle_jax.data.bad_samples import BadSample, BadSamples, read_bad_samples
 from hovle_jax.data.files import storage
 from hovle_jax.data.files.mixture import Entry, open_mixture
 from hovle_jax.data.files.records import parse
-from hovle_jax.data.images import decode_image
+from hovle_jax.data.images import MAX_PIXELS, decoded_image
 from hovle_jax.errors import UserError
 from hovle_jax.system.files import whole_folder
 from hovle_jax.system.progress import track
@@ -30,6 +30,8 @@ def convert(
     held_out: float = 0.0,
     ceiling: float = 0.01,
     say: Callable[[str], object] = print,
+    outside_root: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, int]:
     """Writes `train` and, if a share of the samples is held out, `test`.
 
@@ -39,6 +41,8 @@ def convert(
       root: the folder that image paths are relative to; empty = as a meta file says, or the source's folder.
       held_out: the share of samples that go to `test`, chosen by their ids.
       ceiling: the share of samples that may be unusable.
+      outside_root: image paths may lead out of `root`.
+      max_pixels: an image of more is a bad sample.
     Returns:
       {split: number of rows}.
     Raises:
@@ -48,19 +52,21 @@ def convert(
         raise UserError(f"held_out={held_out} is a share of samples; set it between 0 and 1")
     with tempfile.TemporaryDirectory() as temporary:
         listed = rows_of_json_list(source, temporary)
-        entries = open_mixture(listed or source)
-        root = root or (str(source).rpartition("/")[0] if listed else "")
+        entries = open_mixture(listed or source, outside_root=outside_root)
+        root = root or (str(source).rpartition("/")[0] or "." if listed else "")
         if root:
             entries = [dataclasses.replace(e, source=dataclasses.replace(e.source, root=root)) for e in entries]
-        return _convert(entries, source, folder, held_out, ceiling, say)
+        return _convert(entries, source, folder, held_out, ceiling, say, max_pixels)
 
 
-def _convert(entries: list[Entry], source, folder, held_out, ceiling, say):
+def _convert(entries: list[Entry], source, folder, held_out, ceiling, say, max_pixels):
     total = sum(entry.used for entry in entries)
     with whole_folder(folder) as partial:
         bad = BadSamples(partial, ceiling, folder_remains=False)
         with CorpusWriter(partial) as writer:
-            for written in track(_rows(entries, held_out, bad), say, pathlib.Path(folder).name, "samples", total):
+            for written in track(
+                _rows(entries, held_out, bad, max_pixels), say, pathlib.Path(folder).name, "samples", total
+            ):
                 if written is not None:
                     writer.add(*written)
         if not writer.splits:
@@ -71,15 +77,15 @@ def _convert(entries: list[Entry], source, folder, held_out, ceiling, say):
     return {split: values["rows"] for split, values in writer.splits.items()}
 
 
-def _rows(entries: list[Entry], held_out, bad):
+def _rows(entries: list[Entry], held_out, bad, max_pixels):
     """Yields (split, row), or None for a bad sample. Decodes every image, so that only readable ones are written."""
     for entry in entries:
         for i in range(entry.used):
             try:
-                row = _row(entry.source, i)
+                row = _row(entry.source, i, max_pixels)
             except BadSample as error:
-                event = BadEvent(-1, entry.source.name, *entry.source.where(i), error.reason, error.detail)
-                bad.add([event], 1)
+                event = entry.source.event(i, error.reason, error.detail)
+                bad.add([event], event.samples)
                 yield None
                 continue
             bad.add([], 1)
@@ -87,14 +93,14 @@ def _rows(entries: list[Entry], held_out, bad):
             yield ("test" if number < held_out * 2**64 else "train"), row
 
 
-def _row(source, index):
+def _row(source, index, max_pixels):
     """A row in InternVL's form, with its images as the bytes of their files."""
     original = source[index]
-    record = parse(original, source.root)
+    record = parse(original, source.root, source.outside_root)
     row: dict[str, Any] = {"id": f"{source.name}/{original.get('id', index)}"}
     if record.images:
         data = [record.image_bytes(k) for k in range(len(record.images))]
-        sizes = [decode_image(d).size for d in data]
+        sizes = [_size_of_decoded(d, max_pixels) for d in data]
         row |= {"image": data, "width": [w for w, _ in sizes], "height": [h for _, h in sizes]}
     if record.turns:
         messages = [{"from": "system", "value": record.system}] if record.system else []
@@ -102,6 +108,11 @@ def _row(source, index):
             messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         row["conversations"] = messages
     return row | {key: value for key, value in (("caption", record.caption), ("text", record.text)) if value}
+
+
+def _size_of_decoded(data, max_pixels):
+    with decoded_image(data, max_pixels=max_pixels) as image:
+        return image.size
 
 
 def rows_of_json_list(path: str | os.PathLike, folder: str | os.PathLike) -> pathlib.Path | None:

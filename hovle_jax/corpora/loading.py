@@ -15,7 +15,7 @@ def load_corpus(config: RunConfig, split: str, say: Callable[[str], object] = pr
     source = config.data.source
     if source in IN_MEMORY:
         return IN_MEMORY[source].load(split)
-    return IndexedCorpus.load(source_path(source, split, say), split, say)
+    return IndexedCorpus.load(source_path(source, split, say), split, say, config.data.outside_root)
 
 
 def source_path(source: str, split: str, say: Callable[[str], object] = print) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from hovle_jax.errors import UserError
 from hovle_jax.system.files import write_whole
+from hovle_jax.system.printable import printable
 
 FILE_NAME = "bad_samples.jsonl"
 FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run on several hosts is going on
@@ -36,11 +37,6 @@ class BadSample(Exception):
         self.reason, self.detail = reason, printable(" ".join(str(detail).split())[:300])
 
 
-def printable(text: str) -> str:
-    """The text without lone surrogates, which no file can hold; file names and row keys may contain them."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 @dataclasses.dataclass(frozen=True, order=True)
 class BadEvent:
     """One bad sample, as a line of `bad_samples.jsonl`.
@@ -49,6 +45,7 @@ class BadEvent:
       step: the step whose batch it was drawn for; -1 = found while the source was indexed, so never drawn.
       source, shard, sample: the source's name, the file, and the sample's own name in it.
       replaced_by: the sample that took its place; empty if the place stayed empty or was never planned.
+      samples: how many it counts for; a file that cannot be read at all for as many as others hold on average.
     """
 
     step: int
@@ -58,6 +55,7 @@ class BadEvent:
     reason: str
     detail: str
     replaced_by: str = ""
+    samples: int = 1
 
 
 class BadSamples:
@@ -94,16 +92,17 @@ class BadSamples:
             if self.path.exists() or indexed or earlier:
                 _replace(self.path, [*indexed, *earlier])
             _remove_others(self.path.parent)
-        if len(indexed) > self.ceiling * max(total, 1):
+        bad, total = _samples_of(indexed), total + _samples_of(indexed) - len(indexed)
+        if bad > self.ceiling * max(total, 1):
             self._count(indexed)
-            raise UserError(self._message(len(indexed), total))
+            raise UserError(self._message(bad, total))
 
     def add(self, events: Sequence[BadEvent], drawn: int) -> None:
         """Adds a batch's events, of so many samples drawn. Raises UserError above the ceiling."""
         self.drawn += drawn
         if not events:
             return
-        self.bad += len(events)
+        self.bad += _samples_of(events)
         self._count(events)
         if self.path:
             _append(self.path, events)
@@ -111,8 +110,9 @@ class BadSamples:
             raise UserError(self._message(self.bad, self.drawn))
 
     def _count(self, events):
-        self._shards.update(event.shard for event in events)
-        self._reasons.update(event.reason for event in events)
+        for event in events:
+            self._shards[event.shard] += event.samples
+            self._reasons[event.reason] += event.samples
 
     def _message(self, bad, total):
         named = ", ".join(f"{shard} ({count})" for shard, count in self._shards.most_common(SHARDS_NAMED))
@@ -122,6 +122,10 @@ class BadSamples:
             f"{bad} of {total} samples cannot be used, more than bad_ceiling={self.ceiling:g} allows: {reasons}; "
             f"most are in {named}{where}; mend these files, or raise the ceiling"
         )
+
+
+def _samples_of(events):
+    return sum(event.samples for event in events)
 
 
 def _replace(path, events):

@@ -3,6 +3,7 @@
 Letters: S side of a tile, n number of tiles.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -10,17 +11,23 @@ import os
 import pathlib
 import typing
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 
 from hovle_jax.config import grid_within
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.errors import UserError
+from hovle_jax.system import malloc
+from hovle_jax.system.budget import Budget
 
 if typing.TYPE_CHECKING:  # Pillow is imported where it is used
     from PIL import Image
 
-MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb: half a gigabyte in RGB
+MAX_PIXELS = 2**26  # of an image, unless data.max_pixels says otherwise: half a gigabyte while it is decoded
+# While it is decoded; of other formats 8: Pillow has 4 for RGB, and as many for what it was or was turned from.
+BYTES_PER_PIXEL = {"JPEG2000": 24, "WEBP": 16, "AVIF": 16}
+LARGE = 2**22  # pixels; decoding fewer takes no share of the budget, as 16 threads' take half of it at most
 JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, inclusive
 # Formats that people keep images in. Pillow also reads documents, for which it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
@@ -29,6 +36,7 @@ TURNS = {  # orientation -> the transposition that makes it upright, by Pillow's
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
     8: "ROTATE_90",
 }  # fmt: skip
+DECODING = Budget(2**29)  # bytes of all large images that are being decoded at the same time
 PNG_EXIF = (
     b"eXIf",
     b"Raw profile type exif",
@@ -40,7 +48,7 @@ PNG_EXIF = (
 # Files
 
 
-def _opened(data):
+def _opened(data, max_pixels):
     from PIL import Image
 
     if len(data) == 0:
@@ -58,23 +66,57 @@ def _opened(data):
     width, height = image.size
     if min(width, height) < 1:
         raise BadSample("zero_size", f"{width} x {height}")
-    if width * height > MAX_PIXELS:
-        raise BadSample("decompression_bomb", f"{width} x {height} pixels")
+    if width * height > max_pixels:
+        raise BadSample("decompression_bomb", f"{width} x {height} pixels, and at most {max_pixels:,} are read")
     return image
 
 
-def decode_image(data: bytes, upright: bool = True) -> "Image.Image":
+def decode_image(data: bytes, upright: bool = True, max_pixels: int = MAX_PIXELS) -> "Image.Image":
     """Decodes an image: its first frame, as Pillow's RGB.
 
     Args:
       data: the file's bytes.
       upright: rotate it as its EXIF orientation says.
+      max_pixels: an image of more is refused by its header.
     Raises:
       BadSample: it is no image, or a broken one.
     """
+    image = _opened(data, max_pixels)
+    with _room_for(image):
+        return _decoded(image, data, upright)
+
+
+@contextlib.contextmanager
+def decoded_image(data: bytes, upright: bool = True, max_pixels: int = MAX_PIXELS) -> "Iterator[Image.Image]":
+    """`decode_image`, for what is no longer needed after the block: a large image keeps its share of memory until then.
+
+    A thread that has one open must not open another.
+    """
+    opened = _opened(data, max_pixels)
+    with _room_for(opened):
+        image = _decoded(opened, data, upright)
+        try:
+            yield image
+        finally:
+            image.close()
+
+
+@contextlib.contextmanager
+def _room_for(image):
+    pixels = image.size[0] * image.size[1]
+    if pixels <= LARGE:
+        yield
+        return
+    with DECODING.of(pixels * BYTES_PER_PIXEL.get(image.format, 8)):
+        try:
+            yield
+        finally:
+            malloc.give_back()
+
+
+def _decoded(image, data, upright):
     from PIL import Image
 
-    image = _opened(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -90,9 +132,9 @@ def decode_image(data: bytes, upright: bool = True) -> "Image.Image":
         raise BadSample("truncated_image" if truncated else "broken_image", error) from None
 
 
-def image_size(data: bytes, upright: bool = True) -> tuple[int, int]:
+def image_size(data: bytes, upright: bool = True, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of what `decode_image` returns, read from the header alone. Raises BadSample."""
-    image = _opened(data)
+    image = _opened(data, max_pixels)
     width, height = image.size
     turned = upright and _orientation(image, data) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)

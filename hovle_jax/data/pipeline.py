@@ -18,6 +18,7 @@ from hovle_jax.data.batch import CorpusSummary, Row, stack
 from hovle_jax.data.kinds import Kind
 from hovle_jax.data.text.conversation import CAPTION_REQUEST
 from hovle_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from hovle_jax.data.workers import made_by_processes
 from hovle_jax.errors import UserError
 
 THREADS = min(os.cpu_count() or 1, 16)  # that make rows if no worker processes do
@@ -60,7 +61,11 @@ class Batches:
         return stack([self.rows[step * self.size + i].arrays for i in range(self.size)])
 
     def iterate(
-        self, first_step: int = 0, workers: int = 0, nobody_has: Callable[[int], bool] = lambda step: True
+        self,
+        first_step: int = 0,
+        workers: int = 0,
+        nobody_has: Callable[[int], bool] = lambda step: True,
+        timeout: float = 0.0,
     ) -> Iterator[tuple[dict, list[BadEvent], int]]:
         """Batches from `first_step` on, prepared in advance.
 
@@ -70,17 +75,16 @@ class Batches:
         Args:
           workers: processes that make rows; 0 = threads of this process.
           nobody_has: called with a step in which this host supervises nothing; says whether that holds on every host.
+          timeout: seconds that a process may take for a row before it is started again; 0 = any time.
         Raises:
-          UserError: a batch has no supervised token on any host.
+          UserError: a batch has no supervised token on any host, or processes fail again and again.
         """
-        ahead = ROWS_AHEAD * self.size
-        options = grain.ReadOptions(num_threads=1 if workers else THREADS, prefetch_buffer_size=ahead)
-        rows = self.rows[first_step * self.size :].to_iter_dataset(options)
+        first, ahead = first_step * self.size, ROWS_AHEAD * self.size
         if workers:
-            _allow_workers()
-            buffer = max(1, ahead // workers)
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=buffer))
-        rows = iter(rows)
+            rows = made_by_processes(self.rows, first, workers, ahead, timeout)
+        else:
+            options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=ahead)
+            rows = iter(self.rows[first:].to_iter_dataset(options))
         step = first_step
         while True:
             taken = [next(rows) for _ in range(self.size)]
@@ -95,14 +99,6 @@ class Batches:
 def _nothing_supervised(step, events):
     reasons = f" ({', '.join(sorted({event.reason for event in events}))})" if events else ""
     return f"the batch of step {step} has no supervised token{reasons}; see the samples of data.source"
-
-
-def _allow_workers():
-    """Grain asks absl for flags in its workers, which absl refuses outside of its own apps."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 class _HostRows(grain.MapDataset):

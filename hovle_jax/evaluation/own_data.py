@@ -10,7 +10,7 @@ import numpy as np
 from hovle_jax.corpora.loading import source_path
 from hovle_jax.data.bad_samples import BadEvent, BadSample, count_reasons
 from hovle_jax.data.files.mixture import Entry, open_mixture
-from hovle_jax.data.files.records import Record, parse
+from hovle_jax.data.files.records import Record
 from hovle_jax.data.images import as_image, decode_image
 from hovle_jax.data.text.chat_template import IMAGE_MARK
 from hovle_jax.data.text.conversation import CAPTION_REQUEST
@@ -63,7 +63,7 @@ def read_items(entry: Entry, indices: Iterable[int], scorer: Scorer) -> Iterator
     source = entry.source
     for index in indices:
         try:
-            yield from items_of(parse(source[index], source.root), scorer, source.where(index))
+            yield from items_of(source.record(index), scorer, source.where(index))
         except BadSample as error:
             file, row = source.where(index)
             yield BadEvent(-1, source.name, file, row, error.reason, error.detail)
@@ -118,6 +118,7 @@ def evaluate_data(
     max_new_tokens: int = MAX_NEW_TOKENS,
     say: Say = print,
     way: Way = Way(),
+    outside_root: bool = False,
 ) -> tuple[Scored, pathlib.Path]:
     """Scores a model on the rows of a source -> (what came of it, the predictions file).
 
@@ -127,11 +128,12 @@ def evaluate_data(
       out: the folder of predictions.jsonl; empty = the model's, with the data's name in that of the file.
       limit, max_tiles, say: see `ask_rows`.
       way: how the model is loaded and asked.
+      outside_root: image paths of rows may lead out of their folder.
     Raises:
       UserError: an unknown scorer, no such source or model, or no row that can be asked.
     """
     benchmark = way.of(own_benchmark(scorers.find(scorer), metric="score", max_new_tokens=max_new_tokens))
-    entries = open_mixture(source_path(data, SPLIT, say), SPLIT)
+    entries = open_mixture(source_path(data, SPLIT, say), SPLIT, outside_root)
     check_model_folder(folder)
     path = predictions_path(folder, data, out)
     about = {"data": data, "max_tiles": max_tiles, "max_new_tokens": max_new_tokens}
@@ -172,10 +174,10 @@ def _nothing_asked(data, bad):
     return f"{data}: no row can be asked ({reasons}); the first is {first}; docs/evaluation.md says what rows may be"
 
 
-def held_out(loaded: Loaded, data: str, limit: int, say: Say = print) -> Scored:
+def held_out(loaded: Loaded, data: str, limit: int, say: Say = print, outside_root: bool = False) -> Scored:
     """Exact match on the first `limit` rows of a source, with small images; rows without a question are left out."""
     benchmark = own_benchmark(exact, metric="accuracy on held-out rows")
-    entries = open_mixture(source_path(data, SPLIT, say), SPLIT)
+    entries = open_mixture(source_path(data, SPLIT, say), SPLIT, outside_root)
     answered, bad = [], []
     for one in ask_rows(loaded, entries, benchmark, limit):
         if isinstance(one, Answered):

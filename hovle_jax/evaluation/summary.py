@@ -117,7 +117,8 @@ def score_run(config: RunConfig, folder: pathlib.Path, benchmark: str | None) ->
     answers = all((folder / "model" / component).is_dir() for component in ANSWERING)
     if not answers or not config.data.held_out or config.data.held_out in IN_MEMORY:
         return None
-    scored = held_out(load_run(folder, ANSWERING), config.data.held_out, config.eval_limit or HELD_OUT_ROWS)
+    limit, outside_root = config.eval_limit or HELD_OUT_ROWS, config.data.outside_root
+    scored = held_out(load_run(folder, ANSWERING), config.data.held_out, limit, outside_root=outside_root)
     return scored if scored.answered else None
 
 

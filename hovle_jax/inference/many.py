@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
+from hovle_jax.data.bad_samples import BadSample
+from hovle_jax.data.files import image_paths
 from hovle_jax.errors import UserError
 from hovle_jax.inference.answering import AnsweringModel, opened, request_of
 from hovle_jax.inference.beam import Beam, answers
@@ -29,18 +31,28 @@ class Question:
     images: tuple[pathlib.Path, ...]
 
 
-def read_questions(path: pathlib.Path) -> list[Question]:
-    """The rows of a .jsonl file. Raises UserError, with the number of the line, for one that asks nothing."""
+def read_questions(path: pathlib.Path, outside_root: bool = False) -> list[Question]:
+    """The rows of a .jsonl file.
+
+    Args:
+      outside_root: images may lie elsewhere than below the file's folder.
+    Raises:
+      UserError: a line, whose number it says, asks nothing or names an image that may not be read.
+    """
     if not path.is_file():
         raise UserError(f"no file at {path}")
     lines = path.read_text("utf-8").splitlines()
-    return [_question(line, f"{path}:{number}", path.parent) for number, line in enumerate(lines, 1) if line.strip()]
+    return [
+        _question(line, f"{path}:{number}", path.parent, outside_root)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
-def _question(line, where, folder):
+def _question(line, where, folder, outside_root):
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: no JSON ({error})") from None
     asked = [row[key] for key in PROMPTS if isinstance(row, dict) and isinstance(row.get(key), str)]
     if not asked:
@@ -49,11 +61,17 @@ def _question(line, where, folder):
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UserError(f'{where}: "image" is a path, "images" a list of paths')
-    paths = tuple(folder / image for image in images)
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(f"{where}: there is no image {missing[0]}")
-    return Question(row, asked[0], paths)
+    return Question(row, asked[0], tuple(_image(image, where, folder, outside_root) for image in images))
+
+
+def _image(image, where, folder, outside_root):
+    try:
+        path = pathlib.Path(image_paths.local_file(image, str(folder), outside_root))
+    except BadSample as error:
+        raise UserError(f"{where}: {error.detail}") from None
+    if not path.is_file():
+        raise UserError(f"{where}: there is no image {folder / image}")
+    return path
 
 
 def rows_done(output: pathlib.Path, questions: Sequence[Question]) -> int:

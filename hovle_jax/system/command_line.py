@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from hovle_jax.errors import UserError
 from hovle_jax.system import accelerators, config_help, malloc
 from hovle_jax.system.files import reason_of
+from hovle_jax.system.printable import printable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a command did not do wrong
 
@@ -131,11 +132,11 @@ def _did_you_mean(problem, near):
 @functools.cache  # once for each message
 def warn(message: str) -> None:
     """Prints a warning on stderr: something is allowed, but hardly what was meant."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def _fail(message, status=2):
-    text = " ".join(str(message).split())
+    text = printable(" ".join(str(message).split()))
     print(f"error: {text}", file=sys.stderr)
     sys.exit(status)
 

@@ -1,5 +1,6 @@
 """How the host's memory allocator is set up."""
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -41,6 +42,12 @@ def share_freed_memory() -> bool:
     again (`tests/benchmarks/import_memory.py`). Returns whether the C library is glibc.
     """
     return _set(ONE_ARENA)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, of all arenas: each thread's would keep the size of its largest image."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Counts(ctypes.Structure):

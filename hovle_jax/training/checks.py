@@ -52,6 +52,10 @@ def check_data(config: RunConfig) -> None:
         )
     if config.workers < 0:
         raise UserError(f"workers={config.workers} is a number of processes; 0 uses threads")
+    if not config.worker_timeout >= 0:
+        raise UserError(f"worker_timeout={config.worker_timeout} is a number of seconds; 0 waits for ever")
+    if config.data.max_pixels < 1:
+        raise UserError(f"data.max_pixels={config.data.max_pixels} is the most of an image; the default is 67108864")
     if not 0 <= config.bad_ceiling <= 1:
         raise UserError(f"bad_ceiling={config.bad_ceiling} is a share of samples; set it between 0 and 1")
 

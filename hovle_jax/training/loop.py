@@ -218,8 +218,9 @@ class Steps:
 
     def batches(self, first_step: int) -> Iterator[tuple]:
         """Those from `first_step` on, on the devices: (batch, events, samples drawn)."""
-        batches = self.dataset.iterate(first_step, self.config.workers, nobody_has=distributed.reached_by_all)
-        return prefetched(itertools.islice(batches, self.config.last_step - first_step), self.run.placement)
+        config = self.config
+        batches = self.dataset.iterate(first_step, config.workers, distributed.reached_by_all, config.worker_timeout)
+        return prefetched(itertools.islice(batches, config.last_step - first_step), self.run.placement)
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """The held-out metrics at a step."""

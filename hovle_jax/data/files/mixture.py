@@ -49,15 +49,18 @@ class Entry:
         return counts
 
 
-def open_mixture(path: str | os.PathLike, split: str = "train") -> list[Entry]:
+def open_mixture(path: str | os.PathLike, split: str = "train", outside_root: bool = False) -> list[Entry]:
     """The entries that data.source names: a meta file, or a source.
 
+    Args:
+      split: of folders that have several, unless one is named.
+      outside_root: the rows' image paths may lead out of their `root`.
     Raises:
       UserError: a file is missing or of an unknown kind, or an entry cannot be understood.
     """
     if str(path).endswith(".json"):
-        return _read_meta(str(path), split)
-    source = open_source(path, split=split)
+        return _read_meta(str(path), split, outside_root)
+    source = open_source(path, split=split, outside_root=outside_root)
     _check_not_empty(source, path)
     return [Entry(source)]
 
@@ -67,13 +70,13 @@ def _check_not_empty(source, path):
         raise UserError(f"{path} has no samples")
 
 
-def _read_meta(path, split):
+def _read_meta(path, split, outside_root):
     path, *more = storage.expand(path)
     if more:
         raise UserError(f"{path} and {len(more)} more meta files are named; a run reads one, which names all sources")
     try:
         meta = json.loads(storage.stream(path).read())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     described = (
         isinstance(meta, dict)
@@ -88,20 +91,20 @@ def _read_meta(path, split):
     weighted = [name for name, entry in meta.items() if "weight" in entry]
     if weighted and len(weighted) < len(meta):
         raise UserError(f"{path}: {weighted[0]!r} has a weight and others have none; give one to each, or repeat_time")
-    entries = [_entry(name, values, path, split) for name, values in meta.items()]
+    entries = [_entry(name, values, path, split, outside_root) for name, values in meta.items()]
     if weighted:
         weights = [_number(values, "weight", name, path) for name, values in meta.items()]
         entries = _balance(entries, weights)
     return entries
 
 
-def _entry(name, values, path, split):
+def _entry(name, values, path, split, outside_root):
     for key in values:
         near = difflib.get_close_matches(key, META_KEYS, n=1, cutoff=0.75)
         if key not in META_KEYS and near:
             raise UserError(f"{path}: {name!r} has an unknown key {key!r}; did you mean {near[0]!r}?")
     annotation, root = _near(values["annotation"], path), _near(values.get("root") or "", path)
-    source = open_source(annotation, name, root, values.get("split", split))
+    source = open_source(annotation, name, root, values.get("split", split), outside_root)
     _check_not_empty(source, annotation)
     repeat = _number(values, "repeat_time", name, path)
     max_tiles = values.get("max_dynamic_patch")
@@ -122,6 +125,8 @@ def _number(values, key, name, path):
 
 def _near(path, meta):
     """A path in a meta file: relative to the working folder, as in InternVL, or else to the meta file."""
+    if "::" in path:
+        raise UserError(f"{meta} names {path}: a meta file names files and URLs, no chain of file systems")
     if not path or storage.is_url(path) or os.path.isabs(path):
         return path
     beside = storage.join(meta.rpartition("/")[0], path)

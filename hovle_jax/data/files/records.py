@@ -7,7 +7,7 @@ import dataclasses
 
 from hovle_jax.data import images
 from hovle_jax.data.bad_samples import BadSample
-from hovle_jax.data.files import storage
+from hovle_jax.data.files import image_paths
 from hovle_jax.data.text.chat_template import IMAGE_MARK
 
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "model")
@@ -29,6 +29,7 @@ class Record:
       text: plain text.
       references: for each turn all answers that are right, the learned one among them.
       options: the texts of a multiple choice, A first.
+      root, outside_root: what the paths of images may be (see `image_paths`).
     """
 
     images: tuple = ()
@@ -39,6 +40,8 @@ class Record:
     text: str = ""
     references: tuple = ()
     options: tuple = ()
+    root: str = ""
+    outside_root: bool = False
 
     def image_bytes(self, index: int) -> bytes:
         """An encoded image. Raises BadSample if its file is missing or cannot be read."""
@@ -46,25 +49,26 @@ class Record:
         if not isinstance(image, str):
             return image
         try:
-            return storage.read(image)
+            return image_paths.read(image, self.root, self.outside_root)
         except BadSample as error:
             raise BadSample(error.reason.replace("file", "image"), error.detail) from None
 
 
-def parse(row: object, root: str = "") -> Record:
+def parse(row: object, root: str = "", outside_root: bool = False) -> Record:
     """A row -> Record. Raises BadSample with a reason.
 
     Args:
       row: a dict with `conversations` or `messages`, `question` and `answer`, a caption, or a text; and `image`. One
         question may have several `answers`, and `options` (or `choices`).
-      root: the folder that image paths are relative to.
+      root: the folder that image paths are relative to, and below which they stay.
+      outside_root: image paths may lead elsewhere.
     """
     if not isinstance(row, dict):
         raise BadSample("not_a_row", f"a {type(row).__name__} instead of an object with keys")
     for key in UNSUPPORTED:
         if row.get(key):
             raise BadSample("unsupported", f"it has {key!r}, which is not read")
-    encoded = _images(row, root)
+    encoded = _images(row, root, outside_root)
     caption = _caption(row, bool(encoded))
     if row.get("conversations") is not None:
         system, turns = _turns(row["conversations"], "from", "value")
@@ -79,7 +83,8 @@ def parse(row: object, root: str = "") -> Record:
     if text is not None and not isinstance(text, str):
         raise BadSample("not_text", f"'text' is a {type(text).__name__}")
     sizes = _sizes(row, len(encoded))
-    record = Record(encoded, sizes, turns, system, caption, _valid(text or ""), _references(row, turns), _options(row))
+    said = (turns, system, caption, _valid(text or ""), _references(row, turns), _options(row))
+    record = Record(encoded, sizes, *said, root, outside_root)
     if not (record.images or record.turns or record.caption or record.text.strip()):
         raise BadSample(
             "empty_row", f"neither images nor text under any known key; it has {', '.join(map(str, row))}"[:200]
@@ -87,21 +92,21 @@ def parse(row: object, root: str = "") -> Record:
     return record
 
 
-def _images(row, root):
+def _images(row, root, outside_root):
     # An empty path means no image: InternVL's rows of text alone are written so.
     value = next((row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "")), ())
     values = value if isinstance(value, (list, tuple)) else (value,)
-    return tuple(_image(value, root) for value in values)
+    return tuple(_image(value, root, outside_root) for value in values)
 
 
-def _image(value, root):
+def _image(value, root, outside_root):
     if isinstance(value, dict):  # as datasets of the Hugging Face hub keep images in Parquet
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     if not isinstance(value, str) or not value:
         raise BadSample("wrong_image_field", f"an image is given as {type(value).__name__} {str(value)[:40]!r}")
-    return storage.join(root, _valid(value))
+    return image_paths.named(_valid(value), root, outside_root)
 
 
 def _sizes(row, count):
@@ -219,8 +224,8 @@ def _options(row: dict) -> tuple:
     return tuple(map(str, options)) if isinstance(options, (list, tuple)) else ()
 
 
-def sizes_of(record: Record, upright: bool = True) -> tuple:
+def sizes_of(record: Record, upright: bool = True, max_pixels: int = images.MAX_PIXELS) -> tuple:
     """((width, height), ...) of a record's images, as its row states them, else from headers. Raises BadSample."""
     if record.sizes or not record.images:
         return record.sizes
-    return tuple(images.image_size(record.image_bytes(i), upright) for i in range(len(record.images)))
+    return tuple(images.image_size(record.image_bytes(i), upright, max_pixels) for i in range(len(record.images)))

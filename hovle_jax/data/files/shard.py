@@ -9,31 +9,66 @@ import abc
 import collections
 import dataclasses
 import functools
+import json
 import os
 import threading
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from hovle_jax.data.files import storage
+from hovle_jax.errors import UserError
 from hovle_jax.system.cache import cache_dir, locked
 
 OPEN_READERS = 256
-INDEX_VERSION = 2
+INDEX_VERSION = 3
+DONE = "done"  # of an index: {name of an array: its file's checksum}
+
+
+class UnreadableShard(UserError):
+    """A file of rows that cannot be read at all; among others it counts as bad samples."""
 
 
 def cached_arrays(key: Sequence, build: Callable[[], dict[str, np.ndarray]] | None) -> dict[str, np.ndarray]:
     """{name: array} from the cache, memory-mapped; from `build()` the first time, which may be None later."""
     folder = cache_dir("index", storage.hash_key(INDEX_VERSION, *key))
-    if not (folder / "done").exists():
+    arrays = _whole(folder)
+    if arrays is None:
         with locked(folder):
-            if not (folder / "done").exists():
+            arrays = _whole(folder)
+            if arrays is None:
                 assert build is not None, "the process that hands on a key has built its arrays"
-                for name, array in build().items():
-                    np.save(folder / f"{name}.npy", array)
-                (folder / "done").touch()
-    return {path.stem: _load(path) for path in sorted(folder.glob("*.npy"))}
+                arrays = _written(folder, build())
+    return arrays
+
+
+def _whole(folder):
+    """The arrays as they were written; None where there are none, or a file is not what it was."""
+    try:
+        checksums = json.loads((folder / DONE).read_text())
+        paths = {name: folder / f"{name}.npy" for name in checksums}
+        if all(_checksum(path) == checksums[name] for name, path in paths.items()):
+            return {name: _load(path) for name, path in paths.items()}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError):
+        pass
+    return None
+
+
+def _written(folder, arrays):
+    """Each file takes the place of a damaged one at once, which another process may have mapped."""
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.new.npy", array)
+        os.replace(folder / f"{name}.new.npy", folder / f"{name}.npy")
+    checksums = {name: _checksum(folder / f"{name}.npy") for name in arrays}
+    (folder / f"{DONE}.new").write_text(json.dumps(checksums))
+    os.replace(folder / f"{DONE}.new", folder / DONE)
+    return {name: _load(folder / f"{name}.npy") for name in arrays}
+
+
+def _checksum(path):
+    return zlib.crc32(np.memmap(path, np.uint8, "r"))
 
 
 def _load(path):
@@ -108,5 +143,13 @@ class Shard(abc.ABC):
         return storage.hash_key(self.stamp)
 
     def arrays(self, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """This shard's index, from the cache or from build()."""
-        return self.opened(lambda: cached_arrays(self.stamp, build))
+        """This shard's index, from the cache or from build(). Raises UnreadableShard for a file that cannot be read."""
+        return _readers.get(("index", self.key), lambda: cached_arrays(self.stamp, lambda: self._built(build)))
+
+    def _built(self, build):
+        try:
+            return build()
+        except OSError as error:
+            if storage.is_url(self.path):  # the network's failures shape no data
+                raise
+            raise UnreadableShard(f"{self.path} cannot be read: {error.strerror or error}") from None

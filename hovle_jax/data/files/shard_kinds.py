@@ -1,40 +1,22 @@
 """The kinds of files in which people keep samples, each a shard: jsonl, text, tar, Parquet, ArrayRecord, TFDS."""
 
 import dataclasses
-import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.files import storage
-from hovle_jax.data.files.shard import Readers, Shard
+from hovle_jax.data.files.shard import Readers, Shard, UnreadableShard
+from hovle_jax.data.files.tar_shard import TarShard
+from hovle_jax.data.files.text_of_rows import LARGEST_ROW, decode_json, decode_text
 from hovle_jax.errors import UserError
 
-BYTE_ORDER_MARK = "\ufeff".encode()  # some editors put it at the beginning of a file
 TEXT_SPAN = 65_536  # bytes of plain text in a row at most; spans end with a line
 ROW_GROUPS = 8  # of Parquet files, kept in memory
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 _row_groups = Readers(ROW_GROUPS)
-
-
-def _decode(raw):
-    try:
-        return raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSample("not_utf8", error) from None
-
-
-def _json(raw):
-    try:
-        return json.loads(_decode(raw))
-    except ValueError as error:  # also a number with too many digits
-        raise BadSample("broken_json", error) from None
-    except RecursionError:
-        raise BadSample("broken_json", "nested too deeply") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +33,33 @@ class JsonlShard(Shard):
 
     def row(self, index: int) -> Any:
         start, end = map(int, self.lines[index])
-        return _json(storage.read(self.path, start, end - start))
+        if end - start > LARGEST_ROW:
+            raise BadSample("row_too_large", f"{end - start:,} bytes, and at most {LARGEST_ROW:,} are read")
+        return decode_json(storage.read(self.path, start, end - start))
 
     def name(self, index: int) -> str:
         return f"line at byte {int(self.lines[index][0])}"
 
 
 def _lines(path):
-    """[n, 2] int64: beginning and end of each line that is not blank."""
-    lines, offset, pending = [], 0, b""
+    """[n, 2] int64: beginning and end of each line that is not blank; of a line no more is kept than where it is."""
+    lines, offset, start, blank = [], 0, 0, True
+
+    def end_at(end):
+        if not blank:
+            lines.append((start, end))
+
     with storage.stream(path) as file:
-        while block := file.read(2**24):
-            *whole, pending = (pending + block).split(b"\n")
-            for line in whole:
-                if line.strip():
-                    lines.append((offset, offset + len(line)))
-                offset += len(line) + 1
-    if pending.strip():
-        lines.append((offset, offset + len(pending)))
+        while block := file.read(2**22):
+            first, *more = block.split(b"\n")
+            blank = blank and not first.strip()
+            at = offset + len(first)
+            for piece in more:
+                end_at(at)
+                start, blank = at + 1, not piece.strip()
+                at = start + len(piece)
+            offset += len(block)
+    end_at(offset)
     return np.asarray(lines, np.int64).reshape(-1, 2)
 
 
@@ -86,7 +77,7 @@ class TextShard(Shard):
 
     def row(self, index: int) -> dict[str, str]:
         start, end = map(int, self.spans[index])
-        return {"text": _decode(storage.read(self.path, start, end - start))}
+        return {"text": decode_text(storage.read(self.path, start, end - start))}
 
     def name(self, index: int) -> str:
         return f"text at byte {int(self.spans[index][0])}"
@@ -112,102 +103,6 @@ def _spans(path):
 
 
 @dataclasses.dataclass(frozen=True)
-class TarShard(Shard):
-    """webdataset and img2dataset: members that share a name up to its first dot are one row."""
-
-    @property
-    def _index(self):
-        return self.arrays(lambda: _tar_index(self.path))
-
-    def __len__(self) -> int:
-        return len(self._index["rows"]) - 1
-
-    def _members(self, index) -> Iterator[tuple[str, int, int]]:
-        """(name, offset, size) of each member of a row."""
-        arrays = self._index
-        first, last = arrays["rows"][index : index + 2]
-        ends = arrays["name_ends"]
-        for k in range(int(first), int(last)):
-            start = int(ends[k - 1]) if k else 0
-            name = bytes(arrays["names"][start : int(ends[k])]).decode("utf-8", "replace")
-            offset, size = map(int, arrays["places"][k])
-            yield name, offset, size
-
-    def row(self, index: int) -> dict[str, Any]:
-        row, images = {}, []
-        for name, offset, size in self._members(index):
-            extension = _split_name(name)[1].lower()
-            if size < 0:
-                raise BadSample("truncated_shard", f"from byte {offset} on it cannot be read as a tar archive")
-            data = storage.read(self.path, offset, size)
-            if len(data) < size:
-                raise BadSample("truncated_shard", f"{name} has {size} bytes, of which the file holds {len(data)}")
-            kind = extension.rsplit(".", 1)[-1]
-            if kind in IMAGE_SUFFIXES:
-                images.append((extension, data))
-            elif kind == "json":
-                value = _json(data)
-                if not isinstance(value, dict):
-                    raise BadSample("not_a_row", f"{name} holds a {type(value).__name__}")
-                row |= value
-            elif kind in ("txt", "text", "caption"):
-                row["caption"] = _decode(data)
-        if images:
-            row["image"] = [data for _, data in sorted(images, key=lambda pair: pair[0])]
-        return row
-
-    def name(self, index: int) -> str:
-        return _split_name(next(iter(self._members(index)))[0])[0]
-
-
-def _split_name(name):
-    """'folder/0001.seg.png' -> ('folder/0001', 'seg.png')."""
-    folder, _, base = name.rpartition("/")
-    key, _, extension = base.partition(".")
-    return (f"{folder}/{key}" if folder else key), extension
-
-
-def _tar_index(path):
-    """Where each member lies, grouped into rows: adjacent members with the same key.
-
-    A truncated archive has one more row, of size -1, so that the loss of the rest is reported.
-    """
-    import tarfile
-
-    names, places, rows, previous = [], [], [], None
-    with storage.stream(path) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep them all)
-                    if not member.isfile():
-                        continue
-                    key = _split_name(member.name)[0]
-                    if key != previous:
-                        rows.append(len(places))
-                        previous = key
-                    names.append(member.name.encode("utf-8", "surrogateescape"))
-                    places.append((member.offset_data, member.size))
-                file.seek(tar.offset)
-                ends = not file.read(tarfile.BLOCKSIZE).strip(b"\0") and file.tell() > tar.offset
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            # Members before the truncation can be read; a file that is no tar has none.
-            if not places:
-                raise UserError(f"{path} cannot be read as a tar archive: {error}") from None
-            ends = False
-        if not ends:
-            rows.append(len(places))
-            names.append(b"the rest of the archive")
-            places.append((sum(places[-1]) if places else 0, -1))
-    return {
-        "names": np.frombuffer(b"".join(names), np.uint8),
-        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
-        "places": np.asarray(places, np.int64).reshape(-1, 2),
-        "rows": np.asarray([*rows, len(places)], np.int64),
-    }
-
-
-@dataclasses.dataclass(frozen=True)
 class ParquetShard(Shard):
     """A table. A row group is read as a whole and the last few are kept in memory, so small row groups are better."""
 
@@ -221,9 +116,11 @@ class ParquetShard(Shard):
 
             try:
                 file = pq.ParquetFile(storage.stream(self.path))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise UserError(f"{self.path} cannot be read as a Parquet file: {error}") from None
-            counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                if min(counts, default=0) < 0:
+                    raise ValueError("a row group has fewer than no rows")
+            except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+                raise UnreadableShard(f"{self.path} cannot be read as a Parquet file: {error}") from None
             return file, np.cumsum([0, *counts]), threading.Lock()
 
         return self.opened(open_file)
@@ -250,7 +147,7 @@ class ParquetShard(Shard):
         try:
             with lock:  # many threads share one reader
                 table = file.read_row_group(group)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
             raise BadSample("broken_record", f"row group {group}: {error}") from None
         return {name: table.column(name) for name in table.column_names}
 
@@ -266,9 +163,9 @@ class ArrayRecordShard(Shard):
             try:
                 reader = ArrayRecordReader(self.path, options="readahead_buffer_size:0")
             except (ValueError, RuntimeError) as error:
-                raise UserError(f"{self.path} cannot be read as an ArrayRecord file: {error}") from None
+                raise UnreadableShard(f"{self.path} cannot be read as an ArrayRecord file: {error}") from None
             if not reader.ok():  # it would report 0 records
-                raise UserError(
+                raise UnreadableShard(
                     f"{self.path} cannot be read as an ArrayRecord file: it is truncated, or of another kind"
                 )
             return reader, threading.Lock()
@@ -276,7 +173,8 @@ class ArrayRecordShard(Shard):
         return self.opened(open_file)
 
     def __len__(self) -> int:
-        return self._reader()[0].num_records()
+        count = lambda: {"rows": np.asarray([self._reader()[0].num_records()])}
+        return int(self.arrays(count)["rows"][0])
 
     def row(self, index: int) -> Any:
         import msgpack
@@ -293,59 +191,8 @@ class ArrayRecordShard(Shard):
         try:
             row = self.row(index)
             return str(row.get("id", index)) if isinstance(row, dict) else str(index)
-        except BadSample:
+        except (BadSample, UnreadableShard):
             return str(index)
-
-
-@dataclasses.dataclass(frozen=True)
-class TfdsShard(Shard):
-    """A split of a prepared TFDS data set (a folder with dataset_info.json), images left encoded."""
-
-    split: str
-
-    def _data(self):
-        return self.opened(lambda: _tfds_source(self.path, self.split))
-
-    def __len__(self) -> int:
-        return len(self._data())
-
-    def row(self, index: int) -> dict[str, Any]:
-        data = self._data()
-        try:
-            row = data[index]
-        except Exception as error:  # noqa: BLE001 (as in _tfds_source)
-            raise BadSample("broken_record", error) from None
-        return {key: _plain(value) for key, value in row.items()}
-
-
-def _tfds_source(path, split):
-    import logging
-
-    absl = logging.getLogger("absl")
-    absl.setLevel(max(absl.level, logging.ERROR))  # a command may have silenced more
-    import tensorflow_datasets as tfds
-
-    try:
-        builder: Any = tfds.builder_from_directory(path)  # TFDS's own types are too narrow
-        features = builder.info.features.items()
-        encoded = {k: tfds.decode.SkipDecoding() for k, f in features if isinstance(f, tfds.features.Image)}
-        return builder.as_data_source(split, decoders=encoded)
-    except Exception as error:  # noqa: BLE001 (tfds raises anything)
-        raise UserError(f"{path} has no split {split!r} that TFDS reads as ArrayRecord: {error}") from None
-
-
-def _plain(value):
-    """TFDS's numpy values as plain ones: texts as str, encoded images as bytes."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, np.ndarray)):
-        return [_plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
-    return value.item() if isinstance(value, np.generic) else value
 
 
 SHARD_KINDS = {

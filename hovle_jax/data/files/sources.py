@@ -8,11 +8,42 @@ from typing import Any
 
 import numpy as np
 
-from hovle_jax.data.bad_samples import printable
+from hovle_jax.data.bad_samples import BadEvent, BadSample
 from hovle_jax.data.files import storage
-from hovle_jax.data.files.shard import Shard
-from hovle_jax.data.files.shard_kinds import SHARD_KINDS, ArrayRecordShard, TfdsShard
+from hovle_jax.data.files.records import Record, parse
+from hovle_jax.data.files.shard import Shard, UnreadableShard
+from hovle_jax.data.files.shard_kinds import SHARD_KINDS, ArrayRecordShard
+from hovle_jax.data.files.tfds_shard import TfdsShard
 from hovle_jax.errors import UserError
+from hovle_jax.system.printable import printable
+
+UNREADABLE = "unreadable_shard"
+
+
+@dataclasses.dataclass(frozen=True)
+class LostShard(Shard):
+    """A file among others that cannot be read, as one bad row that stands for all of them.
+
+    Attributes:
+      problem: what is wrong with it.
+      samples: how many it may have held, as the others hold on average.
+    """
+
+    problem: str
+    samples: int
+
+    @functools.cached_property
+    def stamp(self) -> tuple:
+        return ("LostShard", self.path)
+
+    def __len__(self) -> int:
+        return 1
+
+    def row(self, index: int) -> Any:
+        raise BadSample(UNREADABLE, self.problem)
+
+    def name(self, index: int) -> str:
+        return "all of it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +52,14 @@ class Source:
 
     Attributes:
       name: how reports name it.
-      root: the folder that image paths are relative to.
+      root: the folder that image paths are relative to, and below which they stay.
+      outside_root: image paths may lead elsewhere.
     """
 
     name: str
     shards: tuple[Shard, ...]
     root: str = ""
+    outside_root: bool = False
 
     @functools.cached_property
     def _ends(self):
@@ -42,7 +75,24 @@ class Source:
     def __getitem__(self, index: int) -> Any:
         """A row. Raises BadSample if it cannot be read."""
         shard, inner = self._find(index)
-        return shard.row(inner)
+        try:
+            return shard.row(inner)
+        except UnreadableShard as error:  # since it was opened
+            raise BadSample(UNREADABLE, error) from None
+
+    def after_shard(self, index: int) -> int:
+        """The first row of the shard after that of a row; of the last one, the number of all rows."""
+        return int(self._ends[np.searchsorted(self._ends, index, side="right")])
+
+    def event(self, index: int, reason: str, detail: str) -> BadEvent:
+        """A row that cannot be used, as it is listed before any step."""
+        shard, _ = self._find(index)
+        samples = shard.samples if isinstance(shard, LostShard) else 1
+        return BadEvent(-1, self.name, *self.where(index), reason, detail, samples=samples)
+
+    def record(self, index: int) -> Record:
+        """A row as what it means. Raises BadSample if it cannot be read, or means nothing."""
+        return parse(self[index], self.root, self.outside_root)
 
     def where(self, index: int) -> tuple[str, str]:
         """(shard's path, the row's name in it)."""
@@ -54,7 +104,9 @@ class Source:
         return [shard.stamp for shard in self.shards]
 
 
-def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", split: str = "train") -> Source:
+def open_source(
+    pattern: str | os.PathLike, name: str = "", root: str = "", split: str = "train", outside_root: bool = False
+) -> Source:
     """The source that a path, a pattern or a URL names.
 
     Args:
@@ -62,6 +114,7 @@ def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", spli
         without a split as in FOLDER:test.
       root: the folder that image paths are relative to; empty = that of the (first) file.
       split: of a folder whose split `pattern` does not name.
+      outside_root: the rows' image paths may lead out of `root`.
     Raises:
       UserError: there is no such file, or it is of an unknown kind.
     """
@@ -70,7 +123,8 @@ def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", spli
         pattern, split = folder, named_split
     paths = storage.expand(pattern)
     if len(paths) == 1 and not storage.is_url(paths[0]) and os.path.isdir(paths[0]):
-        return Source(name or pathlib.Path(paths[0]).name, _folder_shards(pathlib.Path(paths[0]), split), root)
+        name, folder = printable(name or pathlib.Path(paths[0]).name), pathlib.Path(paths[0])
+        return Source(name, _readable(_folder_shards(folder, split)), root or str(folder), outside_root)
     shards = []
     for path in paths:
         suffix = pathlib.PurePosixPath(path).suffix.lower()
@@ -80,7 +134,26 @@ def open_source(pattern: str | os.PathLike, name: str = "", root: str = "", spli
             )
         shards.append(SHARD_KINDS[suffix](path))
     root = root or paths[0].rpartition("/")[0]
-    return Source(name or pathlib.PurePosixPath(str(pattern)).stem, tuple(shards), root)
+    name = printable(name or pathlib.PurePosixPath(str(pattern)).stem)
+    return Source(name, _readable(tuple(shards)), root, outside_root)
+
+
+def _readable(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
+    """The shards; in the place of one that cannot be read, a LostShard. Raises UnreadableShard if none can be."""
+    if len(shards) < 2:
+        return shards
+    lengths, lost = {}, {}
+    for shard in shards:
+        try:
+            lengths[shard] = len(shard)
+        except (UnreadableShard, OSError) as error:
+            if storage.is_url(shard.path):
+                raise
+            lost[shard] = error
+    if not lengths:
+        raise UnreadableShard(str(next(iter(lost.values()))))
+    mean = max(1, round(sum(lengths.values()) / len(lengths)))
+    return tuple(LostShard(s.path, printable(lost[s]), mean) if s in lost else s for s in shards)
 
 
 def _folder_shards(folder, split):

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import pathlib
+import queue
 import re
+import threading
 import time
 from typing import Any
 
@@ -15,6 +17,7 @@ from hovle_jax.errors import UserError
 LARGEST = 2**31  # bytes of a file that is read as a whole; a path given by mistake may be that of a film
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # shards-{00000..00127}.tar
 RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds between the attempts to read a URL
+URL_SECONDS = 120.0  # of each attempt
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -51,7 +54,8 @@ def expand(pattern: str | os.PathLike) -> list[str]:
         exists = found and fs.exists(path) if not glob.has_magic(path) else bool(found)
     else:
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
-        exists = all(os.path.exists(path) for path in found) and bool(found)
+        # A link without its file, among the files of a pattern, is one of them that cannot be read.
+        exists = bool(found) if found != [pattern] else os.path.exists(pattern)
     if not exists:
         raise UserError(f"no file at {pattern}; check the path, or the annotation that names it")
     return found
@@ -72,8 +76,9 @@ def read(path: str | os.PathLike, offset: int = 0, length: int | None = None) ->
         with open(path, "rb", buffering=0, opener=_open_at_once) as file:
             if offset:
                 file.seek(offset)
-            size = os.fstat(file.fileno()).st_size - offset if length is None else length
-            if length is None and size > LARGEST:
+            held = os.fstat(file.fileno()).st_size - offset
+            size = max(0, held if length is None else min(length, held))  # whatever a header states
+            if size > LARGEST:
                 raise BadSample("unreadable_file", f"{path} has {size:,} bytes, and at most {LARGEST:,} are read")
             data = file.read(size)
             while len(data) < size and (more := file.read(size - len(data))):  # one call reads 2 GiB at most
@@ -99,7 +104,7 @@ def _read_url(path, start, end) -> Any:
     for wait in (*RETRY_AFTER, None):
         try:
             fs, inner = _file_system(path)
-            return fs.cat_file(inner, start=start, end=end)
+            return _within(URL_SECONDS, lambda fs=fs, inner=inner: fs.cat_file(inner, start=start, end=end))
         except FileNotFoundError:
             raise BadSample("missing_file", f"{path} does not exist") from None
         except UserError as error:
@@ -108,6 +113,26 @@ def _read_url(path, start, end) -> Any:
             if wait is None:
                 raise BadSample("unreadable_file", f"{path}: {error}") from None
             time.sleep(wait)
+
+
+def _within(seconds, function):
+    """function(), in a thread that is left behind when it takes longer: no file system has a limit of its own."""
+    results = queue.SimpleQueue()
+
+    def run():
+        try:
+            results.put((function(), None))
+        except Exception as error:  # noqa: BLE001 (raised below)
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def stream(path: str | os.PathLike) -> Any:

@@ -9,7 +9,7 @@ from hovle_jax.config import RunConfig
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.records import Record, sizes_of
-from hovle_jax.data.images import decode_image, single_tile
+from hovle_jax.data.images import MAX_PIXELS, decoded_image, single_tile
 from hovle_jax.data.kinds.base import Kind, Reader, Room, RowLimits
 from hovle_jax.data.kinds.needs import Costs, Needs
 from hovle_jax.data.processor import Processor
@@ -33,16 +33,18 @@ class PairReader(Reader):
     Attributes:
       shape: of the towers' inputs.
       upright: rotate images as their EXIF orientation says.
+      max_pixels: an image of more is a bad sample.
     """
 
     shape: PairShape
     upright: bool
+    max_pixels: int = MAX_PIXELS
 
     def needs(self, record: Record) -> Needs:
         _check_image(record)
         if not _description(record):
             raise BadSample("no_caption", "a pair is an image with a text about it")
-        return Needs(1, 1, 1, sizes_of(record, self.upright)[:1])
+        return Needs(1, 1, 1, sizes_of(record, self.upright, self.max_pixels)[:1])
 
     def make(
         self,
@@ -53,7 +55,8 @@ class PairReader(Reader):
         augment: bool = False,
     ) -> Sample:
         _check_image(record)
-        tiles = single_tile(decode_image(record.image_bytes(0), self.upright), self.shape.image_size)
+        with decoded_image(record.image_bytes(0), self.upright, self.max_pixels) as image:
+            tiles = single_tile(image, self.shape.image_size)
         ids = [*self._begin, *self.tokenizer.encode(_description(record))][: self.shape.context - 1]
         return pair(tiles, [*ids, self.shape.end_id])
 
@@ -62,7 +65,7 @@ class PairReader(Reader):
         return Room(one, one, np.ones_like(one), {})
 
     def index_key(self) -> list:
-        return [*super().index_key(), self.upright]
+        return [*super().index_key(), self.upright, self.max_pixels]
 
 
 def _check_image(record):
@@ -105,7 +108,8 @@ class Captions(Kind):
         return RowLimits(1, 1, 1)
 
     def reader(self, config: RunConfig, tokenizer: Tokenizer) -> PairReader:
-        return PairReader(self, Processor.of_run(config, tokenizer), self.shape(config), config.data.upright)
+        data, processor = config.data, Processor.of_run(config, tokenizer)
+        return PairReader(self, processor, self.shape(config), data.upright, data.max_pixels)
 
     def shape(self, config: RunConfig, tokenizer: Tokenizer | None = None) -> PairShape:
         towers = self._towers(config)

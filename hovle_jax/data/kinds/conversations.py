@@ -44,7 +44,7 @@ class Conversations(PackedKind):
     def reader(self, config: RunConfig, tokenizer: Tokenizer) -> ConversationReader:
         data = config.data
         processor = Processor.of_run(config, tokenizer)
-        return ConversationReader(self, processor, data.sequence_length, data.tiles, data.upright)
+        return ConversationReader(self, processor, data.sequence_length, data.tiles, data.upright, data.max_pixels)
 
     def fields(self, row: PackedRow) -> dict:
         return row.image_fields() | row.target_fields()

@@ -65,4 +65,4 @@ class Costs:
 
     def events(self, source: Source) -> list[BadEvent]:
         """The bad samples, as events before any step."""
-        return [BadEvent(-1, source.name, *source.where(i), reason, detail) for i, reason, detail in self.bad]
+        return [source.event(i, reason, detail) for i, reason, detail in self.bad]

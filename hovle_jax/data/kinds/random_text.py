@@ -51,7 +51,8 @@ class RandomText(PackedKind):
     def reader(self, config: RunConfig, tokenizer: Tokenizer) -> RandomTextReader:
         data = config.data
         processor = Processor.of_run(config, tokenizer)
-        return RandomTextReader(self, processor, data.sequence_length, data.tiles, data.upright, data.random_tokens)
+        limits = data.sequence_length, data.tiles, data.upright, data.max_pixels
+        return RandomTextReader(self, processor, *limits, data.random_tokens)
 
     def fields(self, row: PackedRow) -> dict:
         length = len(row.short.tokens)

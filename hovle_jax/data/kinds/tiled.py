@@ -1,6 +1,7 @@
 """Records with images as token sequences with tiles, truncated to a row."""
 
 import abc
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.records import Record, sizes_of
-from hovle_jax.data.images import Tiling, decode_image, recompress
+from hovle_jax.data.images import Tiling, decoded_image, recompress
 from hovle_jax.data.kinds.base import Reader, Room
 from hovle_jax.data.kinds.needs import Costs, Needs
 from hovle_jax.data.text.conversation import Encoded
@@ -21,11 +22,13 @@ class TiledReader(Reader):
     Attributes:
       length, tiles: the most tokens and tiles that a row, and so a sample, has.
       upright: rotate images as their EXIF orientation says.
+      max_pixels: an image of more is a bad sample.
     """
 
     length: int
     tiles: int
     upright: bool
+    max_pixels: int
 
     @abc.abstractmethod
     def encode(self, record: Record, counts: tuple, rng: np.random.Generator) -> Encoded:
@@ -45,7 +48,7 @@ class TiledReader(Reader):
         encoded = self.encode(record, (0,) * len(record.images), np.random.default_rng(0))
         first = int(encoded.supervised.argmax())
         images_before = int((encoded.tokens[:first] == self._image_start).sum())
-        return Needs(len(encoded.tokens), first + 1, images_before, sizes_of(record, self.upright))
+        return Needs(len(encoded.tokens), first + 1, images_before, sizes_of(record, self.upright, self.max_pixels))
 
     def make(
         self,
@@ -59,9 +62,9 @@ class TiledReader(Reader):
         images = len(record.images)
         # An image takes at least one tile, so images beyond the row's number of tiles would be truncated anyway.
         seen = min(images, self.tiles)
-        decoded = (decode_image(record.image_bytes(i), self.upright) for i in range(seen))  # one at a time in memory
         processor = dataclasses.replace(self.processor, tiling=self.tiling(max_tiles))
-        tiles = processor.cut(decoded, images)
+        with contextlib.closing(self._decoded(record, seen)) as decoded:
+            tiles = processor.cut(decoded, images)
         counts = (*map(len, tiles), *[1] * (images - seen))
         encoded = self.encode(record, counts, rng)
         keep, kept_images = self._kept(encoded.tokens, counts)
@@ -72,6 +75,12 @@ class TiledReader(Reader):
             )
         tiles = processor.joined(tiles[:kept_images])
         return Sample(encoded.tokens[:keep], encoded.supervised[:keep], recompress(tiles, rng) if augment else tiles)
+
+    def _decoded(self, record, count):
+        """One image at a time in memory."""
+        for i in range(count):
+            with decoded_image(record.image_bytes(i), self.upright, self.max_pixels) as image:
+                yield image
 
     def _kept(self, tokens, counts):
         """-> (how many tokens fit into a row, how many images); an image is never split."""
@@ -101,7 +110,7 @@ class TiledReader(Reader):
         return Room(text + tiles * each, np.minimum(tiles, self.tiles), np.ones_like(text), unusable)
 
     def index_key(self) -> list:
-        return [*super().index_key(), self.upright]
+        return [*super().index_key(), self.upright, self.max_pixels]
 
     def plan_key(self) -> list:
         return list(dataclasses.astuple(self.processor.tiling))

@@ -2,16 +2,18 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from hovle_jax.data.bad_samples import BadSample
-from hovle_jax.data.files.records import parse
 from hovle_jax.data.files.shard import cached_arrays
 from hovle_jax.data.files.sources import Source
 from hovle_jax.data.kinds import Reader
 from hovle_jax.data.kinds.needs import Costs
+from hovle_jax.errors import UserError
+from hovle_jax.system.processes import end_with_parent
 from hovle_jax.system.progress import track
 
 CHUNK = 2048  # samples that a worker process inspects at a time
@@ -24,7 +26,7 @@ def costs_of(source: Source, reader: Reader, say: Callable[[str], object] = prin
     Args:
       workers: processes that inspect samples if there are many; 0 = this process alone.
     """
-    key = ("costs", source.fingerprint(), source.root, reader.index_key())
+    key = ("costs", source.fingerprint(), source.root, source.outside_root, reader.index_key())
     build = lambda: _build(source, reader, say, workers)
     costs = _load(cached_arrays(key, build))
     # People may repair an image's file, which changes nothing in the file of rows.
@@ -69,8 +71,14 @@ def _each(function, spans, workers):
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")  # this process has threads, which a fork would break
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(function, spans)
+    ending = {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, **ending) as pool:
+        try:
+            yield from pool.map(function, spans)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                f"one of the {workers} processes that index was killed (out of memory?); set fewer workers, or 0"
+            ) from None
 
 
 def inspect_samples(source: Source, reader: Reader, span: Iterable[int]) -> list[tuple[tuple, tuple[str, str] | None]]:
@@ -78,7 +86,7 @@ def inspect_samples(source: Source, reader: Reader, span: Iterable[int]) -> list
     inspected = []
     for i in span:
         try:
-            need = reader.needs(parse(source[i], source.root))
+            need = reader.needs(source.record(i))
             inspected.append(((need.text, need.first, need.images_before, need.sizes), None))
         except BadSample as error:
             inspected.append(((0, 0, 0, ()), (error.reason, error.detail)))

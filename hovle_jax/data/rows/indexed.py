@@ -18,8 +18,8 @@ from hovle_jax.config import RunConfig
 from hovle_jax.data.bad_samples import NOT_FOR_THE_KIND, BadEvent, BadSample
 from hovle_jax.data.batch import HELD_OUT_SEED, CorpusSummary, Row
 from hovle_jax.data.files.mixture import Entry, open_mixture
-from hovle_jax.data.files.records import parse
 from hovle_jax.data.files.shard import cached_arrays
+from hovle_jax.data.files.sources import UNREADABLE
 from hovle_jax.data.kinds import Kind, Reader
 from hovle_jax.data.kinds.base import RowLimits
 from hovle_jax.data.kinds.needs import Costs
@@ -118,17 +118,21 @@ class IndexedCorpus:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, split: str = "train", say: Callable[[str], object] = print
+        cls,
+        path: str | os.PathLike,
+        split: str = "train",
+        say: Callable[[str], object] = print,
+        outside_root: bool = False,
     ) -> "IndexedCorpus":
-        """The corpus of a meta file or a source. Raises UserError if it cannot be opened."""
-        return cls(tuple(open_mixture(path, split)), say)
+        """The corpus of a meta file or a source, see `open_mixture`. Raises UserError if it cannot be opened."""
+        return cls(tuple(open_mixture(path, split, outside_root)), say)
 
     def texts(self) -> Iterator[str]:
         """The text of the first samples of each source, for training a tokenizer."""
         for entry in self.entries:
             for i in range(min(entry.used, TOKENIZER_TEXTS // len(self.entries))):
                 try:
-                    record = parse(entry.source[i], entry.source.root)
+                    record = entry.source.record(i)
                 except BadSample:
                     continue
                 yield from (line for line in _texts_of(record) if line.strip())
@@ -155,7 +159,14 @@ class IndexedCorpus:
             first = f"; the first: {events[0].reason}: {events[0].detail}" if events else ""
             raise UserError(f"none of the samples of {config.data.source} gives batches of {kind.name}{first}")
         sources = [
-            [e.source.fingerprint(), e.source.root, e.repeat, e.max_tiles, [i for i, *_ in cost.bad]]
+            [
+                e.source.fingerprint(),
+                e.source.root,
+                e.source.outside_root,
+                e.repeat,
+                e.max_tiles,
+                [i for i, *_ in cost.bad],
+            ]
             for e, cost in zip(self.entries, costs)
         ]
         key = ("epoch plan", sources, reader.index_key(), reader.plan_key(), list(limits), seed)
@@ -265,9 +276,8 @@ class RowMaker:
         """-> (sample or None, events): the planned sample, or the next one of its source that fits into its place."""
         entry_number, record, piece, tokens, tiles = place
         entry = self.entries[entry_number]
-        first_error = None
+        first_error, index = None, record
         for k in range(min(REPLACEMENTS, entry.used)):
-            index = (record + k) % entry.used
             try:
                 sample = self._make(entry, index, piece if k == 0 else 0, seed)
                 if not self.reader.kind.fits(sample, tokens, tiles):
@@ -278,6 +288,9 @@ class RowMaker:
                     )
             except BadSample as error:
                 first_error = first_error or error
+                # Of a file that has become unreadable no other sample is tried.
+                following = entry.source.after_shard(index) if error.reason == UNREADABLE else index + 1
+                index = following % entry.used
                 continue
             if first_error is None:
                 return sample, []
@@ -286,7 +299,7 @@ class RowMaker:
 
     def _make(self, entry, index, piece, seed):
         augment = self.augment if entry.augment is None else entry.augment
-        record = parse(entry.source[index], entry.source.root)
+        record = entry.source.record(index)
         rng = np.random.default_rng(seed)
         return self.reader.make(record, rng, piece, entry.max_tiles, augment and not self.held_out)
 
