@@ -43,7 +43,7 @@ def read_tokenizer(source: pathlib.Path, checkpoint: Checkpoint) -> tuple[Tokeni
         else:
             return None, f"{source} has neither tokenizer.model nor tokenizer.json"
         if tokenizer.chat_template is not None:
-            chat_template.compiled(tokenizer.chat_template)
+            chat_template.check(tokenizer.chat_template)
     except Unsupported as error:
         return None, str(error)
     except Exception as error:  # the libraries' own errors, of many kinds
