@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from hovle_jax.data.text.broken import check_ids, readable
 from hovle_jax.errors import UserError
 
 # At the top of the vocabulary, in the order of the public checkpoints (InternLM2: 92542 to 92552).
@@ -173,6 +174,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"the SentencePiece model is {'broken' if model else 'empty'}; fetch the file again")
         size = self._pieces.vocab_size()
         added = self._usual_added() if added is None else dict(added)
+        check_ids(added.values(), size)
         super().__init__(added | {"<s>": self.bos, "</s>": self.eos})
         self.added = added
         self.first_special = min([size, *added.values()])
@@ -287,6 +289,8 @@ class HuggingFaceTokenizer(Tokenizer):
       text: the file's content.
       bos: a token's name or None.
       stops: names of the tokens that end an answer, the end-of-sequence token first.
+    Raises:
+      UserError: an id that no vocabulary of so many tokens has; the library raises anything where the file is broken.
     """
 
     def __init__(self, text: str, bos: str | None = None, stops: Sequence[str] = ()):
@@ -298,10 +302,15 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from None
         self.text, self.settings = text, {"bos": bos, "stops": list(stops)}
         self._model = tokenizers.Tokenizer.from_str(text)
+        # A file may ask for texts of a fixed number of ids, such as 2^40.
+        self._model.no_padding()
+        self._model.no_truncation()
         self._model.encode_special_tokens = True  # as ordinary text
         added = self._model.get_added_tokens_decoder()
         super().__init__({token.content: i for i, token in added.items() if token.special})
-        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        check_ids(vocabulary.values())
         # Small ids may be special too (SmolLM2's 0 to 16); only those in the upper half count as "at the top".
         self.first_special = min([i for i in self._names if i >= self.vocab_size // 2], default=self.vocab_size)
         self.bos = None if bos is None else self.special(bos)
@@ -339,13 +348,18 @@ def load_tokenizer(place: str | os.PathLike) -> Tokenizer:
     """A tokenizer, with its chat template, from a folder, or one without from a SentencePiece file.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or one of its files is broken.
     """
     place = pathlib.Path(place)
-    if place.is_file():
-        return SentencePieceTokenizer(place.read_bytes())
-    if not has_tokenizer(place):
+    if not place.is_file() and not has_tokenizer(place):
         raise UserError(f"no tokenizer at {place}; point tokenizer.path at a SentencePiece model")
+    with readable(f"the tokenizer in {place} cannot be read", "copy its files again, or remove them"):
+        tokenizer = SentencePieceTokenizer(place.read_bytes()) if place.is_file() else _load_folder(place)
+        try_out(tokenizer)
+    return tokenizer
+
+
+def _load_folder(place):
     read_json = lambda path: json.loads(path.read_text()) if path.is_file() else None
     settings = read_json(place / SETTINGS) or {}
     clean_up = settings.pop("clean_up", False)
@@ -358,6 +372,15 @@ def load_tokenizer(place: str | os.PathLike) -> Tokenizer:
     tokenizer.clean_up = clean_up
     tokenizer.chat_template = template.read_text() if template.is_file() else None
     return tokenizer
+
+
+def try_out(tokenizer: Tokenizer) -> None:
+    """Encodes and decodes a few words: some broken files are noticed at the first use."""
+    for text in ("", "A few words, 12.", "é\n東"):
+        ids = tokenizer.encode(text)
+        tokenizer.decode(ids)
+        tokenizer.encode_adjacent([text, text])
+    tokenizer.decode(range(min(3, tokenizer.vocab_size)), skip_special=False)
 
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:
