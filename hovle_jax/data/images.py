@@ -21,6 +21,7 @@ if typing.TYPE_CHECKING:  # Pillow is imported where it is used
     from PIL import Image
 
 MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb: half a gigabyte in RGB
+MAX_SIDE = 65_535  # JPEG's limit; libwebp takes minutes for an animation of a million columns, in 3 KB
 JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, inclusive
 # Formats that people keep images in. Pillow also reads documents, for which it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
@@ -58,7 +59,7 @@ def _opened(data):
     width, height = image.size
     if min(width, height) < 1:
         raise BadSample("zero_size", f"{width} x {height}")
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise BadSample("decompression_bomb", f"{width} x {height} pixels")
     return image
 

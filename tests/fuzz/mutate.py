@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 
 Files = dict[str, bytes]
+FIXED = "fixed"  # the name of a file that is left as it is
 EXTREMES = (0, 1, -1, 7, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, -(2**31), 2**32 - 1, 2**40, 2**62, -(2**63), 2**63)
 WORDS = (b"\0" * 8, b"\xff" * 8, b"\x1b[2J", b"../", b"/", b"\\", b"{", b"[" * 300, b"nan", b"1e999", b"\xef\xbb\xbf")
 VALUES = (
@@ -25,7 +26,7 @@ def mutated(files: Files, seeds: Sequence[Files], rng: random.Random) -> Files:
     """A file set with one to four mutations."""
     files = dict(files)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
-        name = rng.choice(sorted(files))
+        name = rng.choice(sorted(files.keys() - {FIXED}))
         content = files[name]
         kinds = [_bytes, _bytes, *(kind for test, kind in STRUCTURED if test(name, content))]
         others = [seed[name] for seed in seeds if name in seed]

@@ -56,6 +56,10 @@ def fuzz(name: str, inputs: int, seed: int, kept: pathlib.Path, start: int = 0) 
     """Reads so many inputs; what is found lies under KEPT/NAME afterwards."""
     reader, result, began = READERS[name], Result(), time.monotonic()
     seeds = list(reader.seeds())
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        for files in seeds:  # valid, and what they import is there for all forks
+            reader.read(files, pathlib.Path(folder))
+            _empty(folder)
     at, end = start, start + inputs
     while at < end:
         shared = _Shared()
@@ -69,7 +73,7 @@ def fuzz(name: str, inputs: int, seed: int, kept: pathlib.Path, start: int = 0) 
         if status == 0:
             at = last
             continue
-        kind = "hang" if status == -signal.SIGALRM else f"ended with {status}"
+        kind = "hang" if status in (-signal.SIGALRM, -signal.SIGPROF) else f"ended with {status}"
         _keep(kept / name, make_input(name, seed, reached, seeds), reached, kind, "")
         at = reached + 1
     result.inputs, result.seconds = inputs, time.monotonic() - began
@@ -94,7 +98,8 @@ def _forked(work):
 
 def _batch(name, seeds, seed, start, end, shared, kept, folder):
     """In a fork."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, wherever it is
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, signal.SIG_DFL)  # which ends the process, wherever it is
     with open("/proc/self/statm", encoding="ascii") as file:
         most = int(file.read().split()[0]) * resource.getpagesize() + 2 * MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -102,15 +107,21 @@ def _batch(name, seeds, seed, start, end, shared, kept, folder):
     for index in range(start, end):
         shared.set(index, refused)
         files = make_input(name, seed, index, seeds)
-        signal.setitimer(signal.ITIMER_REAL, reader.seconds)
+        _limit(reader.seconds)
         kind, refusal, trace = _one(reader, files, folder)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _limit(0)
         refused += refusal
         if not kind and _peak() - peak > MEMORY:
             kind, peak = "memory", _peak()
         if kind:
             _keep(kept / name, files, index, kind, trace)
     shared.set(end, refused)
+
+
+def _limit(seconds):
+    """Of the processor; and, for what waits, ten times as much by the clock, as other processes may be running."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
 
 
 def _one(reader: Reader, files, folder):

@@ -20,7 +20,7 @@ from hovle_jax.data.files import storage
 from hovle_jax.system.cache import cache_dir, locked
 
 OPEN_READERS = 256
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 def cached_arrays(key: Sequence, build: Callable[[], dict[str, np.ndarray]] | None) -> dict[str, np.ndarray]:

@@ -16,6 +16,8 @@ from hovle_jax.errors import UserError
 BYTE_ORDER_MARK = "\ufeff".encode()  # some editors put it at the beginning of a file
 TEXT_SPAN = 65_536  # bytes of plain text in a row at most; spans end with a line
 ROW_GROUPS = 8  # of Parquet files, kept in memory
+MOST_BYTES = 2**62  # of a file; more does not fit the index
+MOST_GROUP_ROWS = 2**24  # of a row group, which is read as a whole
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 _row_groups = Readers(ROW_GROUPS)
@@ -139,7 +141,8 @@ class TarShard(Shard):
             extension = _split_name(name)[1].lower()
             if size < 0:
                 raise BadSample("truncated_shard", f"from byte {offset} on it cannot be read as a tar archive")
-            data = storage.read(self.path, offset, size)
+            held = min(size, max(0, int(self._index["size"][0]) - offset))
+            data = storage.read(self.path, offset, held)
             if len(data) < size:
                 raise BadSample("truncated_shard", f"{name} has {size} bytes, of which the file holds {len(data)}")
             kind = extension.rsplit(".", 1)[-1]
@@ -175,7 +178,8 @@ def _tar_index(path):
     import tarfile
 
     names, places, rows, previous = [], [], [], None
-    with storage.stream(path) as file:
+    with storage.stream(path) as opened:
+        file = _Bounded(opened)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
@@ -186,11 +190,13 @@ def _tar_index(path):
                     if key != previous:
                         rows.append(len(places))
                         previous = key
+                    if max(member.offset_data, member.size) > MOST_BYTES:
+                        raise ValueError(f"a member of {member.size:,} bytes at byte {member.offset_data:,}")
                     names.append(member.name.encode("utf-8", "surrogateescape"))
                     places.append((member.offset_data, member.size))
                 file.seek(tar.offset)
                 ends = not file.read(tarfile.BLOCKSIZE).strip(b"\0") and file.tell() > tar.offset
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
             # Members before the truncation can be read; a file that is no tar has none.
             if not places:
                 raise UserError(f"{path} cannot be read as a tar archive: {error}") from None
@@ -204,7 +210,22 @@ def _tar_index(path):
         "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
         "places": np.asarray(places, np.int64).reshape(-1, 2),
         "rows": np.asarray([*rows, len(places)], np.int64),
+        "size": np.asarray([file.size], np.int64),
     }
+
+
+class _Bounded:
+    """A file of which no more is asked for than it has: a header can speak of a name of 2^40 bytes."""
+
+    def __init__(self, file):
+        self._file = file
+        self.size = file.seek(0, 2)
+        file.seek(0)
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size=-1):
+        left = max(0, self.size - self._file.tell())
+        return self._file.read(left if size < 0 else min(size, left))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +242,10 @@ class ParquetShard(Shard):
 
             try:
                 file = pq.ParquetFile(storage.stream(self.path))
-            except (pa.ArrowInvalid, OSError) as error:
+                counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                _check_counts(counts)
+            except (pa.ArrowException, ValueError, OSError) as error:
                 raise UserError(f"{self.path} cannot be read as a Parquet file: {error}") from None
-            counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             return file, np.cumsum([0, *counts]), threading.Lock()
 
         return self.opened(open_file)
@@ -240,7 +262,8 @@ class ParquetShard(Shard):
             return {name: column[inner].as_py() for name, column in table.items()}
         except UnicodeDecodeError as error:  # pyarrow does not check texts when it reads them
             raise BadSample("not_utf8", error) from None
-        except (ValueError, OverflowError) as error:  # a date that Python cannot represent
+        # A date that Python cannot represent, or a column that is shorter than the file says.
+        except (ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
             raise BadSample("broken_record", error) from None
 
     def _read_group(self, group):
@@ -250,9 +273,16 @@ class ParquetShard(Shard):
         try:
             with lock:  # many threads share one reader
                 table = file.read_row_group(group)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise BadSample("broken_record", f"row group {group}: {error}") from None
         return {name: table.column(name) for name in table.column_names}
+
+
+def _check_counts(counts):
+    """Raises ValueError for row groups that are no counts of rows, or that no memory holds."""
+    for index, rows in enumerate(counts):
+        if not 0 <= rows <= MOST_GROUP_ROWS:
+            raise ValueError(f"row group {index} has {rows:,} rows; up to {MOST_GROUP_ROWS:,} are possible")
 
 
 @dataclasses.dataclass(frozen=True)

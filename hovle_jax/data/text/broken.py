@@ -1,11 +1,13 @@
 """What may be wrong with the files of a tokenizer, in one line instead of a library's own error."""
 
 import contextlib
+import json
 from collections.abc import Collection, Iterator
 
 from hovle_jax.errors import UserError
 
 MOST_UNUSED = 2**16  # ids without a token; public vocabularies have hundreds
+MOST_GROWTH = 1000  # of a text, by the steps before its split into tokens; public tokenizers have 2
 
 
 @contextlib.contextmanager
@@ -33,3 +35,32 @@ def check_ids(ids: Collection[int], others: int = 0) -> None:
     count = len(ids) + others
     if max(ids, default=0) > 2 * count + MOST_UNUSED:
         raise UserError(f"the tokenizer has the id {max(ids):,} and only {count:,} tokens")
+
+
+def check_growth(text: str) -> None:
+    """Raises UserError for a tokenizer.json whose steps make a short text endless: 50 times ByteLevel double it each.
+
+    Args:
+      text: the file's content, a JSON object.
+    """
+    content = json.loads(text)
+    growth = 1
+    for part in ("normalizer", "pre_tokenizer"):
+        for step in _steps(content.get(part)):
+            if step.get("type") == "ByteLevel":
+                growth *= 2
+            if step.get("type") == "Replace":
+                growth *= max(1, len(step.get("content") or ""))
+    if growth > MOST_GROWTH:
+        raise UserError(f"its steps make a text up to {growth:,} times as long; {MOST_GROWTH:,} are possible")
+
+
+def _steps(part):
+    """All objects inside a part of the file."""
+    if isinstance(part, dict):
+        yield part
+        for value in part.values():
+            yield from _steps(value)
+    if isinstance(part, list):
+        for value in part:
+            yield from _steps(value)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from hovle_jax.data.text.broken import check_ids, readable
+from hovle_jax.data.text.broken import check_growth, check_ids, readable
 from hovle_jax.errors import UserError
 
 # At the top of the vocabulary, in the order of the public checkpoints (InternLM2: 92542 to 92552).
@@ -124,7 +124,8 @@ class Tokenizer:
         new = [token for token in IMAGE_TOKENS if token not in self._special]
         if not new:
             return self
-        more = self._with_special(new)
+        with readable("the tokenizer cannot take the tokens of images", "give a model whose tokenizer is whole"):
+            more = self._with_special(new)
         more.chat_template, more.clean_up = self.chat_template, self.clean_up
         return more
 
@@ -300,6 +301,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 'reading tokenizer.json needs the package tokenizers; run: pip install "hovle_jax[convert]"'
             ) from None
+        check_growth(text)
         self.text, self.settings = text, {"bos": bos, "stops": list(stops)}
         self._model = tokenizers.Tokenizer.from_str(text)
         # A file may ask for texts of a fixed number of ids, such as 2^40.
