@@ -94,9 +94,9 @@ class SafetensorsFolder:
         files = read_object(path).get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
             raise UserError(f"{path} is not an index of safetensors files: its weight_map must be {{tensor: file}}")
-        outside = sorted({name for name in files.values() if pathlib.PurePosixPath(name).name != name or "\\" in name})
+        outside = sorted({name for name in files.values() if not _is_file_name(name)})
         if outside:
-            raise UserError(f"{path} names {outside[0]!r}: it must name files in its own folder")
+            raise UserError(f"{path} names {outside[0][:100]!r}: it must name files in its own folder")
         return files
 
     def file_of(self, name: str | None) -> pathlib.Path:
@@ -122,6 +122,12 @@ class SafetensorsFolder:
                 )
             raise UserError(f"{self.folder} lacks a .safetensors file")
         return paths
+
+
+def _is_file_name(name):
+    """Whether it can be a file in its own folder."""
+    plain = name.isprintable() and name not in ("", ".", "..") and len(name.encode("utf-8", "replace")) < 256
+    return plain and pathlib.PurePosixPath(name).name == name and "\\" not in name
 
 
 def check_regular(path: pathlib.Path) -> None:
