@@ -3,15 +3,21 @@
 import json
 import os
 import struct
+import zipfile
 
 import numpy as np
 import pytest
 
+from hovle_jax.conversion.verify import run
+from hovle_jax.conversion.verify.run import read_reference
+from hovle_jax.data.bad_samples import BadSample
+from hovle_jax.data.files.shard_kinds import ParquetShard, TarShard, _check_counts
+from hovle_jax.data.images import decode_image
 from hovle_jax.data.text.tokenizer import SETTINGS, SentencePieceTokenizer, load_tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats.gguf import GGUFFile
 from hovle_jax.formats.source import SafetensorsFolder
-from tests import bpe
+from tests import bpe, broken
 
 # ---------------------------------------------------------------------------------------------------------------------
 # safetensors
@@ -216,6 +222,19 @@ def test_texts_keep_their_length_whatever_a_file_asks_for(tmp_path):
     assert load_tokenizer(tmp_path).encode("hello there") == bpe.tokenizer().encode("hello there")
 
 
+@pytest.mark.parametrize(
+    ("part", "steps"),
+    [
+        ("pre_tokenizer", [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]),
+        ("normalizer", [{"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}]),
+    ],
+)
+def test_steps_that_make_a_text_endless(part, steps, tmp_path):
+    save(library_json() | {part: {"type": "Sequence", f"{part}s".replace("_", ""): steps * 50}}, tmp_path)
+    with pytest.raises(UserError, match=r"make a text up to [0-9,]+ times as long; 1,000 are possible"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("index", [2**40, 1.5, "7", None, True])
 def test_added_tokens_have_ids_of_the_vocabulary(index, tmp_path):
     SentencePieceTokenizer.train(["a few words of a few lines"] * 9, 300).save(tmp_path)
@@ -223,3 +242,102 @@ def test_added_tokens_have_ids_of_the_vocabulary(index, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<img>": index}))
     with pytest.raises(UserError, match="has the id"):
         load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference outputs
+
+
+def npz(path, **members):
+    """Members as they are given: bytes, in files named after them."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name.replace("_", "."), content)
+
+
+def npy(shape, data=b"", dtype="<f4"):
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + data
+
+
+HOSTILE_NPZ = {
+    "more than there is": (dict(a_npy=npy((2**40,))), "'a.npy' says that it has 4,398,046,511,104 bytes, and there"),
+    "a bomb": (dict(a_npy=npy((2**20,), bytes(2**22))), "'a.npy' grows from .* to 4,194,3.. bytes"),
+    "no array": (dict(a_txt=b"x"), "'a.txt' is no array"),
+    "a header that is none": (dict(a_npy=b"\x93NUMPY\1\0" + struct.pack("<H", 4) + b"'\0'\n"), ""),
+    "a magic that is none": (dict(a_npy=b"GIF89a"), ""),
+    "pickles": (dict(a_npy=npy((1,), b"cos\nsystem\n", "|O")), ""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_NPZ)
+def test_hostile_reference_outputs(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "MOST_EXPANSION", 3)
+    members, message = HOSTILE_NPZ[name]
+    npz(tmp_path / "expected.npz", **members)
+    with pytest.raises(UserError, match=rf"expected\.npz cannot be read \(.*{message}"):
+        read_reference(tmp_path / "expected.npz")
+
+
+def test_reference_outputs_with_broken_compression(tmp_path):
+    npz(tmp_path / "expected.npz", a_npy=npy((64,), np.arange(64, dtype="f4").tobytes()))
+    read_reference(tmp_path / "expected.npz")
+    content = bytearray((tmp_path / "expected.npz").read_bytes())
+    for at in range(40, 60):
+        content[at] ^= 0xFF
+    (tmp_path / "expected.npz").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_reference(tmp_path / "expected.npz")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows and images
+
+
+def tar(size, kind=b"0", name=b"0001.json", data=b"{}"):
+    """One member whose header states this size."""
+    octal = f"{size:011o}\0".encode() if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
+    head = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + octal + b"00000000000\0"
+    head = bytearray(head + b" " * 8 + kind + bytes(100) + b"ustar\00000".ljust(255, b"\0"))
+    head[148:156] = f"{sum(head[:512]):06o}\0 ".encode()
+    return bytes(head[:512]) + data.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62, 2**63, 2**80])
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x"], ids=["member", "long name", "pax header"])
+def test_a_tar_header_that_states_more_than_there_is(size, kind, tmp_path, own_cache):
+    path = tmp_path / "rows.tar"
+    path.write_bytes(tar(2, name=b"0000.json") + tar(size, kind))
+    shard = TarShard(str(path))
+    assert shard.row(0) == {}
+    for index in range(1, len(shard)):
+        with pytest.raises(BadSample, match="truncated_shard|cannot be read as a tar|of which the file holds"):
+            shard.row(index)
+
+
+def test_a_row_group_of_more_rows_than_any_memory_holds():
+    for rows in (-1, 2**24 + 1, 2**62):
+        with pytest.raises(ValueError, match="row group 1 has"):
+            _check_counts([3, rows])
+    _check_counts([0, 2**24])
+
+
+def test_a_parquet_file_whose_names_are_no_text(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "rows.parquet")
+    content = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "rows.parquet").write_bytes(content.replace(b"caption", b"capt\xff\xfen"))
+    shard = ParquetShard(str(tmp_path / "rows.parquet"))
+    with pytest.raises((UserError, BadSample), match=r"utf-8|utf8|UTF8"):
+        shard.row(0)
+
+
+def test_an_image_of_a_million_columns():
+    """libwebp takes minutes to decode an animation of this size."""
+    content = bytearray(broken.odd_images()["animated_webp"])
+    at = content.index(b"VP8X") + 12
+    content[at : at + 3] = (10**6 - 1).to_bytes(3, "little")
+    with pytest.raises(BadSample, match="1000000 x 32 pixels"):
+        decode_image(bytes(content))

@@ -16,7 +16,7 @@ from hovle_jax.errors import UserError
 BYTE_ORDER_MARK = "\ufeff".encode()  # some editors put it at the beginning of a file
 TEXT_SPAN = 65_536  # bytes of plain text in a row at most; spans end with a line
 ROW_GROUPS = 8  # of Parquet files, kept in memory
-MOST_BYTES = 2**62  # of a file; more does not fit the index
+MOST_BYTES = 2**61  # of a file; more does not fit the index
 MOST_GROUP_ROWS = 2**24  # of a row group, which is read as a whole
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
@@ -186,12 +186,12 @@ def _tar_index(path):
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep them all)
                     if not member.isfile():
                         continue
+                    if max(member.offset_data, member.size) > MOST_BYTES:
+                        raise ValueError(f"a member of {member.size:,} bytes at byte {member.offset_data:,}")
                     key = _split_name(member.name)[0]
                     if key != previous:
                         rows.append(len(places))
                         previous = key
-                    if max(member.offset_data, member.size) > MOST_BYTES:
-                        raise ValueError(f"a member of {member.size:,} bytes at byte {member.offset_data:,}")
                     names.append(member.name.encode("utf-8", "surrogateescape"))
                     places.append((member.offset_data, member.size))
                 file.seek(tar.offset)
