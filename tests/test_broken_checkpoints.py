@@ -231,7 +231,15 @@ def test_tokens_of_a_tile_that_public_code_would_count_otherwise(tmp_path):
 
 def test_files_outside_the_folder_are_not_read(public):
     (public.parent / "outside.safetensors").write_bytes((public / "model.safetensors").read_bytes())
-    for name in ("../outside.safetensors", "/etc/hostname", "sub/model.safetensors", "..\\model.safetensors"):
+    for name in (
+        "../outside.safetensors",
+        "/etc/hostname",
+        "sub/model.safetensors",
+        "..\\model.safetensors",
+        "a" * 256,
+        "\0",
+        "",
+    ):
         (public / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(UserError, match="it must name files in its own folder"):
             open_checkpoint(public)

@@ -1,9 +1,12 @@
 """Chat templates that checkpoints bring: rendered in their sandbox, their answers found again."""
 
+import os
+import warnings
+
 import numpy as np
 import pytest
 
-from hovle_jax.data.text import chat_template
+from hovle_jax.data.text import chat_template, rendering
 from hovle_jax.data.text.conversation import encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
 from tests import bpe
@@ -124,3 +127,90 @@ def test_a_template_is_not_trusted(tokenizer, template, message):
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
         encode_conversation(tokenizer, [("x", None)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates that ask for all time or memory: each is refused within `CPU_SECONDS` and `MEMORY`, or its child is killed.
+
+BILLION_LAUGHS = (
+    "{% set ns = namespace(x=[1]) %}{% for i in range(100) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x FILTER }}"
+)
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = [
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%1000000000d' | format(1) }}",
+    "{{ '{:10000000000}'.format(1) }}",
+    "{{ 'a' * 10**10 }}",
+    "{{ ['a'] * 10**10 }}",
+    "{{ 10 ** (10 ** 10) }}",
+    "{{ (1).to_bytes(10**10) }}",
+    "{{ 'a' | center(10**10) }}",
+    "{{ 'a'.ljust(10**10) }}",
+    "{{ 'a'.zfill(10**10) }}",
+    "{{ '\t'.expandtabs(10**9) }}",
+    "{{ 'a\nb' | indent(10**10) }}",
+    "{{ ('a' * 10**6).replace('', 'b' * 10**6) }}",
+    "{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}",
+    "{{ ('b' * 10**6).join('a' * 10**6) }}",
+    "{{ 'a' | batch(10**10, 'x') | list }}",
+    "{{ [1] | tojson(indent=10**10) }}",
+    "{{ lipsum(n=10**9) }}",
+    "{% set ns = namespace(x='a') %}{% for i in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set x = 'a' %}{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+    "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
+    "{{ " + "-" * 100_000 + "1 }}",
+    BILLION_LAUGHS.replace("FILTER", ""),
+    BILLION_LAUGHS.replace("FILTER", " | tojson"),
+    LOOPS,
+]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A fresh child, which may compute for 0.2 s."""
+    monkeypatch.setattr(rendering, "CPU_SECONDS", 0.2)
+    rendering.end()
+    yield
+    rendering.end()
+
+
+@pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_template_that_asks_for_everything(template, impatient):
+    with pytest.raises(UserError, match=r"cannot be rendered \((it takes more than 0\.2 s|it needs too much|it w|max)"):
+        chat_template.render(template, [])
+    assert chat_template.render("{{ 1 + 1 }}", []) == "2"
+
+
+def test_long_messages_may_be_longer_than_what_a_template_adds():
+    message = {"role": "user", "content": "a" * 2 * rendering.MOST_TEXT}
+    assert len(chat_template.render("{{ messages[0]['content'] }}!", [message])) == 2 * rendering.MOST_TEXT + 1
+
+
+def test_a_renderer_that_has_ended_is_started_again(impatient):
+    assert chat_template.render("{{ 1 + 1 }}", []) == "2"
+    rendering._children[0].process.kill()
+    rendering._children[0].process.wait()
+    assert chat_template.render("{{ 1 + 1 }}", []) == "2"
+
+
+def test_a_fork_has_a_renderer_of_its_own(impatient):
+    assert chat_template.render("{{ 1 + 1 }}", []) == "2"
+    first = rendering._children[0].process.pid
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fork = os.fork()
+    if not fork:
+        right = chat_template.render("{{ 2 + 2 }}", []) == "4" and rendering._children[0].process.pid != first
+        rendering.end()
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == 0
+    assert chat_template.render("{{ 1 + 1 }}", []) == "2" and rendering._children[0].process.pid == first
+
+
+def test_a_module_of_the_current_folder_is_not_jinja(impatient, tmp_path, monkeypatch):
+    (tmp_path / "jinja2.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert chat_template.render("{{ 1 + 1 }}", []) == "2"
+    assert not (tmp_path / "ran").exists()

@@ -54,7 +54,10 @@ def test_one_of_a_larger_vocabulary(tmp_path):
 
 @pytest.mark.parametrize(
     ("index", "message"),
-    [(-5, "'<extra>' has the id -5; ids begin at 0"), (99_999_999_999, "has ids up to 99,999,999,999 and the model")],
+    [
+        (-5, "'<extra>' has the id -5; ids begin at 0"),
+        (99_999_999_999, "has the id 99,999,999,999 and only 321 tokens"),
+    ],
 )
 def test_added_ids_that_no_table_has(index, message, hovle):
     (hovle / "added_tokens.json").write_text(json.dumps(micro.tokenizer().added | {"<extra>": index}))

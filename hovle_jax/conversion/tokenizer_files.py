@@ -4,6 +4,7 @@ import json
 import pathlib
 
 from hovle_jax.data.text import chat_template
+from hovle_jax.data.text.broken import readable
 from hovle_jax.data.text.fit import check_fit
 from hovle_jax.data.text.tokenizer import (
     CHAT_TEMPLATE,
@@ -13,6 +14,7 @@ from hovle_jax.data.text.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     has_tokenizer,
+    try_out,
 )
 from hovle_jax.errors import UserError
 from hovle_jax.formats import gguf
@@ -35,19 +37,13 @@ def read_tokenizer(source: pathlib.Path, checkpoint: Checkpoint) -> tuple[Tokeni
     Raises:
       UserError: its files are broken, or belong to another model.
     """
-    try:
-        if not source.is_dir():
-            tokenizer = _from_gguf(checkpoint)
-        elif has_tokenizer(source):
-            tokenizer = _from_folder(source, checkpoint)
-        else:
-            return None, f"{source} has neither tokenizer.model nor tokenizer.json"
+    with readable(f"the tokenizer in {source} cannot be read", REMEDY):
+        tokenizer, reason = _found(source, checkpoint)
+        if tokenizer is None:
+            return None, reason
+        try_out(tokenizer)
         if tokenizer.chat_template is not None:
-            chat_template.compiled(tokenizer.chat_template)
-    except Unsupported as error:
-        return None, str(error)
-    except Exception as error:  # the libraries' own errors, of many kinds
-        raise UserError(f"the tokenizer in {source} cannot be read ({error}); {REMEDY}") from None
+            chat_template.check(tokenizer.chat_template)
     try:
         _check_fit(tokenizer, checkpoint, f"the tokenizer in {source}")
     except UserError as error:
@@ -56,6 +52,18 @@ def read_tokenizer(source: pathlib.Path, checkpoint: Checkpoint) -> tuple[Tokeni
 
 
 REMEDY = "put the model's own files there, or remove them to import the weights alone"
+
+
+def _found(source, checkpoint):
+    """-> (Tokenizer, "") or (None, the reason)."""
+    try:
+        if not source.is_dir():
+            return _from_gguf(checkpoint), ""
+        if has_tokenizer(source):
+            return _from_folder(source, checkpoint), ""
+    except Unsupported as error:
+        return None, str(error)
+    return None, f"{source} has neither tokenizer.model nor tokenizer.json"
 
 
 class Unsupported(UserError):

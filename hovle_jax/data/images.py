@@ -28,6 +28,7 @@ MAX_PIXELS = 2**26  # of an image, unless data.max_pixels says otherwise: half a
 # While it is decoded; of other formats 8: Pillow has 4 for RGB, and as many for what it was or was turned from.
 BYTES_PER_PIXEL = {"JPEG2000": 24, "WEBP": 16, "AVIF": 16}
 LARGE = 2**22  # pixels; decoding fewer takes no share of the budget, as 16 threads' take half of it at most
+MAX_SIDE = 65_535  # JPEG's limit; libwebp takes minutes for an animation of a million columns, in 3 KB
 JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, inclusive
 # Formats that people keep images in. Pillow also reads documents, for which it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
@@ -68,6 +69,8 @@ def _opened(data, max_pixels):
         raise BadSample("zero_size", f"{width} x {height}")
     if width * height > max_pixels:
         raise BadSample("decompression_bomb", f"{width} x {height} pixels, and at most {max_pixels:,} are read")
+    if max(width, height) > MAX_SIDE:
+        raise BadSample("decompression_bomb", f"{width} x {height} pixels, and at most {MAX_SIDE:,} a side are read")
     return image
 
 

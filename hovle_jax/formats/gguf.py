@@ -1,6 +1,7 @@
 """GGUF files of Llama, Qwen2 and Qwen3: metadata -> config, quantised blocks -> float32.
 
-The file is read by the package `gguf` of the llama.cpp project (extra `convert`). `gguf_metadata` is the way back.
+`gguf_header` reads the header; the package `gguf` of the llama.cpp project (extra `convert`) dequantises.
+`gguf_metadata` is the way back.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ import numpy as np
 from hovle_jax.data.text.tokenizer import HuggingFaceTokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.formats.fields import REQUIRED, count, field, number, only
+from hovle_jax.formats.gguf_header import read_header
 from hovle_jax.formats.mapping import LINEAR, SAME, Rule, Transform, nested, padded, rule
+from hovle_jax.formats.source import check_regular
 from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig
 from hovle_jax.model.rotary import frequencies
 
@@ -56,20 +59,24 @@ class GGUFFile:
     Attributes:
       metadata: {key: value}.
       shapes: {tensor name: shape}, the output dimension first.
+
+    Raises:
+      UserError: it is no GGUF file, or its counts and lengths are not those of a whole one.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         self._gguf = package("reading")
+        block_sizes = {int(kind): sizes for kind, sizes in self._gguf.GGML_QUANT_SIZES.items()}
+        check_regular(self.path)
         try:
-            reader = self._gguf.GGUFReader(path)
-            self.metadata = {key: entry.contents() for key, entry in reader.fields.items()}
-        except (ValueError, LookupError, OSError, ArithmeticError) as error:
+            self._data = np.memmap(path, np.uint8, "r")
+            self.metadata, self._tensors = read_header(self._data, block_sizes)
+        except (ValueError, OSError) as error:
             raise UserError(f"{path} is not a complete GGUF file ({error}); download it again") from None
         # Rotary factors are not weights: they belong to the config.
-        self.rope_factors = next((np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS), None)
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
-        self.shapes = {name: tuple(int(size) for size in reversed(t.shape)) for name, t in self._tensors.items()}
+        self.rope_factors = self.read(ROPE_FACTORS).reshape(-1) if ROPE_FACTORS in self._tensors else None
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items() if name != ROPE_FACTORS}
 
     def file_of(self, _: str | None) -> pathlib.Path:
         """The file's path."""
@@ -78,12 +85,15 @@ class GGUFFile:
     def read(self, name: str) -> np.ndarray:
         """-> float32 [out, in] (or [size]) of one tensor, dequantised. Raises UserError for an unknown block type."""
         tensor = self._tensors[name]
+        kind = self._gguf.GGMLQuantizationType(tensor.kind)
+        data = self._data[tensor.start : tensor.start + tensor.size].reshape(*tensor.shape[:-1], -1)
         try:
-            values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = self._gguf.quants.dequantize(data, kind)
         except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise UserError(f"{self.path}: tensor {name} has the type {kind}, which gguf cannot dequantise") from None
-        return values.reshape(self.shapes[name])
+            raise UserError(
+                f"{self.path}: tensor {name} has the type {kind.name}, which gguf cannot dequantise"
+            ) from None
+        return values.reshape(tensor.shape)
 
 
 def config_from_metadata(

@@ -1,5 +1,6 @@
 """Where the tensors of a public checkpoint are stored: described by their headers, read one at a time."""
 
+import json
 import os
 import pathlib
 import stat
@@ -15,6 +16,7 @@ from hovle_jax.formats.fields import read_object
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")  # which float32 holds exactly
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # in old Llama checkpoints: computed, and ignored by public code too
+MOST_HEADER = 2**24  # bytes; a shard of the largest models has a hundredth of it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -81,7 +83,7 @@ class SafetensorsFolder:
 
         The file is opened for each tensor, so that no more than one tensor's pages stay in memory.
         """
-        with _open(self._files[name]) as file:
+        with _open(self._files[name], known=True) as file:
             return np.asarray(file.get_tensor(name)).astype(np.float32, copy=False)
 
     def _index(self):
@@ -92,9 +94,9 @@ class SafetensorsFolder:
         files = read_object(path).get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
             raise UserError(f"{path} is not an index of safetensors files: its weight_map must be {{tensor: file}}")
-        outside = sorted({name for name in files.values() if pathlib.PurePosixPath(name).name != name or "\\" in name})
+        outside = sorted({name for name in files.values() if not _is_file_name(name)})
         if outside:
-            raise UserError(f"{path} names {outside[0]!r}: it must name files in its own folder")
+            raise UserError(f"{path} names {outside[0][:100]!r}: it must name files in its own folder")
         return files
 
     def file_of(self, name: str | None) -> pathlib.Path:
@@ -110,7 +112,7 @@ class SafetensorsFolder:
         else:
             paths = sorted(self.folder.glob("*.safetensors"))
         for path in paths:
-            _check_regular(path)
+            check_regular(path)
         if not paths:
             pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
             if pickles:
@@ -122,7 +124,13 @@ class SafetensorsFolder:
         return paths
 
 
-def _check_regular(path):
+def _is_file_name(name):
+    """Whether it can be a file in its own folder."""
+    plain = name.isprintable() and name not in ("", ".", "..") and len(name.encode("utf-8", "replace")) < 256
+    return plain and pathlib.PurePosixPath(name).name == name and "\\" not in name
+
+
+def check_regular(path: pathlib.Path) -> None:
     """Raises UserError for what cannot be read as a file: opening a pipe would wait forever."""
     try:
         mode = path.stat().st_mode
@@ -132,8 +140,31 @@ def _check_regular(path):
         raise UserError(f"{path} is not a regular file (a folder, a pipe or a device); download it again")
 
 
-def _open(path):
+def _open(path, known=False):
     try:
+        if not known:
+            _check_header(path)
         return safe_open(path, framework="numpy")
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from None
+
+
+def _check_header(path):
+    """Raises ValueError for what the library reads past: a header that takes all memory, a name that is there twice."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"its header has {length:,} bytes, and the file {size:,}")
+        if length > MOST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes; {MOST_HEADER:,} are possible")
+        json.loads(file.read(length), object_pairs_hook=_without_doubles)
+
+
+def _without_doubles(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{double[:100]!r} is there twice")
+    return found

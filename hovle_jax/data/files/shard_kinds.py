@@ -15,6 +15,7 @@ from hovle_jax.errors import UserError
 
 TEXT_SPAN = 65_536  # bytes of plain text in a row at most; spans end with a line
 ROW_GROUPS = 8  # of Parquet files, kept in memory
+MOST_GROUP_ROWS = 2**24  # of a row group, which is read as a whole
 
 _row_groups = Readers(ROW_GROUPS)
 
@@ -117,8 +118,7 @@ class ParquetShard(Shard):
             try:
                 file = pq.ParquetFile(storage.stream(self.path))
                 counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-                if min(counts, default=0) < 0:
-                    raise ValueError("a row group has fewer than no rows")
+                _check_counts(counts)
             except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
                 raise UnreadableShard(f"{self.path} cannot be read as a Parquet file: {error}") from None
             return file, np.cumsum([0, *counts]), threading.Lock()
@@ -137,7 +137,8 @@ class ParquetShard(Shard):
             return {name: column[inner].as_py() for name, column in table.items()}
         except UnicodeDecodeError as error:  # pyarrow does not check texts when it reads them
             raise BadSample("not_utf8", error) from None
-        except (ValueError, OverflowError) as error:  # a date that Python cannot represent
+        # A date that Python cannot represent, or a column that is shorter than the file says.
+        except (ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
             raise BadSample("broken_record", error) from None
 
     def _read_group(self, group):
@@ -150,6 +151,13 @@ class ParquetShard(Shard):
         except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
             raise BadSample("broken_record", f"row group {group}: {error}") from None
         return {name: table.column(name) for name in table.column_names}
+
+
+def _check_counts(counts):
+    """Raises ValueError for row groups that are no counts of rows, or that no memory holds."""
+    for index, rows in enumerate(counts):
+        if not 0 <= rows <= MOST_GROUP_ROWS:
+            raise ValueError(f"row group {index} has {rows:,} rows; up to {MOST_GROUP_ROWS:,} are possible")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,9 @@
-"""Chat templates of public checkpoints: Jinja, rendered in a sandbox."""
+"""Chat templates of public checkpoints: Jinja, rendered in a sandbox in a process of its own (`rendering`)."""
 
-import datetime
-import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
+from hovle_jax.data.text import rendering
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 
@@ -25,49 +23,15 @@ def render(
       template: Jinja source, as in `tokenizer_config.json`.
       messages: [{"role", "content"}].
     Raises:
-      UserError: the template is broken or refuses the messages.
+      UserError: the template is broken, refuses the messages, or takes more than `rendering` allows.
     """
-    try:
-        return compiled(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos, tools=None
-        )
-    except UserError:
-        raise
-    except Exception as error:  # a template's code can fail in any way
-        raise UserError(f"the checkpoint's chat template cannot be rendered ({error})") from None
+    settings = dict(add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos, tools=None)
+    return rendering.render(template, {"messages": messages, **settings})
 
 
-def compiled(template: str) -> Any:
-    """A Jinja template in a sandbox, with the extras that public templates use. Raises UserError."""
-    try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.sandbox
-    except ModuleNotFoundError:
-        raise UserError('chat templates need the package jinja2; run: pip install "hovle_jax[convert]"') from None
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks answers; its content is rendered as usual."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message):
-        raise UserError(f"the checkpoint's chat template refuses these messages: {message}")
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        return environment.from_string(template)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"the checkpoint's chat template cannot be rendered ({error})") from None
+def check(template: str) -> None:
+    """Raises UserError where a template is no Jinja."""
+    rendering.render(template, None)
 
 
 def spans(tokenizer: Tokenizer, turns: Turns, system: str = "") -> list[Span]:

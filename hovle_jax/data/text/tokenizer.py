@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from hovle_jax.data.text.broken import check_growth, check_ids, readable
 from hovle_jax.errors import UserError
-from hovle_jax.system.files import read_json, reason_of, write_json, write_whole
+from hovle_jax.system.files import reason_of, write_json, write_whole
 
 # At the top of the vocabulary, in the order of the public checkpoints (InternLM2: 92542 to 92552).
 ADDED_TOKENS = (
@@ -33,7 +34,7 @@ CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
     (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
-BRING_BACK = "bring that file back, as from the run or the model that this one started from"
+BRING_BACK = "bring its files back, as from the run or the model that this one started from"
 CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer: its chat template; without this file, InternLM2's is used
 
 
@@ -126,7 +127,8 @@ class Tokenizer:
         new = [token for token in IMAGE_TOKENS if token not in self._special]
         if not new:
             return self
-        more = self._with_special(new)
+        with readable("the tokenizer cannot take the tokens of images", "give a model whose tokenizer is whole"):
+            more = self._with_special(new)
         more.chat_template, more.clean_up = self.chat_template, self.clean_up
         return more
 
@@ -176,6 +178,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"the SentencePiece model is {'broken' if model else 'empty'}; fetch the file again")
         size = self._pieces.vocab_size()
         added = self._usual_added() if added is None else dict(added)
+        check_ids(added.values(), size)
         super().__init__(added | {"<s>": self.bos, "</s>": self.eos})
         self.added = added
         self.first_special = min([size, *added.values()])
@@ -290,6 +293,8 @@ class HuggingFaceTokenizer(Tokenizer):
       text: the file's content.
       bos: a token's name or None.
       stops: names of the tokens that end an answer, the end-of-sequence token first.
+    Raises:
+      UserError: an id that no vocabulary of so many tokens has; the library raises anything where the file is broken.
     """
 
     def __init__(self, text: str, bos: str | None = None, stops: Sequence[str] = ()):
@@ -299,12 +304,18 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 'reading tokenizer.json needs the package tokenizers; run: pip install "hovle_jax[convert]"'
             ) from None
+        check_growth(text)
         self.text, self.settings = text, {"bos": bos, "stops": list(stops)}
         self._model = tokenizers.Tokenizer.from_str(text)
+        # A file may ask for texts of a fixed number of ids, such as 2^40.
+        self._model.no_padding()
+        self._model.no_truncation()
         self._model.encode_special_tokens = True  # as ordinary text
         added = self._model.get_added_tokens_decoder()
         super().__init__({token.content: i for i, token in added.items() if token.special})
-        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        check_ids(vocabulary.values())
         # Small ids may be special too (SmolLM2's 0 to 16); only those in the upper half count as "at the top".
         self.first_special = min([i for i in self._names if i >= self.vocab_size // 2], default=self.vocab_size)
         self.bos = None if bos is None else self.special(bos)
@@ -342,13 +353,18 @@ def load_tokenizer(place: str | os.PathLike) -> Tokenizer:
     """A tokenizer, with its chat template, from a folder, or one without from a SentencePiece file.
 
     Raises:
-      UserError: there is none, or one of its files is damaged; the message names it.
+      UserError: there is none, or one of its files is broken.
     """
     place = pathlib.Path(place)
-    if place.is_file():
-        return _sentence_pieces(place)
-    if not has_tokenizer(place):
+    if not place.is_file() and not has_tokenizer(place):
         raise UserError(f"no tokenizer at {place}; point tokenizer.path at a SentencePiece model")
+    with readable(f"the tokenizer in {place} cannot be read", BRING_BACK):
+        tokenizer = _sentence_pieces(place) if place.is_file() else _load_folder(place)
+        try_out(tokenizer)
+    return tokenizer
+
+
+def _load_folder(place):
     settings = _object(place / SETTINGS) or {}
     clean_up = settings.pop("clean_up", False)
     if (place / "tokenizer.model").is_file():
@@ -363,6 +379,15 @@ def load_tokenizer(place: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
+def try_out(tokenizer: Tokenizer) -> None:
+    """Encodes and decodes a few words: some broken files are noticed at the first use."""
+    for text in ("", "A few words, 12.", "é\n東"):
+        ids = tokenizer.encode(text)
+        tokenizer.decode(ids)
+        tokenizer.encode_adjacent([text, text])
+    tokenizer.decode(range(min(3, tokenizer.vocab_size)), skip_special=False)
+
+
 def _sentence_pieces(path, added=None):
     with _naming(path):
         return SentencePieceTokenizer(path.read_bytes(), added)
@@ -372,10 +397,11 @@ def _object(path):
     """The JSON object in a file beside a tokenizer; None without the file."""
     if not path.is_file():
         return None
-    found = read_json(path, remedy=BRING_BACK)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it is no object; {BRING_BACK}")
-    return found
+    with _naming(path):
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise UserError("no object")
+        return found
 
 
 @contextlib.contextmanager
@@ -383,10 +409,8 @@ def _naming(path):
     """What goes wrong inside is put down to a file: the libraries raise plain errors of many kinds."""
     try:
         yield path
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     except Exception as error:
-        raise UserError(f"{path} is damaged ({reason_of(error)}); {BRING_BACK}") from None
+        raise UserError(f"{path.name}: {reason_of(error)}") from None
 
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:
