@@ -6,6 +6,7 @@ the same columns as real answers do, so that no data is needed.
 Dimension letters: N layers, D inputs of a product.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -72,7 +73,7 @@ def _read(config: StackConfig, execution: Execution, params: Params, x: jax.Arra
         (weights,) = LayerWeights.of_stack(jax.tree.map(lambda leaf: leaf[None], layer), 1, execution.dtype)
         noting: dict[str, Any] = {name: _Noting(getattr(weights, name)) for name in PRODUCTS}
         cache = LayerSlots.empty(config, 1, TOKENS, execution.dtype)
-        x, _ = run_layer(config, execution, weights.replace(**noting), x, cache, angles, where)
+        x, _ = run_layer(config, execution, dataclasses.replace(weights, **noting), x, cache, angles, where)
         return x, {name: kernel.size for name, kernel in noting.items()}
 
     x, sizes = jax.lax.scan(read, x[None].astype(execution.dtype), params["stack"]["layers"])

@@ -86,7 +86,8 @@ def _tar_index(path):
     names, places, rows, previous = [], [], [], None
     with storage.stream(path) as file:
         try:
-            with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # pyright: ignore[reportArgumentType]
+            headers: Any = _Headers(file)  # of a file's methods those that are called
+            with tarfile.open(fileobj=headers, mode="r:") as tar:
                 for member in tar:
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep them all)
                     if not member.isfile():
