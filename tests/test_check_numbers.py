@@ -30,6 +30,10 @@ WRONG = {
     "optimizer.b2": [1.0, 1.5],
     "optimizer.eps": [0.0],
     "optimizer.clip_norm": [0.0, -1.0, float("nan")],
+    "health.on_bad_step": ["ignore"],
+    "health.spike_sigmas": [-1.0, float("nan"), float("inf")],
+    "health.watchdog_seconds": [-1.0, float("nan")],
+    "health.on_hang": ["panic"],
 }
 
 

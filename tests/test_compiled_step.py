@@ -105,7 +105,7 @@ class Step:
         """
         summed = sum(n * c.times for n, c in self.floats("all-reduce") if c.group_size > self.mesh.shape["data"])
         allowed = sum(leaf.size for leaf in self.vectors + self.tables)
-        return summed > allowed + 2 * len(jax.tree.leaves(self.state.trained))
+        return summed > allowed + 3 * len(jax.tree.leaves(self.state.trained))
 
     def gathered_activations(self):
         """Something is gathered that is no shard of a parameter."""

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hovle_jax.components import Params
 from hovle_jax.config import HealthConfig
@@ -66,7 +67,7 @@ def of_gradients(loss: jax.Array, grads: Params) -> jax.Array:
 
     A gradient counts as not finite too where its squares overflow: its norm, by which all are clipped, is infinite.
     """
-    squares = [jnp.sum(jnp.square(leaf)) for _, leaf in _floats(grads)]  # the norm's own, which are computed once
+    squares = [optax.tree.norm(leaf, squared=True) for _, leaf in _floats(grads)]  # as in the norm of all: made once
     return _first([jnp.isfinite(loss), *map(jnp.isfinite, squares)], LOSS)
 
 
