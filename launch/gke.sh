@@ -63,7 +63,8 @@ image() {
   run docker push "$image"
 }
 
-# Where one host is lost the others end with 1, or with 2 while they wait for it at the start: reasons to start again.
+# Where one host is lost the others end with 1, or with 2 while they wait for it at the start; 75 is a run that was told to
+# end where nothing could be saved: reasons to start again, as are those above 126 by default.
 run_workload() {
   local variable flags=()
   for variable in ${env[@]+"${env[@]}"}; do flags+=(--env="$variable"); done

@@ -57,6 +57,7 @@ def test_run_hands_the_words_on_through_a_shell():
     (made,) = dry("run", "--slices=2", "--env=LIBTPU_INIT_ARGS=--a=1 --b", "--env", "B=2", train=TRAIN)
     assert made[:6] == ["xpk", "workload", "create", "--workload=hovle", "--tpu-type=v5litepod-256", "--num-slices=2"]
     assert f"--docker-image={IMAGE}" in made and made[-3:] == PLACE
+    assert "--restart-on-exit-codes=1,2,75" in made  # xpk starts again at 127 and above by itself
     assert [word for word in made if word.startswith("--env")] == ["--env=LIBTPU_INIT_ARGS=--a=1 --b", "--env=B=2"]
     (command,) = [word.removeprefix("--command=") for word in made if word.startswith("--command=")]
     assert shlex.split(command) == ["exec", "launch/pod.sh", *WORDS]

@@ -80,7 +80,9 @@ def test_a_run_goes_on_in_a_session_of_its_own_and_can_be_ended(checkout):
     assert worker(checkout, "stop").returncode == 0
 
 
-@pytest.mark.parametrize("code, expected", [("0", "finished"), ("143", "stopped"), ("2", "failed with code 2")])
+@pytest.mark.parametrize(
+    "code, expected", [("0", "finished"), ("143", "stopped"), ("75", "stopped"), ("2", "failed with code 2")]
+)
 def test_how_a_run_ended_is_known(checkout, code, expected):
     worker(checkout, "start", "--a", CODE=code)
     wait_for(lambda: state(checkout) == expected)

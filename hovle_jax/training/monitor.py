@@ -68,7 +68,7 @@ class Monitor:
           devices: all that the steps run on.
         """
         config, leads = self.config, distributed.is_leader()
-        self._first_step = self._done = first_step
+        self._first_step = first_step
         self._devices = list(devices)
         self._sheet.add(goodput.earlier_time(self.folder, first_step))
         self._progress = Progress(config.stage, config.steps, first_step, tokens_per_step)
@@ -110,7 +110,7 @@ class Monitor:
             self._sheet.enter("compile")
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield self._waiting.append
-        metrics, self._done = self._waiting[-1], step + 1
+        metrics = self._waiting[-1]
         self._watch.dispatched(metrics["loss"])
         jax.block_until_ready(self._waiting[:-MOST_AHEAD][-1:])
         self._profile.after(step)
