@@ -1,6 +1,7 @@
 """The loop: resuming, held-out metrics, stopping."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from hovle_jax.errors import UserError
 from hovle_jax.report.goodput import read_time
 from hovle_jax.report.metrics import is_measured, read_metrics
 from hovle_jax.training import loop
+from hovle_jax.training.resumable import RunCheckpoints
+from hovle_jax.training.saved_steps import step_folders
 from tests import micro
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -51,8 +54,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpu
     assert loop.run(LOOP, cut, {}, say=said.append).finished
     assert "contrast: resuming at step 1" in said
     # Killed after step 5 without a checkpoint of it: what was written after step 3 happens again.
-    import shutil
-
     shutil.copytree(whole, killed)
     shutil.rmtree(killed / "checkpoints" / "5")
     shutil.rmtree(killed / "model")
@@ -100,6 +101,32 @@ def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
     assert [row["step"] for row in rows_but_times(cut)] == [0]
     resumed = loop.run(config, cut, {}, say=quiet)
     assert rows_but_times(cut) == rows_but_times(whole) and resumed.held_out == result.held_out
+
+
+def test_a_run_outlives_a_failed_save_and_a_damaged_checkpoint(tmp_path, micro_corpus, monkeypatch):
+    check_space, fails = RunCheckpoints.check_space, [None, UserError("no room"), None]  # at the start, at step 2
+
+    def failing(self, state):
+        error = fails.pop(0) if fails else None
+        if error:
+            raise error
+        check_space(self, state)
+
+    monkeypatch.setattr(RunCheckpoints, "check_space", failing)
+    config = dataclasses.replace(LOOP, steps=4, checkpoint_every=2, keep_checkpoints=9)
+    assert loop.run(config, tmp_path, {}, say=(said := []).append).finished
+    assert "warning: the save of step 2 failed: no room; tried again after 0 s" in said
+    assert list(step_folders(tmp_path / "checkpoints")) == [3, 4]
+    expected = saved(tmp_path, 4)
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "checkpoints" / "4" / "default" / "_METADATA").write_text("")
+    assert loop.run(config, tmp_path, {}, say=(said := []).append).finished
+    assert "contrast: resuming at step 3" in said and any(
+        "checkpoint 4 is damaged: default/_METADATA" in x for x in said
+    )
+    again = saved(tmp_path, 4)
+    assert all(leaf.tobytes() == again[path].tobytes() for path, leaf in expected.items())
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, micro_corpus):

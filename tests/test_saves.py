@@ -17,6 +17,8 @@ from hovle_jax import checkpoints
 from hovle_jax.errors import UserError
 from hovle_jax.system import file_lists
 from hovle_jax.training import resumable, saved_steps
+from hovle_jax.training.check_numbers import check_numbers
+from hovle_jax.training.held_out import check_keep_best
 from hovle_jax.training.resumable import RunCheckpoints
 from hovle_jax.training.saved_steps import Keep
 from hovle_jax.training.stages import STAGES
@@ -336,6 +338,19 @@ def test_the_best_stays_over_several_processes(tmp_path):
             saved.finish(step, state_of(step))
     assert list(saved_steps.step_folders(tmp_path / "checkpoints")) == [2, 4]
     assert saved_steps.note_of(tmp_path / "checkpoints" / "2")["held_out"] == {"loss": 1.0}
+
+
+def test_the_metric_of_the_best_must_be_there():
+    for every, message in ((0, "eval_every=0 must divide checkpoint_every=4"), (3, "eval_every=3 must divide")):
+        with pytest.raises(UserError, match=message):
+            check_numbers(micro.run_config("distill", keep_best="loss", checkpoint_every=4, eval_every=every))
+    check_numbers(micro.run_config("distill", keep_best="loss", checkpoint_every=4, eval_every=2))
+    check_keep_best("", None)
+    check_keep_best("max:image_cosine", ["loss", "image_cosine"])
+    with pytest.raises(UserError, match="keep_best='max:accuracy' is no held-out metric of this run, which has loss"):
+        check_keep_best("max:accuracy", ["loss"])
+    with pytest.raises(UserError, match="no held-out rows; name some with data.held_out"):
+        check_keep_best("loss", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
