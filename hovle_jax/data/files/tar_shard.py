@@ -85,8 +85,9 @@ def _tar_index(path):
 
     names, places, rows, previous = [], [], [], None
     with storage.stream(path) as file:
+        headers: Any = _Headers(file)  # all that tarfile asks of a file
         try:
-            with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # pyright: ignore[reportArgumentType]
+            with tarfile.open(fileobj=headers, mode="r:") as tar:
                 for member in tar:
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep them all)
                     if not member.isfile():
