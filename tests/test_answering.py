@@ -19,6 +19,7 @@ from hovle_jax.inference.answering import request_of
 from hovle_jax.inference.beam import Beam, answers
 from hovle_jax.inference.generate import Prompt, answer
 from hovle_jax.inference.load import load_run
+from hovle_jax.system.printable import printable
 from tests import micro
 from tests.test_commands import ROOT, command, environment
 
@@ -165,7 +166,8 @@ def test_a_chat_in_the_terminal(folder):
     done = command("chat", "--checkpoint", folder / "run", "--max_new_tokens=6", said=said)
     assert done.returncode == 0, done.stderr
     image = Image.open(folder / "a.png").convert("RGB")
-    assert done.stdout.splitlines() == plain(folder, ("what is it?", image), ("hello",))
+    said = [printable(text, lines=True) for text in plain(folder, ("what is it?", image), ("hello",))]
+    assert done.stdout.split("\n") == [*said, ""]  # an untrained model says control characters
     assert "error: no image at" in done.stderr
 
 

@@ -1,6 +1,7 @@
 """Data of strangers: rows whose paths lead elsewhere, folders that would run code. Nothing runs, nothing is read."""
 
 import contextlib
+import http.server
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from hovle_jax.data.files.sources import open_source
 from hovle_jax.data.files.tfds_shard import check_tfds_folder
 from hovle_jax.errors import UserError
 from hovle_jax.inference.many import read_questions
+from hovle_jax.system import fetching
 from tests import broken
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -284,3 +286,55 @@ def test_what_tfds_itself_writes_is_read_and_what_is_no_json_said(path_of, tmp_p
     with pytest.raises(UserError, match="features.json cannot be read as JSON"):
         check_tfds_folder(str(tmp_path))
     assert pathlib.Path(path_of("tfds"), "features.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The web
+
+
+@pytest.mark.parametrize("address", [
+    "127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "::",
+    "fd00::1", "fe80::1%eth0", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe",
+])  # fmt: skip
+def test_addresses_of_the_inside_are_none_of_the_web(address):
+    assert not fetching.is_public(address)
+
+
+def test_addresses_of_the_web_are():
+    assert all(map(fetching.is_public, ("8.8.8.8", "2606:4700::1111", "64:ff9b::808:808")))
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A web server that redirects, sends too much, or never ends."""
+
+    def do_GET(self):
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "http://127.0.0.1/")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(100 if self.path == "/slow" else 1):
+            self.wfile.write(b"x" * 20)
+            self.server.leave.wait(0.05 if self.path == "/slow" else 0)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_what_is_fetched_is_bounded(monkeypatch):
+    monkeypatch.setattr(fetching, "is_public", lambda address: True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.leave = threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        at = f"http://127.0.0.1:{server.server_port}"
+        assert fetching.fetch(f"{at}/", 20) == b"x" * 20
+        for url, most, seconds, said in (
+            (f"{at}/", 19, 10, "more than 19 bytes"), (f"{at}/moved", 99, 10, "answered 302; redirects are not"),
+            (f"{at}/slow", 10**6, 0.2, "could not be read"), ("ftp://x/y", 9, 1, "no URL of http"),
+        ):  # fmt: skip
+            with pytest.raises(fetching.CannotFetch, match=said):
+                fetching.fetch(url, most, seconds)
+        server.leave.set()
+        server.shutdown()

@@ -142,3 +142,28 @@ def test_no_process_outlives_a_parent_that_was_killed():
 ])  # fmt: skip
 def test_how_a_process_ended_is_said_in_words(code, words):
     assert how_it_ended(code) == words
+
+
+@pytest.mark.slow
+def test_a_run_s_batches_are_the_same_though_a_process_is_killed(tmp_path, monkeypatch):
+    import multiprocessing
+
+    from hovle_jax.corpora import loading
+    from hovle_jax.data import pipeline
+    from hovle_jax.training.stages import STAGES
+    from tests import broken, micro
+
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
+    path, _ = broken.write_jsonl(tmp_path, good=40)
+    data = dict(source=str(path), batch_size=4, sequence_length=192, tiles=5, max_tiles=4, augment=True)
+    config = micro.run_config("instruct", data=data, bad_ceiling=1.0)
+    corpus = loading.load_corpus(config, "train", lambda line: None)
+    dataset = pipeline.build_dataset(config, STAGES["instruct"].batch, micro.tokenizer(), corpus)
+    making = dataset.iterate(1, workers=2)
+    for step in range(1, 12):
+        (batch, *rest), (expected, *as_threads) = next(making), next(dataset.iterate(step))
+        assert all((batch[name] == expected[name]).all() for name in expected) and rest == as_threads
+        if step in (3, 7):
+            child = next(c for c in multiprocessing.active_children() if c.name == "data worker 1")
+            os.kill(child.pid, signal.SIGKILL)
+    making.close()

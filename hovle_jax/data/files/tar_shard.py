@@ -85,8 +85,8 @@ def _tar_index(path):
 
     names, places, rows, previous = [], [], [], None
     with storage.stream(path) as file:
+        headers: Any = _Headers(file)  # all that tarfile asks of a file
         try:
-            headers: Any = _Headers(file)  # of a file's methods those that are called
             with tarfile.open(fileobj=headers, mode="r:") as tar:
                 for member in tar:
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep them all)
