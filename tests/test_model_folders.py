@@ -75,7 +75,7 @@ def test_a_folder_of_runs(tmp_path):
 def test_the_commands_say_it(tmp_path):
     result = command("generate", "--checkpoint", "some-where/else", "--prompt", "hi", HF_HUB_OFFLINE="1")
     assert result.returncode == 2
-    assert "error: there is no folder some-where/else; if it is a model of the hub, give hf:some-where/else" in result.stderr
+    assert "there is no folder some-where/else; if it is a model of the hub, give hf:some-where/else" in result.stderr
     with pytest.raises(UserError, match="there is no folder"):
         evaluate(tmp_path / "absent", "easy_vqa")
 
