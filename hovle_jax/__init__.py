@@ -26,7 +26,7 @@ def load(
 
     Args:
       name: the folder of a finished run or an import; or smol-llm, which is downloaded once; or a public checkpoint (a
-        folder in Hugging Face layout, a .gguf file, a hub id), which is imported once into the cache folder.
+        folder in Hugging Face layout, a .gguf file, hf:ORG/NAME), which is imported once into the cache folder.
       max_tiles: the most tiles of an image; None = as in training.
       slots: prompts that are answered at once; None = 8, or as many as there is memory for.
       length: the most tokens of a prompt with its answer; None = what the model reads, up to 4,096.

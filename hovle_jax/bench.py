@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None,
     "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "
-    "a folder in Hugging Face layout, a .gguf file or a hub id, imported on the way",
+    "a folder in Hugging Face layout, a .gguf file or hf:ORG/NAME, imported on the way",
 )  # fmt: skip
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "In place of --checkpoint: random weights of this config's sizes, as configs/instruct.py:hovle"

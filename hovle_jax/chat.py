@@ -20,7 +20,7 @@ flags.adopt_module_key_flags(options)  # so that --help lists them
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None,
     "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "
-    "a folder in Hugging Face layout, a .gguf file or a hub id, imported on the way",
+    "a folder in Hugging Face layout, a .gguf file or hf:ORG/NAME, imported on the way",
 )  # fmt: skip
 HELP = "/image PATH shows an image with what you say next, /new begins anew, /quit ends"
 

@@ -388,7 +388,11 @@ def from_dict(cls: type, mapping: Any, path: str = "config") -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}
-    for key, value in dict(mapping).items():
+    try:
+        items = dict(mapping).items()
+    except (TypeError, ValueError):
+        raise UserError(f"{path}={mapping!r} should be an object with keys") from None
+    for key, value in items:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=3) or sorted(fields)
             raise UserError(f"{path}.{key} is not a known key; did you mean {', '.join(near)}?")
@@ -408,6 +412,8 @@ def _convert(hint, value, path):
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, typing.cast(type, hint)) else from_dict(typing.cast(type, hint), value, path)
     if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path}={value!r} should be a list")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

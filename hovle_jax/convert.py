@@ -5,7 +5,7 @@
     python -m hovle_jax.convert verify DIR [--json]
 
 import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3), a .gguf file
-or a hub id; DST can then stand where a run's folder can.
+or hf:ORG/NAME[@REVISION]; DST can then stand where a run's folder can.
 
 export: SRC is a finished run, an import or smol-llm; DST has the public names, shapes and config.json. With --as llama
 a base HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it. With

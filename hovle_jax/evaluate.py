@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from hovle_jax.evaluation.results import Scored
 
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "The folder of a finished run or an import: runs/instruct; or a public checkpoint or hub id"
+    "checkpoint",
+    None,
+    "The folder of a finished run or an import: runs/instruct; a public checkpoint or hf:ORG/NAME",
 )
 BENCHMARK = flags.DEFINE_string(
     "benchmark",

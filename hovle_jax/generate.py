@@ -39,7 +39,7 @@ flags.adopt_module_key_flags(hosts)
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None,
     "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "
-    "a folder in Hugging Face layout, a .gguf file or a hub id, imported on the way",
+    "a folder in Hugging Face layout, a .gguf file or hf:ORG/NAME, imported on the way",
 )  # fmt: skip
 IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be given several times")
 PROMPT = flags.DEFINE_multi_string(

@@ -21,7 +21,7 @@ from hovle_jax.system import command_line
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None,
     "The folder of a finished run or an import, as runs/instruct; smol-llm, which is fetched; or a public checkpoint: "
-    "a folder in Hugging Face layout, a .gguf file or a hub id, imported on the way",
+    "a folder in Hugging Face layout, a .gguf file or hf:ORG/NAME, imported on the way",
 )  # fmt: skip
 HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0: all of this machine's")
 PORT = flags.DEFINE_integer("port", 8000, "The port; 0: a free one", lower_bound=0)

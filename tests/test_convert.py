@@ -20,7 +20,7 @@ from hovle_jax.conversion.exporting import DTYPES, export_model, make_index, pub
 from hovle_jax.conversion.importing import import_checkpoint
 from hovle_jax.errors import UserError
 from hovle_jax.formats import llms
-from hovle_jax.formats.families import open_checkpoint
+from hovle_jax.formats.families import local_path, open_checkpoint
 from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.config import RopeScaling
 from hovle_jax.model.hovle import HoVLE
@@ -192,23 +192,45 @@ def test_sliding_windows():
 
 
 def test_a_hub_id(tmp_path, monkeypatch):
-    public = public_folder(tmp_path, "internlm2")
-    hub = types.SimpleNamespace()
+    public, asked = public_folder(tmp_path, "internlm2"), []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        return str(public)
+
+    hub = types.SimpleNamespace(snapshot_download=download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
-    hub.snapshot_download = lambda name, **_: {"some/model": str(public)}[name]
-    import_checkpoint("some/model", tmp_path / "dst", say=lambda _: None)
+    import_checkpoint("hf:some/model", tmp_path / "dst", say=lambda _: None)
     assert load_model_config(tmp_path / "dst").llm.family == "internlm2"
+    assert local_path("hf:some/model@v1.0") == local_path("hf:some/model@refs/pr/1") == public
+    assert asked == [("some/model", None), ("some/model", "v1.0"), ("some/model", "refs/pr/1")]
 
     def offline(*_, **__):
         raise RuntimeError("no route to the hub")  # its errors are of many classes
 
     hub.snapshot_download = offline
-    with pytest.raises(UserError, match=r"some/other is not a path here and cannot be downloaded .*no route"):
-        import_checkpoint("some/other", tmp_path / "dst2")
+    with pytest.raises(UserError, match=r"hf:some/other cannot be downloaded .*no route"):
+        import_checkpoint("hf:some/other", tmp_path / "dst2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
-        import_checkpoint("some/other", tmp_path / "dst2")
+        import_checkpoint("hf:some/other", tmp_path / "dst2")
+
+
+@pytest.mark.parametrize("name", ["runs/instrct", "some/model", "some/model@v1"])
+def test_what_is_mistyped_is_not_downloaded(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"there is no folder {name}; if it is a model of the hub, give hf:{name}$"):
+        import_checkpoint(name, tmp_path / "dst")
+    with pytest.raises(UserError, match=f"there is no folder {name}"):
+        model_folder(name)
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:model", "hf:../model", "hf:a/b/c", "hf:a/b@", "hf:a b/c", "hf:a/b@v 1"])
+def test_what_is_no_hub_id(name):
+    with pytest.raises(UserError, match="is not a hub id: give hf:ORG/NAME"):
+        model_folder(name)
 
 
 def test_a_public_checkpoint_is_imported_on_the_way(tmp_path, monkeypatch):
@@ -221,10 +243,10 @@ def test_a_public_checkpoint_is_imported_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.chdir(tmp_path)
     assert model_folder(str(public), say=said.append) == first and len(said) == 1
-    assert load_model_config(model_folder("some/model", say=said.append)).llm == load_model_config(first).llm
+    assert load_model_config(model_folder("hf:some/model", say=said.append)).llm == load_model_config(first).llm
     os.utime(public / "config.json", (1, 1))  # as if it had been downloaded again
     assert model_folder(str(public), say=said.append) != first
-    assert len(said) == 3 and said[1].startswith("some/model is a public checkpoint")
+    assert len(said) == 3 and said[1].startswith("hf:some/model is a public checkpoint")
     assert model_folder(str(first), say=said.append) == first and len(said) == 3
 
 

@@ -36,8 +36,9 @@ def test_a_finished_model(tmp_path):
 
 def test_a_name_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    remedy = r"python -m hovle_jax\.convert import OpenGVLab/HoVLE models/HoVLE, then --checkpoint models/HoVLE$"
-    refused("OpenGVLab/HoVLE", "no folder OpenGVLab/HoVLE; if it is a model of the hub, import it first: " + remedy)
+    remedy = r"python -m hovle_jax\.convert import hf:OpenGVLab/HoVLE models/HoVLE, then --checkpoint models/HoVLE$"
+    refused("OpenGVLab/HoVLE", "no folder OpenGVLab/HoVLE; if it is a model of the hub, give hf:OpenGVLab/HoVLE$")
+    refused("hf:OpenGVLab/HoVLE", "is a model of the hub, which is imported first: " + remedy)
     for name in ("runs/instruct", "/nowhere/at/all", "instruct"):
         refused(name, rf"there is no folder {name}; give that of a finished run, as runs/instruct, or of an import$")
 
@@ -74,7 +75,7 @@ def test_a_folder_of_runs(tmp_path):
 def test_the_commands_say_it(tmp_path):
     result = command("generate", "--checkpoint", "some-where/else", "--prompt", "hi", HF_HUB_OFFLINE="1")
     assert result.returncode == 2
-    assert "error: some-where/else is not a path here" in result.stderr
+    assert "there is no folder some-where/else; if it is a model of the hub, give hf:some-where/else" in result.stderr
     with pytest.raises(UserError, match="there is no folder"):
         evaluate(tmp_path / "absent", "easy_vqa")
 

@@ -35,7 +35,7 @@ def import_checkpoint(
     Tensors are read and written one after another; the folder appears when it is complete.
 
     Args:
-      source: a folder, a .gguf file or a hub id.
+      source: a folder, a .gguf file or a hub id (hf:ORG/NAME[@REVISION]).
       kind: 'hovle', 'llm' or 'teacher': what to import; None = everything in the checkpoint.
     Raises:
       UserError: the checkpoint is broken, not supported or has no such component; its tokenizer is broken or belongs to

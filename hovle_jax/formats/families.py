@@ -123,30 +123,46 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> str:
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.py", "merges.txt")
 
 
+HUB_ID = re.compile(r"hf:(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+LIKE_AN_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
+
+
 def local_path(source: str | os.PathLike) -> pathlib.Path:
-    """The path of a checkpoint. Files of a hub id ('OpenGVLab/HoVLE') are downloaded into the cache folder first.
+    """The path of a checkpoint. Files of a hub id ('hf:OpenGVLab/HoVLE', 'hf:ORG/NAME@REVISION') are downloaded first.
+
+    Nothing is fetched without `hf:`: a mistyped runs/instrct is an error, not another's model.
 
     Raises:
-      UserError: neither a path nor a hub id has this name, or the hub cannot be reached.
+      UserError: no path has this name, it is no hub id, or the hub cannot be reached.
     """
-    path = pathlib.Path(source)
-    if path.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
+    path, text = pathlib.Path(source), str(source)
+    if path.exists():
         return path
+    if not text.startswith("hf:"):
+        if LIKE_AN_ID.fullmatch(text):
+            raise UserError(f"there is no folder {text}; if it is a model of the hub, give hf:{text}")
+        return path
+    match = HUB_ID.fullmatch(text)
+    if not match:
+        raise UserError(f"{text} is not a hub id: give hf:ORG/NAME, or hf:ORG/NAME@REVISION (a branch, tag or commit)")
+    return _fetched(match["name"], match["revision"], text)
+
+
+def _fetched(name, revision, text):
+    """The folder in the cache with the files of a repository of the hub."""
     try:
         import huggingface_hub
     except ModuleNotFoundError:
         raise UserError(
-            f"{source} is not a path here; to download it from the hub: pip install huggingface_hub, or download the "
-            "repository's files into a folder and give that folder"
+            f"{text} is downloaded from the hub: pip install huggingface_hub, or download the repository's files into "
+            "a folder and give that folder"
         ) from None
+    options = {"allow_patterns": list(HUB_FILES), "cache_dir": cache_dir("hub"), "revision": revision}
     try:
-        folder = huggingface_hub.snapshot_download(
-            str(source), allow_patterns=list(HUB_FILES), cache_dir=cache_dir("hub")
-        )
+        return pathlib.Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # its own errors, and those of its HTTP library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source} is not a path here and cannot be downloaded from the hub ({reason})") from None
-    return pathlib.Path(folder)
+        raise UserError(f"{text} cannot be downloaded from the hub ({reason})") from None
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:

@@ -41,21 +41,23 @@ def is_public(folder: str | pathlib.Path) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it can be meant as a name of the hub ('OpenGVLab/HoVLE'), and not as a path here."""
-    path = pathlib.Path(name)
-    looks_so = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.startswith(("runs/", "models/"))
-    return bool(looks_so) and not path.exists() and not path.parent.exists()
+    """Whether it is meant as a name of the hub: 'hf:OpenGVLab/HoVLE'."""
+    return name.startswith("hf:") and not pathlib.Path(name).exists()
 
 
 def _absent(name):
     """Of a name that is no path here."""
+    path = pathlib.Path(name)
+    looks_so = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.startswith(("runs/", "models/"))
     if is_hub_id(name):
-        return f"there is no folder {name}; if it is a model of the hub, import it first: {_import(name)}"
+        return f"{name} is a model of the hub, which is imported first: {_import(name)}"
+    if looks_so and not path.parent.exists():
+        return f"there is no folder {name}; if it is a model of the hub, give hf:{name}"
     return f"there is no folder {name}; give that of a finished run, as runs/instruct, or of an import"
 
 
 def _import(source):
-    name = pathlib.Path(source).absolute().name.removesuffix(".gguf")
+    name = pathlib.Path(source).absolute().name.removesuffix(".gguf").partition("@")[0]
     return f"python -m hovle_jax.convert import {source} models/{name}, then --checkpoint models/{name}"
 
 
