@@ -1,0 +1,105 @@
+"""Runs that are killed at any moment and started again, compared with one that never was."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import time
+
+from hovle_jax.report.metrics import is_measured, read_metrics
+from hovle_jax.training import inspecting, saved_steps
+from tests import forked
+
+ROOT = pathlib.Path(__file__).parents[1]
+STAGES = ("pretrain", "contrast", "distill", "align", "instruct")
+WITHIN = 300  # seconds in which a run ends, on busy cores
+AFTER_A_SAVE_BEGAN = 0.08  # seconds at most
+# Not of a run's result: what processes note of themselves.
+PASSING = ("time.json", ".lock", "facts.json", "versions.json", "compile", "stacks")
+
+
+def start(stage: str, workdir: pathlib.Path) -> forked.Process:
+    """The stage's command in a process of its own."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return forked.Process("tests.killed_run", [stage, workdir], ROOT, env, workdir / "out", workdir / "err")
+
+
+def finish(stage: str, workdir: pathlib.Path) -> float:
+    """Lets the command end -> its seconds. Fails where it does not end well."""
+    began = time.monotonic()
+    status = start(stage, workdir).wait(WITHIN)
+    assert status == 0, (status, (workdir / "out").read_text()[-2000:], (workdir / "err").read_text()[-2000:])
+    return time.monotonic() - began
+
+
+@dataclasses.dataclass
+class Kills:
+    """Kills of one run.
+
+    Attributes:
+      seconds: of a run that is not killed.
+      inside_a_save: whether they come as a save has begun, else at any moment.
+    """
+
+    stage: str
+    workdir: pathlib.Path
+    seconds: float
+    inside_a_save: bool = False
+
+    def of(self, count: int, drawn: random.Random) -> int:
+        """Starts and kills until it was `count` times, or the run was done first -> how often it was killed."""
+        for number in range(count):
+            process, began = start(self.stage, self.workdir), time.monotonic()
+            if self.inside_a_save:
+                self._await_a_save(process)
+                moment = time.monotonic() - began + drawn.uniform(0, AFTER_A_SAVE_BEGAN)
+            else:
+                moment = drawn.uniform(0, self.seconds)
+            while time.monotonic() - began < moment and process.poll() is None:
+                time.sleep(0.002)
+            if process.poll() is not None:
+                assert process.poll() == 0, (self.workdir / "err").read_text()[-2000:]
+                return number
+            process.kill()
+            process.wait(10)
+        return count
+
+    def _await_a_save(self, process):
+        """Until there is a folder of checkpoints that was not there, or the process has ended."""
+        folder = self.workdir / self.stage / "checkpoints"
+        names = lambda: {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        before = names()
+        while process.poll() is None and not names() - before:
+            time.sleep(0.002)
+
+
+def differences(whole: pathlib.Path, killed: pathlib.Path) -> list[str]:
+    """What is not the same in the folders of two runs: arrays and rows to the bit, files by name, results."""
+    found = []
+    for place in (f"checkpoints/{_newest(whole)}", "model"):
+        first, second = (inspecting.leaves(inspecting.find(str(folder / place))) for folder in (whole, killed))
+        if first.keys() != second.keys():
+            found.append(f"{place}: other arrays")
+            continue
+        unequal = (name for name in first if first[name].read().tobytes() != second[name].read().tobytes())
+        found += [f"{place}: {name}" for name in unequal]
+    if _rows(whole) != _rows(killed):
+        found.append(f"rows of metrics: {_rows(whole)} and {_rows(killed)}")
+    files = [sorted(p.name for p in folder.iterdir() if not p.name.startswith(PASSING)) for folder in (whole, killed)]
+    if files[0] != files[1]:
+        found.append(f"files: {files[0]} and {files[1]}")
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, killed)]
+    if results[0] != results[1]:
+        found.append(f"results: {results[0]} and {results[1]}")
+    return found
+
+
+def _newest(folder):
+    return max(saved_steps.step_folders(folder / "checkpoints"))
+
+
+def _rows(folder):
+    rows = [{name: value for name, value in row.items() if not is_measured(name)} for row in read_metrics(folder)]
+    return [row for row in rows if row.keys() > {"step"}]
