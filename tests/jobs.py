@@ -51,10 +51,14 @@ class Job:
     processes: list
 
     def out(self, host):
-        return (self.folder / f"{host}.out").read_text()
+        return self._written(f"{host}.out")
 
     def err(self, host):
-        return (self.folder / f"{host}.err").read_text()
+        return self._written(f"{host}.err")
+
+    def _written(self, name):
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""  # its process has only begun
 
     def statuses(self, within):
         """How the hosts have ended; fails after `within` seconds."""

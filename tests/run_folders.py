@@ -21,7 +21,7 @@ def write_run(
       keys: of optimizer, in place of the config file's.
     """
     folder = workdir / stage
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config = train.stage_config(ROOT / "configs", stage, "tiny").to_dict()
     config |= {"seed": seed, "steps": steps or len(losses), "optimizer": config["optimizer"] | keys}
     (folder / "config.json").write_text(json.dumps(config))
