@@ -246,7 +246,7 @@ def test_a_run_that_was_preempted_is_not_done():
 def test_only_the_named_stage_is_traced(tmp_path, monkeypatch):
     traced = {}
 
-    def run(config, folder, sources, say, profile, track):
+    def run(config, folder, sources, say, profile, track, mirror):
         traced[config.stage] = profile
         return loop.Result(folder, config.steps, finished=True, held_out={})
 
