@@ -54,7 +54,10 @@ def test_help_is_the_commands_own():
 
 @pytest.mark.parametrize(
     "name, remedy",
-    [("trian", "did you mean train?"), ("xyzzy", "use one of aot, attention, bench, chat, checkpoint, compare, convert, ")],
+    [
+        ("trian", "did you mean train?"),
+        ("xyzzy", "use one of aot, attention, bench, chat, checkpoint, compare, convert, "),
+    ],
 )
 def test_an_unknown_command_is_one_line(name, remedy, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hovle", name])
