@@ -116,7 +116,7 @@ def test_a_checkpoint_that_is_damaged_there_is_passed_over(remote):
     assert saves_at(path) == ["1", "2.damaged", "3"]
 
 
-@pytest.mark.parametrize("sent", range(0, 12, 2))
+@pytest.mark.parametrize("sent", [0, 3, 9])
 def test_a_kill_while_it_is_sent_leaves_a_checkpoint_and_the_rows_up_to_it(sent, remote, monkeypatch):
     """Killed after so many files."""
 
