@@ -144,7 +144,7 @@ def test_seeds_train_the_whole_chain_each_in_its_folder_and_compare(tmp_path, mo
 
     trained = []
 
-    def run(config, folder, sources, say, profile, track):
+    def run(config, folder, sources, say, profile, track, mirror):
         trained.append((str(folder.relative_to(tmp_path)), config.seed))
         write_run(folder.parent, config.stage, losses=(1.0 + config.seed,), seed=config.seed)
         (folder / "model").mkdir()

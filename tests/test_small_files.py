@@ -103,6 +103,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         files.read_json(tmp_path / "nothing")
 
 
+def test_the_reason_of_an_error_is_one_line():
+    assert files.reason_of(OSError(28, "x")) == "the disk is full"
+    assert files.reason_of(ValueError("a\nb [os_error_code='27']")) == "File too large"
+    assert files.reason_of(OSError(-2, "Name or service not known")) == "[Errno -2] Name or service not known"
+    assert files.reason_of(ValueError("a\nb")) == "a b" and files.reason_of(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
 def test_lines_that_were_cut_off_go_without_rewriting_the_file(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b"a\nb\nhalf")

@@ -117,7 +117,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 def reason_of(error: BaseException) -> str:
     """Why something could not be read or written, in one line; also of errors that tensorstore raises."""
     number = errno_of(error)
-    if number is not None:
+    if number is not None and number in errno.errorcode:  # a look-up of a name has numbers of its own
         return "the disk is full" if number == errno.ENOSPC else os.strerror(number)
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 

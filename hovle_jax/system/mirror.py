@@ -130,7 +130,7 @@ def _opened(url: str) -> tuple[Any, str]:
 
     if "::" in url:
         raise UserError(f"{url}: a work folder is one URL, not a chain of them")
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns at every call that a bucket's type is unknown
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it says what it also raises, and each try before
     try:
         found, root = fsspec.url_to_fs(url, use_listings_cache=False)
     except (ValueError, ImportError) as error:

@@ -116,6 +116,9 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
 
 def commit(partial: pathlib.Path, final: pathlib.Path, note: Mapping[str, Any]) -> None:
     """Makes a checkpoint out of what was written: its list, then its name."""
+    if final.exists():  # complete here, but it could not be sent to where the work folder belongs
+        shutil.rmtree(partial)
+        return
     file_lists.write_list(partial, {**note, "time": round(time.time())})
     partial.rename(final)
     sync_folder(final.parent)
