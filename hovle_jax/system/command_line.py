@@ -113,13 +113,19 @@ def _did_you_mean(problem, near):
 @functools.cache  # once for each message
 def warn(message: str) -> None:
     """Prints a warning on stderr: something is allowed, but hardly what was meant."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {_shown(message)}", file=sys.stderr)
 
 
 def _fail(message, status=2):
     text = " ".join(str(message).split())
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {_shown(text)}", file=sys.stderr)
     sys.exit(status)
+
+
+def _shown(message):
+    """The message with the control characters of a stranger's name as escapes: they would steer the terminal."""
+    shown = lambda c: c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+    return "".join(map(shown, str(message)))
 
 
 def dispatch(actions: dict, arguments: list[str], usage: str) -> None:
