@@ -59,7 +59,7 @@ cluster() {
 }
 
 image() {
-  run docker build --platform=linux/amd64 --file="$ROOT/launch/Dockerfile" --tag="$image" "$ROOT"
+  run docker build --platform=linux/amd64 --build-arg=RUN_AS=root --file="$ROOT/launch/Dockerfile" --tag="$image" "$ROOT"
   run docker push "$image"
 }
 
@@ -75,7 +75,9 @@ run_workload() {
 
 json_string() {
   local text=${1//\\/\\\\}
-  printf '"%s"' "${text//\"/\\\"}"
+  text=${text//\"/\\\"}
+  text=${text//$'\t'/\\t}
+  printf '"%s"' "${text//$'\n'/\\n}"
 }
 
 json_arguments() {
@@ -99,10 +101,10 @@ fill() { printf "s|\${%s}|%s|" "$1" "$(printf '%s' "$2" | sed 's/[\\&|]/\\&/g')"
 manifest() {
   local shape
   shape=$(topology "$accelerator")
-  sed -e '/^#/d' -e "$(fill NAME "$name")" -e "$(fill SLICES "$slices")" -e "$(fill HOSTS "$(hosts "$accelerator")")" \
+  sed -e '/^#/d' -e "$(fill NAME "$(json_string "$name")")" -e "$(fill SLICES "$slices")" -e "$(fill HOSTS "$(hosts "$accelerator")")" \
     -e "$(fill CHIPS "$(chips_per_host "$accelerator")")" -e "$(fill ACCELERATOR "$(gke_accelerator "$accelerator")")" \
-    -e "$(fill TOPOLOGY "$shape")" -e "$(fill IMAGE "$image")" -e "$(fill BUCKET "$bucket")" \
-    -e "$(fill SERVICE_ACCOUNT "$service_account")" -e "$(fill ENVIRONMENT "$(json_environment)")" \
+    -e "$(fill TOPOLOGY "$shape")" -e "$(fill IMAGE "$(json_string "$image")")" -e "$(fill BUCKET "$(json_string "$bucket")")" \
+    -e "$(fill SERVICE_ACCOUNT "$(json_string "$service_account")")" -e "$(fill ENVIRONMENT "$(json_environment)")" \
     -e "$(fill ARGUMENTS "$(json_arguments)")" "$ROOT/launch/jobset.yaml"
 }
 

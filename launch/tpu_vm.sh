@@ -36,7 +36,7 @@ FLAGS="spot"
 LISTS="env gcloud"
 POLL_SECONDS=${HOVLE_POLL_SECONDS:-60}
 WORKER=hovle_jax/launch/worker.sh
-SENT="setup.py README.md hovle_jax configs launch"
+SENT="setup.py README.md requirements hovle_jax configs launch"
 
 project=${HOVLE_PROJECT:-} zone=${HOVLE_ZONE:-} name=${HOVLE_NAME:-}
 accelerator=${HOVLE_ACCELERATOR:-} slices=${HOVLE_SLICES:-1} bucket=${HOVLE_BUCKET:-}
@@ -89,7 +89,13 @@ copy_to_workers() {
 }
 
 setup() {
-  local archive=${TMPDIR:-/tmp}/hovle_jax.tar.gz
+  local folder=${TMPDIR:-/tmp}/hovle_jax.XXXXXX
+  if ! $dry_run; then
+    folder=$(mktemp -d "$folder") # a name that nobody else on this machine can have taken
+    # shellcheck disable=SC2064 # the folder's name is known here alone
+    trap "rm -rf $(quote "$folder")" EXIT
+  fi
+  local archive=$folder/hovle_jax.tar.gz
   # shellcheck disable=SC2086
   run tar -czf "$archive" --exclude=__pycache__ -C "$ROOT" $SENT
   copy_to_workers "$archive" hovle_jax.tar.gz

@@ -15,13 +15,14 @@ STATE=.launch
 LOG=$STATE/log
 STOP_SECONDS=120 # in which the last step is saved
 
-# The images of Cloud TPU have Python 3.10, which is too old: uv brings its own.
+# The images of Cloud TPU have Python 3.10, which is too old: uv brings its own, and holds packages to their hashes.
+# Newer systems let pip install for the user only where it is told so.
 install() {
   mkdir -p "$STATE"
   export PATH=$HOME/.local/bin:$PATH
-  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv==0.13.9
   uv venv --quiet --allow-existing --python 3.12 .venv
-  uv pip install --quiet --python .venv/bin/python --editable '.[tpu,data]'
+  uv pip install --quiet --python .venv/bin/python --constraint requirements/py312.txt --editable '.[tpu,data]'
   printf '%s' "${1:-}" >"$STATE/bucket"
   mount_bucket
 }

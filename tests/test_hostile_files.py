@@ -17,6 +17,7 @@ from hovle_jax.data.text.tokenizer import SETTINGS, SentencePieceTokenizer, load
 from hovle_jax.errors import UserError
 from hovle_jax.formats.gguf import GGUFFile
 from hovle_jax.formats.source import SafetensorsFolder
+from hovle_jax.system import command_line
 from tests import bpe, broken
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,3 +342,9 @@ def test_an_image_of_a_million_columns():
     content[at : at + 3] = (10**6 - 1).to_bytes(3, "little")
     with pytest.raises(BadSample, match="1000000 x 32 pixels"):
         decode_image(bytes(content))
+
+
+def test_an_error_steers_no_terminal(capsys):
+    with pytest.raises(SystemExit):
+        command_line._fail("no file at \x1b[2J\u202egnp.x\ud800, it is\nnot there")
+    assert capsys.readouterr().err == "error: no file at \\x1b[2J\\u202egnp.x\\ud800, it is not there\n"

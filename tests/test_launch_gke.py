@@ -42,15 +42,23 @@ def test_both_ways_mount_the_bucket_alike():
 def test_image():
     build, push = dry("image")
     dockerfile = f"--file={LAUNCH / 'Dockerfile'}"
-    assert build == ["docker", "build", "--platform=linux/amd64", dockerfile, f"--tag={IMAGE}", str(ROOT)]
+    options = ["--platform=linux/amd64", "--build-arg=RUN_AS=root", dockerfile, f"--tag={IMAGE}"]
+    assert build == ["docker", "build", *options, str(ROOT)]
     assert push == ["docker", "push", IMAGE]
 
 
 def test_the_image_has_what_it_copies_and_starts():
     lines = [line.split() for line in (LAUNCH / "Dockerfile").read_text().splitlines()]
     copied = [word for words in lines if words[:1] == ["COPY"] for word in words[1:-1]]
-    assert {"setup.py", "README.md", "hovle_jax", "configs", "launch/pod.sh"} == set(copied)
+    assert {"setup.py", "README.md", "requirements", "hovle_jax", "configs", "launch/pod.sh"} == set(copied)
     assert all((ROOT / word).exists() for word in copied)
+    assert ["USER", "${RUN_AS}"] in lines and ["ARG", "RUN_AS=hovle"] in lines, "not root unless asked for"
+
+
+@pytest.mark.parametrize("name", ['my-bucket", evil: "x', "a: b", "a #b", "{x}", "&x|y\\z", "a\nb: c", "true"])
+def test_values_stay_values_in_the_manifest(name):
+    made = manifest("--bucket", name)
+    assert pod(made)["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == name
 
 
 def test_run_hands_the_words_on_through_a_shell():

@@ -69,9 +69,10 @@ def test_each_generation_has_its_software(given, accelerator, runtime):
 
 def test_setup_copies_what_the_workers_need():
     archive, copy, install = dry("setup", "--bucket", "b")
-    assert archive[:2] == ["tar", "-czf"] and archive[-5:] == [
+    assert archive[:2] == ["tar", "-czf"] and archive[-6:] == [
         "setup.py",
         "README.md",
+        "requirements",
         "hovle_jax",
         "configs",
         "launch",

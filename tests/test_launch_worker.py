@@ -123,7 +123,7 @@ def test_install_makes_the_environment_and_mounts_the_bucket(checkout, tmp_path)
     made = calls.read_text().splitlines()
     assert made[:2] == [
         "uv venv --quiet --allow-existing --python 3.12 .venv",
-        "uv pip install --quiet --python .venv/bin/python --editable .[tpu,data]",
+        "uv pip install --quiet --python .venv/bin/python --constraint requirements/py312.txt --editable .[tpu,data]",
     ]
     assert made[2:4] == ["mountpoint --quiet /mnt/hovle", "sudo mkdir -p /mnt/hovle"]
     assert made[4].startswith("sudo gcsfuse ") and made[4].endswith(" my-bucket /mnt/hovle")

@@ -132,7 +132,7 @@ def _did_you_mean(problem, near):
 @functools.cache  # once for each message
 def warn(message: str) -> None:
     """Prints a warning on stderr: something is allowed, but hardly what was meant."""
-    print(f"warning: {printable(message)}", file=sys.stderr)
+    print(f"warning: {printable(message, lines=True)}", file=sys.stderr)
 
 
 def _fail(message, status=2):

@@ -12,10 +12,6 @@ import signal
 import sys
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
 
 class Refused(Exception):
     """Raised by a template's own `raise_exception`."""
@@ -25,23 +21,24 @@ class TooLong(Exception):
     """More text than `limit`."""
 
 
-class Generation(jinja2.ext.Extension):
-    """{% generation %} marks answers; its content is rendered as usual."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
-
-    def parse(self, parser: Any) -> Any:
-        """The statements inside the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _refuse(message):
     raise Refused(message)
 
 
 @functools.cache
 def _environment():
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks answers; its content is rendered as usual."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
