@@ -88,9 +88,10 @@ def time_saves(config, run, new_state, batch, rounds):
     """-> seconds that a save adds to a run: the loop's wait, and what the steps beside the writing take longer."""
     from hovle_jax.training import resumable, step
     from hovle_jax.training.health import Health
+    from hovle_jax.training.saved_steps import Keep
 
     added = []
-    with tempfile.TemporaryDirectory() as folder, resumable.RunCheckpoints(folder, 1, 2) as saved:
+    with tempfile.TemporaryDirectory() as folder, resumable.RunCheckpoints(pathlib.Path(folder), Keep(2)) as saved:
         health = Health(config, pathlib.Path(folder), {}, say=lambda line: None)
         state = health.start(new_state(), 0)
         side = steps(step.train_step, state, batch, config.stage, run)
@@ -100,10 +101,10 @@ def time_saves(config, run, new_state, batch, rounds):
             state = next(side)[1]
             started = time.perf_counter()
             health.before_save(i, state)
-            saved.save(i, state, force=True)
+            saved.save(i, state)
             added.append(time.perf_counter() - started)
             added[-1] += sum(next(side)[0] - usual for _ in range(TURN))
-            saved.wait()
+            saved.finish(i, state)
     return statistics.median(added)
 
 
