@@ -24,6 +24,12 @@ def until(condition):
         time.sleep(0.005)
 
 
+@pytest.fixture(autouse=True)
+def asked_by_nobody(monkeypatch):
+    """The next test's run is not asked to end by what this one asks."""
+    monkeypatch.setattr(preemption, "_answering", preemption._Answering())
+
+
 @pytest.fixture
 def ends(monkeypatch):
     """What the process would have ended with: [(line, status)]."""
