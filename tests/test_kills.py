@@ -1,4 +1,4 @@
-"""A run that is killed at any moment ends as one that never was: 20 kills; `tests/benchmarks/kills.py` has hundreds."""
+"""A run that is killed at any moment ends as one that never was: 20 kills with the slow ones; benchmarks/kills.py has more."""
 
 import random
 
@@ -7,7 +7,9 @@ import pytest
 from tests import kills
 
 
-@pytest.mark.parametrize("stage", kills.STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage != "contrast")) for stage in kills.STAGES]
+)
 def test_a_run_that_is_killed_ends_as_one_that_is_not(stage, tmp_path):
     seconds = kills.finish(stage, tmp_path / "whole")
     of_save = kills.Kills(stage, tmp_path / "killed", seconds, inside_a_save=True)
