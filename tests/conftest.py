@@ -14,8 +14,8 @@ _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
-# Threads of XLA's CPU backend, else as many as devices. Each device does a step's independent collectives in an order of
-# its own: with every thread waiting in one that the others have not come to, the step stands still.
+# Threads of XLA's CPU backend, else as many as devices. Each device does a step's independent collectives in its own
+# order: with every thread waiting in one that the others have not come to, the step stands still.
 os.environ.setdefault("NPROC", "32")
 
 # What one worker or command has compiled, the others need not compile again. The first process of a session makes the

@@ -1,4 +1,7 @@
-"""A run that is killed at any moment ends as one that never was: 20 kills with the slow ones; benchmarks/kills.py has more."""
+"""A run that is killed at any moment ends as one that never was: 20 kills with the slow tests.
+
+tests/benchmarks/kills.py has hundreds.
+"""
 
 import random
 
