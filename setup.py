@@ -40,6 +40,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",  # the input pipeline
+        "cloudpickle",  # hands rows to data workers; grain brings it
         "tensorflow-datasets>=4.9.10",  # prepares and reads data sets as ArrayRecord, without TensorFlow
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "array_record>=0.5",  # what `prepare` writes
