@@ -134,6 +134,8 @@ def _become(job):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     logging.root.handlers.clear()  # of what was imported: a command sets up its own
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])

@@ -71,8 +71,8 @@ MISTAKES = {
         ["data.batch_size=0 must be at least 1"],
     ),
     "remote work folder": (
-        "train --config configs/pretrain.py --workdir gs://bucket/runs",
-        ["gs://bucket/runs cannot be opened", "pip install gcsfs"],
+        "train --config configs/pretrain.py --workdir nosuch://bucket/runs",
+        ["nosuch://bucket/runs cannot be opened", "pip install gcsfs"],
     ),
     "remote checkpoint": (
         "generate --checkpoint gs://bucket/runs/instruct --prompt hi", ["--checkpoint=gs://bucket/runs/instruct"]

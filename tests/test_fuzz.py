@@ -62,7 +62,9 @@ def test_what_is_wrong_is_found_and_kept(bad, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "make_input", lambda _name, _seed, index, _seeds: {"file": contents[index]})
     found = run.fuzz("bad", len(contents), 0, tmp_path)
     kinds = collections.Counter(kind.split(" at ")[0] for kind in found.findings.elements())
-    assert kinds == {"hang": 1, "ended with 7": 1, "memory": 2, "KeyError": 1}
+    # On a busy machine the time may end before the memory does.
+    assert kinds.keys() == {"hang", "ended with 7", "memory", "KeyError"} and kinds["hang"] + kinds["memory"] == 3
+    assert kinds["ended with 7"] == kinds["KeyError"] == 1
     assert (found.inputs, found.refused) == (7, 3)
     kept = sorted(tmp_path.glob("bad/*/input-*"))
     assert len(kept) == 5 and {path.name for path in kept} == {f"input-{i}" for i in range(5)}

@@ -26,8 +26,17 @@ def until(condition):
 
 @pytest.fixture(autouse=True)
 def asked_by_nobody(monkeypatch):
-    """The next test's run is not asked to end by what this one asks."""
+    """The next test's run is not asked to end by what this one asks; no signal is ignored, as under nohup."""
     monkeypatch.setattr(preemption, "_answering", preemption._Answering())
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -93,6 +93,8 @@ def _limit_memory(extra):
 
 def serve(seconds: float, memory: int) -> None:
     """Answers one line after another, each within so many seconds of CPU time, SIGPROF's default being the end."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a profiler in the parent leaves it ignored, for its children too
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     _environment()
     _limit_memory(memory)
     for line in sys.stdin.buffer:
