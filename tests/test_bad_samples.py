@@ -86,6 +86,7 @@ def with_tokenizer(config, folder):
     return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(folder)))
 
 
+@pytest.mark.slow
 def test_a_corpus_of_broken_samples_trains_to_the_end(corpus, quick_start, tmp_path):
     """An epoch, killed and resumed: one test, as it compiles for the time of all others together."""
     path, found = corpus

@@ -132,6 +132,7 @@ def test_a_bad_step_between_lines_is_found_before_the_save(tmp_path, faults):
     assert saved_steps(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_bad_steps_may_be_left_out_up_to_a_limit(tmp_path, faults):
     faults["loss"], faults["gradient"] = {2: math.nan}, {4: math.inf}
     said = []

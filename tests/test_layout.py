@@ -74,6 +74,7 @@ def test_kernels_of_a_frozen_component_are_kept_in_the_compute_type_and_change_n
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(narrow.trained), jax.device_get(full.trained))
 
 
+@pytest.mark.slow
 def test_a_frozen_component_is_handed_on_as_it_came(tmp_path, micro_corpus):
     say = lambda line: None
     first = micro.run_config("pretrain")

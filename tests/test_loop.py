@@ -82,6 +82,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, micro_corpu
         loop.run(changed, whole, {}, say=quiet)
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
     config = micro.run_config("distill", steps=3, log_every=3, eval_every=2)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -103,6 +104,7 @@ def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
     assert rows_but_times(cut) == rows_but_times(whole) and resumed.held_out == result.held_out
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_failed_save_and_a_damaged_checkpoint(tmp_path, micro_corpus, monkeypatch):
     check_space, fails = RunCheckpoints.check_space, [None, UserError("no room"), None]  # at the start, at step 2
 

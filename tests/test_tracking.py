@@ -99,6 +99,7 @@ def test_counting_goes_on_where_a_run_does_and_is_silent_where_it_cannot():
 RUN = micro.run_config("contrast", steps=6, log_every=4, checkpoint_every=3, execution=ExecutionConfig(dtype="auto"))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_has_read_and_what_it_took_and_goes_on_counting(tmp_path, micro_corpus, quick_compilation):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     loop.run(RUN, whole, {}, quiet)
