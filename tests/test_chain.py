@@ -10,6 +10,7 @@ import pytest
 from hovle_jax import train
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation import summary
+from hovle_jax.system import file_lists
 from hovle_jax.system.lock import locked
 from hovle_jax.training import loop, run_folder
 from hovle_jax.training.checks import check_sources
@@ -179,14 +180,17 @@ def test_a_run_does_not_go_on_from_other_weights(tmp_path, source):
 
 
 def test_a_models_own_list_of_digests_is_taken(source):
-    listed = lambda llm, embedding: json.dumps(
-        {"files": {"llm/d/0": {"bytes": 1, "sha256": llm}, "embedding/d/0": {"bytes": 1, "sha256": embedding}}}
-    )
-    path = source / "model" / "files.json"
+    """The list is believed, whatever the files are, so that nothing is read twice."""
+    model = source / "model"
     assert len({digest_of(source, "llm"), digest_of(source, "embedding"), ""}) == 3
     digests = []
     for names in (("a", "b"), ("a", "c"), ("d", "c")):
-        path.write_text(listed(*names))
+        contents = {component: model / component / "listed" for component in ("llm", "embedding")}
+        for path, content in zip(contents.values(), names):
+            path.write_text(content)
+        file_lists.write_list(model)
+        for path in contents.values():
+            path.write_text("changed since")
         digests.append(digest_of(source, "llm"))
     assert digests[0] == digests[1] != digests[2]
 

@@ -13,6 +13,7 @@ import pytest
 
 from hovle_jax.config import HealthConfig
 from hovle_jax.errors import UserError
+from hovle_jax.hosts import distributed
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.training import health, judging, loop, resumption, step, watchdog
 from hovle_jax.training.stages import STAGES
@@ -403,4 +404,7 @@ def test_the_loop_has_a_watchdog(monkeypatch, tmp_path, faults):
         dataclasses.replace(changed(watchdog_seconds=3.5, on_hang="stop"), stop_at_step=2), tmp_path, {}, say=quiet
     )
     ((ended, seconds, path, _, stop, _),) = made
-    assert (ended()[0], seconds, path, stop) == (2, 3.5, tmp_path / "stacks-0.txt", watchdog.end)
+    assert (ended()[0], seconds, path) == (2, 3.5, tmp_path / "stacks-0.txt")
+    monkeypatch.setattr(distributed, "end_all", lambda *given: made.append(given))
+    stop("no step has ended")
+    assert made[-1] == ("error: no step has ended", watchdog.STUCK)

@@ -313,6 +313,12 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "http://127.0.0.1/")
             self.end_headers()
             return
+        if self.path == "/slow_header":
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.server.leave.wait(0.05)
+            self.server.all_was_heard = True
+            return
         self.send_response(200)
         self.end_headers()
         for _ in range(100 if self.path == "/slow" else 1):
@@ -326,15 +332,17 @@ class Answers(http.server.BaseHTTPRequestHandler):
 def test_what_is_fetched_is_bounded(monkeypatch):
     monkeypatch.setattr(fetching, "is_public", lambda address: True)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        server.leave = threading.Event()
+        server.leave, server.all_was_heard = threading.Event(), False
         threading.Thread(target=server.serve_forever, daemon=True).start()
         at = f"http://127.0.0.1:{server.server_port}"
         assert fetching.fetch(f"{at}/", 20) == b"x" * 20
         for url, most, seconds, said in (
             (f"{at}/", 19, 10, "more than 19 bytes"), (f"{at}/moved", 99, 10, "answered 302; redirects are not"),
             (f"{at}/slow", 10**6, 0.2, "could not be read"), ("ftp://x/y", 9, 1, "no URL of http"),
+            (f"{at}/slow_header", 10**6, 0.2, "could not be read"),
         ):  # fmt: skip
             with pytest.raises(fetching.CannotFetch, match=said):
                 fetching.fetch(url, most, seconds)
+        assert not server.all_was_heard
         server.leave.set()
         server.shutdown()

@@ -52,7 +52,10 @@ def fetch(url: str, most_bytes: int, seconds: float = SECONDS) -> bytes:
     port = parts.port or (443 if parts.scheme.lower() == "https" else 80)
     deadline = time.monotonic() + seconds
     try:
-        with contextlib.closing(_connection(parts.scheme.lower(), host, port, seconds)) as connection:
+        with (
+            contextlib.closing(_connection(parts.scheme.lower(), host, port, seconds)) as connection,
+            _ended_after(connection.sock, seconds),
+        ):
             path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
             connection.request(
                 "GET", path, headers={"Host": parts.netloc.rpartition("@")[2], "User-Agent": "hovle_jax"}

@@ -27,12 +27,21 @@ def write_list(folder: str | os.PathLike, note: Mapping[str, Any] | None = None)
       note: JSON values to keep in it, as the step of a checkpoint.
     """
     folder = pathlib.Path(folder)
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name != FILE_NAME]
+    content = {"note": dict(note or {}), "files": measured(folder)}
+    write_whole(folder / FILE_NAME, _text(content))
+
+
+def measured(folder: pathlib.Path, below: str = "") -> Files:
+    """The files that lie in a folder now, but for its list; reads every byte of them.
+
+    Args:
+      below: a folder in it: only the files of that one.
+    """
+    paths = [path for path in (folder / below).rglob("*") if path.is_file() and path != folder / FILE_NAME]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         found = threads.map(lambda name: _measured(folder / name), names)
-    content = {"note": dict(note or {}), "files": dict(zip(names, found, strict=True))}
-    write_whole(folder / FILE_NAME, _text(content))
+        return dict(zip(names, found, strict=True))
 
 
 def read_list(folder: str | os.PathLike) -> tuple[Files, dict[str, Any]] | None:

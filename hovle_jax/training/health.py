@@ -6,9 +6,7 @@ anyway, before a line and before a save, so nothing is saved or handed on that h
 
 import dataclasses
 import functools
-import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +20,7 @@ from hovle_jax.config import RunConfig
 from hovle_jax.hosts import distributed
 from hovle_jax.hosts.distributed import SharedError
 from hovle_jax.system.command_line import warn
+from hovle_jax.system.files import read_json, write_json
 from hovle_jax.training import judging
 from hovle_jax.training.state import TrainState
 
@@ -232,14 +231,13 @@ def _look(array):
 def _write_record(folder, step, record):
     kept = _records(folder) | {str(step): jax.tree.map(lambda value: value.tolist(), record)}
     newest = sorted(kept, key=int)[-RECORDS:]
-    fresh = folder / f"{FILE_NAME}.new"
-    fresh.write_text(json.dumps({name: kept[name] for name in newest}) + "\n")
-    os.replace(fresh, folder / FILE_NAME)
+    write_json(folder / FILE_NAME, {name: kept[name] for name in newest})
 
 
 def _records(folder):
     path = folder / FILE_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    remedy = "remove it: a resumed run then counts skipped updates and spikes from there"
+    return read_json(path, remedy=remedy) if path.is_file() else {}
 
 
 def _restored(record, folder, step):

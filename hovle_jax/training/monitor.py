@@ -189,7 +189,8 @@ class Monitor:
 
     def _make_watchdog(self):
         health, path = self.config.health, self.folder / f"stacks-{jax.process_index()}.txt"
-        stop = watchdog.end if health.on_hang == "stop" else None
+        end = lambda line: distributed.end_all(f"error: {line}", watchdog.STUCK)  # a stuck thread hears no exception
+        stop = end if health.on_hang == "stop" else None
         ended, seconds, clock = self._watch.ended, health.watchdog_seconds, self._sheet.clock
         return watchdog.Watchdog(ended, seconds, path, self._say_of_stage, stop, clock)
 

@@ -5,12 +5,11 @@ import json
 import pathlib
 
 from hovle_jax.errors import UserError
+from hovle_jax.system import file_lists
 from hovle_jax.system.files import read_json, write_json
 from hovle_jax.training.weights import Sources
 
 FILE_NAME = "sources.json"
-LISTED = "files.json"  # a model's own list of its files' digests
-BLOCK_BYTES = 2**22
 
 
 def check_same_sources(folder: pathlib.Path, sources: Sources) -> None:
@@ -41,26 +40,11 @@ def digest_of(source: pathlib.Path, component: str) -> str:
     A teacher may be another component's tower: then of all that the model has.
     """
     model = pathlib.Path(source) / "model"
-    at = model / component if (model / component).is_dir() else model
-    if not at.is_dir():
+    below = component if (model / component).is_dir() else ""
+    if not model.is_dir():
         return ""
-    digests = _listed(model, at) or {p: _sha256(p) for p in sorted(at.rglob("*")) if p.is_file() and p.name != LISTED}
-    digests = {path.relative_to(model).as_posix(): value for path, value in digests.items()}
+    listed = file_lists.read_list(model)
+    files = listed[0] if listed else file_lists.measured(model, below)
+    of_component = lambda name: not below or name.startswith(f"{below}/")
+    digests = {name: file["sha256"] for name, file in files.items() if of_component(name)}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-def _listed(model, at):
-    """{path: sha256} below a folder, as the model's own list has them; {} without a list."""
-    if not (model / LISTED).is_file():
-        return {}
-    files = read_json(model / LISTED, ["files"])["files"]
-    found = {model / name: file["sha256"] for name, file in files.items()}
-    return {path: value for path, value in found.items() if at in path.parents}
-
-
-def _sha256(path):
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            content.update(block)
-    return content.hexdigest()

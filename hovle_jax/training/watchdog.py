@@ -7,10 +7,7 @@ stack of each host.
 import contextlib
 import faulthandler
 import math
-import multiprocessing
-import os
 import pathlib
-import sys
 import tempfile
 import threading
 import time
@@ -105,12 +102,3 @@ def stacks() -> str:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read()
-
-
-def end(line: str) -> None:
-    """Ends this process at once: the thread that is stuck would never hear of an exception."""
-    with contextlib.suppress(OSError):
-        print(f"error: {line}", file=sys.stderr, flush=True)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    os._exit(STUCK)
