@@ -5,6 +5,7 @@ row here, with its sizes in `config.ModelConfig`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,7 @@ class Models:
         return HoVLE(self.config.model, self.execution)
 
 
+@functools.lru_cache(maxsize=64)
 def logical_shapes(config: ModelConfig, component: str) -> Params:
     """Shapes of a component's parameters as Linen boxes, which carry their logical axes."""
     module, inputs = _initial(config, component)
@@ -148,14 +150,21 @@ def fresh(config: ModelConfig, component: str, seed: int, abstract: Params) -> P
     Args:
       abstract: shapes with shardings of the parameters to make, all or some of the component's.
     """
-    wanted = set(traverse_util.flatten_dict(abstract))
+    shardings = {path: leaf.sharding for path, leaf in traverse_util.flatten_dict(abstract).items()}
+    key = jax.random.fold_in(jax.random.key(seed), list(COMPONENTS).index(component))
+    return traverse_util.unflatten_dict(_initialiser(config, component, tuple(shardings.items()))(key))
+
+
+@functools.lru_cache(maxsize=32)
+def _initialiser(config, component, shardings):
+    """Compiled function of a key -> {path: values}: runs of one config in one process share it."""
     module, inputs = _initial(config, component)
 
     def init(key):
-        return select(nn.meta.unbox(module.init(key, *inputs)["params"]), lambda path: path in wanted)
+        flat = traverse_util.flatten_dict(nn.meta.unbox(module.init(key, *inputs)["params"]))
+        return {path: flat[path] for path, _ in shardings}
 
-    key = jax.random.fold_in(jax.random.key(seed), list(COMPONENTS).index(component))
-    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
+    return jax.jit(init, out_shardings=dict(shardings))
 
 
 def _initial(config, component):
