@@ -191,7 +191,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
+OFTEN = ("no constraint on rows", "modules without a mesh")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in OFTEN)) for n in BROKEN])
 def test_a_lost_constraint_is_seen(name):
     how, fault = BROKEN[name]
     assert fault in Step("pre", FSDP, **how).faults()

@@ -261,7 +261,7 @@ def test_usage():
 # Vocabularies that are padded for a mesh.
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_padded_vocabulary_changes_nothing(tied, tmp_path):
     plain = micro.model_config("pre", special=9, tied=tied)
     padded = dataclasses.replace(

@@ -224,6 +224,7 @@ def test_a_tracker_is_told_the_numbers_and_finished(tmp_path, service):
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_tracker_of_a_run_hears_what_the_file_has(tmp_path, micro_corpus, quick_compilation, service):
     loop.run(RUN, tmp_path / "run", {}, quiet, track=service.name)
     sent = {}
