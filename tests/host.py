@@ -72,7 +72,7 @@ def main(job, host):
     held_out.eval_step = compiled_in_turn(held_out.eval_step)
     distributed.HEARTBEAT_SECONDS = job["heartbeat"]
     with preemption.listening():
-        distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
+        distributed.start(job["coordinator"], job["hosts"], host, timeout=120)
         with preemption.agreeing(), distributed.ending_together(job["runs"][0]["folder"]):
             for run in job["runs"]:
                 prepare(run, host)

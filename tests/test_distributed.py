@@ -39,12 +39,19 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # The roll-call, in threads
 
 
-def call_in_threads(calls, hosts, timeout, port=None, delays=()):
-    """{host: its announcement} -> {host: what it was told, '' = all are there}."""
+def call_in_threads(calls, hosts, timeout, port=None, delays=(), after=()):
+    """{host: its announcement} -> {host: what it was told, '' = all are there}.
+
+    Args:
+      delays: {host: seconds that it comes later}.
+      after: {host: threads that have ended before it comes}.
+    """
     reasons, port = {}, port or free_port()
 
     def call(index, announcement):
         time.sleep(dict(delays).get(index, 0))
+        for thread in dict(after).get(index, ()):
+            thread.join()
         try:
             roll_call(announcement, ("127.0.0.1", port), hosts, index, timeout)
             reasons[index] = ""
@@ -64,16 +71,16 @@ def announcements(hosts, **more):
 
 
 def test_all_hosts_start_when_the_last_one_has_come():
-    reasons = call_in_threads(announcements(range(6), config={"steps": (1, 2)}), 6, 20, delays={0: 0.5, 4: 1}.items())
+    reasons = call_in_threads(announcements(range(6), config={"steps": (1, 2)}), 6, 20, delays={0: 0.5, 4: 1})
     assert reasons == dict.fromkeys(range(6), "")
 
 
 def test_missing_hosts_are_named_to_those_that_came():
-    reasons = call_in_threads(announcements([0, 1, 2, 4, 5, 6]), 9, 1.5)
+    reasons = call_in_threads(announcements([0, 1, 2, 4, 5, 6]), 9, 2.5)
     assert len(set(reasons.values())) == 1 and len(reasons) == 6
-    assert reasons[0].startswith("hosts 3, 7-8 of 9 did not start within 1.5 s; came: 0-2, 4-6; see the logs")
-    reasons = call_in_threads(announcements([0, 1]), 3, 1)
-    assert reasons[1].startswith("host 2 of 3 did not start within 1 s; came: 0 (vm-0), 1 (vm-1);")
+    assert reasons[0].startswith("hosts 3, 7-8 of 9 did not start within 2.5 s; came: 0-2, 4-6; see the logs")
+    reasons = call_in_threads(announcements([0, 1]), 3, 2)
+    assert reasons[1].startswith("host 2 of 3 did not start within 2 s; came: 0 (vm-0), 1 (vm-1);")
 
 
 def test_without_host_0_the_others_say_so():
@@ -114,9 +121,7 @@ def test_two_hosts_of_one_index_and_strangers_at_the_port():
     others = [threading.Thread(target=stranger), threading.Timer(1.0, double)]
     for thread in others:
         thread.start()
-    reasons |= call_in_threads(announcements(range(3)), 3, 30, port, delays={2: 3}.items())
-    for thread in others:
-        thread.join()
+    reasons |= call_in_threads(announcements(range(3)), 3, 60, port, after={2: others})
     assert reasons.pop("twin") == "two hosts call themselves 1: vm-1 and twin; see --host"
     assert reasons == {0: "", 1: "", 2: ""}
 
@@ -133,7 +138,7 @@ def test_a_line_has_one_deadline_however_slowly_it_comes(monkeypatch):
 
     stranger = threading.Timer(0.2, drip)
     stranger.start()
-    reasons = call_in_threads(announcements(range(2)), 2, 10, port, delays={1: 0.5}.items())
+    reasons = call_in_threads(announcements(range(2)), 2, 10, port, delays={1: 0.5})
     done.set()
     stranger.join()
     assert reasons == {0: "", 1: ""}
@@ -151,8 +156,7 @@ def test_a_host_of_another_job_is_told_and_does_not_count(monkeypatch):
     monkeypatch.setenv("HOVLE_JOB", "a")
     thread = threading.Thread(target=other)
     thread.start()
-    reasons |= call_in_threads(announcements(range(2)), 2, 20, port, delays={1: 1}.items())
-    thread.join()
+    reasons |= call_in_threads(announcements(range(2)), 2, 60, port, after={1: [thread]})
     assert reasons.pop("other").startswith("vm-0 waits for another job: HOVLE_JOB must be the same on all hosts")
     assert reasons == {0: "", 1: ""}
 
@@ -317,11 +321,20 @@ def test_one_host_that_is_preempted_lets_all_of_them_save(tmp_path, start_hosts)
     assert last < 5000 and (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
 
 
-def test_a_host_that_dies_ends_the_others(tmp_path, start_hosts):
-    job = start_hosts("job", 2, 4, [run_of(tmp_path / "run")], heartbeat=6)
-    job.until(" 2/5000")
+@pytest.mark.parametrize(
+    "more, said, heartbeat",
+    [
+        # Nothing is compiled, so that hosts are quick to come and have time for their heartbeats.
+        pytest.param({"waits": {"0": WITHIN, "1": WITHIN}}, "waiting", 12, id="before a step"),
+        pytest.param({}, " 2/5000", 40, id="in a step", marks=pytest.mark.slow),
+    ],
+)
+def test_a_host_that_dies_ends_the_others(more, said, heartbeat, tmp_path, start_hosts):
+    job = start_hosts("job", 2, 4, [run_of(tmp_path / "run") | more], heartbeat)
+    for index in range(2 if more else 1):
+        job.until(said, host=index)
     job.processes[1].kill()
-    status, _ = job.statuses(60)
+    status, _ = job.statuses(WITHIN)
     (line,) = job.err(0).splitlines()
     traces = tmp_path / "run" / "traces" / "host_00000.txt"
     assert status != 0 and line.startswith("error: ") and str(traces) in line, line
