@@ -46,18 +46,24 @@ def linear_losses(models, params, batch):
     return {"loss": cross_entropy(logits, batch["targets"], batch["loss_weights"])}
 
 
+def linear():
+    """The rows of the stage and of its model -> (of STAGES, of COMPONENTS)."""
+    module = lambda config, execution: Bigrams(config.llm.vocab_size, config.llm.stack.width)
+    stage = dataclasses.replace(STAGES["pretrain"], losses=linear_losses, flops=lambda config, rows: [])
+    return {LINEAR: stage}, {"llm": dataclasses.replace(COMPONENTS["llm"], module=module)}
+
+
 def know_linear():
     """Makes the stage known to this process."""
-    module = lambda config, execution: Bigrams(config.llm.vocab_size, config.llm.stack.width)
-    COMPONENTS["llm"] = dataclasses.replace(COMPONENTS["llm"], module=module)
-    STAGES[LINEAR] = dataclasses.replace(STAGES["pretrain"], losses=linear_losses, flops=lambda config, rows: [])
+    for table, rows in zip((STAGES, COMPONENTS), linear()):
+        table.update(rows)
     summary.plot_metrics = chain.plot_stages = lambda curves, path, *_: path.write_bytes(b"no plot") and path
     sys.modules["torch"] = None  # tensorboardX imports it where it is there
 
 
-def config_of(stage: str) -> RunConfig:
-    """Rows, held-out metrics and checkpoints at steps that seldom meet."""
-    often = dict(steps=8, log_every=2, checkpoint_every=3, eval_every=4, keep_checkpoints=2)
+def config_of(stage: str, **changes) -> RunConfig:
+    """Rows, held-out metrics and checkpoints at steps that seldom meet; but for the changes."""
+    often = dict(steps=8, log_every=2, checkpoint_every=3, eval_every=4, keep_checkpoints=2) | changes
     if stage == LINEAR:
         return dataclasses.replace(micro.run_config("pretrain", data={"sequence_length": 96}, **often), stage=LINEAR)
     return micro.run_config(stage, **often)
