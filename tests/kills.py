@@ -89,16 +89,19 @@ class Kills:
             time.sleep(0.002)
 
 
+def unequal_arrays(first: pathlib.Path, second: pathlib.Path) -> list[str]:
+    """Names of the arrays of two checkpoints, or models, that are not the same to the bit."""
+    found = [inspecting.leaves(inspecting.find(str(folder))) for folder in (first, second)]
+    if found[0].keys() != found[1].keys():
+        return ["other arrays"]
+    return [name for name in found[0] if found[0][name].read().tobytes() != found[1][name].read().tobytes()]
+
+
 def differences(whole: pathlib.Path, killed: pathlib.Path) -> list[str]:
     """What is not the same in the folders of two runs: arrays and rows to the bit, files by name, results."""
     found = []
     for place in (f"checkpoints/{_newest(whole)}", "model"):
-        first, second = (inspecting.leaves(inspecting.find(str(folder / place))) for folder in (whole, killed))
-        if first.keys() != second.keys():
-            found.append(f"{place}: other arrays")
-            continue
-        unequal = (name for name in first if first[name].read().tobytes() != second[name].read().tobytes())
-        found += [f"{place}: {name}" for name in unequal]
+        found += [f"{place}: {name}" for name in unequal_arrays(whole / place, killed / place)]
     if _rows(whole) != _rows(killed):
         found.append(f"rows of metrics: {_rows(whole)} and {_rows(killed)}")
     files = [sorted(p.name for p in folder.iterdir() if not p.name.startswith(PASSING)) for folder in (whole, killed)]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -27,8 +28,9 @@ from hovle_jax.report.metrics import is_measured, read_metrics
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import loop
+from hovle_jax.training.resumable import RunCheckpoints
 from hovle_jax.training.stages import STAGES
-from tests import broken, forked, host, micro
+from tests import broken, forked, host, kills, micro
 from tests.jobs import REPOSITORY, WITHIN, free_port, run_of
 
 # The hosts compile as tests/host.py says; a run in this process must do the same.
@@ -214,9 +216,12 @@ def test_a_pod_is_found_and_a_cluster_that_cannot_be_read_is_said(monkeypatch):
 
 def run_alone(run, folder, monkeypatch):
     """The same run in this process, on its eight devices."""
-    if "corpora" not in run:
-        monkeypatch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
-    return loop.run(host.config_of(run), folder, {}, say=lambda line: None)
+    with monkeypatch.context() as patch:
+        if "corpora" not in run:
+            patch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
+        if "again" in run:
+            patch.setattr(RunCheckpoints, "restore", host.saving_again(run["again"]))
+        return loop.run(host.config_of(run), folder, {}, say=lambda line: None)
 
 
 def parameters(folder):
@@ -243,24 +248,53 @@ def assert_same_run(folder, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *map(parameters, (folder, expected)))
 
 
+MESH = {"data": 2, "fsdp": 4}
+
+
+def restored_to_the_bit(run, step, folder):
+    """Whether a run that was told to save `again` what it restored had what is in the folder's checkpoint."""
+    return kills.unequal_arrays(*(pathlib.Path(f) / "checkpoints" / str(step) for f in (folder, run["again"]))) == []
+
+
 def test_two_hosts_train_what_one_does_and_either_goes_on_where_the_other_stopped(tmp_path, start_hosts, monkeypatch):
-    two, one = tmp_path / "two", tmp_path / "one"
-    run = run_of(two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3)
-    interrupted = run_of(
-        two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3, stop_at_step=2
-    )
-    job = start_hosts("job", 2, 4, [interrupted, run])
-    run_alone(run, one, monkeypatch)
+    two, one, ones = (tmp_path / name for name in ("two", "one", "ones"))
+    settings = dict(stage="pretrain", mesh=MESH, steps=4, checkpoint_every=2, eval_every=3)
+    run_in = lambda folder, number: run_of(folder, **settings) | {"again": str(tmp_path / f"again_{number}")}
+    of_two, of_one, by_one = (run_in(folder, number) for number, folder in enumerate((two, ones, two)))
+    job = start_hosts("job", 2, 4, [run_of(two, **settings, stop_at_step=2), of_two, of_one | {"after": str(ones)}])
+    run_alone(run_of(one, **settings), one, monkeypatch)
+    # Two, from the checkpoint that one has written.
+    begun = shutil.copytree(one, tmp_path / "begun", ignore=shutil.ignore_patterns("model", "4"))
+    begun.rename(ones)
     assert job.statuses(WITHIN) == [0, 0], job.err(0)
     assert_same_run(two, one)
+    assert_same_run(ones, one)
+    assert restored_to_the_bit(of_two, 2, two) and restored_to_the_bit(of_one, 2, one)
     # Only host 0 speaks, and writes.
-    assert "pretrain: resuming at step 2" in job.out(0) and "pretrain" not in job.out(1)
+    assert job.out(0).count("pretrain: resuming at step 2") == 2 and "pretrain" not in job.out(1)
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     # One process, from the checkpoint that two have written.
     shutil.rmtree(two / "model")
     shutil.rmtree(two / "checkpoints" / "4")
-    assert run_alone(run, two, monkeypatch).finished
+    assert run_alone(by_one, two, monkeypatch).finished
     assert_same_run(two, one)
+    assert restored_to_the_bit(by_one, 2, two)
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_one_process_to_two_to_four_and_to_one(tmp_path, start_hosts, monkeypatch):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    settings = dict(stage="pretrain", mesh=MESH, steps=8, checkpoint_every=2, keep_checkpoints=9)
+    run_alone(run_of(whole, **settings), whole, monkeypatch)
+    for step, hosts in ((2, 1), (4, 2), (6, 4), (8, 1)):
+        run = run_of(moved, **settings, stop_at_step=step) | {"again": str(tmp_path / f"again_{step}")}
+        if hosts == 1:
+            run_alone(run, moved, monkeypatch)
+        else:
+            job = start_hosts(f"job_{step}", hosts, 8 // hosts, [run])
+            assert job.statuses(WITHIN) == [0] * hosts, job.err(0)
+        assert step == 2 or restored_to_the_bit(run, step - 2, moved)
+    assert_same_run(moved, whole)
 
 
 @pytest.fixture
