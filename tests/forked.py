@@ -7,6 +7,7 @@ the usual way.
 
 import atexit
 import functools
+import gc
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import warnings
 PRELOADED = """
 jax jax.numpy flax.linen optax orbax.checkpoint grain PIL.Image absl.app ml_collections.config_flags
 hovle_jax.checkpoints hovle_jax.conversion.importing hovle_jax.evaluation.benchmarks hovle_jax.evaluation.summary
-hovle_jax.inference.load hovle_jax.training.loop
+hovle_jax.inference.load hovle_jax.training.loop sentencepiece
 """.split()
 
 
@@ -104,6 +105,8 @@ def serve():
     """Answers each job with the status of its fork, or null if it took too long; without a timeout with its id."""
     for module in PRELOADED:
         __import__(module)
+    gc.freeze()  # as in tests/conftest.py
+    gc.set_threshold(50_000, 20, 20)
     for line in sys.stdin:
         job = json.loads(line)
         if "of" in job:

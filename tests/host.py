@@ -1,7 +1,8 @@
 """One host of several, in a process of its own: python -m tests.host JOB.json INDEX.
 
 The job is {"hosts", "coordinator", "heartbeat", "runs": [run, ...]}, a run {"folder", "stage", "mesh", "changes",
-"data", "corpora": {index: path}, "fails": {index: step}, "waits": {index: seconds}}; the last three are optional.
+"data", "corpora": {index: path}, "fails": {index: step}, "waits": {index: seconds}, "after": path, "again": path}; the
+last five are optional.
 """
 
 import dataclasses
@@ -19,9 +20,11 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed, preemption
 from hovle_jax.train import exit_status
 from hovle_jax.training import held_out, loop
+from hovle_jax.training.resumable import RunCheckpoints
+from hovle_jax.training.saved_steps import Keep
 from tests import micro
 
-load_corpus = loading.load_corpus
+load_corpus, restore = loading.load_corpus, RunCheckpoints.restore
 
 
 def config_of(run, host=0):
@@ -33,15 +36,33 @@ def config_of(run, host=0):
 
 
 def prepare(run, host):
-    """The micro corpus where no other is asked for; a host that fails at a step."""
+    """The micro corpus where no other is asked for; a host that fails at a step; what a run waits for."""
     in_micro = lambda config, split, say=print: micro.corpus()
     loading.load_corpus = load_corpus if "corpora" in run else in_micro
+    RunCheckpoints.restore = saving_again(run["again"]) if "again" in run else restore
+    while "after" in run and not pathlib.Path(run["after"]).exists():
+        time.sleep(0.1)
     if str(host) in run.get("waits", {}):  # before its first step
         print("waiting")
         time.sleep(run["waits"][str(host)])
     if str(host) in run.get("fails", {}):
         steps = iter(range(run["fails"][str(host)]))
         bad_samples.BadSamples.add = lambda *_: next(steps, None) is None and fail()
+
+
+def saving_again(folder):
+    """In place of `restore`: what was restored is saved in another run's folder, too, before a step is made."""
+
+    def restored(self, state):
+        state = restore(self, state)
+        if distributed.is_leader():
+            pathlib.Path(folder).mkdir()
+        distributed.wait("a folder to save in again")
+        with RunCheckpoints(folder, Keep(1)) as again:
+            again.finish(self.latest, state)
+        return state
+
+    return restored
 
 
 def fail():
@@ -72,7 +93,7 @@ def main(job, host):
     held_out.eval_step = compiled_in_turn(held_out.eval_step)
     distributed.HEARTBEAT_SECONDS = job["heartbeat"]
     with preemption.listening():
-        distributed.start(job["coordinator"], job["hosts"], host, timeout=60)
+        distributed.start(job["coordinator"], job["hosts"], host, timeout=120)
         with preemption.agreeing(), distributed.ending_together(job["runs"][0]["folder"]):
             for run in job["runs"]:
                 prepare(run, host)

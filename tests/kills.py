@@ -27,11 +27,24 @@ def start(stage: str, workdir: pathlib.Path) -> forked.Process:
 
 
 def finish(stage: str, workdir: pathlib.Path) -> float:
-    """Lets the command end -> its seconds. Fails where it does not end well."""
-    began = time.monotonic()
-    status = start(stage, workdir).wait(WITHIN)
+    """Lets the command end -> the seconds that it computed for. Fails where it does not end well."""
+    process, spent, deadline = start(stage, workdir), 0.0, time.monotonic() + WITHIN
+    while process.poll() is None:
+        assert time.monotonic() < deadline, (workdir / "out").read_text()[-2000:]
+        spent = max(spent, computed(process))
+        time.sleep(0.05)
+    status = process.poll()
     assert status == 0, (status, (workdir / "out").read_text()[-2000:], (workdir / "err").read_text()[-2000:])
-    return time.monotonic() - began
+    return spent
+
+
+def computed(process: forked.Process) -> float:
+    """Seconds of CPU time that a process has had: its clock, whatever else the machine does; 0 = it is gone."""
+    try:
+        fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclasses.dataclass
@@ -39,7 +52,7 @@ class Kills:
     """Kills of one run.
 
     Attributes:
-      seconds: of a run that is not killed.
+      seconds: that a run which is not killed computes for.
       inside_a_save: whether they come as a save has begun, else at any moment.
     """
 
@@ -51,14 +64,14 @@ class Kills:
     def of(self, count: int, drawn: random.Random) -> int:
         """Starts and kills until it was `count` times, or the run was done first -> how often it was killed."""
         for number in range(count):
-            process, began = start(self.stage, self.workdir), time.monotonic()
+            process = start(self.stage, self.workdir)
             if self.inside_a_save:
                 self._await_a_save(process)
-                moment = time.monotonic() - began + drawn.uniform(0, AFTER_A_SAVE_BEGAN)
+                time.sleep(drawn.uniform(0, AFTER_A_SAVE_BEGAN))
             else:
                 moment = drawn.uniform(0, self.seconds)
-            while time.monotonic() - began < moment and process.poll() is None:
-                time.sleep(0.002)
+                while computed(process) < moment and process.poll() is None:
+                    time.sleep(0.01)
             if process.poll() is not None:
                 assert process.poll() == 0, (self.workdir / "err").read_text()[-2000:]
                 return number
@@ -70,21 +83,25 @@ class Kills:
         """Until there is a folder of checkpoints that was not there, or the process has ended."""
         folder = self.workdir / self.stage / "checkpoints"
         names = lambda: {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        before = names()
-        while process.poll() is None and not names() - before:
+        before, looks = names(), 0
+        while not names() - before and (looks % 20 or process.poll() is None):
+            looks += 1
             time.sleep(0.002)
+
+
+def unequal_arrays(first: pathlib.Path, second: pathlib.Path) -> list[str]:
+    """Names of the arrays of two checkpoints, or models, that are not the same to the bit."""
+    found = [inspecting.leaves(inspecting.find(str(folder))) for folder in (first, second)]
+    if found[0].keys() != found[1].keys():
+        return ["other arrays"]
+    return [name for name in found[0] if found[0][name].read().tobytes() != found[1][name].read().tobytes()]
 
 
 def differences(whole: pathlib.Path, killed: pathlib.Path) -> list[str]:
     """What is not the same in the folders of two runs: arrays and rows to the bit, files by name, results."""
     found = []
     for place in (f"checkpoints/{_newest(whole)}", "model"):
-        first, second = (inspecting.leaves(inspecting.find(str(folder / place))) for folder in (whole, killed))
-        if first.keys() != second.keys():
-            found.append(f"{place}: other arrays")
-            continue
-        unequal = (name for name in first if first[name].read().tobytes() != second[name].read().tobytes())
-        found += [f"{place}: {name}" for name in unequal]
+        found += [f"{place}: {name}" for name in unequal_arrays(whole / place, killed / place)]
     if _rows(whole) != _rows(killed):
         found.append(f"rows of metrics: {_rows(whole)} and {_rows(killed)}")
     files = [sorted(p.name for p in folder.iterdir() if not p.name.startswith(PASSING)) for folder in (whole, killed)]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
 import shutil
 
 import jax
@@ -13,7 +14,14 @@ from PIL import Image, ImageOps
 
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
-from hovle_jax.data.bad_samples import BadEvent, BadSample, BadSamples, count_reasons, read_bad_samples
+from hovle_jax.data.bad_samples import (
+    BadEvent,
+    BadSample,
+    BadSamples,
+    count_reasons,
+    merge_bad_samples,
+    read_bad_samples,
+)
 from hovle_jax.data.files.records import parse, sizes_of
 from hovle_jax.data.images import decode_image, image_size
 from hovle_jax.errors import UserError
@@ -195,6 +203,48 @@ def test_the_other_stages_live_with_the_same_corpus(corpus, stage, reasons):
     # Text alone is no fault where images are learned from: it is left out, and no bad sample.
     assert ("left out (no_image)" in dataset.summary.text) == (stage in ("contrast", "distill"))
     assert "no_image" not in {event.reason for event in dataset.summary.bad}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The lists of several hosts
+
+
+@pytest.mark.parametrize("begins_again", [False, True], ids=["merged", "started again"])
+@pytest.mark.parametrize("done", range(5))
+def test_a_kill_while_lists_are_merged_doubles_and_loses_no_entry(done, begins_again, tmp_path, monkeypatch):
+    """Killed after so many changes of the folder."""
+
+    class Killed(BaseException):
+        pass
+
+    event = lambda step, host: BadEvent(step, "s", "a.tar", "same", "truncated_image", "", f"of host {host}")
+    expected = []
+    for host in range(3):
+        for step in (0, 0, 1):  # a sample may be drawn twice for a batch, and be replaced by the same one
+            BadSamples(tmp_path, 1.0, host=host).add([event(step, host)], 8)
+            expected.append(event(step, host))
+    expected.sort(key=lambda event: event.step)
+    left = [None] * done
+    with monkeypatch.context() as patch:
+        for owner, name in ((pathlib.Path, "unlink"), (pathlib.Path, "replace"), (os, "replace")):
+            change = getattr(owner, name)
+            patch.setattr(owner, name, lambda *to, change=change: change(*to) if left and not left.pop() else killed())
+
+        def killed():
+            raise Killed
+
+        try:
+            merge_bad_samples(tmp_path)
+        except Killed:
+            assert not left
+        assert read_bad_samples(tmp_path) == expected
+    if begins_again:
+        BadSamples(tmp_path, 1.0).start(1, [], 100)
+        expected = [event for event in expected if event.step < 1]
+    else:
+        merge_bad_samples(tmp_path)
+    assert read_bad_samples(tmp_path) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["bad_samples.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -27,8 +28,9 @@ from hovle_jax.report.metrics import is_measured, read_metrics
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import loop
+from hovle_jax.training.resumable import RunCheckpoints
 from hovle_jax.training.stages import STAGES
-from tests import broken, forked, host, micro
+from tests import broken, forked, host, kills, micro
 from tests.jobs import REPOSITORY, WITHIN, free_port, run_of
 
 # The hosts compile as tests/host.py says; a run in this process must do the same.
@@ -39,12 +41,19 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # The roll-call, in threads
 
 
-def call_in_threads(calls, hosts, timeout, port=None, delays=()):
-    """{host: its announcement} -> {host: what it was told, '' = all are there}."""
+def call_in_threads(calls, hosts, timeout, port=None, delays=(), after=()):
+    """{host: its announcement} -> {host: what it was told, '' = all are there}.
+
+    Args:
+      delays: {host: seconds that it comes later}.
+      after: {host: threads that have ended before it comes}.
+    """
     reasons, port = {}, port or free_port()
 
     def call(index, announcement):
         time.sleep(dict(delays).get(index, 0))
+        for thread in dict(after).get(index, ()):
+            thread.join()
         try:
             roll_call(announcement, ("127.0.0.1", port), hosts, index, timeout)
             reasons[index] = ""
@@ -64,16 +73,16 @@ def announcements(hosts, **more):
 
 
 def test_all_hosts_start_when_the_last_one_has_come():
-    reasons = call_in_threads(announcements(range(6), config={"steps": (1, 2)}), 6, 20, delays={0: 0.5, 4: 1}.items())
+    reasons = call_in_threads(announcements(range(6), config={"steps": (1, 2)}), 6, 20, delays={0: 0.5, 4: 1})
     assert reasons == dict.fromkeys(range(6), "")
 
 
 def test_missing_hosts_are_named_to_those_that_came():
-    reasons = call_in_threads(announcements([0, 1, 2, 4, 5, 6]), 9, 1.5)
+    reasons = call_in_threads(announcements([0, 1, 2, 4, 5, 6]), 9, 2.5)
     assert len(set(reasons.values())) == 1 and len(reasons) == 6
-    assert reasons[0].startswith("hosts 3, 7-8 of 9 did not start within 1.5 s; came: 0-2, 4-6; see the logs")
-    reasons = call_in_threads(announcements([0, 1]), 3, 1)
-    assert reasons[1].startswith("host 2 of 3 did not start within 1 s; came: 0 (vm-0), 1 (vm-1);")
+    assert reasons[0].startswith("hosts 3, 7-8 of 9 did not start within 2.5 s; came: 0-2, 4-6; see the logs")
+    reasons = call_in_threads(announcements([0, 1]), 3, 2)
+    assert reasons[1].startswith("host 2 of 3 did not start within 2 s; came: 0 (vm-0), 1 (vm-1);")
 
 
 def test_without_host_0_the_others_say_so():
@@ -114,9 +123,7 @@ def test_two_hosts_of_one_index_and_strangers_at_the_port():
     others = [threading.Thread(target=stranger), threading.Timer(1.0, double)]
     for thread in others:
         thread.start()
-    reasons |= call_in_threads(announcements(range(3)), 3, 30, port, delays={2: 3}.items())
-    for thread in others:
-        thread.join()
+    reasons |= call_in_threads(announcements(range(3)), 3, 60, port, after={2: others})
     assert reasons.pop("twin") == "two hosts call themselves 1: vm-1 and twin; see --host"
     assert reasons == {0: "", 1: "", 2: ""}
 
@@ -133,7 +140,7 @@ def test_a_line_has_one_deadline_however_slowly_it_comes(monkeypatch):
 
     stranger = threading.Timer(0.2, drip)
     stranger.start()
-    reasons = call_in_threads(announcements(range(2)), 2, 10, port, delays={1: 0.5}.items())
+    reasons = call_in_threads(announcements(range(2)), 2, 10, port, delays={1: 0.5})
     done.set()
     stranger.join()
     assert reasons == {0: "", 1: ""}
@@ -151,8 +158,7 @@ def test_a_host_of_another_job_is_told_and_does_not_count(monkeypatch):
     monkeypatch.setenv("HOVLE_JOB", "a")
     thread = threading.Thread(target=other)
     thread.start()
-    reasons |= call_in_threads(announcements(range(2)), 2, 20, port, delays={1: 1}.items())
-    thread.join()
+    reasons |= call_in_threads(announcements(range(2)), 2, 60, port, after={1: [thread]})
     assert reasons.pop("other").startswith("vm-0 waits for another job: HOVLE_JOB must be the same on all hosts")
     assert reasons == {0: "", 1: ""}
 
@@ -210,9 +216,12 @@ def test_a_pod_is_found_and_a_cluster_that_cannot_be_read_is_said(monkeypatch):
 
 def run_alone(run, folder, monkeypatch):
     """The same run in this process, on its eight devices."""
-    if "corpora" not in run:
-        monkeypatch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
-    return loop.run(host.config_of(run), folder, {}, say=lambda line: None)
+    with monkeypatch.context() as patch:
+        if "corpora" not in run:
+            patch.setattr(loading, "load_corpus", lambda config, split, say=print: micro.corpus())
+        if "again" in run:
+            patch.setattr(RunCheckpoints, "restore", host.saving_again(run["again"]))
+        return loop.run(host.config_of(run), folder, {}, say=lambda line: None)
 
 
 def parameters(folder):
@@ -239,24 +248,53 @@ def assert_same_run(folder, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *map(parameters, (folder, expected)))
 
 
+MESH = {"data": 2, "fsdp": 4}
+
+
+def restored_to_the_bit(run, step, folder):
+    """Whether a run that was told to save `again` what it restored had what is in the folder's checkpoint."""
+    return kills.unequal_arrays(*(pathlib.Path(f) / "checkpoints" / str(step) for f in (folder, run["again"]))) == []
+
+
 def test_two_hosts_train_what_one_does_and_either_goes_on_where_the_other_stopped(tmp_path, start_hosts, monkeypatch):
-    two, one = tmp_path / "two", tmp_path / "one"
-    run = run_of(two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3)
-    interrupted = run_of(
-        two, "pretrain", {"data": 2, "fsdp": 4}, steps=4, checkpoint_every=2, eval_every=3, stop_at_step=2
-    )
-    job = start_hosts("job", 2, 4, [interrupted, run])
-    run_alone(run, one, monkeypatch)
+    two, one, ones = (tmp_path / name for name in ("two", "one", "ones"))
+    settings = dict(stage="pretrain", mesh=MESH, steps=4, checkpoint_every=2, eval_every=3)
+    run_in = lambda folder, number: run_of(folder, **settings) | {"again": str(tmp_path / f"again_{number}")}
+    of_two, of_one, by_one = (run_in(folder, number) for number, folder in enumerate((two, ones, two)))
+    job = start_hosts("job", 2, 4, [run_of(two, **settings, stop_at_step=2), of_two, of_one | {"after": str(ones)}])
+    run_alone(run_of(one, **settings), one, monkeypatch)
+    # Two, from the checkpoint that one has written.
+    begun = shutil.copytree(one, tmp_path / "begun", ignore=shutil.ignore_patterns("model", "4"))
+    begun.rename(ones)
     assert job.statuses(WITHIN) == [0, 0], job.err(0)
     assert_same_run(two, one)
+    assert_same_run(ones, one)
+    assert restored_to_the_bit(of_two, 2, two) and restored_to_the_bit(of_one, 2, one)
     # Only host 0 speaks, and writes.
-    assert "pretrain: resuming at step 2" in job.out(0) and "pretrain" not in job.out(1)
+    assert job.out(0).count("pretrain: resuming at step 2") == 2 and "pretrain" not in job.out(1)
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     # One process, from the checkpoint that two have written.
     shutil.rmtree(two / "model")
     shutil.rmtree(two / "checkpoints" / "4")
-    assert run_alone(run, two, monkeypatch).finished
+    assert run_alone(by_one, two, monkeypatch).finished
     assert_same_run(two, one)
+    assert restored_to_the_bit(by_one, 2, two)
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_one_process_to_two_to_four_and_to_one(tmp_path, start_hosts, monkeypatch):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    settings = dict(stage="pretrain", mesh=MESH, steps=8, checkpoint_every=2, keep_checkpoints=9)
+    run_alone(run_of(whole, **settings), whole, monkeypatch)
+    for step, hosts in ((2, 1), (4, 2), (6, 4), (8, 1)):
+        run = run_of(moved, **settings, stop_at_step=step) | {"again": str(tmp_path / f"again_{step}")}
+        if hosts == 1:
+            run_alone(run, moved, monkeypatch)
+        else:
+            job = start_hosts(f"job_{step}", hosts, 8 // hosts, [run])
+            assert job.statuses(WITHIN) == [0] * hosts, job.err(0)
+        assert step == 2 or restored_to_the_bit(run, step - 2, moved)
+    assert_same_run(moved, whole)
 
 
 @pytest.fixture
@@ -317,11 +355,20 @@ def test_one_host_that_is_preempted_lets_all_of_them_save(tmp_path, start_hosts)
     assert last < 5000 and (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
 
 
-def test_a_host_that_dies_ends_the_others(tmp_path, start_hosts):
-    job = start_hosts("job", 2, 4, [run_of(tmp_path / "run")], heartbeat=6)
-    job.until(" 2/5000")
+@pytest.mark.parametrize(
+    "more, said, heartbeat",
+    [
+        # Nothing is compiled, so that hosts are quick to come and have time for their heartbeats.
+        pytest.param({"waits": {"0": WITHIN, "1": WITHIN}}, "waiting", 12, id="before a step"),
+        pytest.param({}, " 2/5000", 40, id="in a step", marks=pytest.mark.slow),
+    ],
+)
+def test_a_host_that_dies_ends_the_others(more, said, heartbeat, tmp_path, start_hosts):
+    job = start_hosts("job", 2, 4, [run_of(tmp_path / "run") | more], heartbeat)
+    for index in range(2 if more else 1):
+        job.until(said, host=index)
     job.processes[1].kill()
-    status, _ = job.statuses(60)
+    status, _ = job.statuses(WITHIN)
     (line,) = job.err(0).splitlines()
     traces = tmp_path / "run" / "traces" / "host_00000.txt"
     assert status != 0 and line.startswith("error: ") and str(traces) in line, line

@@ -1,23 +1,42 @@
-"""A run that is killed at any moment ends as one that never was: 20 kills with the slow tests.
+"""A run that is killed at any moment ends as one that never was.
 
-tests/benchmarks/kills.py has hundreds.
+20 kills of a stage that costs next to nothing, and with the slow tests 4 of each real one; hundreds are killed by
+tests/benchmarks/kills.py.
 """
 
 import random
+import shutil
 
 import pytest
 
 from tests import kills
+from tests.killed_run import LINEAR
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage != "contrast")) for stage in kills.STAGES]
-)
+def survives(stage, folder, seconds, drawn, count):
+    """Kills one run, alternately as a save has begun and at any moment -> how often. It then ends as the whole one."""
+    done = 0
+    for number in range(count):
+        killed = kills.Kills(stage, folder / "killed", seconds, inside_a_save=number % 2 == 0).of(1, drawn)
+        done += killed
+        if not killed:
+            break  # it was at its end
+    kills.finish(stage, folder / "killed")
+    assert kills.differences(folder / "whole" / stage, folder / "killed" / stage) == []
+    return done
+
+
+def test_a_run_takes_20_kills(tmp_path):
+    kills.finish(LINEAR, tmp_path / "whole")
+    seconds = kills.finish(LINEAR, tmp_path / "compiled")
+    drawn, done = random.Random(16), 0
+    while done < 20:
+        done += survives(LINEAR, tmp_path, seconds, drawn, min(5, 20 - done))
+        shutil.rmtree(tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", kills.STAGES)
 def test_a_run_that_is_killed_ends_as_one_that_is_not(stage, tmp_path):
     seconds = kills.finish(stage, tmp_path / "whole")
-    of_save = kills.Kills(stage, tmp_path / "killed", seconds, inside_a_save=True)
-    drawn = random.Random(stage)
-    of_save.of(2, drawn)
-    kills.Kills(stage, tmp_path / "killed", seconds).of(2, drawn)
-    kills.finish(stage, tmp_path / "killed")
-    assert kills.differences(tmp_path / "whole" / stage, tmp_path / "killed" / stage) == []
+    survives(stage, tmp_path, seconds, random.Random(stage), 4)

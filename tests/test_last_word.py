@@ -21,7 +21,7 @@ os.write(2, b"as before\\n")
 
 def child(folder, how):
     line = [sys.executable, "-c", CHILD, str(folder), how]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
 
 
 def test_a_process_that_dies_has_one_line_and_what_libraries_said_is_in_a_file(tmp_path):

@@ -8,14 +8,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from hovle_jax.components import COMPONENTS
 from hovle_jax.config import ExecutionConfig
 from hovle_jax.errors import UserError
 from hovle_jax.report.goodput import read_time
 from hovle_jax.report.metrics import is_measured, read_metrics
-from hovle_jax.training import loop
+from hovle_jax.training import loop, saved_steps
 from hovle_jax.training.resumable import RunCheckpoints
 from hovle_jax.training.saved_steps import step_folders
-from tests import micro
+from hovle_jax.training.stages import STAGES
+from tests import killed_run, micro
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -102,6 +104,23 @@ def test_the_held_out_loss_is_written_at_its_steps(tmp_path, micro_corpus):
     assert [row["step"] for row in rows_but_times(cut)] == [0]
     resumed = loop.run(config, cut, {}, say=quiet)
     assert rows_but_times(cut) == rows_but_times(whole) and resumed.held_out == result.held_out
+
+
+def test_a_checkpoint_at_which_a_run_was_stopped_gets_its_held_out_metrics(tmp_path, micro_corpus, monkeypatch):
+    """And is the best one then, as in a run that went on."""
+    for table, rows in zip((STAGES, COMPONENTS), killed_run.linear()):
+        for name, row in rows.items():
+            monkeypatch.setitem(table, name, row)
+    losses = iter([9.0, 1.0, 2.0, 3.0])  # before the first step, and after 2, 4 and 6
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": next(losses)})
+    often = dict(steps=6, checkpoint_every=2, eval_every=2, keep_checkpoints=1, keep_best="loss")
+    config = killed_run.config_of(killed_run.LINEAR, **often)
+    loop.run(dataclasses.replace(config, stop_at_step=2), tmp_path, {}, say=quiet)
+    loop.run(config, tmp_path, {}, say=quiet)
+    kept = saved_steps.step_folders(tmp_path / "checkpoints")
+    noted = {step: saved_steps.note_of(path)["held_out"] for step, path in kept.items()}
+    assert noted == {2: {"loss": 1.0}, 6: {"loss": 3.0}}
+    assert [saved_steps.damage(path) for path in kept.values()] == [[], []]
 
 
 @pytest.mark.slow

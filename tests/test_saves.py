@@ -186,12 +186,12 @@ def killed(place, folder, after):
     out, err = folder / "out", folder / "err"
     out.write_text("")
     process = forked.Process("tests.saving_host", [place], ROOT, environment(), out, err)
-    patience = time.monotonic() + 120
+    patience = time.monotonic() + 300
     while out.read_text().count("saved") < 3 and process.poll() is None and time.monotonic() < patience:
         time.sleep(0.005)
     time.sleep(after)
     process.kill()
-    process.wait(timeout=20)
+    process.wait(timeout=120)
     said = [line.split() for line in out.read_text().splitlines() if line.startswith(("from ", "saved "))]
     assert len(said) > 3, err.read_text()
     return said

@@ -18,6 +18,7 @@ from hovle_jax.system.printable import printable
 FILE_NAME = "bad_samples.jsonl"
 FILE_OF_HOST = "bad_samples.host_{:05}.jsonl"  # beside it while a run on several hosts is going on
 OF_ALL_HOSTS = "bad_samples.host_*.jsonl"
+MERGED = "bad_samples.merged.jsonl"  # where it is, it counts alone: it takes the place of all others
 # Not the sample's fault: these batches need an image, and it has none. Left out, and counted separately.
 NOT_FOR_THE_KIND = ("no_image",)
 FEWEST_DRAWN = 1000  # the ceiling is a share, which says nothing of a handful of samples
@@ -88,10 +89,10 @@ class BadSamples:
           UserError: the share of `indexed` is above the ceiling.
         """
         if self.path:
-            earlier = [event for event in read_bad_samples(self.path.parent) if -1 < event.step < step]
-            if self.path.exists() or indexed or earlier:
-                _replace(self.path, [*indexed, *earlier])
-            _remove_others(self.path.parent)
+            folder = self.path.parent
+            earlier = [event for event in read_bad_samples(folder) if -1 < event.step < step]
+            if indexed or self.path.exists() or _others(folder):
+                _put_in_place_of_all(folder, [*indexed, *earlier])
         bad, total = _samples_of(indexed), total + _samples_of(indexed) - len(indexed)
         if bad > self.ceiling * max(total, 1):
             self._count(indexed)
@@ -128,10 +129,6 @@ def _samples_of(events):
     return sum(event.samples for event in events)
 
 
-def _replace(path, events):
-    write_whole(path, "".join(map(_line, events)))
-
-
 def _append(path, events):
     with path.open("a", encoding="utf-8") as file:
         file.writelines(map(_line, events))
@@ -150,20 +147,28 @@ def count_reasons(events: Iterable[BadEvent]) -> dict[str, int]:
 def merge_bad_samples(folder: str | os.PathLike) -> None:
     """Merges the lists of all hosts into one, ordered by step. No host may write to its list any more."""
     folder = pathlib.Path(folder)
-    if any(folder.glob(OF_ALL_HOSTS)):
-        _replace(folder / FILE_NAME, read_bad_samples(folder))
-        _remove_others(folder)
+    if _others(folder):
+        _put_in_place_of_all(folder, read_bad_samples(folder))
 
 
-def _remove_others(folder):
+def _put_in_place_of_all(folder, events):
+    """Makes one list of all. A kill at any moment leaves those that were, or the one."""
+    write_whole(folder / MERGED, "".join(map(_line, events)))
     for path in folder.glob(OF_ALL_HOSTS):
         path.unlink()
+    (folder / MERGED).replace(folder / FILE_NAME)
+
+
+def _others(folder):
+    """The lists beside the first host's."""
+    return [*folder.glob(OF_ALL_HOSTS), *folder.glob(MERGED)]
 
 
 def read_bad_samples(folder: str | os.PathLike) -> list[BadEvent]:
     """The events listed in a run's folder, of all hosts, ordered by step; empty if there is no list."""
     folder = pathlib.Path(folder)
     paths = [folder / FILE_NAME, *sorted(folder.glob(OF_ALL_HOSTS))]
+    paths = [folder / MERGED] if (folder / MERGED).is_file() else paths
     return sorted((event for path in paths for event in _read(path)), key=lambda event: event.step)
 
 

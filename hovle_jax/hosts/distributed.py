@@ -26,7 +26,9 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts.rollcall import numbers, roll_call
 from hovle_jax.system.last_word import LastWord, last_word
 
-HEARTBEAT_SECONDS = 45  # without a heartbeat jax considers a host dead, and ends the others
+# Without a heartbeat for so long jax considers a host dead, and ends the others. They are sent by threads of C++, which
+# compiling does not hold up; only a machine that stands still for half of this time does.
+HEARTBEAT_SECONDS = 45
 WAIT_MS = 7 * 24 * 3600 * 1000  # hosts wait for each other while one indexes or scores; a failure ends it earlier
 FAREWELL_SECONDS = 2  # host 0 stays so long, so that the others can still read why the run ends
 TRACES = "traces"  # folder in a run's

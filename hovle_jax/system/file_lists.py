@@ -31,6 +31,14 @@ def write_list(folder: str | os.PathLike, note: Mapping[str, Any] | None = None)
     write_whole(folder / FILE_NAME, _text(content))
 
 
+def write_note(folder: str | os.PathLike, note: Mapping[str, Any]) -> None:
+    """Adds to the note of FOLDER/files.json; nothing where there is no list. Raises UserError: it is damaged."""
+    listed = read_list(folder)
+    if listed:
+        content = {"note": {**listed[1], **note}, "files": listed[0]}
+        write_whole(pathlib.Path(folder) / FILE_NAME, _text(content))
+
+
 def measured(folder: pathlib.Path, below: str = "") -> Files:
     """The files that lie in a folder now, but for its list; reads every byte of them.
 

@@ -185,6 +185,8 @@ class Steps:
         with preemption.saving(), monitor.following(first_step, tokens, placement.mesh.devices.flat):
             if first_step == 0 or monitor.evaluates:
                 evaluate_held_out(first_step)
+            if first_step in results:  # the run was stopped at this checkpoint, before they were known
+                self.saved.held_out(first_step, results[first_step])
             for step, (batch, events, drawn) in enumerate(monitor.waits(self.batches(first_step)), first_step):
                 self.bad.add(events, drawn)
                 with monitor.step(step) as note:
@@ -211,6 +213,8 @@ class Steps:
                 evaluate_held_out(config.steps)
             with monitor.besides("checkpoints"):
                 self.saved.finish(done, state)
+                if done in results:
+                    self.saved.held_out(done, results[done])
                 if finished:
                     self.save_model(state)
             monitor.ended(done)

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
+from hovle_jax.system import file_lists
 from hovle_jax.system.files import reason_of
 from hovle_jax.system.mirror import Mirror
 from hovle_jax.training import saved_steps
@@ -106,8 +107,14 @@ class RunCheckpoints:
         except Exception as error:  # Orbax and tensorstore have many
             self._failed(step, error)
             return
-        note = {"step": step, "held_out": {name: float(value) for name, value in (held_out or {}).items()}}
+        note = {"step": step, "held_out": _floats(held_out or {})}
         self._saving = step, self._threads.submit(self._complete, partial, final, note)
+
+    def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Notes the held-out metrics of a checkpoint that was saved before they were known."""
+        self._settle()
+        if distributed.is_leader() and step == self.latest:
+            file_lists.write_note(self._folder / str(step), {"held_out": _floats(metrics)})
 
     def finish(self, step: int, state: TrainState) -> None:
         """Until the checkpoint of the last step is written."""
@@ -179,6 +186,10 @@ class RunCheckpoints:
         return UserError(
             f"a checkpoint is damaged ({reason}); it is now {path}, and the same command goes on from the one before"
         )
+
+
+def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _changing(state: TrainState) -> dict[str, Any]:
