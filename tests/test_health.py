@@ -77,8 +77,8 @@ def faults(monkeypatch, micro_corpus):
 def spoiling(optimizer, parameter, moment):
     """An optimizer whose update, or whose first moment, gets what is given for a step."""
 
-    def update(grads, state, params):
-        updates, state = optimizer.update(grads, state, params)
+    def update(grads, state, params, **judged):
+        updates, state = optimizer.update(grads, state, params, **judged)
         count = optax.tree.get(state, "count", filtering=lambda path, _: "ScaleByAdam" in str(path))
         added = lambda pairs: sum((jnp.where(count == k, value, 0.0) for k, value in pairs), jnp.float32(0))
         if parameter:
@@ -87,7 +87,7 @@ def spoiling(optimizer, parameter, moment):
             state = optax.tree.set(state, mu=jax.tree.map(lambda x: x + added(moment), optax.tree.get(state, "mu")))
         return updates, state
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def changed(config=RUN, **of_health):
