@@ -33,12 +33,12 @@ def decay_mask(params: dict) -> dict:
 @functools.cache  # equal runs have equal optimizers, so that a step is traced once for all of them
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """Its `update` takes `good` too, a flag: where that is false, its state stays as it was, to the bit."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+    adamw = optax.chain(  # of one structure with `optax.adamw`, as the checkpoints have it
         adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
         kept(optax.scale_by_learning_rate(learning_rate(config, steps))),
     )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
 def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
