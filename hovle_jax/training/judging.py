@@ -1,7 +1,7 @@
 """What the compiled step thinks of itself: whether all that it made is finite, and whether its loss is a spike.
 
 Nothing here leaves the devices or waits for them. A step gives one more scalar, the number of the first tensor that is
-not finite (`names` tells which that is), and takes one more all-reduce of a flag for each tensor.
+not finite (`names` tells which that is), and takes one more all-reduce of a number for each parameter.
 
 An update is left out by what is known before it, the loss and the gradients: then it still overwrites the old state in
 its place. To keep the old state until the new one has been looked at would take its memory twice. A new state that is
