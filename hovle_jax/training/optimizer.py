@@ -49,8 +49,8 @@ def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraA
     """
     plain = optax.scale_by_adam(b1, b2)
 
-    def update(grads: Any, state: Any, params: Any = None, *, good: jax.Array | bool = True, **_: Any):
-        state = keep(good, plain.update(grads, state)[1], state)
+    def update(updates: Any, state: Any, params: Any = None, *, good: jax.Array | bool = True, **extra: Any):
+        state = keep(good, plain.update(updates, state)[1], state)
         corrected = optax.tree.bias_correction
         mu, nu = corrected(state.mu, b1, state.count), corrected(state.nu, b2, state.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu), state
@@ -61,7 +61,7 @@ def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraA
 def kept(plain: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """A transformation with a flag `good`, as above."""
 
-    def update(updates: Any, state: Any, params: Any = None, *, good: jax.Array | bool = True, **_: Any):
+    def update(updates: Any, state: Any, params: Any = None, *, good: jax.Array | bool = True, **extra: Any):
         updates, made = plain.update(updates, state, params)
         return updates, keep(good, made, state)
 
