@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import threading
 
 import jax
@@ -11,11 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from hovle_jax.config import HealthConfig
+from hovle_jax.config import HealthConfig, OptimizerConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.report.metrics import read_metrics
 from hovle_jax.training import health, judging, loop, resumption, step, watchdog
+from hovle_jax.training.optimizer import decay_mask, keep, learning_rate, make_optimizer
 from hovle_jax.training.stages import STAGES
 from tests import micro
 
@@ -77,8 +79,8 @@ def faults(monkeypatch, micro_corpus):
 def spoiling(optimizer, parameter, moment):
     """An optimizer whose update, or whose first moment, gets what is given for a step."""
 
-    def update(grads, state, params):
-        updates, state = optimizer.update(grads, state, params)
+    def update(grads, state, params, **judged):
+        updates, state = optimizer.update(grads, state, params, **judged)
         count = optax.tree.get(state, "count", filtering=lambda path, _: "ScaleByAdam" in str(path))
         added = lambda pairs: sum((jnp.where(count == k, value, 0.0) for k, value in pairs), jnp.float32(0))
         if parameter:
@@ -87,7 +89,7 @@ def spoiling(optimizer, parameter, moment):
             state = optax.tree.set(state, mu=jax.tree.map(lambda x: x + added(moment), optax.tree.get(state, "mu")))
         return updates, state
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def changed(config=RUN, **of_health):
@@ -170,6 +172,45 @@ def test_the_first_tensor_that_is_not_finite_is_found_by_its_name():
     assert found(trained=spoilt(-math.inf), opt_state=moment("mu")) == "llm/norm after its update"
     assert found(opt_state=moment("mu")) == "mu of llm/norm" and found(opt_state=moment("nu")) == "nu of llm/norm"
     assert names[judging.first_of_update(trained)] == "llm/head after its update"
+
+
+OPTIMIZER = OptimizerConfig()
+
+
+def two_kernels(side=64):
+    return {name: {"kernel": jax.random.normal(jax.random.key(i), (side, side))} for i, name in enumerate("ab")}
+
+
+def test_the_optimizer_is_adamw_and_leaves_its_state_alone_where_told():
+    mine = make_optimizer(OPTIMIZER, 10)
+    rate = learning_rate(OPTIMIZER, 10)
+    beta = {"b1": OPTIMIZER.b1, "b2": OPTIMIZER.b2, "eps": OPTIMIZER.eps}
+    adamw = optax.adamw(rate, **beta, weight_decay=OPTIMIZER.weight_decay, mask=decay_mask)
+    theirs = optax.chain(optax.clip_by_global_norm(OPTIMIZER.clip_norm), adamw)
+    params = two_kernels(8)
+    state, other = mine.init(params), theirs.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(other)  # what checkpoints are restored by
+    for step_number in range(3):
+        grads = jax.tree.map(lambda x: jnp.sin((step_number + 1) * x), params)
+        before, (updates, state) = state, mine.update(grads, state, params)
+        expected, other = theirs.update(grads, other, params)
+        for mine_leaf, leaf in zip(jax.tree.leaves((updates, state)), jax.tree.leaves((expected, other)), strict=True):
+            assert mine_leaf.tobytes() == leaf.tobytes()
+    _, left = mine.update(jax.tree.map(lambda x: x * jnp.nan, grads), before, params, good=jnp.bool_(False))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(left), strict=True):
+        assert old.tobytes() == new.tobytes()
+
+
+def test_an_update_that_may_be_left_out_copies_no_moment():
+    optimizer, trained = make_optimizer(OPTIMIZER, 10), two_kernels()
+
+    def update(trained, state, grads, good):
+        updates, state = optimizer.update(grads, state, trained, good=good)
+        return keep(good, optax.apply_updates(trained, updates), trained), state
+
+    given = trained, optimizer.init(trained), trained, jnp.bool_(True)
+    program = jax.jit(update, donate_argnums=(0, 1)).lower(*given).compile().as_text()
+    assert "f32[64,64]" in program and not re.findall(r"f32\[64,64\]\S* copy\(", program)
 
 
 def test_a_step_that_is_left_out_changes_nothing_but_the_count_and_compiles_once():

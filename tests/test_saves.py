@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from hovle_jax import checkpoints
@@ -94,6 +95,19 @@ def test_a_state_comes_back(two_steps):
     step, state = restored(two_steps)
     assert step == 2
     assert_is(state, 2)
+
+
+def test_a_checkpoint_as_older_versions_wrote_it_comes_back(tmp_path):
+    """With compressed arrays, their shardings and what each process wrote, in one file each."""
+    state = state_of(7)
+    changing = {"step": state.step, "trained": state.trained, "opt_state": state.opt_state}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoints" / "7" / saved_steps.ARRAYS, changing)
+    assert (tmp_path / "checkpoints" / "7" / saved_steps.ARRAYS / "_sharding").exists()
+    file_lists.write_list(tmp_path / "checkpoints" / "7", {"step": 7})
+    step, state = restored(tmp_path)
+    assert step == 7
+    assert_is(state, 7)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

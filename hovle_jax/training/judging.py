@@ -1,7 +1,7 @@
 """What the compiled step thinks of itself: whether all that it made is finite, and whether its loss is a spike.
 
 Nothing here leaves the devices or waits for them. A step gives one more scalar, the number of the first tensor that is
-not finite (`names` tells which that is), and takes one more all-reduce of a flag for each tensor.
+not finite (`names` tells which that is), and takes one more all-reduce of a number for each parameter.
 
 An update is left out by what is known before it, the loss and the gradients: then it still overwrites the old state in
 its place. To keep the old state until the new one has been looked at would take its memory twice. A new state that is
@@ -9,7 +9,7 @@ not finite always ends the run, before it is saved.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,30 +62,56 @@ def names(trained: Params, opt_state: Any) -> list[str]:
     return found
 
 
+def before_update(loss: jax.Array, grads: Params, record: Record, rules: Rules) -> tuple[jax.Array, jax.Array]:
+    """-> (`of_gradients`, whether the update is to be made)."""
+    bad = of_gradients(loss, grads)
+    good = bad == FINE
+    if rules.spike_sigmas:
+        good &= ~is_spike(loss, record, rules.spike_sigmas)
+    return bad, good
+
+
 def of_gradients(loss: jax.Array, grads: Params) -> jax.Array:
     """The number of the first tensor that is not finite among the loss and the gradients, int32; FINE where all are.
 
     A gradient counts as not finite too where its squares overflow: its norm, by which all are clipped, is infinite.
     """
     squares = [optax.tree.norm(leaf, squared=True) for _, leaf in _floats(grads)]  # as in the norm of all: made once
-    return _first([jnp.isfinite(loss), *map(jnp.isfinite, squares)], LOSS)
+    fine = jnp.isfinite(jnp.stack([loss, *squares]))
+    return jnp.where(jnp.all(fine), FINE, jnp.argmin(fine) + LOSS).astype(jnp.int32)
 
 
-def of_update(found: jax.Array, trained: Params, opt_state: Any) -> jax.Array:
-    """`found`, or where that is FINE the number of the first tensor of the new state that is not finite."""
-    flags = [jnp.all(jnp.isfinite(leaf)) for _, leaf in _floats((trained, opt_state))]
-    return jnp.where(found == FINE, _first(flags, first_of_update(trained)), found)
+def of_update(
+    found: jax.Array, trained: Params, opt_state: Any, constrain: Callable[[Any], Any] = lambda tree: tree
+) -> jax.Array:
+    """`found`, or where that is FINE the number of the first tensor of the new state that is not finite.
+
+    A parameter and its moments are looked at in one pass: small tensors cost what their passes cost.
+
+    Args:
+      constrain: lays out a tree of what there is one of for each element of `trained`.
+    """
+    leaves, tree = [leaf for _, leaf in _floats((trained, opt_state))], jax.tree.structure(trained)
+    count = tree.num_leaves
+    kinds = [leaves[at : at + count] for at in range(0, len(leaves), count)]  # the parameters, mu, nu
+    seen = constrain(jax.tree.unflatten(tree, [_first_kind(tensors) for tensors in zip(*kinds, strict=True)]))
+    first = jnp.stack([jnp.min(kind) for kind in jax.tree.leaves(seen)]).astype(jnp.int32)
+    numbers = first_of_update(trained) + first * count + jnp.arange(count)
+    lowest = jnp.min(jnp.where(first < len(kinds), numbers, jnp.iinfo(jnp.int32).max))
+    return jnp.where((found == FINE) & jnp.any(first < len(kinds)), lowest, found)
+
+
+def _first_kind(tensors: Sequence[jax.Array]) -> jax.Array:
+    """For each element the index of the first of the tensors in which it is not finite; their number where it is."""
+    kind = jnp.full(tensors[0].shape, len(tensors), jnp.int8)
+    for i, tensor in reversed(list(enumerate(tensors))):
+        kind = jnp.where(jnp.isfinite(tensor), kind, jnp.int8(i))
+    return kind
 
 
 def first_of_update(trained: Params) -> int:
     """The number from which on tensors are those of the new state."""
     return LOSS + 1 + len(_floats(trained))
-
-
-def _first(fine, number):
-    """The number of the first flag that is not set, counted from `number`; FINE where all are."""
-    flags = jnp.stack(fine)
-    return jnp.where(jnp.all(flags), FINE, jnp.argmin(flags) + number).astype(jnp.int32)
 
 
 def is_spike(loss: jax.Array, record: Record, sigmas: float) -> jax.Array:

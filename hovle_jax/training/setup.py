@@ -31,7 +31,7 @@ class Run:
 
     models: Models
     layout: Layout
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     accumulate: int = 1
     rules: Rules = Rules()
 

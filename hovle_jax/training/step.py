@@ -1,6 +1,5 @@
 """The one train step, for every stage."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import optax
 from hovle_jax.components import Models, Params, merge
 from hovle_jax.training import judging
 from hovle_jax.training.losses import divide
+from hovle_jax.training.optimizer import keep
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stage import Pairs
 from hovle_jax.training.stages import STAGES
@@ -77,31 +77,19 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
       'skipped', where updates may be left out, how many the run has left out so far).
     """
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, run)
-    updates, opt_state = run.optimizer.update(grads, state.opt_state, state.trained)
+    as_moments = lambda tree: run.layout.constrain(tree, "moments")
+    bad, good = judging.before_update(loss, grads, state.record, run.rules)
+    updates, opt_state = run.optimizer.update(grads, state.opt_state, state.trained, good=good)
     updated: Any = optax.apply_updates(state.trained, updates)
-    trained = STAGES[stage].after_update(updated)
-    metrics = {"loss": loss} | STAGES[stage].metrics(means) | {"gradient_norm": optax.tree.norm(grads)}
-    made = dataclasses.replace(state, step=state.step + 1, trained=trained, opt_state=opt_state)
-    return judged(made, state, grads, metrics, run)
-
-
-def judged(
-    made: TrainState, before: TrainState, grads: Params, metrics: Metrics, run: Run
-) -> tuple[TrainState, Metrics]:
-    """What is made of an update -> (the state as it was `made`, or as it was `before` the step, metrics)."""
-    bad = judging.of_gradients(metrics["loss"], grads)
-    good = bad == judging.FINE
-    if run.rules.spike_sigmas:
-        good &= ~judging.is_spike(metrics["loss"], before.record, run.rules.spike_sigmas)
-    keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, good), new, old)
     # Where the next step expects them: the compiler's choice for a result may be another, and a copy of all.
-    trained = run.layout.constrain(keep(made.trained, before.trained))
-    opt_state = run.layout.constrain(keep(made.opt_state, before.opt_state), "moments")
-    metrics = metrics | {"not_finite": judging.of_update(bad, trained, opt_state)}
-    record = run.layout.constrain(judging.updated(before.record, metrics["loss"], good))
+    trained = run.layout.constrain(keep(good, STAGES[stage].after_update(updated), state.trained))
+    opt_state = as_moments(opt_state)
+    record = run.layout.constrain(judging.updated(state.record, loss, good))
+    metrics = {"loss": loss} | STAGES[stage].metrics(means) | {"gradient_norm": optax.tree.norm(grads)}
+    metrics["not_finite"] = judging.of_update(bad, trained, opt_state, as_moments)
     if record:
         metrics["skipped"] = record["skipped"]
-    return dataclasses.replace(made, trained=trained, opt_state=opt_state, record=record), metrics
+    return TrainState(state.step + 1, trained, state.frozen, opt_state, record), metrics
 
 
 def train_step_for(run: Run) -> Callable:
