@@ -150,7 +150,8 @@ def fresh(config: ModelConfig, component: str, seed: int, abstract: Params) -> P
     Args:
       abstract: shapes with shardings of the parameters to make, all or some of the component's.
     """
-    shardings = {path: leaf.sharding for path, leaf in traverse_util.flatten_dict(abstract).items()}
+    flat: dict[Path, Any] = traverse_util.flatten_dict(abstract)
+    shardings = {path: leaf.sharding for path, leaf in flat.items()}
     key = jax.random.fold_in(jax.random.key(seed), list(COMPONENTS).index(component))
     return traverse_util.unflatten_dict(_initialiser(config, component, tuple(shardings.items()))(key))
 
