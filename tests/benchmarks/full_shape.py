@@ -3,16 +3,18 @@
     pip install -e ".[benchmark]" && python tests/benchmarks/full_shape.py --sides "bfloat16,int8,torch bfloat16"
 
 One tile of 448 and 256 tokens of text in, 120 tokens out, as in table 6 of the paper; weights are random. The peer is
-what HoVLE without HD is (`convert export --as llama`): transformers' Llama of 32 layers over input vectors, with its
-cache, greedily, in a plain loop. Each side is a process of its own with as many threads as there are cores; they take
-turns of one answer. Prints one JSON object: the median seconds to the first token and tokens a second after it, and for
-ours the share of the read bandwidth (measured between the turns) that decoding reaches.
+what HoVLE without HD is (`convert export --as llama`): HoVLE's patch embedding in PyTorch, then transformers' Llama of
+32 layers over vectors, with its cache, greedily, in a plain loop. Each side is a process of its own with as many
+threads as there are cores; they take turns of one answer. Prints one JSON object: the median seconds to the first token
+and tokens a second after it, and for ours the share of the read bandwidth (measured between the turns) that decoding
+reaches.
 
 On a GPU: `--sides bfloat16,float32,int8`; the peer is made for the CPU.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -62,7 +64,6 @@ def our_answers(side):
 def torch_answers(side):
     """As `our_answers`."""
     import torch
-    from torch.nn import functional as F
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from hovle_jax.model.presets import MODELS
@@ -86,8 +87,7 @@ def torch_answers(side):
         if "norm" in name:
             leaf.data.fill_(1)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    patch = c.embedding.patch_size * 2
-    kernel = block[: 2048 * 64].repeat(patch * patch * 3 // 64 + 1)[: 2048 * patch * patch * 3].view(2048, -1)
+    visual = _torch_patches(c.embedding, block)
     yield {"weights": sum(p.numel() * p.element_size() for p in model.parameters()) - model.lm_head.weight.nbytes}
     with torch.inference_mode():
         for number in range(10**6):
@@ -95,8 +95,7 @@ def torch_answers(side):
             ids = torch.randint(3, 90_000, (1, TEXT), generator=rng)
             tile = torch.randint(0, 255, (1, 3, 448, 448), generator=rng, dtype=torch.uint8)
             start = time.perf_counter()
-            patches = F.unfold(tile.to(dtype) / 255, patch, stride=patch).transpose(1, 2)
-            x = torch.cat([patches @ kernel.T, model.model.embed_tokens(ids)], dim=1)
+            x = torch.cat([visual(tile), model.model.embed_tokens(ids)], dim=1)
             out = model(inputs_embeds=x, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             token.item()
@@ -106,6 +105,24 @@ def torch_answers(side):
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 token.item()
             yield first - start, time.perf_counter() - first
+
+
+def _torch_patches(embedding, block):
+    """A tile [1, 3, S, S] uint8 -> [1, P / 4, D]: `HolisticEmbedding.embed_tiles` with 'pre', weights from `block`."""
+    from torch.nn import functional as F
+
+    size, width, side = embedding.patch_size, embedding.stack.width, embedding.position_grid
+    drawn = lambda *shape: block.repeat(math.prod(shape) // len(block) + 1)[: math.prod(shape)].view(shape)
+    patch, first, second = drawn(width, 3 * size**2), drawn(width, 4 * width), drawn(width, width)
+    positions, bias = drawn(side**2, width), drawn(width)
+
+    def vectors(tile):
+        pixels = (tile.to(block.dtype) / 255 - 0.45) / 0.225
+        x = F.linear(F.unfold(pixels, size, stride=size).transpose(1, 2), patch, bias) + positions
+        x = x.view(1, side // 2, 2, side // 2, 2, width).transpose(2, 3).reshape(1, side**2 // 4, 4 * width)
+        return F.linear(F.gelu(F.linear(x, first, bias)), second, bias)
+
+    return vectors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
