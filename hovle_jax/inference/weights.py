@@ -65,7 +65,8 @@ class Int8Kernel:
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., F] in the type of x."""
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        # Else each of the three that read it makes it anew, with the activation or the norm that it comes from.
+        rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
         step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-30) / INT8
         coarse = jnp.round(rows / step)
         fine = jnp.round((rows / step - coarse) * (2 * INT8))
