@@ -26,7 +26,7 @@ from hovle_jax.sharding.layout import Path, is_boxed
 Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a key of caches, by identity
 class Component:
     """One row.
 
@@ -132,10 +132,14 @@ class Models:
         return HoVLE(self.config.model, self.execution)
 
 
-@functools.lru_cache(maxsize=64)
 def logical_shapes(config: ModelConfig, component: str) -> Params:
     """Shapes of a component's parameters as Linen boxes, which carry their logical axes."""
-    module, inputs = _initial(config, component)
+    return _boxed_shapes(config, COMPONENTS[component])
+
+
+@functools.lru_cache(maxsize=64)  # runs of one config in one process share it
+def _boxed_shapes(config, row):
+    module, inputs = _initial(config, row)
     return jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
 
 
@@ -153,13 +157,13 @@ def fresh(config: ModelConfig, component: str, seed: int, abstract: Params) -> P
     flat: dict[Path, Any] = traverse_util.flatten_dict(abstract)
     shardings = {path: leaf.sharding for path, leaf in flat.items()}
     key = jax.random.fold_in(jax.random.key(seed), list(COMPONENTS).index(component))
-    return traverse_util.unflatten_dict(_initialiser(config, component, tuple(shardings.items()))(key))
+    return traverse_util.unflatten_dict(_initialiser(config, COMPONENTS[component], tuple(shardings.items()))(key))
 
 
-@functools.lru_cache(maxsize=32)
-def _initialiser(config, component, shardings):
-    """Compiled function of a key -> {path: values}: runs of one config in one process share it."""
-    module, inputs = _initial(config, component)
+@functools.lru_cache(maxsize=32)  # likewise
+def _initialiser(config, row, shardings):
+    """Compiled function of a key -> {path: values}."""
+    module, inputs = _initial(config, row)
 
     def init(key):
         flat = traverse_util.flatten_dict(nn.meta.unbox(module.init(key, *inputs)["params"]))
@@ -168,10 +172,10 @@ def _initialiser(config, component, shardings):
     return jax.jit(init, out_shardings=dict(shardings))
 
 
-def _initial(config, component):
+def _initial(config, row):
     """-> (module, inputs) to initialise: layers in a loop, so that they are compiled once instead of once a layer."""
     models = Models(dataclasses.replace(config, execution=ExecutionConfig()))
-    return models[component], COMPONENTS[component].inputs(config)
+    return row.module(models.config, models.execution), row.inputs(config)
 
 
 # -- trees of parameters

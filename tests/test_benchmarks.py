@@ -78,6 +78,7 @@ def test_a_benchmark_is_one_row(run_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_an_engine_gives_the_answers_of_batches(run_folder, monkeypatch):
     """Prompts of several lengths and tiles, one that the engine has to grow for, and one that no model reads."""
     wide = Image.new("RGB", (96, 32), "red")

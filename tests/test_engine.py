@@ -136,6 +136,7 @@ def test_prompts_are_read_first_where_that_is_asked_for():
     check_greedy(answerer, streams, asked)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_for_prompts_like_those_before():
     engine = Engine(make_answerer("post"), **SETTINGS | dict(chunks=(8, 24)))  # shapes of its own
     compilations.count()  # begins to count

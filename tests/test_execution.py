@@ -132,7 +132,8 @@ SHARDED = [
     *itertools.product(STAGES, ["pre"], ["data=2,fsdp=4"]),
     *itertools.product(["contrast", "distill", "instruct"], ["pre"], ["fsdp=4,sequence=2"]),
     *itertools.product(["instruct", "distill"], ["pre"], ["data=2,fsdp=2,tensor=2"]),
-    *itertools.product(["instruct", "distill"], ["post"], ["fsdp=4,sequence=2"]),
+    ("instruct", "post", "fsdp=4,sequence=2"),
+    pytest.param("distill", "post", "fsdp=4,sequence=2", marks=pytest.mark.slow),
 ]
 
 
@@ -157,7 +158,7 @@ def test_a_mesh_changes_nothing_of_the_chunked_loss(mesh_name):
     assert_mesh_changes_no_number(config, ExecutionConfig(vocab_chunk=48), make_mesh(MESHES[mesh_name]))
 
 
-@pytest.mark.parametrize("stage", ["distill", "instruct"])
+@pytest.mark.parametrize("stage", [pytest.param("distill", marks=pytest.mark.slow), "instruct"])
 def test_a_batch_read_in_microbatches_gives_the_same_update(stage):
     """With the usual eps of 1e-8 Adam's first update is the sign of the gradient, which rounding turns around wherever
     the gradient is nothing but rounding. With an eps of 1 the update is as smooth as the (clipped) gradient, and at a

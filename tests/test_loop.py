@@ -150,6 +150,7 @@ def test_a_run_outlives_a_failed_save_and_a_damaged_checkpoint(tmp_path, micro_c
     assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, micro_corpus):
     optimizer = dataclasses.replace(LOOP.optimizer, learning_rate=1e38)
     config = dataclasses.replace(LOOP, optimizer=optimizer)

@@ -125,7 +125,9 @@ def sample_losses(config, variant, batch):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("variant, weighting", [("pre", "square"), ("post", "sample")])
+@pytest.mark.parametrize(
+    "variant, weighting", [("pre", "square"), pytest.param("post", "sample", marks=pytest.mark.slow)]
+)
 def test_packed_samples_have_the_losses_and_gradients_of_rows_of_their_own(source, variant, weighting):
     config = run_config(source, variant=variant, loss_weights=weighting)
     alone = run_config(source, variant=variant, loss_weights=weighting, samples_per_row=1)

@@ -41,6 +41,7 @@ def trained(config, batches, mesh=None):
     return metrics, host(jax.device_get(state.trained))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, variant", [("instruct", "post")])
 def test_packed_and_tiled_rows_train_the_same_on_a_mesh(path_of, stage, variant):
     config = config_of(path_of("jsonl"), stage, variant)
