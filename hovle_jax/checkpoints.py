@@ -26,10 +26,12 @@ from hovle_jax.components import COMPONENTS, Params, logical_shapes, unboxed
 from hovle_jax.config import ModelConfig, from_dict
 from hovle_jax.errors import UserError
 from hovle_jax.hosts.distributed import is_leader, wait
+from hovle_jax.hosts.exchange import from_leader
 from hovle_jax.sharding.layout import Layout
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.system import file_lists
 from hovle_jax.system.files import read_json, sync_folder, write_json
+from hovle_jax.system.mirror import Mirror
 
 SAVE_CONCURRENT_BYTES = 10**8
 MADE_AGAIN = (
@@ -79,18 +81,58 @@ def is_finished(folder: str | os.PathLike) -> bool:
     return (pathlib.Path(folder) / "model").is_dir()
 
 
-def save_model(folder: str | os.PathLike, config: ModelConfig, components: dict[str, Callable[[], Params]]) -> None:
+def save_model(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    components: dict[str, Callable[[], Params]],
+    mirror: Mirror | None = None,
+) -> None:
     """Writes FOLDER/model whole: into a folder beside it first, then renamed. Called on all hosts.
+
+    Several hosts that work on a URL write it there; its list comes last, and each of them takes a copy.
 
     Args:
       components: {name: function that gives its parameters, arrays or `Deferred` ones}; each is written before the
         next one is asked for.
+      mirror: where the work folder belongs, if it is a copy of one at a URL.
     """
     folder = pathlib.Path(folder).absolute()
+    if mirror and mirror.shared:
+        _save_at_url(mirror, folder / "model", config, components)
+        return
     partial = folder / "model.partial"
     if is_leader():
         shutil.rmtree(partial, ignore_errors=True)
     wait("an earlier model.partial is gone")
+    _write_components(str(partial), components)
+    if is_leader():
+        _write_config_and_list(partial, config)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        partial.rename(folder / "model")
+        sync_folder(folder)
+    wait("the model is there")
+
+
+def _save_at_url(mirror, model, config, components):
+    place = mirror.remote.below(model.relative_to(mirror.folder).as_posix())
+    if is_leader():
+        place.remove([file_lists.FILE_NAME])  # without it there is no model
+        place.remove_all()
+    wait("an earlier model is gone")
+    _write_components(place.path_for_arrays(), components)
+    if is_leader():
+        mirror.take_new()
+        _write_config_and_list(model, config)
+    from_leader("the model is there", mirror)
+
+
+def _write_config_and_list(model, config):
+    write_json(model / "config.json", dataclasses.asdict(config))
+    file_lists.write_list(model)
+
+
+def _write_components(place, components):
+    """Each to a folder below, by all hosts together; returns when all of it is written."""
     for component, make in components.items():
         params = make()
         # Bytes in flight are limited: on a CPU they are a second copy of parameters that lie in the same memory.
@@ -98,16 +140,9 @@ def save_model(folder: str | os.PathLike, config: ModelConfig, components: dict[
         gigabytes: Any = (limit + 10**6) / 10**9  # a fraction is as good as the int of its type
         handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, type_handler_registry=REGISTRY)
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(partial / component, args=ocp.args.PyTreeSave(params))
+            checkpointer.save(f"{place}/{component}", args=ocp.args.PyTreeSave(params))
         del params
     wait("the components are written")
-    if is_leader():
-        write_json(partial / "config.json", dataclasses.asdict(config))
-        file_lists.write_list(partial)
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        partial.rename(folder / "model")
-        sync_folder(folder)
-    wait("the model is there")
 
 
 def load_model_config(folder: str | os.PathLike) -> ModelConfig:

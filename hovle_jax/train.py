@@ -151,8 +151,9 @@ def main() -> None:
     if FROM.value:
         config = start_from(config, FROM.value)
 
-    from hovle_jax.hosts import distributed, preemption
+    from hovle_jax.hosts import distributed, exchange, preemption
     from hovle_jax.report.tracking import check_installed
+    from hovle_jax.system.remote import is_url
     from hovle_jax.training import profiling
 
     check_installed(TRACK.value)
@@ -163,7 +164,7 @@ def main() -> None:
     command = {"config": config.to_dict(), "workdir": workdir}
     with preemption.listening():
         hosts.start(command)
-        mirror = open_mirror(workdir)
+        mirror = exchange.open_copy(workdir) if is_url(workdir) else None
         place = config_path.parent, mirror.folder if mirror else pathlib.Path(workdir)
         with preemption.agreeing(), distributed.ending_together(place[1] / config.stage):
             if SEEDS.value:
@@ -171,30 +172,11 @@ def main() -> None:
             else:
                 status = train(config, *place, started, profile, TRACK.value, mirror=mirror)
             if mirror:
-                mirror.push()
-                print(f"all of it is in {mirror.url}")
+                exchange.to_leader("the last files are sent", mirror)
+                if distributed.is_leader():
+                    mirror.push()
+                    print(f"all of it is in {mirror.url}")
     sys.exit(status)
-
-
-def open_mirror(workdir: str) -> "Mirror | None":
-    """The local copy of a work folder at a URL, with what lies there; None for a folder.
-
-    Raises:
-      UserError: the URL cannot be used, or there are several hosts, which write one checkpoint together.
-    """
-    from hovle_jax.hosts import distributed
-    from hovle_jax.system import mirror
-
-    if not mirror.is_url(workdir):
-        return None
-    if distributed.several():
-        raise distributed.SharedError(
-            f"--workdir={workdir}: several hosts write one checkpoint together; mount the bucket as a folder on all of "
-            "them (docs/launch.md)"
-        )
-    found = mirror.Mirror(workdir)
-    found.pull()
-    return found
 
 
 def train_seeds(
@@ -299,7 +281,7 @@ def train_one(
     mirror: "Mirror | None" = None,
 ) -> int | None:
     """One run and its report, on all hosts -> the exit status; None = the next run may begin."""
-    from hovle_jax.hosts import preemption
+    from hovle_jax.hosts import exchange, preemption
     from hovle_jax.training import loop
 
     result = loop.run(stage, folder, sources, say, profile, track, mirror)
@@ -313,8 +295,7 @@ def train_one(
         say(f"stopped{by} with the model of {stage.stage} written; the same command goes on with its report")
         return asked.status
     report(stage, result, say, track)
-    if mirror:
-        mirror.push()
+    exchange.from_leader("the next run may begin", mirror)
     return None
 
 

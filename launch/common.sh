@@ -129,8 +129,7 @@ check_workdir() {
     esac
     previous=$argument
   done
-  [[ "$workdir" != gs://* ]] || die "hovle_jax.train writes to folders, not to $workdir; --bucket mounts a bucket at \
-$MOUNT: use --workdir $MOUNT/runs"
-  [[ "$workdir" == /* ]] || die "give the arguments of hovle_jax.train behind --, with a --workdir that outlives the \
-machines and that all of them see, an absolute path: -- --config configs/instruct.py --workdir $MOUNT/runs"
+  [[ "$workdir" == /* || "$workdir" == gs://?* ]] || die "give the arguments of hovle_jax.train behind --, with a \
+--workdir that outlives the machines and that all of them see, gs://BUCKET/runs or an absolute path: \
+-- --config configs/instruct.py --workdir $MOUNT/runs"
 }

@@ -120,3 +120,18 @@ def path_of(tmp_path_factory):
     from tests.source_files import ALL
 
     return functools.cache(lambda kind: ALL[kind](tmp_path_factory.mktemp(kind)))
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The URL of a folder on a server of Google Cloud Storage, in this process."""
+    for package, name in (("gcp_storage_emulator", "gcp-storage-emulator"), ("gcsfs", "gcsfs")):
+        pytest.importorskip(package, reason=f"pip install {name}")
+    from tests import gcs_server, jobs
+
+    port = jobs.free_port()
+    for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
+    with gcs_server.create_server(port, "bucket"):
+        yield "gs://bucket/runs"

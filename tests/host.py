@@ -1,12 +1,13 @@
 """One host of several, in a process of its own: python -m tests.host JOB.json INDEX.
 
 The job is {"hosts", "coordinator", "heartbeat", "runs": [run, ...]}, a run {"folder", "stage", "mesh", "changes",
-"data", "corpora": {index: path}, "fails": {index: step}, "waits": {index: seconds}, "after": path, "again": path}; the
-last five are optional.
+"data", "corpora": {index: path}, "fails": {index: step}, "waits": {index: seconds}, "after": path, "again": path,
+"url": of the work folder, in which the run's folder is its name}; the last six are optional.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -17,7 +18,7 @@ from hovle_jax.config import MeshConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import bad_samples
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import distributed, preemption
+from hovle_jax.hosts import distributed, exchange, preemption
 from hovle_jax.train import exit_status
 from hovle_jax.training import held_out, loop
 from hovle_jax.training.resumable import RunCheckpoints
@@ -92,13 +93,20 @@ def main(job, host):
     loop.train_step_for = lambda run: compiled_in_turn(train_step_for(run))
     held_out.eval_step = compiled_in_turn(held_out.eval_step)
     distributed.HEARTBEAT_SECONDS = job["heartbeat"]
+    mirror = None
     with preemption.listening():
         distributed.start(job["coordinator"], job["hosts"], host, timeout=120)
         with preemption.agreeing(), distributed.ending_together(job["runs"][0]["folder"]):
             for run in job["runs"]:
                 prepare(run, host)
                 config = config_of(run, host)
-                result = loop.run(config, pathlib.Path(run["folder"]), {})
+                if "url" in run and mirror is None:
+                    os.environ["HOVLE_CACHE"] = os.path.join(os.environ["HOVLE_CACHE"], f"host_{host}")
+                    mirror = exchange.open_copy(run["url"])
+                folder = mirror.folder / pathlib.Path(run["folder"]).name if mirror else pathlib.Path(run["folder"])
+                result = loop.run(config, folder, {}, mirror=mirror)
+                if mirror:
+                    exchange.from_leader("this run is there", mirror)
                 status = exit_status(config, result.step, preemption.request())
     sys.exit(status)
 

@@ -8,7 +8,8 @@ import pathlib
 import sys
 import time
 
-from hovle_jax.system.mirror import Mirror, is_url
+from hovle_jax.system.mirror import Mirror
+from hovle_jax.system.remote import is_url
 from hovle_jax.training.resumable import RunCheckpoints
 from hovle_jax.training.saved_steps import Keep
 from tests.test_saves import assert_is, state_of

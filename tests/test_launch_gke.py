@@ -175,7 +175,7 @@ MISTAKES = {
     "unknown accelerator": ("run GIVEN --accelerator=a100-8 TRAIN", ["unknown accelerator a100-8", "v5p-128"]),
     "no topology": ("manifest GIVEN --accelerator=v5p-24 TRAIN", ["topology of v5p-24", "xpk"]),
     "no workdir": ("run GIVEN -- --config configs/instruct.py", ["--workdir /mnt/hovle/runs"]),
-    "workdir in a bucket": ("apply GIVEN -- --workdir gs://b/runs", ["gs://b/runs", "--workdir /mnt/hovle/runs"]),
+    "workdir elsewhere": ("apply GIVEN -- --workdir s3://b/runs", ["gs://BUCKET/runs", "--workdir /mnt/hovle/runs"]),
     "unknown option": ("logs --every", ["unknown option --every"]),
 }
 

@@ -142,7 +142,7 @@ MISTAKES = {
     "no arguments": ("run GIVEN", ["--workdir /mnt/hovle/runs"]),
     "no workdir": ("resume GIVEN -- --config configs/instruct.py", ["--workdir /mnt/hovle/runs"]),
     "workdir of a machine": ("run GIVEN -- --workdir runs", ["--workdir /mnt/hovle/runs"]),
-    "workdir in a bucket": ("run GIVEN -- --workdir=gs://b/runs", ["gs://b/runs", "--workdir /mnt/hovle/runs"]),
+    "workdir elsewhere": ("run GIVEN -- --workdir=s3://b/runs", ["gs://BUCKET/runs", "--workdir /mnt/hovle/runs"]),
 }
 
 

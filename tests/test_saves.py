@@ -21,7 +21,7 @@ from hovle_jax.training import resumable, saved_steps
 from hovle_jax.training.check_numbers import check_numbers
 from hovle_jax.training.held_out import check_keep_best
 from hovle_jax.training.resumable import RunCheckpoints
-from hovle_jax.training.saved_steps import Keep
+from hovle_jax.training.saved_steps import Keep, LocalSteps
 from hovle_jax.training.stages import STAGES
 from hovle_jax.training.state import TrainState
 from hovle_jax.training.weights import save_result
@@ -118,7 +118,7 @@ def test_damage_to_any_file_of_the_newest_checkpoint_is_seen(kind, two_steps, tm
         folder, said = tmp_path / str(number), []
         shutil.copytree(two_steps / "checkpoints", folder)
         DAMAGE[kind](folder / "2" / name)
-        assert saved_steps.newest_whole(folder, said.append) == 1, name
+        assert LocalSteps(folder).newest_whole(said.append) == 1, name
         (line,) = said
         assert line.startswith("warning: checkpoint 2 is damaged: ") and name.name in line and "2.damaged" in line
         assert {path.name for path in folder.iterdir()} == {"1", "2.damaged"}
@@ -167,7 +167,7 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(two_steps, tmp_path):
     shutil.copytree(two_steps / "checkpoints", folder)
     for name in ("99/default", "7.partial/default", "8.deleting", "9.orbax-checkpoint-tmp"):
         (folder / name).mkdir(parents=True)
-    assert saved_steps.newest_whole(folder, (said := []).append) == 2
+    assert LocalSteps(folder).newest_whole((said := []).append) == 2
     assert len(said) == 1 and "99 is empty" in said[0]
     assert {path.name for path in folder.iterdir()} == {"1", "2"}
 
@@ -218,7 +218,7 @@ def test_a_kill_inside_a_save_leaves_the_one_before(kills, tmp_path):
     for _ in range(kills):
         complete = int(killed(run, tmp_path, drawn.random() * 0.1)[-1][1])
         cut += any((run / "checkpoints").glob("*.partial"))
-        newest = saved_steps.newest_whole(run / "checkpoints", (lines := []).append)
+        newest = LocalSteps(run / "checkpoints").newest_whole((lines := []).append)
         assert complete <= newest <= complete + 2 and not lines  # it was killed before it could say so
     assert cut > kills // 3 or kills < 10
     step, state = restored(run)
@@ -236,14 +236,14 @@ def impatient(monkeypatch):
 
 def failing(monkeypatch, times, error=OSError(errno.ENOSPC, "full")):
     """Makes the next saves fail at their end."""
-    left, commit = [error] * times, saved_steps.commit
+    left, commit = [error] * times, LocalSteps.commit
 
     def failing_commit(*arguments):
         if left:
             raise left.pop()
         commit(*arguments)
 
-    monkeypatch.setattr(saved_steps, "commit", failing_commit)
+    monkeypatch.setattr(LocalSteps, "commit", failing_commit)
 
 
 def steps_of(folder, said, steps, every):

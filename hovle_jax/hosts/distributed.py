@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -177,19 +177,28 @@ def check_same(what: str, value: object, remedy: str) -> None:
 
 def check_shared(folder: str | os.PathLike) -> None:
     """Raises SharedError on all hosts where one does not see what host 0 writes into the run's folder."""
+    place = pathlib.Path(folder)
+    of = lambda do: lambda name: do(place / name)
+    check_seen(str(folder), of(pathlib.Path.touch), of(pathlib.Path.exists), of(pathlib.Path.unlink))
+
+
+def check_seen(
+    place: str, write: Callable[[str], object], sees: Callable[[str], bool], remove: Callable[[str], object]
+) -> None:
+    """`check_shared` of any place, by what writes, sees and removes a file of a name in it."""
     if not several():
         return
-    probe = pathlib.Path(folder) / gather("probe", f".seen_by_all_{secrets.token_hex(4)}")[0]
+    name = gather("probe", f".seen_by_all_{secrets.token_hex(4)}")[0]
     if is_leader():
-        probe.touch()
+        write(name)
     wait("probe is there")
-    blind = [host for host, sees in enumerate(gather("probe is seen", probe.exists())) if not sees]
+    blind = [host for host, seen in enumerate(gather("probe is seen", sees(name))) if not seen]
     if is_leader():
-        probe.unlink()
+        remove(name)
     if blind:
         raise SharedError(
             f"host{'s' * (len(blind) > 1)} {numbers(blind)} of {jax.process_count()} cannot see what host 0 writes "
-            f"into {folder}; give a folder on a file system that all hosts share with --workdir"
+            f"into {place}; give a place that all hosts share with --workdir"
         )
 
 

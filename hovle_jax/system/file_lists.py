@@ -1,7 +1,8 @@
 """FOLDER/files.json: the size and sha256 of every file below a folder, so that damage is seen before it is used.
 
 Neither file systems nor array stores check what they give back: a flipped bit in a weight loads without a word. The
-list is written last, so it also marks that the folder is complete. It has a digest of itself.
+list is written last, so it also marks that the folder is complete. It has a digest of itself. Where a service keeps the
+md5 of what it stores, the list has that instead.
 """
 
 import concurrent.futures
@@ -13,11 +14,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hovle_jax.errors import UserError
-from hovle_jax.system.files import read_json, write_whole
+from hovle_jax.system.files import parse_json, write_whole
 
 FILE_NAME = "files.json"
 THREADS = 4  # hashing leaves Python's lock alone; each thread holds one buffer of 256 KiB
-Files = dict[str, dict[str, Any]]  # path below the folder -> {"bytes", "sha256"}
+Files = dict[str, dict[str, Any]]  # path below the folder -> {"bytes", "sha256"}, or "md5" instead
 
 
 def write_list(folder: str | os.PathLike, note: Mapping[str, Any] | None = None) -> None:
@@ -27,16 +28,14 @@ def write_list(folder: str | os.PathLike, note: Mapping[str, Any] | None = None)
       note: JSON values to keep in it, as the step of a checkpoint.
     """
     folder = pathlib.Path(folder)
-    content = {"note": dict(note or {}), "files": measured(folder)}
-    write_whole(folder / FILE_NAME, _text(content))
+    write_whole(folder / FILE_NAME, text_of(measured(folder), note or {}))
 
 
 def write_note(folder: str | os.PathLike, note: Mapping[str, Any]) -> None:
     """Adds to the note of FOLDER/files.json; nothing where there is no list. Raises UserError: it is damaged."""
     listed = read_list(folder)
     if listed:
-        content = {"note": {**listed[1], **note}, "files": listed[0]}
-        write_whole(pathlib.Path(folder) / FILE_NAME, _text(content))
+        write_whole(pathlib.Path(folder) / FILE_NAME, text_of(listed[0], {**listed[1], **note}))
 
 
 def measured(folder: pathlib.Path, below: str = "") -> Files:
@@ -61,9 +60,18 @@ def read_list(folder: str | os.PathLike) -> tuple[Files, dict[str, Any]] | None:
     path = pathlib.Path(folder) / FILE_NAME
     if not path.exists():
         return None
-    content = read_json(path, ["files", "note", "sha256"])
-    if path.read_bytes() != _text({"note": content["note"], "files": content["files"]}).encode():
-        raise UserError(f"{path} is damaged: its content and its own sha256 do not agree")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return parsed(text, str(path))
+
+
+def parsed(text: bytes, where: str) -> tuple[Files, dict[str, Any]]:
+    """`read_list` of a list's text."""
+    content = parse_json(text, where, ["files", "note", "sha256"])
+    if text != text_of(content["files"], content["note"]).encode():
+        raise UserError(f"{where} is damaged: its content and its own sha256 do not agree")
     return content["files"], content["note"]
 
 
@@ -99,18 +107,20 @@ def _difference(folder: pathlib.Path, name: str, listed: dict[str, Any]) -> str:
         size = path.stat().st_size
         if size != listed["bytes"]:
             return f"{name} has {size:,} bytes, not {listed['bytes']:,}"
-        return "" if _measured(path) == listed else f"{name} is not what was written (its sha256 differs)"
+        kind = "md5" if "md5" in listed else "sha256"
+        return "" if _measured(path, kind) == listed else f"{name} is not what was written (its {kind} differs)"
     except OSError as error:
         return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
 
 
-def _measured(path: pathlib.Path) -> dict[str, Any]:
+def _measured(path: pathlib.Path, kind: str = "sha256") -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+        digest = hashlib.file_digest(file, kind).hexdigest()
+        return {"bytes": file.tell(), kind: digest}
 
 
-def _text(content: dict[str, Any]) -> str:
-    """The list as it is written, with the digest of what is in it."""
+def text_of(files: Files, note: Mapping[str, Any]) -> str:
+    """A list as it is written, with the digest of what is in it."""
+    content = {"note": dict(note), "files": files}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps(content | {"sha256": digest}, indent=1) + "\n"

@@ -91,9 +91,17 @@ def read_json(path: str | os.PathLike, needs: Sequence[str] = (), remedy: str = 
     """
     try:
         content = pathlib.Path(path).read_bytes()
-        value = json.loads(content) if content.strip() else None
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}; {remedy}") from None
+    return parse_json(content, path, needs, remedy)
+
+
+def parse_json(
+    content: bytes, path: str | os.PathLike, needs: Sequence[str] = (), remedy: str = "bring it back, or remove it"
+) -> Any:
+    """`read_json` of a file's content; `path` names it."""
+    try:
+        value = json.loads(content) if content.strip() else None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is cut short or damaged ({error}); {remedy}") from None
     if not content.strip():

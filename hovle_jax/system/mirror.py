@@ -1,118 +1,106 @@
-"""A work folder at a URL (gs://, s3://, whatever fsspec opens): one works in a local copy, and what changes is sent.
+"""A work folder at a URL: one works in a local copy, and what changes is sent.
 
 The URL is the truth. A start takes what lies there and forgets an earlier local copy. Folders that have a list of their
 files (checkpoints, models) are complete with that list, which is sent last; what a killed process left there without
 one is removed. All else of a run is sent before its checkpoint: a resumed run finds all rows up to there.
+
+Several hosts have a copy each. They send what they have written themselves, and take what the others have sent
+(`hosts.exchange`). Checkpoints are in none of these copies: the hosts write their parts of one straight to the URL.
 """
 
-import concurrent.futures
 import fcntl
 import fnmatch
 import hashlib
-import logging
 import pathlib
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.system import file_lists
 from hovle_jax.system.cache import cache_dir
-from hovle_jax.system.files import reason_of
+from hovle_jax.system.remote import Remote
 
-THREADS = 8  # files that travel at a time
 UNFINISHED = ("*.partial", "*.deleting", "*.orbax-checkpoint-tmp*", ".lock")
-LISTED = ("checkpoints", "model")  # folders below a run that are complete with a list
-PROBE = ".can_be_written"
-
-
-def is_url(place: str) -> bool:
-    """Whether a folder is given by a URL."""
-    return "://" in place
+CHECKPOINTS = "checkpoints"
+LISTED = (CHECKPOINTS, "model")  # folders below a run that are complete with a list
 
 
 class Mirror:
     """A folder at a URL, and its local copy.
 
+    Args:
+      shared: several hosts have a copy each.
+      leads: this host is the first of them, which alone removes what is gone.
     Attributes:
       url: without a slash at its end.
+      remote: the folder there.
       folder: the local copy.
     Raises:
-      UserError: nothing can open this URL, or it cannot be listed and written.
+      UserError: nothing can open this URL, or it cannot be listed and written, or not by several hosts.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, shared: bool = False, leads: bool = True) -> None:
+        self.remote, self.shared, self._leads = Remote(url), shared, leads
+        self.url = self.remote.url
         self.folder = cache_dir("workdirs", hashlib.sha256(self.url.encode()).hexdigest()[:16])
-        self._fs, self._root = _opened(self.url)
         self._hold = _held(self.folder.with_name(f"{self.folder.name}.lock"), self.url)
         self._sent: dict[str, tuple[int, int]] = {}  # what lies at the URL: name -> size and time of the local file
+        self._seen: dict[str, str] = {}  # versions there, of what other hosts sent
+        self._own: set[str] = set()  # what this host has sent
         self._lock = threading.Lock()
-        self._try("be written", self._probe)
+        if shared:
+            self.remote.path_for_arrays()
+        self.remote.check_writable()
 
     def pull(self) -> None:
-        """Replaces the local copy by what lies at the URL."""
-        names = self._try("be listed", self._names)
-        whole = [name for name in names if _is_complete(name, names)]
+        """Replaces the local copy by what lies at the URL; the first of several hosts does so before the others."""
+        found = self.remote.entries()
+        whole = [name for name in found if _is_complete(name, found)]
+        wanted = [name for name in whole if not (self.shared and _is_below(name, CHECKPOINTS))]
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self._try("be read", lambda: _all(self._take, whole))
-        self._sent = {name: _state(self.folder / name) for name in whole}
-        self._try("be written", lambda: _all(self._remove, sorted(names - set(whole))))
+        self.remote.take(self.folder, wanted)
+        self._sent = {name: _state(self.folder / name) for name in wanted}
+        self._seen = {name: found[name].version for name in wanted}
+        if self._leads:
+            self.remote.remove(sorted(found.keys() - set(whole)))
 
     def push(self) -> None:
-        """Sends what has changed, and removes what is gone. Raises UserError where that fails."""
+        """Sends what has changed here, and removes what is gone. Raises UserError where that fails."""
         with self._lock:
             found = {name: _state(self.folder / name) for name in self._local_names()}
             changed = [name for name, state in found.items() if self._sent.get(name) != state]
-            gone = sorted(self._sent.keys() - found.keys(), key=lambda name: not _is_list(name))
             for part in _in_turns(changed):
-                self._try("be written", lambda part=part: _all(self._send, part))
+                large = [name for name in part if _is_listed(name) and not _is_list(name)]
+                self.remote.send(self.folder, large)
+                self.remote.send_growing(self.folder, sorted(set(part) - set(large)))
                 self._sent |= {name: found[name] for name in part}
-            for name in gone:  # a list first: what has none is no checkpoint
-                self._try("be written", lambda name=name: self._remove(name))
-                del self._sent[name]
+                self._own |= set(part)
+            if self._leads:
+                gone = sorted(self._sent.keys() - found.keys(), key=lambda name: not _is_list(name))
+                for name in gone:  # a list first: what has none is no checkpoint
+                    self.remote.remove([name])
+                    del self._sent[name]
 
-    def _names(self) -> set[str]:
-        if not self._fs.exists(self._root):
-            return set()
-        return {path.removeprefix(self._root).strip("/") for path in self._fs.find(self._root)} - {PROBE, ""}
+    def take_new(self) -> None:
+        """Takes what other hosts have sent, and removes here what is gone there. Raises UserError where that fails."""
+        with self._lock:
+            found = {name: entry for name, entry in self.remote.entries().items() if not _is_below(name, CHECKPOINTS)}
+            theirs = {name: entry.version for name, entry in found.items() if name not in self._own}
+            fresh = [name for name, version in theirs.items() if self._seen.get(name) != version]
+            self.remote.take(self.folder, fresh)
+            for name in self._seen.keys() - theirs.keys() - self._own:
+                (self.folder / name).unlink(missing_ok=True)
+                self._sent.pop(name, None)
+            self._sent |= {name: _state(self.folder / name) for name in fresh}
+            self._seen = theirs
 
     def _local_names(self) -> list[str]:
         paths = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
         unfinished = lambda path: any(fnmatch.fnmatch(part, one) for part in path.parts for one in UNFINISHED)
         return sorted(path.as_posix() for path in paths if not unfinished(path))
-
-    def _take(self, name):
-        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        self._fs.get_file(f"{self._root}/{name}", str(self.folder / name))
-
-    def _send(self, name):
-        target = f"{self._root}/{name}"
-        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)  # no effect where there are no folders
-        if _is_listed(name) and not _is_list(name):
-            self._fs.put_file(str(self.folder / name), target)
-        else:  # small, and may grow meanwhile
-            self._fs.pipe_file(target, (self.folder / name).read_bytes())
-
-    def _remove(self, name):
-        if self._fs.exists(f"{self._root}/{name}"):
-            self._fs.rm_file(f"{self._root}/{name}")
-
-    def _probe(self):
-        self._fs.makedirs(self._root, exist_ok=True)
-        self._fs.pipe_file(f"{self._root}/{PROBE}", b"x")
-        self._fs.rm_file(f"{self._root}/{PROBE}")
-
-    def _try(self, what, do):
-        try:
-            return do()
-        except Exception as error:  # each service's own
-            raise UserError(
-                f"{self.url} cannot {what}: {reason_of(error)}; check the URL and the credentials (for gs://: gcloud "
-                "auth application-default login, or a service account)"
-            ) from error
 
 
 def _held(path: pathlib.Path, url: str) -> Any:
@@ -125,39 +113,25 @@ def _held(path: pathlib.Path, url: str) -> Any:
     return file
 
 
-def _opened(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    if "::" in url:
-        raise UserError(f"{url}: a work folder is one URL, not a chain of them")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it says what it also raises, and each try before
-    try:
-        found, root = fsspec.url_to_fs(url, use_listings_cache=False)
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"{url} cannot be opened: {reason_of(error)}; install what opens it (gs://: pip install gcsfs, s3://: "
-            "s3fs), or give a folder"
-        ) from None
-    except Exception as error:  # credentials that are broken
-        raise UserError(f"{url} cannot be opened: {reason_of(error)}") from error
-    return found, root.rstrip("/")
+def _is_below(name: str, folder: str) -> bool:
+    return folder in name.split("/")[:-1]
 
 
 def _is_listed(name: str) -> bool:
-    return any(part in LISTED for part in name.split("/")[:-1])
+    return any(_is_below(name, folder) for folder in LISTED)
 
 
 def _is_list(name: str) -> bool:
     return name.rpartition("/")[2] == file_lists.FILE_NAME
 
 
-def _is_complete(name: str, names: set[str]) -> bool:
+def _is_complete(name: str, names: Collection[str]) -> bool:
     """Whether a file is needed: those of a checkpoint or a model are where its list is too."""
     parts = name.split("/")
     places = [i for i, part in enumerate(parts[:-1]) if part in LISTED]
     if not places:
         return True
-    end = places[0] + (2 if parts[places[0]] == "checkpoints" else 1)
+    end = places[0] + (2 if parts[places[0]] == CHECKPOINTS else 1)
     return "/".join([*parts[:end], file_lists.FILE_NAME]) in names
 
 
@@ -172,8 +146,3 @@ def _in_turns(names: Iterable[str]) -> list[list[str]]:
 def _state(path: pathlib.Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns
-
-
-def _all(do, names):
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(do, names))

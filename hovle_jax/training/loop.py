@@ -15,7 +15,7 @@ from hovle_jax.config import RunConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.bad_samples import BadSamples, merge_bad_samples
-from hovle_jax.hosts import distributed, preemption
+from hovle_jax.hosts import distributed, exchange, preemption
 from hovle_jax.report.batch_images import batch_image
 from hovle_jax.report.metrics import read_held_out
 from hovle_jax.sharding import table
@@ -92,7 +92,8 @@ def run(
     if held_out is None:
         check_keep_best(config.keep_best, None)
     first = dataset[0]
-    distributed.check_shared(folder)
+    if not mirror:  # a copy is each host's own
+        distributed.check_shared(folder)
     check_same_data_everywhere(dataset.summary, tokenizer)
 
     # 2. The folder is a run from here on.
@@ -115,7 +116,7 @@ def run(
             say(f"{config.stage}: {line}")
         if distributed.is_leader():
             bad.start(saved.latest or 0, dataset.summary.bad, dataset.summary.samples)
-        distributed.wait("the folder is a run")
+        exchange.from_leader("the folder is a run", mirror)
         state = make_state(stage, run, load_params(config, run, sources))
         saved.check_space(state)
         shapes = shapes_of_whole(first, config.data.batch_size)
@@ -135,11 +136,11 @@ def run(
         def save_model(state):
             # What was frozen whole may be narrowed: it is handed on as it came.
             frozen = load_params(config, run, sources, only=wholly_frozen(state.trained, state.frozen))
-            save_result(folder, stage, state.params | frozen, config)
+            save_result(folder, stage, state.params | frozen, config, mirror)
 
         steps = Steps(config, run, dataset, held_out, bad, saved, monitor, health, save_model)
         step, finished = steps.train(state)
-    distributed.wait("the last bad sample is listed")
+    exchange.to_leader("the last bad sample is listed", mirror)
     if distributed.is_leader():
         merge_bad_samples(folder)
     return Result(folder, step, finished, read_held_out(folder))

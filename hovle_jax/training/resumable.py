@@ -1,5 +1,7 @@
 """What a run can be resumed from, by Orbax: RUN/checkpoints/STEP, with trained parameters, optimizer state and step.
 
+They lie in a folder, or straight at a URL where several hosts work on one (`saved_steps.Steps`).
+
 A save runs beside the steps. One that fails is noticed at the next step and tried again with the state of that time; if
 that fails too, the run stops with the reason.
 """
@@ -8,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,10 +19,10 @@ import orbax.checkpoint as ocp
 
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
-from hovle_jax.system import file_lists
 from hovle_jax.system.files import reason_of
 from hovle_jax.system.mirror import Mirror
 from hovle_jax.training import saved_steps
+from hovle_jax.training.remote_steps import RemoteSteps
 from hovle_jax.training.state import TrainState
 
 # Seconds from a failed save to the next try, each longer than the one before; a save that fails once more ends the run.
@@ -50,12 +51,9 @@ class RunCheckpoints:
         say: Callable[[str], object] = print,
         mirror: Mirror | None = None,
     ) -> None:
-        self._folder, self._keep, self._say = pathlib.Path(folder).absolute() / "checkpoints", keep, say
+        self._steps, self._keep, self._say = _steps(pathlib.Path(folder).absolute(), mirror), keep, say
         self._mirror = mirror
-        newest = None
-        if distributed.is_leader():
-            self._folder.mkdir(exist_ok=True)
-            newest = saved_steps.newest_whole(self._folder, say)
+        newest = self._steps.newest_whole(say) if distributed.is_leader() else None
         self.latest: int | None = distributed.gather("the newest checkpoint", newest)[0]
         self._checkpointer = ocp.AsyncCheckpointer(_handler())
         self._threads = concurrent.futures.ThreadPoolExecutor(1)  # finishes the save that is on its way
@@ -73,13 +71,8 @@ class RunCheckpoints:
 
     def check_space(self, state: TrainState) -> None:
         """Raises UserError where the disk has no room for a checkpoint of this state."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_changing(state)))
-        free = shutil.disk_usage(self._folder).free
-        if distributed.is_leader() and needed > free:
-            raise UserError(
-                f"a checkpoint takes {needed / 1e9:.3g} GB and {self._folder} has {free / 1e9:.3g} GB left; make room, "
-                "or keep fewer (keep_checkpoints, keep_every)"
-            )
+        if distributed.is_leader():
+            self._steps.check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(_changing(state))))
 
     def due_again(self) -> bool:
         """Whether a save has failed and it is time to try again; call it after each step. Raises UserError: `save`."""
@@ -98,25 +91,22 @@ class RunCheckpoints:
         self._settle()
         if step == self.latest:
             return
-        partial, final = self._folder / f"{step}.partial", self._folder / str(step)
         try:
             if distributed.is_leader():
                 self.check_space(state)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
+                self._steps.begin(step)
             arrays = ocp.args.PyTreeSave(_changing(state), ocdbt_target_data_file_size=DATA_FILE)
-            self._checkpointer.save(partial / saved_steps.ARRAYS, args=arrays)
+            self._checkpointer.save(f"{self._steps.unfinished(step)}/{saved_steps.ARRAYS}", args=arrays)
         except Exception as error:  # Orbax and tensorstore have many
             self._failed(step, error)
             return
-        note = {"step": step, "held_out": _floats(held_out or {})}
-        self._saving = step, self._threads.submit(self._complete, partial, final, note)
+        self._saving = step, self._threads.submit(self._complete, step, _floats(held_out or {}))
 
     def held_out(self, step: int, metrics: Mapping[str, float]) -> None:
         """Notes the held-out metrics of a checkpoint that was saved before they were known."""
         self._settle()
         if distributed.is_leader() and step == self.latest:
-            file_lists.write_note(self._folder / str(step), {"held_out": _floats(metrics)})
+            self._steps.add_note(step, {"held_out": _floats(metrics)})
 
     def finish(self, step: int, state: TrainState) -> None:
         """Until the checkpoint of the last step is written."""
@@ -132,21 +122,25 @@ class RunCheckpoints:
         Raises:
           UserError: it cannot be restored.
         """
-        path = self._folder / str(self.latest)
+        assert self.latest is not None
+        arrays = f"{self._steps.path(self.latest)}/{saved_steps.ARRAYS}"
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _changing(state))
         try:
             args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-            restored = self._checkpointer.restore(path / saved_steps.ARRAYS, args=args)
+            restored = self._checkpointer.restore(arrays, args=args)
         except Exception as error:
-            raise self._cannot_restore(path, error) from error
+            raise self._cannot_restore(self.latest, error) from error
         return dataclasses.replace(state, **restored)
 
-    def _complete(self, partial, final, note):
+    def _complete(self, step, held_out):
         """In a thread: waits for what Orbax writes, and makes a checkpoint of it."""
         self._checkpointer.wait_until_finished()
+        if self._mirror and self._mirror.shared:  # what each host has written beside the arrays
+            self._mirror.push()
+            distributed.wait("all is sent that belongs to a checkpoint")
         if distributed.is_leader():
-            saved_steps.commit(partial, final, note)
-            saved_steps.prune(self._folder, self._keep, self._say)
+            self._steps.commit(step, {"step": step, "held_out": held_out, "time": round(time.time())})
+            self._steps.prune(self._keep, self._say)
             if self._mirror:
                 self._mirror.push()
 
@@ -166,29 +160,36 @@ class RunCheckpoints:
         reason = str(error) if isinstance(error, UserError) else reason_of(error)
         self._failures += 1
         if not distributed.several():  # the others may still write there
-            shutil.rmtree(self._folder / f"{step}.partial", ignore_errors=True)
+            self._steps.abandon(step)
         if distributed.several() or self._failures > len(TRY_AGAIN_AFTER):
             newest = "from the beginning" if self.latest is None else f"from the checkpoint of step {self.latest}"
             raise UserError(
-                f"no checkpoint can be saved in {self._folder}: {reason} (tried {self._failures} times, last at step "
-                f"{step}); put that right, and the same command goes on {newest}"
+                f"no checkpoint can be saved as {self._steps.path(step)}: {reason} (tried {self._failures} times, "
+                f"last at step {step}); put that right, and the same command goes on {newest}"
             ) from error
         wait = TRY_AGAIN_AFTER[self._failures - 1]
         self._again_at = time.monotonic() + wait
         self._say(f"warning: the save of step {step} failed: {reason}; tried again after {wait:g} s")
 
-    def _cannot_restore(self, path, error):
-        reason = reason_of(error)
-        if saved_steps.note_of(path):  # it was compared with its list
+    def _cannot_restore(self, step, error):
+        reason, path = reason_of(error), self._steps.path(step)
+        if self._steps.note(step):  # it was compared with its list
             return UserError(
                 f"{path} is whole and cannot be restored ({reason}): another version of the code wrote it; go on with "
                 "that version, or choose another --workdir"
             )
         if distributed.is_leader():
-            path = saved_steps.set_aside(path)
+            path = self._steps.set_aside(step)
         return UserError(
             f"a checkpoint is damaged ({reason}); it is now {path}, and the same command goes on from the one before"
         )
+
+
+def _steps(folder: pathlib.Path, mirror: Mirror | None) -> saved_steps.Steps:
+    """Where a run's checkpoints lie."""
+    if mirror and mirror.shared:
+        return RemoteSteps(mirror.remote.below(f"{folder.relative_to(mirror.folder).as_posix()}/checkpoints"))
+    return saved_steps.LocalSteps(folder / "checkpoints")
 
 
 def _floats(metrics: Mapping[str, float]) -> dict[str, float]:

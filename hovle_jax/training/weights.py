@@ -11,6 +11,7 @@ from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.model.config import TEACHER_KINDS, HoVLEConfig
 from hovle_jax.system.files import errno_of, reason_of
+from hovle_jax.system.mirror import Mirror
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stage import Stage
 
@@ -82,12 +83,14 @@ def zero_residual_outputs(stack: Params) -> None:
         )
 
 
-def save_result(folder: pathlib.Path, stage: Stage, params: Params, config: RunConfig) -> None:
+def save_result(
+    folder: pathlib.Path, stage: Stage, params: Params, config: RunConfig, mirror: Mirror | None = None
+) -> None:
     """Writes FOLDER/model: what the stage hands on. Raises UserError where it cannot be written, as on a full disk."""
     components = [c for c in COMPONENTS if c in stage.result and c in params]
     made = {c: lambda c=c: params[c] for c in components}
     try:
-        checkpoints.save_model(folder, config.model_config.only(components), made)
+        checkpoints.save_model(folder, config.model_config.only(components), made, mirror)
     except (OSError, ValueError) as error:  # the second is tensorstore's
         if errno_of(error) is None:
             raise
