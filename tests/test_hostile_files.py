@@ -126,6 +126,7 @@ HOSTILE_GGUF = {
     "dimensions": (gguf(tensors=[stored(shape=(1,) * 9)], data=bytes(64)), "has 9 dimensions; 4 are possible"),
     "no numbers": (gguf(tensors=[stored(shape=(0, 4))], data=bytes(64)), r"the shape \[4, 0\], which holds no number"),
     "type of a tensor": (gguf(tensors=[stored(kind=77)], data=bytes(64)), "unknown type 77"),
+    "a block without axes": (gguf(tensors=[stored(shape=(), kind=8)], data=bytes(64)), "rows of 1 numbers, in blocks"),
     "half a block": (gguf(tensors=[stored(shape=(33,), kind=8)], data=bytes(64)), "rows of 33 numbers, in blocks of"),
     "size that wraps": (gguf(tensors=[stored(shape=(2**62, 2**62))], data=bytes(64)), "and the file has 1"),
     "offset beyond the file": (gguf(tensors=[stored(start=2**63)], data=bytes(64)), "and the file has 1"),

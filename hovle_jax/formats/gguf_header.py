@@ -140,8 +140,9 @@ def _tensors(cursor, number, block_sizes):
         if 0 in shape:
             raise ValueError(f"tensor {name[:100]!r} has the shape {list(shape)}, which holds no number")
         numbers, size = block_sizes[kind]
-        if (shape[-1] if shape else 1) % numbers:
-            raise ValueError(f"tensor {name[:100]!r} has rows of {shape[-1]:,} numbers, in blocks of {numbers}")
+        row = shape[-1] if shape else 1
+        if row % numbers:
+            raise ValueError(f"tensor {name[:100]!r} has rows of {row:,} numbers, in blocks of {numbers}")
         tensors[name] = StoredTensor(kind, shape, start, math.prod(shape) // numbers * size)
     return tensors
 
