@@ -71,7 +71,8 @@ def test_a_run_goes_on_from_what_lies_at_the_url(remote, shared):
     path, url = remote
     assert saved(url, 1, 2, 3, shared=shared) is None
     assert saves_at(path) == ["2", "3"]
-    assert files_below(path) == files_below(opened(url).folder)
+    there = files_below(path)
+    assert there.pop(".signed_by") and there == files_below(opened(url).folder)
     assert saved(url, shared=shared) == 3
     assert saved(url, 4, shared=shared) == 3
     assert not (opened(url, shared=True).folder / "run" / "checkpoints").exists()
@@ -185,6 +186,21 @@ def test_hosts_take_what_others_have_sent(remote, tmp_path, monkeypatch):
     assert (first.folder / "bad.host_1").read_text() == "new, and more"
 
 
+def test_a_run_that_has_begun_later_ends_the_one_before(remote, shared):
+    path, url = remote
+    older = opened(url, shared)
+    (older.folder / "run").mkdir()
+    with RunCheckpoints(older.folder / "run", Keep(2), [].append, older) as checkpoints:
+        checkpoints.finish(1, state_of(1))
+        assert saved(url, 2, shared=shared) == 1
+        (older.folder / "run" / "metrics.jsonl").write_text("of the older run")
+        with pytest.raises(UserError, match="another run works on file://.*process .* started .* --workdir of its own"):
+            older.push()
+    assert saves_at(path) == ["1", "2"]
+    assert (path / "run" / "metrics.jsonl").read_text() == "row\n" * 2
+    assert ".signed_by" not in files_below(opened(url).folder)
+
+
 def test_several_hosts_need_a_url_that_orbax_writes_to(tmp_path, monkeypatch):
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="memory://runs is not gs://, where they can; give a gs:// URL, or a folder"):
@@ -295,5 +311,5 @@ def test_memory_is_as_good_as_files(tmp_path, monkeypatch):
     assert (made.folder / "a" / "array.npy").stat().st_size == 24
     (made.folder / "a" / "array.npy").unlink()
     made.push()
-    assert fsspec.filesystem("memory").find("/bucket/runs") == []
+    assert fsspec.filesystem("memory").find("/bucket/runs") == ["/bucket/runs/.signed_by"]
     assert pathlib.Path(made.folder).parent.name == "workdirs"

@@ -4,6 +4,8 @@ The URL is the truth. A start takes what lies there and forgets an earlier local
 files (checkpoints, models) are complete with that list, which is sent last; what a killed process left there without
 one is removed. All else of a run is sent before its checkpoint: a resumed run finds all rows up to there.
 
+One run at a time works there: a start signs the folder, and a run that finds another signature sends nothing any more.
+
 Several hosts have a copy each. They send what they have written themselves, and take what the others have sent
 (`hosts.exchange`). Checkpoints are in none of these copies: the hosts write their parts of one straight to the URL.
 """
@@ -11,20 +13,26 @@ Several hosts have a copy each. They send what they have written themselves, and
 import fcntl
 import fnmatch
 import hashlib
+import os
 import pathlib
+import secrets
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.system import file_lists
 from hovle_jax.system.cache import cache_dir
-from hovle_jax.system.remote import Remote
+from hovle_jax.system.printable import printable
+from hovle_jax.system.remote import Entry, Remote
 
 UNFINISHED = ("*.partial", "*.deleting", "*.orbax-checkpoint-tmp*", ".lock")
 CHECKPOINTS = "checkpoints"
 LISTED = (CHECKPOINTS, "model")  # folders below a run that are complete with a list
+SIGNATURE = ".signed_by"  # of the run that works there
 
 
 class Mirror:
@@ -50,13 +58,15 @@ class Mirror:
         self._seen: dict[str, str] = {}  # versions there, of what other hosts sent
         self._own: set[str] = set()  # what this host has sent
         self._lock = threading.Lock()
+        started = time.strftime("%F %T %Z")
+        self._signature = f"process {os.getpid()} of {socket.gethostname()}, started {started}, {secrets.token_hex(4)}"
         if shared:
             self.remote.path_for_arrays()
         self.remote.check_writable()
 
     def pull(self) -> None:
         """Replaces the local copy by what lies at the URL; the first of several hosts does so before the others."""
-        found = self.remote.entries()
+        found = self._entries()
         whole = [name for name in found if _is_complete(name, found)]
         wanted = [name for name in whole if not (self.shared and _is_below(name, CHECKPOINTS))]
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -66,10 +76,16 @@ class Mirror:
         self._seen = {name: found[name].version for name in wanted}
         if self._leads:
             self.remote.remove(sorted(found.keys() - set(whole)))
+            self.remote.write(SIGNATURE, self._signature.encode())
 
     def push(self) -> None:
-        """Sends what has changed here, and removes what is gone. Raises UserError where that fails."""
+        """Sends what has changed here, and removes what is gone.
+
+        Raises:
+          UserError: that fails, or another run has started to work there.
+        """
         with self._lock:
+            self._check_signature()
             found = {name: _state(self.folder / name) for name in self._local_names()}
             changed = [name for name, state in found.items() if self._sent.get(name) != state]
             for part in _in_turns(changed):
@@ -87,7 +103,7 @@ class Mirror:
     def take_new(self) -> None:
         """Takes what other hosts have sent, and removes here what is gone there. Raises UserError where that fails."""
         with self._lock:
-            found = {name: entry for name, entry in self.remote.entries().items() if not _is_below(name, CHECKPOINTS)}
+            found = {name: entry for name, entry in self._entries().items() if not _is_below(name, CHECKPOINTS)}
             theirs = {name: entry.version for name, entry in found.items() if name not in self._own}
             fresh = [name for name, version in theirs.items() if self._seen.get(name) != version]
             self.remote.take(self.folder, fresh)
@@ -96,6 +112,17 @@ class Mirror:
                 self._sent.pop(name, None)
             self._sent |= {name: _state(self.folder / name) for name in fresh}
             self._seen = theirs
+
+    def _entries(self) -> dict[str, Entry]:
+        return {name: entry for name, entry in self.remote.entries().items() if name != SIGNATURE}
+
+    def _check_signature(self):
+        found = self.remote.read(SIGNATURE).decode(errors="replace") if self._leads else self._signature
+        if found != self._signature:
+            raise UserError(
+                f"another run works on {self.url} since this one has begun ({printable(found)}): this one ends, and "
+                "what it has made after its last checkpoint is not sent; give each run a --workdir of its own"
+            )
 
     def _local_names(self) -> list[str]:
         paths = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
