@@ -11,9 +11,11 @@ import itertools
 import math
 import os
 import re
+from typing import Any
 
 from hovle_jax.errors import UserError
 
+CHIPS_OF_A_HOST = 4
 # Read by libtpu when it is loaded: it then asks no metadata server, and several processes may compile at once.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -112,8 +114,10 @@ class Topology:
             os.environ.setdefault(key, value)
         from jax.experimental import topologies
 
-        options = {"chip_config_name": self.kind.chip_config}
+        options: dict[str, Any] = {"chip_config_name": self.kind.chip_config}
         options |= {"num_slices": self.slices} if self.slices > 1 else {}
+        if self.chips < CHIPS_OF_A_HOST:  # newer libtpus know
+            options["chips_per_host_bounds"] = (*self.shape, 1, 1)[:3]
         return topologies.get_topology_desc(platform="tpu", topology_name=self.libtpu_name, **options).devices
 
 
