@@ -165,6 +165,8 @@ def main() -> None:
     with preemption.listening():
         hosts.start(command)
         mirror = exchange.open_copy(workdir) if is_url(workdir) else None
+        if mirror and distributed.is_leader():
+            print(f"{mirror.url}: works in a copy, {mirror.folder}")
         place = config_path.parent, mirror.folder if mirror else pathlib.Path(workdir)
         with preemption.agreeing(), distributed.ending_together(place[1] / config.stage):
             if SEEDS.value:
