@@ -116,12 +116,11 @@ def save_model(
 def _save_at_url(mirror, model, config, components):
     place = mirror.remote.below(model.relative_to(mirror.folder).as_posix())
     if is_leader():
-        place.remove([file_lists.FILE_NAME])  # without it there is no model
-        place.remove_all()
+        place.remove_all(first=file_lists.FILE_NAME)
     wait("an earlier model is gone")
     _write_components(place.path_for_arrays(), components)
     if is_leader():
-        mirror.take_new()
+        mirror.take_new()  # what all hosts have written, to list it
         _write_config_and_list(model, config)
     from_leader("the model is there", mirror)
 

@@ -71,12 +71,12 @@ def test_hosts_write_into_a_bucket_together(bucket, tmp_path, start_hosts, monke
     settings = dict(stage="pretrain", mesh=MESH, steps=10, checkpoint_every=1)
     alone, copy = tmp_path / "alone", tmp_path / "copy"
     run_alone(run_of(alone, **settings), alone, monkeypatch)
-    job = start_hosts("killed", 2, 4, [run_of("run", **settings) | {"url": bucket}])
+    job = start_hosts("killed", 2, 4, [run_of(tmp_path / "run", **settings) | {"url": bucket}])
     job.until(" 5/10 ")
     for process in job.processes:
         process.kill()
     job.statuses(WITHIN)
-    job = start_hosts("last", 2, 4, [run_of("run", **settings) | {"url": bucket}])
+    job = start_hosts("last", 2, 4, [run_of(tmp_path / "run", **settings) | {"url": bucket}])
     assert job.statuses(WITHIN) == [0, 0], job.err(0)
     assert "pretrain: resuming at step " in job.out(0)
     remote = Remote(bucket).below("run")
@@ -87,8 +87,8 @@ def test_hosts_write_into_a_bucket_together(bucket, tmp_path, start_hosts, monke
     assert list(kept) == [9, 10] and [saved_steps.damage(path) for path in kept.values()] == [[], []]
 
 
-def test_a_url_that_a_host_cannot_use_ends_all_of_them(place, tmp_path, start_hosts):
-    """Host 1 sees another folder at that URL."""
+def test_a_url_that_hosts_cannot_write_to_together_ends_all_of_them(place, tmp_path, start_hosts):
+    """Orbax cannot write there, so no host begins."""
     folder, url = place
     job = start_hosts("job", 2, 4, [run_of(folder) | {"url": "memory://runs"}])
     assert job.statuses(WITHIN) == [2, 2]

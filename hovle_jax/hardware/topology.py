@@ -15,7 +15,7 @@ from typing import Any
 
 from hovle_jax.errors import UserError
 
-CHIPS_OF_A_HOST = 4
+CHIPS_OF_A_HOST = 4  # a smaller slice is a part of one
 # Read by libtpu when it is loaded: it then asks no metadata server, and several processes may compile at once.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",

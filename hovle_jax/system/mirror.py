@@ -117,7 +117,9 @@ class Mirror:
         return {name: entry for name, entry in self.remote.entries().items() if name != SIGNATURE}
 
     def _check_signature(self):
-        found = self.remote.read(SIGNATURE).decode(errors="replace") if self._leads else self._signature
+        if not self._leads:
+            return
+        found = self.remote.read(SIGNATURE).decode(errors="replace")
         if found != self._signature:
             raise UserError(
                 f"another run works on {self.url} since this one has begun ({printable(found)}): this one ends, and "

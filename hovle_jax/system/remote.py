@@ -18,9 +18,9 @@ PROBE = ".can_be_written"
 T = TypeVar("T")
 
 
-def is_url(place: str) -> bool:
-    """Whether a folder is given by a URL."""
-    return "://" in place
+def is_url(place: str | os.PathLike) -> bool:
+    """Whether a file or folder is given by a URL."""
+    return "://" in str(place)
 
 
 class Entry(NamedTuple):
@@ -106,19 +106,28 @@ class Remote:
 
         self._each("be written", remove, names)
 
-    def remove_all(self) -> None:
-        """Removes the folder with all that is in it."""
+    def remove_all(self, first: str) -> None:
+        """Removes the folder with all that is in it.
+
+        Args:
+          first: the file to begin with: the list, without which what is left is no checkpoint and no model.
+        """
 
         def remove():
             if self._fs.exists(self._root):
                 self._fs.rm(self._root, recursive=True)
 
+        self.remove([first])
         self._try("be written", remove)
 
     def sha256(self, name: str) -> str:
         """Of a file's content, which is read for it."""
-        with self._fs.open(f"{self._root}/{name}", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+
+        def digest():
+            with self._fs.open(f"{self._root}/{name}", "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        return self._try("be read", digest)
 
     def path_for_arrays(self) -> str:
         """Where Orbax writes arrays by itself.

@@ -37,7 +37,7 @@ class RemoteSteps:
         for step in sorted(map(int, filter(str.isdecimal, folders)), reverse=True):
             files = folders[str(step)]
             if file_lists.FILE_NAME not in files:  # a killed process was writing or removing it
-                self._remove(str(step))
+                self.abandon(step)
                 continue
             found = self._damage(step, files)
             if not found:
@@ -56,7 +56,7 @@ class RemoteSteps:
         self.abandon(step)
 
     def abandon(self, step: int) -> None:
-        self._remove(str(step))
+        self._remote.below(str(step)).remove_all(first=file_lists.FILE_NAME)
 
     def commit(self, step: int, note: Mapping[str, Any]) -> None:
         folder = self._remote.below(str(step))
@@ -83,7 +83,7 @@ class RemoteSteps:
         stay = keep.stay({step: self.note(step).get("held_out") or {} for step in whole})
         for step in sorted(set(whole) - stay):
             try:
-                self._remove(str(step))
+                self.abandon(step)
             except UserError as error:
                 say(not_removed(self.path(step), error))
 
@@ -124,12 +124,6 @@ class RemoteSteps:
         aside = free_name(step, set(folders))
         for name in folders[str(step)]:
             self._remote.copy(f"{step}/{name}", f"{aside}/{name}")
-        self._remove(str(step))
+        self.abandon(step)
         folders[aside] = folders.pop(str(step))
         return f"{self._remote.url}/{aside}"
-
-    def _remove(self, folder: str) -> None:
-        """The list first: what has none is no checkpoint."""
-        below = self._remote.below(folder)
-        below.remove([file_lists.FILE_NAME])
-        below.remove_all()

@@ -21,6 +21,7 @@ import numpy as np
 from hovle_jax.data.files import storage
 from hovle_jax.errors import UserError
 from hovle_jax.system.cache import cache_dir, locked
+from hovle_jax.system.remote import is_url
 
 OPEN_READERS = 256
 INDEX_VERSION = 3
@@ -150,6 +151,6 @@ class Shard(abc.ABC):
         try:
             return build()
         except OSError as error:
-            if storage.is_url(self.path):  # the network's failures shape no data
+            if is_url(self.path):  # the network's failures shape no data
                 raise
             raise UnreadableShard(f"{self.path} cannot be read: {error.strerror or error}") from None

@@ -16,6 +16,7 @@ from hovle_jax.data.files.shard_kinds import SHARD_KINDS, ArrayRecordShard
 from hovle_jax.data.files.tfds_shard import TfdsShard
 from hovle_jax.errors import UserError
 from hovle_jax.system.printable import printable
+from hovle_jax.system.remote import is_url
 
 UNREADABLE = "unreadable_shard"
 
@@ -119,10 +120,10 @@ def open_source(
       UserError: there is no such file, or it is of an unknown kind.
     """
     folder, colon, named_split = str(pattern).rpartition(":")
-    if colon and not storage.is_url(pattern) and os.path.isdir(folder):
+    if colon and not is_url(pattern) and os.path.isdir(folder):
         pattern, split = folder, named_split
     paths = storage.expand(pattern)
-    if len(paths) == 1 and not storage.is_url(paths[0]) and os.path.isdir(paths[0]):
+    if len(paths) == 1 and not is_url(paths[0]) and os.path.isdir(paths[0]):
         name, folder = printable(name or pathlib.Path(paths[0]).name), pathlib.Path(paths[0])
         return Source(name, _readable(_folder_shards(folder, split)), root or str(folder), outside_root)
     shards = []
@@ -147,7 +148,7 @@ def _readable(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
         try:
             lengths[shard] = len(shard)
         except (UnreadableShard, OSError) as error:
-            if storage.is_url(shard.path):
+            if is_url(shard.path):
                 raise
             lost[shard] = error
     if not lengths:

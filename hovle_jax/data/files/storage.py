@@ -13,15 +13,12 @@ from typing import Any
 
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.errors import UserError
+from hovle_jax.system.remote import is_url
 
 LARGEST = 2**31  # bytes of a file that is read as a whole; a path given by mistake may be that of a film
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # shards-{00000..00127}.tar
 RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds between the attempts to read a URL
 URL_SECONDS = 120.0  # of each attempt
-
-
-def is_url(path: str | os.PathLike) -> bool:
-    return "://" in str(path)
 
 
 def _file_system(path):

@@ -11,6 +11,7 @@ from hovle_jax.data.files import storage
 from hovle_jax.data.files.image_paths import LARGEST_IMAGE
 from hovle_jax.data.files.shard import Shard, UnreadableShard
 from hovle_jax.data.files.text_of_rows import LARGEST_ROW, decode_json, decode_text
+from hovle_jax.system.remote import is_url
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 LARGEST_MEMBER = 2**62  # bytes that it may state; whether the file holds them shows when it is read
@@ -103,7 +104,7 @@ def _tar_index(path):
                 file.seek(tar.offset)
                 ends = not file.read(tarfile.BLOCKSIZE).strip(b"\0") and file.tell() > tar.offset
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError, OSError) as error:
-            if isinstance(error, OSError) and storage.is_url(path):
+            if isinstance(error, OSError) and is_url(path):
                 raise
             # Members before the truncation can be read; a file that is no tar has none.
             if not places:
