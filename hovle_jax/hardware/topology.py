@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import re
+from collections.abc import Sequence
 
 from hovle_jax.errors import UserError
 
@@ -86,15 +87,26 @@ class Topology:
 
     @property
     def busy_links(self) -> float:
-        """The share of a chip's links that a collective over a whole slice can keep busy.
+        """The share of a chip's links that a collective over a whole slice can keep busy."""
+        return self.links_along(self.shape)
+
+    def links_along(self, extents: Sequence[int]) -> float:
+        """The share of a chip's links that a collective keeps busy among so many chips along each axis.
 
         They are two along a ring and one along a line, whose end has one link alone for all that it gets.
         """
-        ring = self.kind.ring
+        return sum(1 + ring for size, ring in zip(extents, self._rings(extents)) if size > 1) / (2 * self.kind.dimensions)
+
+    def hops(self, extents: Sequence[int]) -> int:
+        """From a chip to the farthest among so many along each axis."""
+        return sum(size // 2 if ring else size - 1 for size, ring in zip(extents, self._rings(extents)))
+
+    def _rings(self, extents):
+        """Of each axis, whether so many of its chips are a ring."""
+        ring, shape = self.kind.ring, self.shape
         # In three dimensions optical switches close the rings of whole cubes of 4x4x4 chips only.
-        closed = len(self.shape) == 2 or all(size % ring == 0 for size in self.shape)
-        links = sum((2 if closed and size % ring == 0 else 1) for size in self.shape if size > 1)
-        return links / (2 * self.kind.dimensions)
+        closed = len(shape) == 2 or all(size % ring == 0 for size in shape)
+        return [closed and size == whole and size % ring == 0 for size, whole in zip(extents, shape)]
 
     def larger(self) -> "Topology | None":
         """The next larger slices of the same generation."""

@@ -43,7 +43,10 @@ class Scope:
 
 
 def value(scope: Scope, name: str, element: int | None = None) -> Any:
-    """The integer or truth value that an instruction gives (or element `element` of its tuple); None: not known."""
+    """The integer or truth value that an instruction gives (or element `element` of its tuple); None: not known.
+
+    Of a constant that is neither it is the text.
+    """
     x = scope.computation.instructions.get(name)
     if x is None:
         return None
@@ -60,8 +63,8 @@ def value(scope: Scope, name: str, element: int | None = None) -> Any:
         return value(scope, x.operands[element])
     if x.opcode == "get-tuple-element" and element is None:
         return value(scope, x.operands[0], int(x.attribute("index")))
-    if x.opcode == "constant" and re.fullmatch(r"-?\d+", x.arguments):
-        return int(x.arguments)
+    if x.opcode == "constant":
+        return int(x.arguments) if re.fullmatch(r"-?\d+", x.arguments) else x.arguments
     apply = _DIRECTIONS[x.attribute("direction")] if x.opcode == "compare" else _BINARY.get(x.opcode)
     found = [value(scope, operand) for operand in x.operands] if apply else []
     return apply(*found) if apply and all(isinstance(each, int) for each in found) else None

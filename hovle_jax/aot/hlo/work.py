@@ -1,0 +1,69 @@
+"""What an instruction of a scheduled program for TPUs is: its kind of work, the part of the model, libtpu's estimate."""
+
+import re
+
+from hovle_jax.aot.hlo.text import Computation, Instruction, Program, arrays
+
+MATMUL, ELEMENTWISE, LAYOUT, KERNELS, NETWORK = KINDS = ("matmul", "elementwise", "layout", "kernels", "network")
+LOSS, REST = "loss", "rest"  # parts: what is differentiated outside of a module; what is not differentiated
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 2**63 - 1  # what libtpu writes of work that it gives to a SparseCore
+_ARRAY = re.compile(r"\w+\[[^\]]*\](?:\{[^{}]*\})?")
+_MOVES = {"broadcast", "concatenate", "copy", "pad", "reshape", "reverse", "slice", "transpose"}
+_MOVES |= {"dynamic-slice", "dynamic-update-slice", "gather", "scatter"}
+_NOTHING = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
+# Nothing is done for these, or beside other work: copies between memories that the schedule has started early.
+FREE = _NOTHING | {"after-all", "opt-barrier", "optimization-barrier", "partition-id", "replica-id"}
+FREE |= {f"{name}-{end}" for name in ("copy", "slice", "dynamic-slice", "dynamic-update-slice") for end in ("start", "done")}
+# Calls that are notes to the compiler.
+FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "ZeroCrop"}
+
+
+def cycles(x: Instruction) -> int | None:
+    """libtpu's estimate of the cycles of a core; None without one."""
+    found = _CYCLES.search(x.attributes)
+    return int(found.group(1)) if found and int(found.group(1)) != _UNKNOWN else None
+
+
+def kind_of(program: Program, x: Instruction) -> str:
+    """One of KINDS, by the operations in what the instruction calls. A product with all that is fused to it is one."""
+    names = {x.opcode}.union(*(_opcodes(program, called) for called in x.called))
+    if names & {"convolution", "dot"}:
+        return MATMUL
+    return LAYOUT if names <= _MOVES | _NOTHING | {"fusion"} else ELEMENTWISE
+
+
+def _opcodes(program, name):
+    computation = program.computations[name]
+    own = {x.opcode for x in computation.instructions.values()}
+    return own.union(*(_opcodes(program, called) for x in computation.instructions.values() for called in x.called))
+
+
+def part_of(x: Instruction) -> str:
+    """The Flax module at the top of the operation's path; LOSS, REST, or '' where the path is not kept."""
+    path = x.attribute("op_name")
+    if found := re.search(r"jvp\(([^()]*)\)", path):
+        return found.group(1).split(".")[0] or LOSS
+    if "/" not in path:
+        return ""
+    return next((name.split(".")[0] for name in path.split("/") if name[:1].isupper()), REST)
+
+
+def memory_bytes(computation: Computation, x: Instruction) -> int:
+    """Bytes that an instruction moves to and from a device's large memory (HBM).
+
+    What has a memory space, S(1) for that of the vector units, lies elsewhere. A slice reads no more than it gives, and
+    an update in place writes no more than it takes.
+    """
+    results = _in_memory(x.shape)
+    operands = [_in_memory(computation.instructions[name].shape) for name in x.operands]
+    if x.opcode in ("dynamic-slice", "gather", "slice"):
+        return 2 * results
+    if x.opcode in ("dynamic-update-slice", "scatter"):
+        return 2 * min(operands)
+    return results + sum(operands)
+
+
+def _in_memory(shape):
+    return sum(size for text in _ARRAY.findall(shape) if "S(" not in text for _, size in arrays(text))
