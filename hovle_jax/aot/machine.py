@@ -1,0 +1,80 @@
+"""The TPUs that a program was compiled for, as far as a forecast needs them: clocks, memory, links and places."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+
+from hovle_jax.aot.hlo.collectives import Collective
+from hovle_jax.errors import UserError
+from hovle_jax.hardware.chips import Chip, chip_of, key_of
+from hovle_jax.hardware.topology import GENERATIONS, Topology
+
+# For each chip that a message passes on its way within a slice (jax-ml.github.io/scaling-book/sharding).
+HOP_SECONDS = 1e-6
+
+# What libtpu 0.0.50 expects of streaming work, over its bytes at the published bandwidth: a product of an array and a
+# number, compiled for each of them (tests/benchmarks/forecast_calibration.py).
+STREAMING = {"v4": 2.54, "v5e": 2.46, "v5p": 2.76, "v6e": 2.48, "tpu7x": 2.65}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Machine:
+    """Attributes: `places` is [devices, axes], where each device of the mesh lies in its slice."""
+
+    topology: Topology
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> "Machine":
+        """Raises UserError for a program for other devices than TPUs of known generations."""
+        devices = _devices(compiled)
+        kind = devices[0].device_kind
+        key = key_of(kind)
+        if key not in GENERATIONS:
+            raise UserError(f"a forecast reads programs for {', '.join(GENERATIONS)}; this one is for {kind!r}")
+        places = np.asarray([device.coords[: GENERATIONS[key].dimensions] for device in devices])
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        return cls(Topology(key, tuple(map(int, places.max(0) + 1)), slices), places)
+
+    @property
+    def chip(self) -> Chip:
+        return chip_of(self.topology.generation)
+
+    @property
+    def devices_per_slice(self) -> int:
+        return len(self.places) // self.topology.slices
+
+    @property
+    def cores(self) -> int:
+        """That work together as one device."""
+        return self.topology.kind.cores_per_chip // self.topology.kind.devices_per_chip
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Of a device, bytes a second."""
+        return self.chip.hbm_bandwidth / self.topology.kind.devices_per_chip
+
+    @property
+    def streaming(self) -> float:
+        return STREAMING[self.topology.generation]
+
+    def seconds(self, c: Collective) -> float:
+        """Of a collective that runs once, when nothing else uses its links: its bytes, and its way through the slice."""
+        sent = c.wire_bytes * self.topology.kind.devices_per_chip  # by the chip, whose links its devices share
+        if c.crosses_slices:
+            return sent / self.chip.dcn_bandwidth
+        extents = [len(np.unique(column)) for column in self.places[list(c.group)].T]
+        links = self.topology.links_along(extents) or self.topology.links_along([2] + [1] * (len(extents) - 1))
+        return sent / (self.chip.ici_bandwidth * links) + self.topology.hops(extents) * HOP_SECONDS
+
+
+def _devices(compiled):
+    """In the order of the program's mesh."""
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    meshes = [sharding.mesh.devices.flat for sharding in shardings if hasattr(sharding, "mesh")]
+    placed = meshes or [sorted(sharding.device_set, key=lambda device: device.id) for sharding in shardings]
+    if not placed:
+        raise UserError("a program without arguments and results does not tell for which devices it is")
+    return list(max(placed, key=len))
