@@ -80,10 +80,10 @@ def of_text(
     walk = _Walk(machine, schedule)
     spent = walk.through(Scope(program, program.computations[program.entry]), 1)
     if not walk.estimates:
-        raise UserError("the program carries no estimates of libtpu: compile it for a TPU topology, not for a CPU or GPU")
+        raise UserError("the program has no estimates of libtpu's: compile it for a TPU topology")
     total, names = sum(spent.values(), np.zeros(2)), parts or {}
     by = lambda index: _sums((names.get(key[index], key[index]), seconds) for key, seconds in spent.items())
-    shares = {what: seconds / total[1] for what, seconds in walk.unknown.items()}
+    shares = {what: float(seconds / total[1]) for what, seconds in walk.unknown.items()}
     listed = {what: share for what, share in shares.items() if not share < _LEAST_LISTED}
     return Forecast(float(total[0]), float(total[1]), by(0), by(1), listed)
 
@@ -179,7 +179,7 @@ class _Walk:
         if cycles is None:
             return np.zeros(2) if is_network else self._by_bytes(scope, x, times)
         self.estimates += 1
-        high = cycles / self.machine.chip.clock
+        high = cycles / self.machine.clock
         is_matmul = work.kind_of(scope.program, x) == work.MATMUL
         return np.asarray([high if is_matmul else high / self.machine.streaming, high])
 
@@ -191,7 +191,7 @@ class _Walk:
         if found.loops:
             self.unknown[f"{_stem(x)}: loops in a step, counted once"] = math.nan
         steps = found.steps * self._unmasked(scope, x) / (self.machine.cores if found.parallel else 1)
-        return np.asarray([found.longest, found.bundles]) * steps / self.machine.chip.clock
+        return np.asarray([found.longest, found.bundles]) * steps / self.machine.clock
 
     def _unmasked(self, scope, x):
         """The share of a kernel's steps that its mask does not let it skip (splash attention's block_mask_ref)."""

@@ -27,7 +27,13 @@ TARGET = "tpu_custom_call"
 _FLAGS = "LIBTPU_INIT_ARGS"
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 _BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(L[HBE]|P[BF]|CT)?\s*:(?: >)*\s*\{", re.MULTILINE)
-_TYPES = (("bf16", "bfloat16"), ("pred", "bool"), (r"f(\d+)", r"float\1"), (r"s(\d+)", r"int\1"), (r"u(\d+)", r"uint\1"))
+_TYPES = (
+    ("bf16", "bfloat16"),
+    ("pred", "bool"),
+    (r"f(\d+)", r"float\1"),
+    (r"s(\d+)", r"int\1"),
+    (r"u(\d+)", r"uint\1"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +81,17 @@ def schedule(call: dict[str, Any], target: Topology) -> Schedule | None:
 def _compiled(text):
     """Compiles in a process of its own: libtpu reads its flags when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        flags = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        )
         root = str(pathlib.Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         own = {_FLAGS: f"{os.environ.get(_FLAGS, '')} {flags}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
         command = [sys.executable, "-m", "hovle_jax.aot.kernels"]
         made = subprocess.run(command, input=text, text=True, capture_output=True, env=os.environ | own, check=False)
-        files = [path for path in pathlib.Path(folder).glob("*final_bundles.txt") if "schedule-analysis" not in path.name]
+        files = [
+            path for path in pathlib.Path(folder).glob("*final_bundles.txt") if "schedule-analysis" not in path.name
+        ]
         texts = [path.read_text() for path in files]
         kernels = [text for text in texts if re.search(r"entry bundle: .*custom-call\(", text)]
         if made.returncode or len(kernels) != 1:
@@ -119,14 +129,19 @@ def _compile_alone(call, generation):
         [jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=where) for dtype, sizes in call[name]]
         for name, where in (("operands", sharding), ("results", None))
     )
-    options = {"custom_call_api_version": 1, "legacy_backend_config": json.dumps({"custom_call_config": call["config"]})}
+    options = {
+        "custom_call_api_version": 1,
+        "legacy_backend_config": json.dumps({"custom_call_config": call["config"]}),
+    }
     jax.jit(jax.ffi.ffi_call(TARGET, results, **options)).lower(*operands).compile()
     context = ir.Context()
     context.allow_unregistered_dialects = True
     with context:
         module = str(ir.Module.parse(base64.b64decode(call["config"]["body"])))
     grid = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", module)
-    return [int(n) for n in re.findall(r"\d+", grid.group(1) if grid else "")], "dimension_semantics<parallel>" in module
+    return [
+        int(n) for n in re.findall(r"\d+", grid.group(1) if grid else "")
+    ], "dimension_semantics<parallel>" in module
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The TPUs that a program was compiled for, as far as a forecast needs them: clocks, memory, links and places."""
 
 import dataclasses
-import re
 
 import jax
 import numpy as np
@@ -14,9 +13,12 @@ from hovle_jax.hardware.topology import GENERATIONS, Topology
 # For each chip that a message passes on its way within a slice (jax-ml.github.io/scaling-book/sharding).
 HOP_SECONDS = 1e-6
 
-# What libtpu 0.0.50 expects of streaming work, over its bytes at the published bandwidth: a product of an array and a
-# number, compiled for each of them (tests/benchmarks/forecast_calibration.py).
-STREAMING = {"v4": 2.54, "v5e": 2.46, "v5p": 2.76, "v6e": 2.48, "tpu7x": 2.65}
+# Cycles of a core, a second: the peak over what its matrix units multiply in a cycle. And by how much libtpu 0.0.50
+# overestimates what streams through memory: the time that it expects of a product of an array and a number, over that
+# of its bytes at the published bandwidth.
+CORES = {
+    "v4": (1.05e9, 2.54), "v5e": (1.5e9, 2.46), "v5p": (1.75e9, 2.76), "v6e": (1.75e9, 2.48), "tpu7x": (2.2e9, 2.65),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,11 +59,15 @@ class Machine:
         return self.chip.hbm_bandwidth / self.topology.kind.devices_per_chip
 
     @property
+    def clock(self) -> float:
+        return CORES[self.topology.generation][0]
+
+    @property
     def streaming(self) -> float:
-        return STREAMING[self.topology.generation]
+        return CORES[self.topology.generation][1]
 
     def seconds(self, c: Collective) -> float:
-        """Of a collective that runs once, when nothing else uses its links: its bytes, and its way through the slice."""
+        """Of a collective that runs once, alone on its links: its bytes, and its way through the slice."""
         sent = c.wire_bytes * self.topology.kind.devices_per_chip  # by the chip, whose links its devices share
         if c.crosses_slices:
             return sent / self.chip.dcn_bandwidth

@@ -1,6 +1,6 @@
-"""What a compiled program tells about itself: memory, attention, network, FLOPs, and what its chips' peaks allow.
+"""What a compiled program tells about itself: memory, attention, network, FLOPs, and how long it takes.
 
-Nothing here is a forecast of time: the seconds are such that no step can beat them.
+Two kinds of seconds: such as no step can beat, by its chips' peaks, and a forecast by the compiler's schedule.
 """
 
 import dataclasses
@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from hovle_jax.aot.hlo import collectives
+from hovle_jax.aot.forecasting import Forecast, forecast
+from hovle_jax.aot.hlo import collectives, work
 from hovle_jax.aot.least_traffic import least_traffic
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.chips import chip_of
@@ -21,6 +22,10 @@ from hovle_jax.training.stages import find
 
 # Component -> the module whose name stands in the operations of its stack.
 STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "VisionTeacher"}
+PARTS = {module: component for component, module in STACKS.items()} | {
+    work.LOSS: "head and loss",
+    work.REST: "optimizer",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Report:
       collectives: {kind: Total}; sent: bytes that a device sends in all.
       step: of a training step, see `step_of`.
       hbm_seconds: of prefill and decode: parameters and caches read once at the chip's published bandwidth.
+      forecast: None where none was asked for.
+      speed: of a step at the forecast's high and low seconds: 'mfu', and 'tokens' a second of all devices.
     """
 
     setting: dict[str, Any]
@@ -47,6 +54,8 @@ class Report:
     sent: float
     step: dict[str, Any] | None
     hbm_seconds: float | None
+    forecast: Forecast | None = None
+    speed: dict[str, tuple[float, float]] | None = None
 
     @property
     def fits(self) -> bool:
@@ -65,18 +74,22 @@ def read(
     program: str,
     arguments: dict[str, int],
     compile_seconds: float,
+    with_forecast: bool = True,
 ) -> Report:
     """Reads a compiled program.
 
     Args:
       run: that it was lowered for.
       arguments: bytes of each of its arguments on a device.
+      with_forecast: kernels that were not seen before are compiled for it, once more and alone.
     """
     text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
     found = collectives.collectives(text, mesh.size // target.slices)
-    chip, step, hbm = chip_of(target.generation), None, None
+    chip, step, hbm, speed = chip_of(target.generation), None, None, None
+    predicted = forecast(compiled, PARTS) if with_forecast else None
     if program == "train":
         step = step_of(flops_of(config, run), least_traffic(find(config.stage), run), target, found)
+        speed = predicted and speed_of(predicted, flops_of(config, run), target, data.batch_size * data.sequence_length)
     else:
         hbm = (arguments["params"] + arguments["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
     setting = {"name": f"{config.stage}:{config.preset}", "program": program, "topology": target.name}
@@ -91,6 +104,8 @@ def read(
         sent=sum(c.bytes for c in found),
         step=step,
         hbm_seconds=hbm,
+        forecast=predicted,
+        speed=speed,
     )
 
 
@@ -128,6 +143,13 @@ def step_of(flops: StepFlops, least: dict[str, float], target: Topology, found: 
     return made | {"mfu": flops.model / (peak * max(seconds.values()))}
 
 
+def speed_of(predicted: Forecast, flops: StepFlops, target: Topology, tokens: int) -> dict[str, tuple[float, float]]:
+    """See `Report`; tokens: of a step."""
+    peak = target.chips * target.slices * chip_of(target.generation).bf16_flops
+    both = lambda amount: (amount / predicted.high, amount / predicted.low)
+    return {"mfu": both(flops.model / peak), "tokens": both(tokens)}
+
+
 def _attention(config, run, program, operations):
     """Of the decoder stacks and the teacher's tower: what was chosen, and whether the program has kernels of it."""
     stage, made = find(config.stage), {}
@@ -145,7 +167,8 @@ def _attention(config, run, program, operations):
 
 def text_of(report: Report) -> str:
     """The report for people; docs/performance.md says what each line is."""
-    return "\n".join([*_program(report), *_network(report), *(_step(report) if report.step else _inference(report))])
+    lines = [*_program(report), *_network(report), *(_step(report) if report.step else _inference(report))]
+    return "\n".join([*lines, *(_forecast(report) if report.forecast else ())])
 
 
 def gb(size: float) -> str:
@@ -196,3 +219,20 @@ def _step(r):
 def _inference(r):
     held = f"parameters {gb(r.arguments['params'])} and caches {gb(r.arguments['cache'])} a device"
     yield f"  HBM          {held}: {1000 * r.hbm_seconds:.3g} ms to read them once at the published bandwidth"
+
+
+def _forecast(r):
+    f, speed = r.forecast, r.speed
+    then = f", {_span(speed['mfu'], '.0%')} MFU, {_span(speed['tokens'], ',.0f')} tokens/s" if speed else ""
+    yield f"  forecast     {_span((f.low, f.high), '.3g')} s by the compiler's schedule{then}"
+    for name, parts in (("kind", f.kinds), ("part", f.parts)):
+        told = ", ".join(f"{what} {_span(span, '.2g')}" for what, span in parts.items() if span[1] > 0.005 * f.high)
+        yield f"  forecast     seconds by {name}: {told}"
+    for what, share in f.unknown.items():
+        counted = "counted as nothing" if math.isnan(share) else f"by its bytes {share:.1%} of the time"
+        yield f"  forecast     no estimate of {what}: {counted}"
+
+
+def _span(ends, form):
+    low, high = (format(end, form) for end in ends)
+    return low if low == high else f"{low} ... {high}"

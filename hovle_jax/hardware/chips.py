@@ -25,23 +25,22 @@ class Chip:
     ici_bandwidth: float  # to its neighbours, over all links together
     dcn_bandwidth: float  # to another slice (of a GPU, host): its share of the host's network interfaces
     source: str  # where the figures are published
-    clock: float = 0.0  # cycles of a TPU's cores, a second: its peak over what its matrix units multiply in a cycle
 
 
-GB, GIB, TERA, GIGA = 1e9, 2**30, 1e12, 1e9
+GB, GIB, TERA = 1e9, 2**30, 1e12
 _TPU, _GPU = "https://cloud.google.com/tpu/docs/", "https://www.nvidia.com/en-us/data-center/"
 
 CHIPS = {
     # Its page names neither link nor network: 6 links of 50 GB/s one way are Jouppi et al. 2023's.
-    "v4": Chip("TPU v4", 275 * TERA, 32 * GIB, 1200 * GB, 300 * GB, 6.25 * GB, f"{_TPU}v4, arxiv.org/abs/2304.01433", 1.05 * GIGA),
+    "v4": Chip("TPU v4", 275 * TERA, 32 * GIB, 1200 * GB, 300 * GB, 6.25 * GB, f"{_TPU}v4, arxiv.org/abs/2304.01433"),
     # 400 GB/s both ways; 6.4 Tbit/s for a pod of 256. Its and v6e's "GB" of memory are binary, as libtpu's limit shows.
-    "v5e": Chip("TPU v5e", 197 * TERA, 16 * GIB, 819 * GB, 200 * GB, 3.125 * GB, f"{_TPU}v5e", 1.5 * GIGA),
+    "v5e": Chip("TPU v5e", 197 * TERA, 16 * GIB, 819 * GB, 200 * GB, 3.125 * GB, f"{_TPU}v5e"),
     # 1200 GB/s both ways; 50 Gbit/s a chip.
-    "v5p": Chip("TPU v5p", 459 * TERA, 95 * GIB, 2765 * GB, 600 * GB, 6.25 * GB, f"{_TPU}v5p", 1.75 * GIGA),
+    "v5p": Chip("TPU v5p", 459 * TERA, 95 * GIB, 2765 * GB, 600 * GB, 6.25 * GB, f"{_TPU}v5p"),
     # 800 GB/s both ways; 100 Gbit/s a chip.
-    "v6e": Chip("TPU v6e", 918 * TERA, 32 * GIB, 1638 * GB, 400 * GB, 12.5 * GB, f"{_TPU}v6e", 1.75 * GIGA),
+    "v6e": Chip("TPU v6e", 918 * TERA, 32 * GIB, 1638 * GB, 400 * GB, 12.5 * GB, f"{_TPU}v6e"),
     # 1200 GB/s both ways; 100 Gbit/s a chip.
-    "tpu7x": Chip("TPU7x", 2307 * TERA, 192 * GIB, 7380 * GB, 600 * GB, 12.5 * GB, f"{_TPU}tpu7x", 2.2 * GIGA),
+    "tpu7x": Chip("TPU7x", 2307 * TERA, 192 * GIB, 7380 * GB, 600 * GB, 12.5 * GB, f"{_TPU}tpu7x"),
     # Half of the figures "with sparsity"; 400 Gbit/s a GPU in a DGX (dgx-h100), 200 in one of A100s (dgx-a100).
     "h100": Chip("NVIDIA H100 SXM", 989.4 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, f"{_GPU}h100/"),
     "h200": Chip("NVIDIA H200 SXM", 989.4 * TERA, 141 * GB, 4800 * GB, 450 * GB, 50 * GB, f"{_GPU}h200/"),

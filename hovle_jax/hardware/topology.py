@@ -95,7 +95,9 @@ class Topology:
 
         They are two along a ring and one along a line, whose end has one link alone for all that it gets.
         """
-        return sum(1 + ring for size, ring in zip(extents, self._rings(extents)) if size > 1) / (2 * self.kind.dimensions)
+        return sum(1 + ring for size, ring in zip(extents, self._rings(extents)) if size > 1) / (
+            2 * self.kind.dimensions
+        )
 
     def hops(self, extents: Sequence[int]) -> int:
         """From a chip to the farthest among so many along each axis."""

@@ -196,4 +196,6 @@ def _between_slices(x):
     kind = x.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
     slices, _, _ = x.attribute("_xla_megascale_target").partition("x")
     spans = [list(map(int, part.split(":"))) for part in re.findall(r"[\d:]+", slices or "{0:1}")]
-    return kind.replace("one-to-one", "collective-permute"), tuple(n for span in spans for n in range(span[0], span[-1] + 1))
+    return kind.replace("one-to-one", "collective-permute"), tuple(
+        n for span in spans for n in range(span[0], span[-1] + 1)
+    )

@@ -1,4 +1,4 @@
-"""What an instruction of a scheduled program for TPUs is: its kind of work, the part of the model, libtpu's estimate."""
+"""What an instruction of a scheduled program for TPUs is: its kind, its part of the model, libtpu's estimate."""
 
 import re
 
@@ -15,9 +15,17 @@ _MOVES |= {"dynamic-slice", "dynamic-update-slice", "gather", "scatter"}
 _NOTHING = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
 # Nothing is done for these, or beside other work: copies between memories that the schedule has started early.
 FREE = _NOTHING | {"after-all", "opt-barrier", "optimization-barrier", "partition-id", "replica-id"}
-FREE |= {f"{name}-{end}" for name in ("copy", "slice", "dynamic-slice", "dynamic-update-slice") for end in ("start", "done")}
+FREE |= {
+    f"{name}-{end}" for name in ("copy", "slice", "dynamic-slice", "dynamic-update-slice") for end in ("start", "done")
+}
 # Calls that are notes to the compiler.
-FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "ZeroCrop"}
+FREE_CALLS = {
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
+    "ZeroCrop",
+}
 
 
 def cycles(x: Instruction) -> int | None:
@@ -27,7 +35,7 @@ def cycles(x: Instruction) -> int | None:
 
 
 def kind_of(program: Program, x: Instruction) -> str:
-    """One of KINDS, by the operations in what the instruction calls. A product with all that is fused to it is one."""
+    """One of KINDS, by the operations in what the instruction calls. A product is one with all that is fused to it."""
     names = {x.opcode}.union(*(_opcodes(program, called) for called in x.called))
     if names & {"convolution", "dot"}:
         return MATMUL
@@ -61,7 +69,7 @@ def memory_bytes(computation: Computation, x: Instruction) -> int:
     if x.opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * results
     if x.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * min(operands)
+        return 2 * operands[-1 if x.opcode == "scatter" else 1]
     return results + sum(operands)
 
 
