@@ -234,6 +234,35 @@ def test_a_gather_in_several_fusions_goes_on_from_the_first_to_the_last(micro, e
     assert found.high == close(micro * MICRO + exposed) and not found.unknown
 
 
+SPARSE = """
+%gathering (a: bf16[524288]) -> bf16[2097152] {
+  %a = bf16[524288]{0} parameter(0)
+  ROOT %g = bf16[2097152]{0} all-gather(%a), replica_groups={{0,1,2,3}}
+}, execution_thread="sparsecore"
+
+%picking (a: f32[1048576]) -> f32[1048576] {
+  %a = f32[1048576]{0} parameter(0)
+  ROOT %g = f32[1048576]{0} negate(%a)
+}, execution_thread="sparsecore"
+"""
+
+
+def test_what_a_sparse_core_does_goes_on_beside():
+    gather = [
+        "  %y = bf16[524288]{0} parameter(2)",
+        '  %s = ((), ()) call-start(%y), async_execution_thread="sparsecore", to_apply=%gathering',
+        matmul("a", 10),
+        "  %u = ((), ()) call-update(%s)",
+        matmul("b", 10),
+        "  %d = bf16[2097152]{0} call-done(%u)",
+    ]
+    found = of(*gather, before=SPARSE)
+    assert found.high == close(3 * 2**20 / 100e9 + 2 * MICRO) and not found.unknown
+    pick = '  %p = ((), ()) call-start(%long), async_execution_thread="sparsecore", to_apply=%picking'
+    found = of(pick, matmul("a", 1), "  %e = f32[1048576]{0} call-done(%p)", before=SPARSE)
+    assert set(found.unknown) == {"p"} and found.high == close(4 * 2**20 / 819e9)
+
+
 def test_between_slices_the_network_of_the_data_centre_counts():
     places = np.concatenate([machine().places] * 2)
     two = Machine(Topology("v5e", (2, 2), slices=2), places)
@@ -268,7 +297,7 @@ def test_bundles_between_branches_of_a_kernel():
 
 
 KERNEL = f"""  %mask.block_mask_ref = s8[1,2,2]{{2,1,0}} constant({{ {{ {{ 1, 0 }}, {{ 2, 1 }} }} }})
-  %k.1 = (bf16[8,8]{{1,0}}, f32[8]{{0}}) custom-call(%x, MASK), custom_call_target="{kernels.TARGET}", \
+  %splash_k.1 = (bf16[8,8]{{1,0}}, f32[8]{{0}}) custom-call(%x, MASK), custom_call_target="{kernels.TARGET}", \
 backend_config={{"custom_call_config":{{"body":"abc=","debug_locations":"here"}}}}"""
 
 
@@ -295,13 +324,36 @@ def test_a_kernel_takes_the_steps_that_its_mask_leaves(generation, shape, cores)
     ]
 
 
+def test_a_mask_that_a_loop_copies_each_time_is_known():
+    """As where the copy for the next layer is made during this one."""
+    body = LOOP.replace("bf16[8,8])", "bf16[8,8], s8[1,2,2], s8[1,2,2])").replace(
+        "%next, %y)", "%next, %y, %kept, %fresh)"
+    )
+    lines = [
+        "  %kept = s8[1,2,2]{2,1,0} get-tuple-element(%p), index=2",
+        "  %near = s8[1,2,2]{2,1,0} get-tuple-element(%p), index=3",
+        "  %fresh = s8[1,2,2]{2,1,0} copy(%kept)",
+        KERNEL.splitlines()[-1].replace("MASK", "%near"),
+        "  %y = bf16[8,8]{1,0} get-tuple-element(%splash_k.1), index=0",
+    ]
+    start = [
+        KERNEL.splitlines()[0],
+        "  %zero = s32[] constant(0)",
+        "  %copied = s8[1,2,2]{2,1,0} copy(%mask.block_mask_ref)",
+    ]
+    begin = "  %begin = (s32[], bf16[8,8], s8[1,2,2], s8[1,2,2]) tuple(%zero, %x, %mask.block_mask_ref, %copied)"
+    schedule = lambda call: kernels.Schedule(bundles=1500, longest=1500, loops=0, steps=8, parallel=False)
+    found = of(*start, begin, WHILE, before=body.replace("LINE", "\n".join(lines)), schedule=schedule)
+    assert found.kinds["kernels"] == close((7 * 6e-6, 7 * 6e-6)) and not found.unknown
+
+
 def test_what_is_not_known_of_a_kernel_is_listed():
     elided = KERNEL.replace("MASK", "%mask.block_mask_ref").replace("{ { { 1, 0 }, { 2, 1 } } }", "{...}")
     found = of(elided, schedule=lambda call: kernels.Schedule(2000, 1500, 1, 8, False))
     assert found.high == close(2000 * 8 / 1.5e9)
-    assert set(found.unknown) == {"k: its mask, taken as full", "k: loops in a step, counted once"}
+    assert set(found.unknown) == {"splash_k: its mask, taken as full", "splash_k: loops in a step, counted once"}
     found = of(matmul("a", 1), KERNEL.replace("MASK", "%long"))
-    assert found.unknown == {"k": close(1 - 1e-6 / found.high)} and found.high > 5e-6
+    assert found.unknown == {"splash_k": close(1 - 1e-6 / found.high)} and found.high > 5e-6
 
 
 # Programs of libtpu

@@ -27,7 +27,6 @@ from hovle_jax.aot.hlo.trip_count import Scope, trip_count, value
 from hovle_jax.aot.machine import Machine
 from hovle_jax.errors import UserError
 
-_ENDS = ("-done", "-update")
 _LEAST_LISTED = 1e-3  # share of the time of what is listed without an estimate
 
 
@@ -120,6 +119,13 @@ class _Timeline:
         if name not in self._ends:
             self._links_free = self._ends[name] = np.maximum(self.now, self._links_free) + seconds
 
+    def beside(self, name, seconds):
+        """Work of another core."""
+        self._ends[name] = self.now + seconds
+
+    def rename(self, name, now):
+        self._ends[now] = self._ends.get(name, self.now)
+
     def wait(self, name, part):
         if name in self._ends:
             self.spend(work.NETWORK, part, np.maximum(self._ends[name] - self.now, 0))
@@ -162,8 +168,12 @@ class _Walk:
             line.start(chain, seconds / len(chains))
             if x.name.startswith("async-collective-done"):
                 line.wait(chain, part)
-        if x.opcode.endswith(_ENDS):
+        if x.opcode.endswith("-done"):
             line.wait(x.operands[0], part)
+        elif x.opcode.endswith("-update"):
+            line.rename(x.operands[0], x.name)
+        elif x.opcode.endswith("-start") and not collectives:
+            line.beside(x.name, self._by_bytes(scope, x, times))
         elif x.opcode.endswith("-start") or x.opcode == "send":
             line.start(x.name, seconds)
         elif collectives and not chains:
@@ -194,9 +204,9 @@ class _Walk:
         return np.asarray([found.longest, found.bundles]) * steps / self.machine.clock
 
     def _unmasked(self, scope, x):
-        """The share of a kernel's steps that its mask does not let it skip (splash attention's block_mask_ref)."""
-        masks = [name for name in x.operands if "block_mask" in name]
-        text = str(value(scope, masks[0])) if masks else "1"
+        """The share of a kernel's steps that its mask does not let it skip: splash attention's second operand."""
+        is_mask = "splash" in x.name and scope.computation.instructions[x.operands[1]].shape.startswith("s8[")
+        text = str(value(scope, x.operands[1])) if is_mask else "1"
         blocks = [int(n) for n in re.findall(r"-?\d+", text)]
         if not blocks:
             self.unknown[f"{_stem(x)}: its mask, taken as full"] = math.nan

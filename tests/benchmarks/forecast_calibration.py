@@ -93,12 +93,14 @@ def config_of(case, devices):
     layers, width, heads, kv_heads, mlp = case.stack
     stack = StackConfig(layers, width, heads, kv_heads, 128, mlp)
     llm = replace(config.model.llm, stack=stack, vocab_size=case.vocab, max_length=case.length, tied=False)
+    unused = config.model.embedding
+    unused = replace(unused, stack=replace(unused.stack, width=width), vocab_size=case.vocab)
     execution = replace(
         config.execution, remat=case.remat, accumulate=1, vocab_chunk=case.vocab_chunk, unroll_layers=False
     )
     return replace(
         config,
-        model=replace(config.model, llm=llm, embedding=replace(config.model.embedding, vocab_size=case.vocab)),
+        model=replace(config.model, llm=llm, embedding=unused),
         tokenizer=replace(config.tokenizer, vocab_size=case.vocab),
         data=replace(config.data, batch_size=case.rows * devices, sequence_length=case.length),
         mesh=replace(config.mesh, data=1, fsdp=-1, tensor=case.tensor),

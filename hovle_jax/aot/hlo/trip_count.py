@@ -70,13 +70,16 @@ def value(scope: Scope, name: str, element: int | None = None) -> Any:
     return apply(*found) if apply and all(isinstance(each, int) for each in found) else None
 
 
-def _carried(scope, loop, element):
-    """The value of an element that the loop's body hands on as it is, whatever it is; None of another."""
-    mark = object()
-    body = scope.of(loop.attribute("body"), lambda number, asked: mark if asked == element else None)
-    if element is None or value(body, body.computation.root, element) is not mark:
+def _carried(scope, loop, element, others=True):
+    """The value of an element that is the same each time: which the loop's body hands on, or copies from such a one."""
+    if element is None:
         return None
-    return value(scope, loop.operands[0], element)
+    first, mark = value(scope, loop.operands[0], element), object()
+    after = lambda argument: value(body := scope.of(loop.attribute("body"), argument), body.computation.root, element)
+    if after(lambda number, asked: mark if asked == element else None) is mark:
+        return first
+    known = lambda number, asked: None if asked in (None, element) else _carried(scope, loop, asked, others=False)
+    return first if others and first is not None and after(known) == first else None
 
 
 def trip_count(scope: Scope, loop: Instruction) -> int | None:
