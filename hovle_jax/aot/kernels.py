@@ -25,15 +25,10 @@ from hovle_jax.system.cache import cache_dir
 
 TARGET = "tpu_custom_call"
 _FLAGS = "LIBTPU_INIT_ARGS"
+_DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles --xla_jf_dump_to="
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 _BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(L[HBE]|P[BF]|CT)?\s*:(?: >)*\s*\{", re.MULTILINE)
-_TYPES = (
-    ("bf16", "bfloat16"),
-    ("pred", "bool"),
-    (r"f(\d+)", r"float\1"),
-    (r"s(\d+)", r"int\1"),
-    (r"u(\d+)", r"uint\1"),
-)
+_TYPES = {"bf": "bfloat", "f": "float", "s": "int", "u": "uint", "pred": "bool"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,67 +76,52 @@ def schedule(call: dict[str, Any], target: Topology) -> Schedule | None:
 def _compiled(text):
     """Compiles in a process of its own: libtpu reads its flags when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = (
-            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
-        )
-        root = str(pathlib.Path(__file__).parents[2])
-        paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        own = {_FLAGS: f"{os.environ.get(_FLAGS, '')} {flags}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+        paths = os.pathsep.join([str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        own = {_FLAGS: f"{os.environ.get(_FLAGS, '')} {_DUMP}{folder}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
         command = [sys.executable, "-m", "hovle_jax.aot.kernels"]
         made = subprocess.run(command, input=text, text=True, capture_output=True, env=os.environ | own, check=False)
-        files = [
-            path for path in pathlib.Path(folder).glob("*final_bundles.txt") if "schedule-analysis" not in path.name
-        ]
-        texts = [path.read_text() for path in files]
-        kernels = [text for text in texts if re.search(r"entry bundle: .*custom-call\(", text)]
-        if made.returncode or len(kernels) != 1:
-            return None
-        return read(kernels[0], *json.loads(made.stdout.splitlines()[-1]))
+        texts = [path.read_text() for path in pathlib.Path(folder).glob("*[0-9]-final_bundles.txt")]
+    kernels = [text for text in texts if re.search(r"entry bundle: .*custom-call\(", text)]
+    if made.returncode or len(kernels) != 1:
+        return None
+    return read(kernels[0], *json.loads(made.stdout.splitlines()[-1]))
 
 
 def read(text: str, grid: list[int], parallel: bool) -> Schedule:
     """The text of a kernel's final bundles."""
     found = [(int(address, 16), label) for address, label in _BUNDLE.findall(text)]
-    bundles, branches = len(found), [place for place, label in found if label]
-    longest = max(end - start for start, end in zip([0, *branches], [*branches, bundles]))
-    loops = sum(label == "LB" for _, label in found)
-    return Schedule(bundles, longest, max(loops - (math.prod(grid) > 1), 0), math.prod(grid), parallel)
+    branches = [place for place, label in found if label]
+    longest = max(end - start for start, end in zip([0, *branches], [*branches, len(found)]))
+    loops = sum(label == "LB" for _, label in found) - (math.prod(grid) > 1)
+    return Schedule(len(found), longest, max(loops, 0), math.prod(grid), parallel)
 
 
 def _arrays(shape):
     """'(bf16[2,128]{1,0}, s32[])' -> [['bfloat16', [2, 128]], ['int32', []]]."""
-    made = []
-    for name, sizes in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", shape)):
-        pattern, to = next(((p, t) for p, t in _TYPES if re.fullmatch(p, name)), (name, name))
-        made.append([re.sub(pattern, to, name), [int(size) for size in re.findall(r"\d+", sizes)]])
-    return made
+    name = lambda short: re.sub(r"^(bf|f|s|u|pred)(\d*)$", lambda found: _TYPES[found[1]] + found[2], short)
+    found = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", shape))
+    return [[name(short), [int(size) for size in re.findall(r"\d+", sizes)]] for short, sizes in found]
 
 
 def _compile_alone(call, generation):
     """-> (the sizes of the kernel's grid, whether one is parallel). libtpu writes the schedule."""
     import jax
     from jax.extend.mlir import ir
-    from jax.sharding import SingleDeviceSharding
 
-    one_host = (2, 2, 1) if Topology(generation, ()).kind.dimensions == 3 else (2, 2)
-    sharding = SingleDeviceSharding(Topology(generation, one_host).devices()[0])
+    dimensions = Topology(generation, ()).kind.dimensions
+    sharding = jax.sharding.SingleDeviceSharding(Topology(generation, (2, 2, 1)[:dimensions]).devices()[0])
     operands, results = (
         [jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=where) for dtype, sizes in call[name]]
         for name, where in (("operands", sharding), ("results", None))
     )
-    options = {
-        "custom_call_api_version": 1,
-        "legacy_backend_config": json.dumps({"custom_call_config": call["config"]}),
-    }
-    jax.jit(jax.ffi.ffi_call(TARGET, results, **options)).lower(*operands).compile()
-    context = ir.Context()
-    context.allow_unregistered_dialects = True
-    with context:
+    config = json.dumps({"custom_call_config": call["config"]})
+    kernel = jax.ffi.ffi_call(TARGET, results, custom_call_api_version=1, legacy_backend_config=config)
+    jax.jit(kernel).lower(*operands).compile()
+    with ir.Context() as context:
+        context.allow_unregistered_dialects = True
         module = str(ir.Module.parse(base64.b64decode(call["config"]["body"])))
-    grid = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", module)
-    return [
-        int(n) for n in re.findall(r"\d+", grid.group(1) if grid else "")
-    ], "dimension_semantics<parallel>" in module
+    grid = re.findall(r"iteration_bounds = array<i64: ([\d, ]+)>", module)
+    return [int(n) for n in re.findall(r"\d+", "".join(grid))], "dimension_semantics<parallel>" in module
 
 
 if __name__ == "__main__":

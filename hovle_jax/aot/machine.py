@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from hovle_jax.aot.hlo.collectives import Collective
+from hovle_jax.aot.kernels import Schedule
 from hovle_jax.errors import UserError
 from hovle_jax.hardware.chips import Chip, chip_of, key_of
 from hovle_jax.hardware.topology import GENERATIONS, Topology
@@ -32,8 +33,7 @@ class Machine:
     def of(cls, compiled: jax.stages.Compiled) -> "Machine":
         """Raises UserError for a program for other devices than TPUs of known generations."""
         devices = _devices(compiled)
-        kind = devices[0].device_kind
-        key = key_of(kind)
+        key = key_of(kind := devices[0].device_kind)
         if key not in GENERATIONS:
             raise UserError(f"a forecast reads programs for {', '.join(GENERATIONS)}; this one is for {kind!r}")
         places = np.asarray([device.coords[: GENERATIONS[key].dimensions] for device in devices])
@@ -45,26 +45,22 @@ class Machine:
         return chip_of(self.topology.generation)
 
     @property
-    def devices_per_slice(self) -> int:
-        return len(self.places) // self.topology.slices
-
-    @property
-    def cores(self) -> int:
-        """That work together as one device."""
-        return self.topology.kind.cores_per_chip // self.topology.kind.devices_per_chip
-
-    @property
-    def memory_bandwidth(self) -> float:
-        """Of a device, bytes a second."""
-        return self.chip.hbm_bandwidth / self.topology.kind.devices_per_chip
-
-    @property
     def clock(self) -> float:
         return CORES[self.topology.generation][0]
 
-    @property
-    def streaming(self) -> float:
-        return CORES[self.topology.generation][1]
+    def estimated(self, cycles: int, streams: bool) -> np.ndarray:
+        """[low, high] seconds of what libtpu expects these cycles of."""
+        return np.asarray([cycles / CORES[self.topology.generation][1] if streams else cycles, cycles]) / self.clock
+
+    def stepped(self, kernel: Schedule, share: float) -> np.ndarray:
+        """[low, high] seconds of a share of a kernel's steps, by all cores of a device where they are parallel."""
+        kind = self.topology.kind
+        steps = kernel.steps * share * (kind.devices_per_chip / kind.cores_per_chip if kernel.parallel else 1)
+        return np.asarray([kernel.longest, kernel.bundles]) * steps / self.clock
+
+    def moved(self, size: int) -> float:
+        """Seconds in which a device's memory gives or takes so many bytes."""
+        return size * self.topology.kind.devices_per_chip / self.chip.hbm_bandwidth
 
     def seconds(self, c: Collective) -> float:
         """Of a collective that runs once, alone on its links: its bytes, and its way through the slice."""

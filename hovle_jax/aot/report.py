@@ -223,16 +223,17 @@ def _inference(r):
 
 def _forecast(r):
     f, speed = r.forecast, r.speed
-    then = f", {_span(speed['mfu'], '.0%')} MFU, {_span(speed['tokens'], ',.0f')} tokens/s" if speed else ""
-    yield f"  forecast     {_span((f.low, f.high), '.3g')} s by the compiler's schedule{then}"
+    then = f", {span(speed['mfu'], '.0%')} MFU, {span(speed['tokens'], ',.0f')} tokens/s" if speed else ""
+    yield f"  forecast     {span((f.low, f.high), '.3g')} s by the compiler's schedule{then}"
     for name, parts in (("kind", f.kinds), ("part", f.parts)):
-        told = ", ".join(f"{what} {_span(span, '.2g')}" for what, span in parts.items() if span[1] > 0.005 * f.high)
+        told = ", ".join(f"{what} {span(s, '.2g')}" for what, s in parts.items() if s[1] > 0.005 * f.high)
         yield f"  forecast     seconds by {name}: {told}"
     for what, share in f.unknown.items():
-        counted = "counted as nothing" if math.isnan(share) else f"by its bytes {share:.1%} of the time"
-        yield f"  forecast     no estimate of {what}: {counted}"
+        counted = "" if share is None else f", counted by its bytes: {share:.1%} of the time"
+        yield f"  forecast     no estimate of {what}{counted}"
 
 
-def _span(ends, form):
+def span(ends: tuple[float, float], form: str) -> str:
+    """'8.9 ... 10.1', or one number where both ends read the same."""
     low, high = (format(end, form) for end in ends)
     return low if low == high else f"{low} ... {high}"

@@ -4,28 +4,23 @@ import re
 
 from hovle_jax.aot.hlo.text import Computation, Instruction, Program, arrays
 
-MATMUL, ELEMENTWISE, LAYOUT, KERNELS, NETWORK = KINDS = ("matmul", "elementwise", "layout", "kernels", "network")
+MATMUL, ELEMENTWISE, LAYOUT, KERNELS, NETWORK = "matmul", "elementwise", "layout", "kernels", "network"  # kinds
 LOSS, REST = "loss", "rest"  # parts: what is differentiated outside of a module; what is not differentiated
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN = 2**63 - 1  # what libtpu writes of work that it gives to a SparseCore
 _ARRAY = re.compile(r"\w+\[[^\]]*\](?:\{[^{}]*\})?")
-_MOVES = {"broadcast", "concatenate", "copy", "pad", "reshape", "reverse", "slice", "transpose"}
-_MOVES |= {"dynamic-slice", "dynamic-update-slice", "gather", "scatter"}
-_NOTHING = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
+_NOTHING = set("bitcast constant get-tuple-element parameter tuple".split())
+_MOVES = _NOTHING | set("broadcast concatenate copy fusion gather pad reshape reverse scatter slice transpose".split())
+_MOVES |= {"dynamic-slice", "dynamic-update-slice"}
 # Nothing is done for these, or beside other work: copies between memories that the schedule has started early.
-FREE = _NOTHING | {"after-all", "opt-barrier", "optimization-barrier", "partition-id", "replica-id"}
-FREE |= {
-    f"{name}-{end}" for name in ("copy", "slice", "dynamic-slice", "dynamic-update-slice") for end in ("start", "done")
-}
+FREE = _NOTHING | set("after-all opt-barrier optimization-barrier partition-id replica-id".split())
+FREE |= set("copy-start copy-done slice-start slice-done dynamic-slice-start dynamic-slice-done".split())
+FREE |= {"dynamic-update-slice-start", "dynamic-update-slice-done"}
 # Calls that are notes to the compiler.
-FREE_CALLS = {
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "ConcatBitcast",
-    "GatherScatterIndicesBitpacked",
-    "ZeroCrop",
-}
+FREE_CALLS = set(
+    "AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast GatherScatterIndicesBitpacked ZeroCrop".split()
+)
 
 
 def cycles(x: Instruction) -> int | None:
@@ -35,17 +30,16 @@ def cycles(x: Instruction) -> int | None:
 
 
 def kind_of(program: Program, x: Instruction) -> str:
-    """One of KINDS, by the operations in what the instruction calls. A product is one with all that is fused to it."""
+    """By the operations in what the instruction calls: a matmul is one with all that is fused to it."""
     names = {x.opcode}.union(*(_opcodes(program, called) for called in x.called))
     if names & {"convolution", "dot"}:
         return MATMUL
-    return LAYOUT if names <= _MOVES | _NOTHING | {"fusion"} else ELEMENTWISE
+    return LAYOUT if names <= _MOVES else ELEMENTWISE
 
 
 def _opcodes(program, name):
-    computation = program.computations[name]
-    own = {x.opcode for x in computation.instructions.values()}
-    return own.union(*(_opcodes(program, called) for x in computation.instructions.values() for called in x.called))
+    instructions = program.computations[name].instructions.values()
+    return {x.opcode for x in instructions}.union(*(_opcodes(program, c) for x in instructions for c in x.called))
 
 
 def part_of(x: Instruction) -> str:
@@ -53,9 +47,8 @@ def part_of(x: Instruction) -> str:
     path = x.attribute("op_name")
     if found := re.search(r"jvp\(([^()]*)\)", path):
         return found.group(1).split(".")[0] or LOSS
-    if "/" not in path:
-        return ""
-    return next((name.split(".")[0] for name in path.split("/") if name[:1].isupper()), REST)
+    modules = [name.split(".")[0] for name in path.split("/") if name[:1].isupper()]
+    return [*modules, REST][0] if "/" in path else ""
 
 
 def memory_bytes(computation: Computation, x: Instruction) -> int:
