@@ -100,7 +100,7 @@ def test_inputs_of_layers_can_wait_in_the_hosts_memory():
 @libtpu
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_inference(program):
-    report = compile_for(small("instruct"), topology.find("v5e-4"), program, new_tokens=64)
+    report = compile_for(small("instruct"), topology.find("v5e-4"), program, new_tokens=64, with_forecast=False)
     assert report.setting["program"] == program and report.step is None and report.fits
     # The caches' mask is not that of whole rows: no kernel, and the report names none.
     assert [(used["implementation"], used["kernels"]) for used in report.attention.values()] == [("xla", 0)] * 2
@@ -183,6 +183,25 @@ def test_candidates_of_a_plan_begin_with_the_config_as_it_is_and_need_more_and_m
     config = micro.run_config("contrast", data=dict(batch_size=64), mesh=MeshConfig(data=1, fsdp=-1))
     contrast = plan.candidates(config, topology.find("v5e-16"))
     assert {c.config.execution.accumulate for c in contrast} == {1} and len(contrast) == 3
+
+
+@libtpu
+@pytest.mark.slow
+def test_kernels_of_a_step_are_compiled_alone_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
+    report = compile_for(small("instruct"), topology.find("v5e-4"))
+    low, high = report.forecast.kinds["kernels"]
+    assert 0 < low < high < 2 * low and not any(
+        "kernel" in what or "splash" in what for what in report.forecast.unknown
+    )
+    kept = sorted(tmp_path.rglob("*.json"))
+    assert len(kept) == 2  # forward and backward, the same for both stacks
+    assert {"embedding", "llm", "head and loss", "optimizer"} <= set(report.forecast.parts)
+    assert 0 < report.speed["mfu"][0] <= report.speed["mfu"][1] < 0.8
+    text = kept[0].read_text()
+    kept[0].write_text(text.replace('"bundles": ', '"bundles": 1'))  # read from there the second time
+    assert compile_for(small("instruct"), topology.find("v5e-4")).forecast.high > high
+    assert "s by the compiler's schedule" in text_of(report)
 
 
 def planned(monkeypatch, seconds):
