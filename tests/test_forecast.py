@@ -1,6 +1,7 @@
 """How long a program for TPUs takes: schedules written by hand, and small ones by libtpu."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -373,3 +374,12 @@ def test_a_program_for_another_machine_is_refused():
         hovle_jax.aot.forecast(compiled)
     with pytest.raises(UserError, match="no estimates of libtpu"):
         of("  %n = bf16[8,8]{1,0} negate(%x)")
+
+
+@libtpu
+def test_the_example_of_the_docs_runs(capsys):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "forecast.md").read_text()
+    names = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    ideal = 2 * 4096**3 / 16 / 197e12
+    assert ideal < names["found"].kinds["matmul"][0] < 1.5 * ideal and "matmul" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def _sums(pairs):
     sums = collections.defaultdict(lambda: np.zeros(2))
     for name, seconds in pairs:
         sums[name] = sums[name] + seconds
-    return {name: tuple(map(float, sums[name])) for name in sorted(sums, key=lambda name: -sums[name][1])}
+    return {name: (float(s[0]), float(s[1])) for name, s in sorted(sums.items(), key=lambda item: -item[1][1])}
 
 
 class _Timeline:
@@ -129,7 +129,8 @@ class _Walk:
 
     def __init__(self, machine, schedule):
         self._machine, self._schedule = machine, schedule
-        self.unknown, self.estimates = collections.defaultdict(float), 0
+        self.unknown: dict[str, Any] = collections.defaultdict(float)
+        self.estimates = 0
 
     def through(self, scope: Scope, times: int) -> dict[tuple[str, str], np.ndarray]:
         """The seconds of a computation, run once; `times` that it runs in all are for `unknown`."""

@@ -95,8 +95,8 @@ def plan_text(listed: list[Candidate]) -> str:
     lines = [f"{'seconds':>16} {'MFU':>12} {'memory':>11} {'sent':>11}  flags"]
     for c in listed:
         r, memory = c.report, gb(c.memory) if c.memory else ""
-        seconds = span((r.forecast.low, r.forecast.high), ".3g") if r else ""
-        mfu, sent = (span(r.speed["mfu"], ".0%"), gb(r.sent)) if r else ("", "")
+        seconds = span((r.forecast.low, r.forecast.high), ".3g") if r and r.forecast else ""
+        mfu, sent = (span(r.speed["mfu"], ".0%"), gb(r.sent)) if r and r.speed else ("", "")
         lines.append(f"{seconds:>16} {mfu:>12} {memory:>11} {sent:>11}  {_name(c)} [{c.outcome}]")
     best = recommended(listed)
     if best is None or best.report is None:

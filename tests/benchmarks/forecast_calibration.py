@@ -94,6 +94,7 @@ def config_of(case, devices):
     stack = StackConfig(layers, width, heads, kv_heads, 128, mlp)
     llm = replace(config.model.llm, stack=stack, vocab_size=case.vocab, max_length=case.length, tied=False)
     unused = config.model.embedding
+    assert unused is not None
     unused = replace(unused, stack=replace(unused.stack, width=width), vocab_size=case.vocab)
     execution = replace(
         config.execution, remat=case.remat, accumulate=1, vocab_chunk=case.vocab_chunk, unroll_layers=False
