@@ -31,28 +31,17 @@ _LEAST_LISTED = 1e-3  # share of the time of what is listed without an estimate
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """How long one execution of a program takes.
+    """How long one execution of a program takes, in seconds."""
 
-    Attributes:
-      low, high: seconds. Low: what streams through memory does so at the chip's published bandwidth, and a step of a
-        kernel's grid does nothing but its main block. High: as libtpu estimates, and all blocks in every step.
-      kinds: {kind of work: (low, high)} and parts: {part of the model: (low, high)}; each adds up to the whole.
-      unknown: {what has no estimate: share of the high time that it counts by its bytes; None: as the words say}.
-    """
-
-    low: float
-    high: float
-    kinds: dict[str, tuple[float, float]]
-    parts: dict[str, tuple[float, float]]
-    unknown: dict[str, float | None]
+    low: float  # what streams through memory has its published bandwidth, kernels do their main block alone
+    high: float  # as libtpu estimates, and all blocks in each step of a kernel
+    kinds: dict[str, tuple[float, float]]  # of work; adds up to the whole
+    parts: dict[str, tuple[float, float]]  # of the model, too
+    unknown: dict[str, float | None]  # {what has no estimate: share of the high time by its bytes; None: as it says}
 
     @property
     def middle(self) -> float:
         return (self.low + self.high) / 2
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
 
 
 def forecast(compiled: jax.stages.Compiled, parts: Mapping[str, str] | None = None) -> Forecast:

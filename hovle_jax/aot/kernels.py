@@ -33,21 +33,13 @@ _TYPES = {"bf": "bfloat", "f": "float", "s": "int", "u": "uint", "pred": "bool"}
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What libtpu made of a kernel.
+    """What libtpu made of a kernel."""
 
-    Attributes:
-      bundles: of the whole kernel, each once.
-      longest: bundles between two branches, the most: what a step of the grid does that no condition leaves out.
-      loops: inside a step, whose bundles count once, as nothing says how often they run.
-      steps: of the grid.
-      parallel: whether its steps are spread over the cores of a chip that has several.
-    """
-
-    bundles: int
-    longest: int
-    loops: int
-    steps: int
-    parallel: bool
+    bundles: int  # of all of it, each once
+    longest: int  # the most bundles between two branches: what a step of the grid does at least
+    loops: int  # inside a step, whose bundles count once, as nothing says how often they run
+    steps: int  # of the grid
+    parallel: bool  # whether the steps are spread over the cores of a chip that has several
 
 
 def call_of(computation: Computation, x: Instruction) -> dict[str, Any]:

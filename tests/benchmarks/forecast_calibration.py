@@ -125,7 +125,7 @@ def forecast_of(name):
     """Prints the forecast as JSON."""
     from hovle_jax.aot import forecast
 
-    print(json.dumps(forecast(compiled(CASES[name])).to_dict()))
+    print(json.dumps(dataclasses.asdict(forecast(compiled(CASES[name])))))
 
 
 def row(name, case, found):
