@@ -18,6 +18,7 @@ from hovle_jax.aot.hlo.text import Instruction
 from hovle_jax.aot.machine import Machine
 from hovle_jax.errors import UserError
 from hovle_jax.hardware import topology
+from hovle_jax.hardware.chips import chip_of
 from hovle_jax.hardware.topology import Topology
 
 libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
@@ -375,6 +376,21 @@ def test_a_program_for_another_machine_is_refused():
         hovle_jax.aot.forecast(compiled)
     with pytest.raises(UserError, match="no estimates of libtpu"):
         of("  %n = bf16[8,8]{1,0} negate(%x)")
+
+
+@libtpu
+@pytest.mark.parametrize(
+    "name", ["v5e-4", *(pytest.param(n, marks=pytest.mark.slow) for n in ("v4-8", "v5p-8", "v6e-4"))]
+)
+def test_what_streams_is_overestimated_as_the_table_says(name):
+    """The low end is then the bytes at the published bandwidth."""
+    target = topology.find(name)
+    place = jax.sharding.SingleDeviceSharding(target.devices()[0])
+    compiled = (
+        jax.jit(lambda x: x * 2).lower(jax.ShapeDtypeStruct((16384, 4096), jnp.bfloat16, sharding=place)).compile()
+    )
+    found = hovle_jax.aot.forecast(compiled)
+    assert found.low == pytest.approx(2 * 2**27 / chip_of(target.generation).hbm_bandwidth, rel=0.01)
 
 
 @libtpu

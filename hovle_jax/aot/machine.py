@@ -68,8 +68,9 @@ class Machine:
         if c.crosses_slices:
             return sent / self.chip.dcn_bandwidth
         extents = [len(np.unique(column)) for column in self.places[list(c.group)].T]
-        links = self.topology.links_along(extents) or self.topology.links_along([2] + [1] * (len(extents) - 1))
-        return sent / (self.chip.ici_bandwidth * links) + self.topology.hops(extents) * HOP_SECONDS
+        links, hops = self.topology.ways(extents)
+        links = links or 1 / (2 * self.topology.kind.dimensions)  # between the devices of a chip
+        return sent / (self.chip.ici_bandwidth * links) + hops * HOP_SECONDS
 
 
 def _devices(compiled):

@@ -53,16 +53,13 @@ def make(config: RunConfig, target: Topology, say: Callable[[str], None] = print
     """Compiles the first MOST candidates, but for those larger than one that does not fit; fastest first."""
     listed, compiled = candidates(config, target), 0
     for i, candidate in enumerate(listed):
-        if any(c.outcome == "too large" and _is_larger(candidate, c) for c in listed[:i]):
+        too_large = [c.size for c in listed[:i] if c.outcome == "too large" and min(c.size) >= 0]
+        if any(a >= c and b >= d for (a, b), (c, d) in itertools.product([candidate.size], too_large)):
             listed[i] = dataclasses.replace(candidate, outcome="larger than one that is too large")
         elif compiled < MOST:
             say(f"compiling {candidate.flags or 'the config as it is'}")
             listed[i], compiled = _compile(candidate, target), compiled + 1
     return best_first(listed)
-
-
-def _is_larger(one, other):
-    return min(one.size + other.size) >= 0 and all(a >= b for a, b in zip(one.size, other.size))
 
 
 def _compile(candidate, target):

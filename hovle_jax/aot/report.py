@@ -22,10 +22,7 @@ from hovle_jax.training.stages import find
 
 # Component -> the module whose name stands in the operations of its stack.
 STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "VisionTeacher"}
-PARTS = {module: component for component, module in STACKS.items()} | {
-    work.LOSS: "head and loss",
-    work.REST: "optimizer",
-}
+PARTS = {module: name for name, module in STACKS.items()} | {work.LOSS: "head and loss", work.REST: "optimizer"}
 
 
 @dataclasses.dataclass(frozen=True)

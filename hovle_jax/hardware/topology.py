@@ -88,27 +88,19 @@ class Topology:
     @property
     def busy_links(self) -> float:
         """The share of a chip's links that a collective over a whole slice can keep busy."""
-        return self.links_along(self.shape)
+        return self.ways(self.shape)[0]
 
-    def links_along(self, extents: Sequence[int]) -> float:
-        """The share of a chip's links that a collective keeps busy among so many chips along each axis.
+    def ways(self, extents: Sequence[int]) -> tuple[float, int]:
+        """Among so many chips along each axis: the share of a chip's links that are busy, hops to the farthest chip.
 
-        They are two along a ring and one along a line, whose end has one link alone for all that it gets.
+        Links are two along a ring and one along a line, whose end has one link alone for all that it gets.
         """
-        return sum(1 + ring for size, ring in zip(extents, self._rings(extents)) if size > 1) / (
-            2 * self.kind.dimensions
-        )
-
-    def hops(self, extents: Sequence[int]) -> int:
-        """From a chip to the farthest among so many along each axis."""
-        return sum(size // 2 if ring else size - 1 for size, ring in zip(extents, self._rings(extents)))
-
-    def _rings(self, extents):
-        """Of each axis, whether so many of its chips are a ring."""
         ring, shape = self.kind.ring, self.shape
         # In three dimensions optical switches close the rings of whole cubes of 4x4x4 chips only.
         closed = len(shape) == 2 or all(size % ring == 0 for size in shape)
-        return [closed and size == whole and size % ring == 0 for size, whole in zip(extents, shape)]
+        axes = [(n, closed and n == whole and n % ring == 0) for n, whole in zip(extents, shape) if n > 1]
+        links = sum(2 if is_ring else 1 for _, is_ring in axes)
+        return links / (2 * self.kind.dimensions), sum(n // 2 if is_ring else n - 1 for n, is_ring in axes)
 
     def larger(self) -> "Topology | None":
         """The next larger slices of the same generation."""

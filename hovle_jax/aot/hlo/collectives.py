@@ -96,7 +96,7 @@ def collectives(text: str, devices_per_slice: int | None = None) -> list[Collect
         mesh (the slices are its outermost axis).
     """
     program = parse(text)
-    return list(_all(program, _executions(program), devices_per_slice))
+    return _all(program, _executions(program), devices_per_slice)
 
 
 def inside(scope: Scope, x: Instruction, devices_per_slice: int | None = None) -> list[Collective]:
@@ -104,12 +104,11 @@ def inside(scope: Scope, x: Instruction, devices_per_slice: int | None = None) -
     runs = [_Execution(x, scope.computation, 1, False)]
     if x.called and x.opcode in ("fusion", "call-start", "async-start"):
         runs = [run for called in x.called for run in _run(scope.inside(called, x), 1, False)]
-    return list(_all(scope.program, runs, devices_per_slice))
+    return _all(scope.program, runs, devices_per_slice)
 
 
 def _all(program, runs, devices_per_slice):
-    made = (_collective(program, run, devices_per_slice) for run in runs)
-    return (collective for collective in made if collective is not None)
+    return [made for run in runs if (made := _collective(program, run, devices_per_slice)) is not None]
 
 
 def summary(found: list[Collective]) -> dict[str, Total]:
@@ -196,6 +195,5 @@ def _between_slices(x):
     kind = x.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
     slices, _, _ = x.attribute("_xla_megascale_target").partition("x")
     spans = [list(map(int, part.split(":"))) for part in re.findall(r"[\d:]+", slices or "{0:1}")]
-    return kind.replace("one-to-one", "collective-permute"), tuple(
-        n for span in spans for n in range(span[0], span[-1] + 1)
-    )
+    numbers = [n for span in spans for n in range(span[0], span[-1] + 1)]
+    return kind.replace("one-to-one", "collective-permute"), tuple(numbers)
