@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hovle_jax.aot import plan, programs
 from hovle_jax.aot import report as reports
+from hovle_jax.aot.forecasting import Forecast
 from hovle_jax.aot.hlo.collectives import collectives, summary
 from hovle_jax.aot.least_traffic import least_traffic
 from hovle_jax.aot.programs import TooLarge, compile_for
@@ -27,6 +28,7 @@ from hovle_jax.hardware.compiler_options import compiler_options
 from hovle_jax.sharding.mesh import make_mesh, torus
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import setup
+from hovle_jax.training.flops import StepFlops
 from hovle_jax.training.stages import STAGES
 from hovle_jax.training.step import train_step, train_step_for
 from tests import forked, micro
@@ -39,7 +41,7 @@ libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not ins
 def compiled(stage="instruct", preset="hovle", place=("v5e-16", 1), execution=(), mesh=(), **sizes):
     """The report of a small step; `execution` and `mesh` are pairs of names and values."""
     config = small(stage, preset, execution=dict(execution), **sizes, **dict(mesh))
-    return compile_for(config, topology.find(*place))
+    return compile_for(config, topology.find(*place), with_forecast=False)  # which compiles each kernel again
 
 
 @libtpu
@@ -98,7 +100,7 @@ def test_inputs_of_layers_can_wait_in_the_hosts_memory():
 @libtpu
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_inference(program):
-    report = compile_for(small("instruct"), topology.find("v5e-4"), program, new_tokens=64)
+    report = compile_for(small("instruct"), topology.find("v5e-4"), program, new_tokens=64, with_forecast=False)
     assert report.setting["program"] == program and report.step is None and report.fits
     # The caches' mask is not that of whole rows: no kernel, and the report names none.
     assert [(used["implementation"], used["kernels"]) for used in report.attention.values()] == [("xla", 0)] * 2
@@ -173,36 +175,103 @@ def test_the_least_traffic_of_a_step(zero):
 
 
 @libtpu
-def test_candidates_of_a_plan_have_the_fewest_flops_first():
+def test_candidates_of_a_plan_begin_with_the_config_as_it_is_and_need_more_and_more_memory():
     listed = plan.candidates(small("instruct", rows=64), topology.find("v5e-16"))
-    flags = [[int(part.split("=")[1]) for part in c.flags.split() if "accumulate" in part][0] for c in listed]
-    remats = [c.config.execution.remat for c in listed]
-    assert remats == ["none"] * 3 + ["dots"] * 3 + ["full"] * 3 and flags == [1, 2, 4] * 3
-    assert [c.hardware for c in listed] == sorted(c.hardware for c in listed)
+    ways = [(c.config.execution.remat, c.config.execution.accumulate) for c in listed]
+    assert ways == [(listed[0].config.execution.remat, -1)] + [(r, n) for r in plan.REMATS for n in (4, 2, 1)][1:]
+    assert [c.flags == "" for c in listed] == [True] + 8 * [False] and listed[0].size == (0, 0)
     config = micro.run_config("contrast", data=dict(batch_size=64), mesh=MeshConfig(data=1, fsdp=-1))
     contrast = plan.candidates(config, topology.find("v5e-16"))
     assert {c.config.execution.accumulate for c in contrast} == {1} and len(contrast) == 3
 
 
 @libtpu
-def test_a_plan_recommends_the_first_that_fits(monkeypatch):
+@pytest.mark.slow
+def test_kernels_of_a_step_are_compiled_alone_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
+    report = compile_for(small("instruct"), topology.find("v5e-4"))
+    low, high = report.forecast.kinds["kernels"]
+    assert 0 < low < high < 2 * low and not any(
+        "kernel" in what or "splash" in what for what in report.forecast.unknown
+    )
+    kept = sorted(tmp_path.rglob("*.json"))
+    assert len(kept) == 2  # forward and backward, the same for both stacks
+    assert {"embedding", "llm", "head and loss", "optimizer"} <= set(report.forecast.parts)
+    assert 0 < report.speed["mfu"][0] <= report.speed["mfu"][1] < 0.8
+    text = kept[0].read_text()
+    kept[0].write_text(text.replace('"bundles": ', '"bundles": 1'))  # read from there the second time
+    assert compile_for(small("instruct"), topology.find("v5e-4")).forecast.high > high
+    assert "s by the compiler's schedule" in text_of(report)
+
+
+def planned(monkeypatch, seconds):
+    """The plan where ways (remat, accumulate) take so many seconds; None: too large. -> (candidates, what was said)."""
     fitting = compiled("instruct", "hovle")
 
     def compile_one(config, target):
-        if config.execution.remat == "none":
+        took = seconds[config.execution.remat, config.execution.accumulate]
+        if took is None:
             error = TooLarge("too large")
             error.needed = 20e9
             raise error
-        return fitting
+        kinds = {"matmul": (took - 1, took - 1), "network": (0.5, 1.5)}
+        speed = {"mfu": (0.5, 0.6), "tokens": (1e3, 2e3)}
+        return dataclasses.replace(fitting, forecast=Forecast(took - 0.5, took + 0.5, kinds, {}, {}), speed=speed)
 
     monkeypatch.setattr(plan, "compile_for", compile_one)
     said = []
-    made = plan.make(small("instruct"), topology.find("v5e-16"), said.append)
-    assert [c.outcome for c in made] == ["too large"] * 2 + ["fits"] + ["not compiled"] * 3
-    assert len(said) == 3 and plan.recommended(made) is made[2]
+    return plan.make(small("instruct", rows=64), topology.find("v5e-16"), said.append), said
+
+
+@libtpu
+def test_a_plan_recommends_the_fastest_that_fits_and_compiles_nothing_larger_than_what_does_not(monkeypatch):
+    times = {
+        ("full", -1): 9.0,
+        ("full", 2): 8.5,
+        ("full", 1): None,
+        ("dots", 4): 8.0,
+        ("dots", 2): 9.5,
+        ("none", 4): None,
+    }
+    made, said = planned(monkeypatch, times)
+    assert [c.seconds for c in made[:4]] == [8.0, 8.5, 9.0, 9.5] and plan.recommended(made) is made[0]
+    assert len(said) == 6 and said[0] == "compiling the config as it is"
+    outcomes = {(c.config.execution.remat, c.config.execution.accumulate): c.outcome for c in made[4:]}
+    larger = "larger than one that is too large"
+    assert outcomes == dict.fromkeys([("full", 1), ("none", 4)], "too large") | dict.fromkeys(
+        [("dots", 1), ("none", 2), ("none", 1)], larger
+    )
     text = plan.plan_text(made)
-    assert f"recommended: {made[2].flags}" in text and "20.00 GB" in text and "time is not forecast" in text
-    assert json.loads(json.dumps(plan.to_dict(made)))["best"] == made[2].flags
+    assert "recommended: --config.execution.remat=dots --config.execution.accumulate=4" in text and "20.00 GB" in text
+    assert "11% less time than the config as it is" in text and "matmul -1 s, network +0 s" in text
+    assert "7.5 ... 8.5  50% ... 60%" in text
+    assert json.loads(json.dumps(plan.to_dict(made)))["best"] == made[0].flags
+
+
+@libtpu
+def test_a_plan_never_recommends_what_is_slower_than_the_config_as_it_is(monkeypatch):
+    times = {(remat, n): 10.0 for remat in plan.REMATS for n in (4, 2, 1)} | {("full", -1): 9.0}
+    made, said = planned(monkeypatch, times)
+    assert len(said) == plan.MOST == 8 and [c.outcome for c in made].count("not compiled") == 1
+    assert plan.to_dict(made)["best"] == "" and "recommended: the config as it is\n  10% less time" in plan.plan_text(
+        made
+    )
+    made, _ = planned(monkeypatch, dict.fromkeys(times, None))
+    assert plan.to_dict(made)["best"] is None and "none of these fits" in plan.plan_text(made)
+
+
+@libtpu
+def test_a_report_shows_its_forecast():
+    kinds, parts = {"matmul": (5.0, 5.0), "network": (1.0, 2.0)}, {"llm": (6.0, 7.0), "optimizer": (1e-3, 1e-3)}
+    made = Forecast(6.0, 7.0, kinds, parts, {"gather": 0.02, "k: loops": None})
+    target, flops = topology.find("v5e-16"), StepFlops(16 * 197e12 * 3.5, 16 * 197e12 * 4, {})
+    speed = reports.speed_of(made, flops, target, 42_000)
+    assert speed == {"mfu": (0.5, pytest.approx(3.5 / 6)), "tokens": (6000, 7000)}
+    text = text_of(dataclasses.replace(compiled(), forecast=made, speed=speed))
+    assert "6 ... 7 s by the compiler's schedule, 50% ... 58% MFU, 6,000 ... 7,000 tokens/s" in text
+    assert "by kind: matmul 5, network 1 ... 2" in text and "by part: llm 6 ... 7\n" in text
+    assert "no estimate of gather, counted by its bytes: 2.0% of the time" in text and "of k: loops" in text
+    assert "forecast  " not in text_of(compiled())
 
 
 @libtpu

@@ -30,7 +30,7 @@ PROGRAM = flags.DEFINE_enum("program", "train", ("train", "prefill", "decode"), 
 NEW_TOKENS = flags.DEFINE_integer(
     "new_tokens", 512, "prefill, decode: room after the prompts in the caches", lower_bound=1
 )
-PLAN = flags.DEFINE_bool("plan", False, "Try remat and microbatches, and recommend the first that fits")
+PLAN = flags.DEFINE_bool("plan", False, "Try remat and microbatches, and recommend the fastest that fits")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of text")
 
 

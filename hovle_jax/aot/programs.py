@@ -70,9 +70,13 @@ def lower(config: RunConfig, run: Run, program: str, given: dict[str, Any]) -> j
     return jax.jit(step, donate_argnums=len(given) - 1).lower(*given.values())
 
 
-def compile_for(config: RunConfig, target: Topology, program: str = "train", new_tokens: int = 512) -> Report:
+def compile_for(
+    config: RunConfig, target: Topology, program: str = "train", new_tokens: int = 512, with_forecast: bool = True
+) -> Report:
     """Compiles and reads the program.
 
+    Args:
+      with_forecast: see `report.read`.
     Raises:
       TooLarge: it does not fit; the message has the size and what takes less.
       UserError: see `set_up` and `arguments`.
@@ -97,7 +101,7 @@ def compile_for(config: RunConfig, target: Topology, program: str = "train", new
         too_large = TooLarge(message)
         too_large.needed = needed
         raise too_large from None
-    return read(compiled, config, run, target, program, sizes, time.perf_counter() - started)
+    return read(compiled, config, run, target, program, sizes, time.perf_counter() - started, with_forecast)
 
 
 def _bytes_of_a_device(tree):

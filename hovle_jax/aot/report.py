@@ -1,6 +1,6 @@
-"""What a compiled program tells about itself: memory, attention, network, FLOPs, and what its chips' peaks allow.
+"""What a compiled program tells about itself: memory, attention, network, FLOPs, and how long it takes.
 
-Nothing here is a forecast of time: the seconds are such that no step can beat them.
+Two kinds of seconds: such as no step can beat, by its chips' peaks, and a forecast by the compiler's schedule.
 """
 
 import dataclasses
@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from hovle_jax.aot.hlo import collectives
+from hovle_jax.aot.forecasting import Forecast, forecast
+from hovle_jax.aot.hlo import collectives, work
 from hovle_jax.aot.least_traffic import least_traffic
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.chips import chip_of
@@ -21,6 +22,7 @@ from hovle_jax.training.stages import find
 
 # Component -> the module whose name stands in the operations of its stack.
 STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "VisionTeacher"}
+PARTS = {module: name for name, module in STACKS.items()} | {work.LOSS: "head and loss", work.REST: "optimizer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Report:
       collectives: {kind: Total}; sent: bytes that a device sends in all.
       step: of a training step, see `step_of`.
       hbm_seconds: of prefill and decode: parameters and caches read once at the chip's published bandwidth.
+      forecast: None where none was asked for.
+      speed: of a step at the forecast's high and low seconds: 'mfu', and 'tokens' a second of all devices.
     """
 
     setting: dict[str, Any]
@@ -47,6 +51,8 @@ class Report:
     sent: float
     step: dict[str, Any] | None
     hbm_seconds: float | None
+    forecast: Forecast | None = None
+    speed: dict[str, tuple[float, float]] | None = None
 
     @property
     def fits(self) -> bool:
@@ -65,18 +71,22 @@ def read(
     program: str,
     arguments: dict[str, int],
     compile_seconds: float,
+    with_forecast: bool = True,
 ) -> Report:
     """Reads a compiled program.
 
     Args:
       run: that it was lowered for.
       arguments: bytes of each of its arguments on a device.
+      with_forecast: kernels that were not seen before are compiled for it, once more and alone.
     """
     text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
     found = collectives.collectives(text, mesh.size // target.slices)
-    chip, step, hbm = chip_of(target.generation), None, None
+    chip, step, hbm, speed = chip_of(target.generation), None, None, None
+    predicted = forecast(compiled, PARTS) if with_forecast else None
     if program == "train":
         step = step_of(flops_of(config, run), least_traffic(find(config.stage), run), target, found)
+        speed = predicted and speed_of(predicted, flops_of(config, run), target, data.batch_size * data.sequence_length)
     else:
         hbm = (arguments["params"] + arguments["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
     setting = {"name": f"{config.stage}:{config.preset}", "program": program, "topology": target.name}
@@ -91,6 +101,8 @@ def read(
         sent=sum(c.bytes for c in found),
         step=step,
         hbm_seconds=hbm,
+        forecast=predicted,
+        speed=speed,
     )
 
 
@@ -128,6 +140,13 @@ def step_of(flops: StepFlops, least: dict[str, float], target: Topology, found: 
     return made | {"mfu": flops.model / (peak * max(seconds.values()))}
 
 
+def speed_of(predicted: Forecast, flops: StepFlops, target: Topology, tokens: int) -> dict[str, tuple[float, float]]:
+    """See `Report`; tokens: of a step."""
+    peak = target.chips * target.slices * chip_of(target.generation).bf16_flops
+    both = lambda amount: (amount / predicted.high, amount / predicted.low)
+    return {"mfu": both(flops.model / peak), "tokens": both(tokens)}
+
+
 def _attention(config, run, program, operations):
     """Of the decoder stacks and the teacher's tower: what was chosen, and whether the program has kernels of it."""
     stage, made = find(config.stage), {}
@@ -145,7 +164,8 @@ def _attention(config, run, program, operations):
 
 def text_of(report: Report) -> str:
     """The report for people; docs/performance.md says what each line is."""
-    return "\n".join([*_program(report), *_network(report), *(_step(report) if report.step else _inference(report))])
+    lines = [*_program(report), *_network(report), *(_step(report) if report.step else _inference(report))]
+    return "\n".join([*lines, *(_forecast(report) if report.forecast else ())])
 
 
 def gb(size: float) -> str:
@@ -196,3 +216,21 @@ def _step(r):
 def _inference(r):
     held = f"parameters {gb(r.arguments['params'])} and caches {gb(r.arguments['cache'])} a device"
     yield f"  HBM          {held}: {1000 * r.hbm_seconds:.3g} ms to read them once at the published bandwidth"
+
+
+def _forecast(r):
+    f, speed = r.forecast, r.speed
+    then = f", {span(speed['mfu'], '.0%')} MFU, {span(speed['tokens'], ',.0f')} tokens/s" if speed else ""
+    yield f"  forecast     {span((f.low, f.high), '.3g')} s by the compiler's schedule{then}"
+    for name, parts in (("kind", f.kinds), ("part", f.parts)):
+        told = ", ".join(f"{what} {span(s, '.2g')}" for what, s in parts.items() if s[1] > 0.005 * f.high)
+        yield f"  forecast     seconds by {name}: {told}"
+    for what, share in f.unknown.items():
+        counted = "" if share is None else f", counted by its bytes: {share:.1%} of the time"
+        yield f"  forecast     no estimate of {what}{counted}"
+
+
+def span(ends: tuple[float, float], form: str) -> str:
+    """'8.9 ... 10.1', or one number where both ends read the same."""
+    low, high = (format(end, form) for end in ends)
+    return low if low == high else f"{low} ... {high}"
