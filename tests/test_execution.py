@@ -16,6 +16,7 @@ from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig
 from hovle_jax.data.batch import BatchShape, Sample, stack
 from hovle_jax.data.text.conversation import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
+from hovle_jax.model import transformer
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training.setup import accumulation
@@ -110,6 +111,8 @@ def reference(config):
         ExecutionConfig(remat="full"),
         ExecutionConfig(remat="dots"),
         ExecutionConfig(remat="offload"),
+        ExecutionConfig(remat=transformer.MATMULS),
+        ExecutionConfig(remat="query, gate, layer_input@host", attention="blocks"),
         ExecutionConfig(attention="blocks"),
     ],
 )

@@ -2,12 +2,11 @@
 
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.topology import Topology
-from hovle_jax.model.transformer import REMAT_POLICIES
+from hovle_jax.model.transformer import REMATS
 from hovle_jax.sharding.rules import FSDP
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stages import find
 
-REMATS = tuple(REMAT_POLICIES)  # what keeps most first
 VOCAB_CHUNK = 8192
 
 

@@ -8,12 +8,16 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.model.attention_blocks import SHORTEST, attend_causal
 from hovle_jax.model.execution import OneDevice
 
 # 'auto' is resolved by the command from the mesh's devices, before a model is made.
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "splash", "cudnn")
+
+# What the backward pass may find kept (`transformer.KEPT`): what the kernel reads, and what it leaves.
+QUERY, KEY, VALUE, ATTENTION = "query", "key", "value", "attention"
 
 LANES = 128  # of a TPU's vector registers
 SPLASH_BLOCK = 1024  # most queries and keys of a block of splash attention
@@ -115,7 +119,14 @@ def attend(
     """
     whole = isinstance(mask, (AttentionMask, CausalRows))
     chosen, _ = choose(implementation, query.shape[-1], masked=mask is not None, whole=whole)
-    return _ATTEND[chosen](query, key, value, mask, placement)
+    if chosen == "splash":  # keeps what its own backward pass reads, heads in front
+        return _splash(query, key, value, mask, placement)
+    out = _ATTEND[chosen](*_named(query, key, value), mask, placement)
+    return checkpoint_name(out, ATTENTION)
+
+
+def _named(query, key, value):
+    return checkpoint_name(query, QUERY), checkpoint_name(key, KEY), checkpoint_name(value, VALUE)
 
 
 def _blocks(query, key, value, mask: CausalRows, placement):
@@ -158,7 +169,7 @@ def _splash(query, key, value, mask: AttentionMask, placement):
     keys and values are gathered: with few kv heads they are small.
     """
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # heads in front
+    query, key, value = _named(*(x.transpose(0, 2, 1, 3) for x in (query, key, value)))  # heads in front
     heads, length = query.shape[1:3]
     of_queries, of_keys = ("batch", "heads", "length", None), ("batch", "kv_heads", None, None)
     _, head_shards, length_shards, _ = placement.shards(of_queries, query.shape)
@@ -206,7 +217,13 @@ def _splash_kernel(heads, length, causal, head_shards, length_shards):
     )
     mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
     mask = masks.MultiHeadMask([mask] * heads)
-    return kernels.make_splash_mha(mask, head_shards=head_shards, q_seq_shards=length_shards, block_sizes=sizes)
+    return kernels.make_splash_mha(
+        mask,
+        head_shards=head_shards,
+        q_seq_shards=length_shards,
+        block_sizes=sizes,
+        residual_checkpoint_name=ATTENTION,
+    )
 
 
 def splash_block(length: int) -> int:
@@ -214,4 +231,4 @@ def splash_block(length: int) -> int:
     return max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
 
 
-_ATTEND = {"xla": _xla, "blocks": _blocks, "splash": _splash, "cudnn": _cudnn}
+_ATTEND = {"xla": _xla, "blocks": _blocks, "cudnn": _cudnn}

@@ -12,10 +12,31 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hovle_jax.model.attention import AttentionMask, attend, prepare
+from hovle_jax.errors import UserError
+from hovle_jax.model.attention import ATTENTION, KEY, QUERY, VALUE, AttentionMask, attend, prepare
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution, LogicalAxes
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
+
+# What the backward pass of a layer can find kept, by the names of the matmuls that make it.
+LAYER_INPUT, OUTPUT, GATE, UP = "layer_input", "output", "gate", "up"
+KEPT = (LAYER_INPUT, QUERY, KEY, VALUE, ATTENTION, OUTPUT, GATE, UP)
+ON_HOST = "@host"
+MATMULS = ",".join(KEPT[1:])  # with these no matmul is made again, and no kernel of attention
+
+# Words for what is kept: all; results of matmuls; the layer's input; that in the host's memory.
+_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+REMATS = tuple(_POLICIES)  # what keeps most first
 
 
 def partitioned(init: Callable, *names) -> Callable:
@@ -158,6 +179,8 @@ class DecoderLayer(nn.Module):
 
         def heads(name, count, axis):
             projected = dense(count * c.head_dim, ("embed", axis), name, how, use_bias=c.qkv_bias)(y)
+            if c.qk_norm:  # whose gradient reads it
+                projected = checkpoint_name(projected, name)
             return projected.reshape(B, L, count, c.head_dim)
 
         query, key = heads("query", c.num_heads, "heads"), heads("key", c.num_kv_heads, "kv_heads")
@@ -171,31 +194,48 @@ class DecoderLayer(nn.Module):
         else:
             out, cache = cache.attend(query, key, value, where, how)
         output = dense(c.width, ("heads", "embed"), "output", how, c.output_bias, branches=2 * c.num_layers)
-        return x + output(out.reshape(B, L, c.num_heads * c.head_dim)), cache
+        return x + checkpoint_name(output(out.reshape(B, L, c.num_heads * c.head_dim)), OUTPUT), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
         c, how = self.config, self.execution
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        gate = nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate", how, c.mlp_bias)(y))
-        up = dense(c.mlp_width, ("embed", "mlp"), "up", how, c.mlp_bias)(y)
-        return x + dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, branches=2 * c.num_layers)(gate * up)
+        wide = lambda name: checkpoint_name(dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias)(y), name)
+        gate, up = wide(GATE), wide(UP)
+        down = dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, branches=2 * c.num_layers)
+        return x + down(nn.silu(gate) * up)
 
 
-LAYER_INPUT = "layer_input"  # what 'offload' keeps in the host's memory
+def remat_policy(remat: str) -> Callable | None:
+    """What the backward pass of a layer finds kept; the rest it makes again.
 
-# What the backward pass of a layer finds kept: everything, matmuls, its input, or its input in the host's memory.
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
+    Args:
+      remat: of `REMATS`, or names of `KEPT`, as 'query,key,value'; NAME@host waits in the host's memory.
+    Raises:
+      UserError: there is no such name.
+    """
+    if remat in _POLICIES:
+        return _POLICIES[remat]
+    kept, offloaded = kept_names(remat)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept,
+        names_which_can_be_offloaded=offloaded,
         offload_src="device",
         offload_dst="pinned_host",
-    ),
-}
+    )
+
+
+def kept_names(remat: str) -> tuple[list[str], list[str]]:
+    """-> (names that stay on the device, names that wait in the host's memory). Raises UserError: `remat_policy`."""
+    names = [name.strip() for name in remat.split(",")]
+    kept, offloaded = ([name.removesuffix(ON_HOST) for name in names if name.endswith(ON_HOST) == on] for on in (0, 1))
+    unknown = sorted({*kept, *offloaded} - {*KEPT})
+    if unknown:
+        raise UserError(
+            f"execution.remat={remat!r} is not one of {', '.join(REMATS)}, and not a list of what is kept: "
+            f"{unknown[0]!r} is none of {', '.join(KEPT)} (NAME{ON_HOST} waits in the host's memory)"
+        )
+    return kept, offloaded
 
 
 def scanned(layer: type[nn.Module], execution: Execution, num_layers: int, broadcast: int) -> Any:
@@ -203,7 +243,7 @@ def scanned(layer: type[nn.Module], execution: Execution, num_layers: int, broad
 
     Unrolling changes the program alone, never the parameter tree, so checkpoints do not depend on it.
     """
-    policy = REMAT_POLICIES[execution.remat]
+    policy = remat_policy(execution.remat)
     if policy is not None:
         layer = nn.remat(layer, policy=policy, prevent_cse=False)
     in_axes: Any = (0,) + (nn.broadcast,) * broadcast
