@@ -188,7 +188,7 @@ class DecoderLayer(nn.Module):
         if c.qk_norm:
             query = RMSNorm(c.norm_eps, name="query_norm")(query)
             key = RMSNorm(c.norm_eps, name="key_norm")(key)
-        query, key = rotate(query, *angles), rotate(key, *angles)
+        query, key = (rotate(x, *angles, by_matmul=how.attention == "splash") for x in (query, key))  # on TPUs
         if cache is None:
             out = attend(query, key, value, where, how.attention, how.placement)
         else:
