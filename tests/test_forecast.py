@@ -285,10 +285,10 @@ LB: loop body
 
 
 def test_bundles_between_branches_of_a_kernel():
-    assert kernels.read(BUNDLES, [2, 4], True) == kernels.Schedule(
+    assert kernels.read(BUNDLES.replace("%q)", "%q) iteration_bounds: (2, 4)"), True) == kernels.Schedule(
         bundles=8, longest=3, loops=1, steps=8, parallel=True
     )
-    assert kernels.read(BUNDLES, [], False) == kernels.Schedule(8, 3, 2, 1, False)
+    assert kernels.read(BUNDLES, False) == kernels.Schedule(8, 3, 2, 1, False)
 
 
 KERNEL = f"""  %mask.block_mask_ref = s8[1,2,2]{{2,1,0}} constant({{ {{ {{ 1, 0 }}, {{ 2, 1 }} }} }})

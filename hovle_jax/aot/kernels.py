@@ -74,13 +74,13 @@ def _compiled(text):
         made = subprocess.run(command, input=text, text=True, capture_output=True, env=os.environ | own, check=False)
         texts = [path.read_text() for path in pathlib.Path(folder).glob("*[0-9]-final_bundles.txt")]
     kernels = [text for text in texts if re.search(r"entry bundle: .*custom-call\(", text)]
-    if made.returncode or len(kernels) != 1:
-        return None
-    return read(kernels[0], *json.loads(made.stdout.splitlines()[-1]))
+    body = base64.b64decode(json.loads(text)["call"]["config"]["body"])  # MLIR's bytecode, names as they are
+    return None if made.returncode or len(kernels) != 1 else read(kernels[0], b"semantics<parallel>" in body)
 
 
-def read(text: str, grid: list[int], parallel: bool) -> Schedule:
-    """The text of a kernel's final bundles."""
+def read(text: str, parallel: bool) -> Schedule:
+    """The text of a kernel's final bundles; the sizes of its grid stand beside each operand that is read in blocks."""
+    grid = list(map(int, re.findall(r"\d+", (re.findall(r"iteration_bounds: \(([\d, ]+)\)", text) or [""])[0])))
     found = [(int(address, 16), label) for address, label in _BUNDLE.findall(text)]
     branches = [place for place, label in found if label]
     longest = max(end - start for start, end in zip([0, *branches], [*branches, len(found)]))
@@ -96,9 +96,8 @@ def _arrays(shape):
 
 
 def _compile_alone(call, generation):
-    """-> (the sizes of the kernel's grid, whether one is parallel). libtpu writes the schedule."""
+    """libtpu writes the schedule."""
     import jax
-    from jax.extend.mlir import ir
 
     dimensions = Topology(generation, ()).kind.dimensions
     sharding = jax.sharding.SingleDeviceSharding(Topology(generation, (2, 2, 1)[:dimensions]).devices()[0])
@@ -109,12 +108,7 @@ def _compile_alone(call, generation):
     config = json.dumps({"custom_call_config": call["config"]})
     kernel = jax.ffi.ffi_call(TARGET, results, custom_call_api_version=1, legacy_backend_config=config)
     jax.jit(kernel).lower(*operands).compile()
-    with ir.Context() as context:
-        context.allow_unregistered_dialects = True
-        module = str(ir.Module.parse(base64.b64decode(call["config"]["body"])))
-    grid = re.findall(r"iteration_bounds = array<i64: ([\d, ]+)>", module)
-    return [int(n) for n in re.findall(r"\d+", "".join(grid))], "dimension_semantics<parallel>" in module
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile_alone(**json.load(sys.stdin))))
+    _compile_alone(**json.load(sys.stdin))
