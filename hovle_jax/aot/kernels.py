@@ -5,7 +5,6 @@ alone, by a process of its own in which libtpu writes down the instruction bundl
 cycle. What was read is kept in the cache folder, by kernel, shapes, chip and version of libtpu.
 """
 
-import base64
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -38,8 +37,7 @@ class Schedule:
     bundles: int  # of all of it, each once
     longest: int  # the most bundles between two branches: what a step of the grid does at least
     loops: int  # inside a step, whose bundles count once, as nothing says how often they run
-    steps: int  # of the grid
-    parallel: bool  # whether the steps are spread over the cores of a chip that has several
+    steps: int  # of the grid; of a core's share of it, where a chip's cores share its parallel dimensions
 
 
 def call_of(computation: Computation, x: Instruction) -> dict[str, Any]:
@@ -53,7 +51,8 @@ def call_of(computation: Computation, x: Instruction) -> dict[str, Any]:
 def schedule(call: dict[str, Any], target: Topology) -> Schedule | None:
     """Of a call on a chip of the target's generation; None where libtpu does not compile the kernel alone."""
     text = json.dumps({"call": call, "generation": target.generation}, sort_keys=True)
-    version = f"{importlib.metadata.version('libtpu')} {os.environ.get(_FLAGS, '')}"
+    fields = [field.name for field in dataclasses.fields(Schedule)]
+    version = f"{fields} {importlib.metadata.version('libtpu')} {os.environ.get(_FLAGS, '')}"
     path = cache_dir("kernels") / f"{hashlib.sha256((version + text).encode()).hexdigest()[:32]}.json"
     if not path.exists():
         found = _compiled(text)
@@ -74,18 +73,17 @@ def _compiled(text):
         made = subprocess.run(command, input=text, text=True, capture_output=True, env=os.environ | own, check=False)
         texts = [path.read_text() for path in pathlib.Path(folder).glob("*[0-9]-final_bundles.txt")]
     kernels = [text for text in texts if re.search(r"entry bundle: .*custom-call\(", text)]
-    body = base64.b64decode(json.loads(text)["call"]["config"]["body"])  # MLIR's bytecode, names as they are
-    return None if made.returncode or len(kernels) != 1 else read(kernels[0], b"semantics<parallel>" in body)
+    return None if made.returncode or len(kernels) != 1 else read(kernels[0])
 
 
-def read(text: str, parallel: bool) -> Schedule:
+def read(text: str) -> Schedule:
     """The text of a kernel's final bundles; the sizes of its grid stand beside each operand that is read in blocks."""
     grid = list(map(int, re.findall(r"\d+", (re.findall(r"iteration_bounds: \(([\d, ]+)\)", text) or [""])[0])))
     found = [(int(address, 16), label) for address, label in _BUNDLE.findall(text)]
     branches = [place for place, label in found if label]
     longest = max(end - start for start, end in zip([0, *branches], [*branches, len(found)]))
     loops = sum(label == "LB" for _, label in found) - (math.prod(grid) > 1)
-    return Schedule(len(found), longest, max(loops, 0), math.prod(grid), parallel)
+    return Schedule(len(found), longest, max(loops, 0), math.prod(grid))
 
 
 def _arrays(shape):
