@@ -20,6 +20,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.hardware import topology
 from hovle_jax.hardware.chips import chip_of
 from hovle_jax.hardware.topology import Topology
+from tests.benchmarks import forecast_calibration
 
 libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
 MICRO = 1e-6
@@ -394,3 +395,9 @@ def test_the_example_of_the_docs_runs(capsys):
     exec(page.split("```python\n")[1].split("```")[0], names)
     ideal = 2 * 4096**3 / 16 / 197e12
     assert ideal < names["found"].kinds["matmul"][0] < 1.5 * ideal and "matmul" in capsys.readouterr().out
+
+
+def test_published_flops_become_seconds_as_where_both_are_published():
+    case = forecast_calibration.CASES["Llama-3.1-8B"]
+    seconds = forecast_calibration.maxtext_seconds(case.stack, case.vocab, case.rows, case.length, 413.433)
+    assert seconds == pytest.approx(case.measured, rel=1e-3)
