@@ -176,7 +176,8 @@ class _Walk:
         self.estimates += 1
         if found.loops:
             self.unknown[f"{_stem(x)}: loops in a step, counted once"] = None
-        return self._machine.stepped(found, self._unmasked(scope, x))
+        steps = found.steps * self._unmasked(scope, x)
+        return np.asarray([found.longest, found.bundles]) * steps / self._machine.clock
 
     def _unmasked(self, scope, x):
         """The share of a kernel's steps that its mask does not let it skip: splash attention's second operand."""

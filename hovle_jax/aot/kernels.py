@@ -5,7 +5,6 @@ alone, by a process of its own in which libtpu writes down the instruction bundl
 cycle. What was read is kept in the cache folder, by kernel, shapes, chip and version of libtpu.
 """
 
-import base64
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -38,8 +37,7 @@ class Schedule:
     bundles: int  # of all of it, each once
     longest: int  # the most bundles between two branches: what a step of the grid does at least
     loops: int  # inside a step, whose bundles count once, as nothing says how often they run
-    steps: int  # of the grid
-    parallel: bool  # whether the steps are spread over the cores of a chip that has several
+    steps: int  # of the grid; of a core's share of it, where a chip's cores share its parallel dimensions
 
 
 def call_of(computation: Computation, x: Instruction) -> dict[str, Any]:
@@ -53,7 +51,8 @@ def call_of(computation: Computation, x: Instruction) -> dict[str, Any]:
 def schedule(call: dict[str, Any], target: Topology) -> Schedule | None:
     """Of a call on a chip of the target's generation; None where libtpu does not compile the kernel alone."""
     text = json.dumps({"call": call, "generation": target.generation}, sort_keys=True)
-    version = f"{importlib.metadata.version('libtpu')} {os.environ.get(_FLAGS, '')}"
+    fields = [field.name for field in dataclasses.fields(Schedule)]
+    version = f"{fields} {importlib.metadata.version('libtpu')} {os.environ.get(_FLAGS, '')}"
     path = cache_dir("kernels") / f"{hashlib.sha256((version + text).encode()).hexdigest()[:32]}.json"
     if not path.exists():
         found = _compiled(text)
@@ -74,18 +73,17 @@ def _compiled(text):
         made = subprocess.run(command, input=text, text=True, capture_output=True, env=os.environ | own, check=False)
         texts = [path.read_text() for path in pathlib.Path(folder).glob("*[0-9]-final_bundles.txt")]
     kernels = [text for text in texts if re.search(r"entry bundle: .*custom-call\(", text)]
-    if made.returncode or len(kernels) != 1:
-        return None
-    return read(kernels[0], *json.loads(made.stdout.splitlines()[-1]))
+    return None if made.returncode or len(kernels) != 1 else read(kernels[0])
 
 
-def read(text: str, grid: list[int], parallel: bool) -> Schedule:
-    """The text of a kernel's final bundles."""
+def read(text: str) -> Schedule:
+    """The text of a kernel's final bundles; the sizes of its grid stand beside each operand that is read in blocks."""
+    grid = list(map(int, re.findall(r"\d+", (re.findall(r"iteration_bounds: \(([\d, ]+)\)", text) or [""])[0])))
     found = [(int(address, 16), label) for address, label in _BUNDLE.findall(text)]
     branches = [place for place, label in found if label]
     longest = max(end - start for start, end in zip([0, *branches], [*branches, len(found)]))
     loops = sum(label == "LB" for _, label in found) - (math.prod(grid) > 1)
-    return Schedule(len(found), longest, max(loops, 0), math.prod(grid), parallel)
+    return Schedule(len(found), longest, max(loops, 0), math.prod(grid))
 
 
 def _arrays(shape):
@@ -96,9 +94,8 @@ def _arrays(shape):
 
 
 def _compile_alone(call, generation):
-    """-> (the sizes of the kernel's grid, whether one is parallel). libtpu writes the schedule."""
+    """libtpu writes the schedule."""
     import jax
-    from jax.extend.mlir import ir
 
     dimensions = Topology(generation, ()).kind.dimensions
     sharding = jax.sharding.SingleDeviceSharding(Topology(generation, (2, 2, 1)[:dimensions]).devices()[0])
@@ -109,12 +106,7 @@ def _compile_alone(call, generation):
     config = json.dumps({"custom_call_config": call["config"]})
     kernel = jax.ffi.ffi_call(TARGET, results, custom_call_api_version=1, legacy_backend_config=config)
     jax.jit(kernel).lower(*operands).compile()
-    with ir.Context() as context:
-        context.allow_unregistered_dialects = True
-        module = str(ir.Module.parse(base64.b64decode(call["config"]["body"])))
-    grid = re.findall(r"iteration_bounds = array<i64: ([\d, ]+)>", module)
-    return [int(n) for n in re.findall(r"\d+", "".join(grid))], "dimension_semantics<parallel>" in module
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile_alone(**json.load(sys.stdin))))
+    _compile_alone(**json.load(sys.stdin))

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from hovle_jax.aot.hlo.collectives import Collective
-from hovle_jax.aot.kernels import Schedule
 from hovle_jax.errors import UserError
 from hovle_jax.hardware.chips import Chip, chip_of, key_of
 from hovle_jax.hardware.topology import GENERATIONS, Topology
@@ -51,12 +50,6 @@ class Machine:
     def estimated(self, cycles: int, streams: bool) -> np.ndarray:
         """[low, high] seconds of what libtpu expects these cycles of."""
         return np.asarray([cycles / CORES[self.topology.generation][1] if streams else cycles, cycles]) / self.clock
-
-    def stepped(self, kernel: Schedule, share: float) -> np.ndarray:
-        """[low, high] seconds of a share of a kernel's steps, by all cores of a device where they are parallel."""
-        kind = self.topology.kind
-        steps = kernel.steps * share * (kind.devices_per_chip / kind.cores_per_chip if kernel.parallel else 1)
-        return np.asarray([kernel.longest, kernel.bundles]) * steps / self.clock
 
     def moved(self, size: int) -> float:
         """Seconds in which a device's memory gives or takes so many bytes."""

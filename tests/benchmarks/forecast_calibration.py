@@ -55,7 +55,7 @@ def maxtext_seconds(stack, vocab, rows, length, tera):
 
 
 _8B = (32, 4096, 32, 8, 14336)
-_16B, _32B = (32, 4096, 64, 64, 28672), (32, 8192, 64, 64, 28672)
+_16B, _32B, _128B = (32, 4096, 64, 64, 28672), (32, 8192, 64, 64, 28672), (64, 8192, 128, 128, 57344)
 _OFFLOADS = "keeps query, key, value and output in the host's memory: recomputes less; blocks of 2,048; whole head"
 CASES = {
     "Llama-3.1-8B": Case(
@@ -63,8 +63,8 @@ CASES = {
         differs=_OFFLOADS,
     ),
     "Mistral-7B": Case(
-        "v6e-8", _8B, 32768, 6, 8192, 6.320, f"{RECIPES}Mistral-7B-MaxText", vocab_chunk=8192, flags=VMEM,
-        differs=_OFFLOADS,
+        "v6e-8", _8B, 32768, 6, 8192, 6.320, f"{RECIPES}Mistral-7B-MaxText", remat="offload", vocab_chunk=8192,
+        flags=VMEM, differs=_OFFLOADS,
     ),
     "Llama-3.1-8B, 256 chips": Case(
         "v6e-256", _8B, 128256, 4, 8192, 4.546, f"{RECIPES}Llama3.1-8B-MaxText/v6e-256", vocab_chunk=8192, flags=VMEM,
@@ -76,9 +76,9 @@ CASES = {
     "MaxText 32B": Case(
         "v5e-256", _32B, 32000, 4, 2048, maxtext_seconds(_32B, 32000, 4, 2048, 132), f"{CONFIGS}v5e",
     ),
-    "MaxText 32B, v5p": Case(
-        "v5p-128", _32B, 32000, 6, 2048, maxtext_seconds(_32B, 32000, 6, 2048, 328), f"{CONFIGS}v5p", remat="dots",
-        tensor=4,
+    "MaxText 128B": Case(
+        "v5p-256", _128B, 32000, 1, 2048, maxtext_seconds(_128B, 32000, 1, 2048, 315), f"{CONFIGS}v5p", remat="dots",
+        tensor=8,
     ),
 }  # fmt: skip
 
