@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from hovle_jax.model.execution import local_matmul
+from hovle_jax.sharding.mesh import per_shard, sizes
 from hovle_jax.sharding.rules import FSDP, as_axes, padded
 
 LARGE_SHARD = 128 * 1024  # bytes from which an all-gather goes over two dimensions of the torus at once
@@ -36,7 +37,7 @@ class MatmulSharding:
       phases: sizes of the torus' dimensions under fsdp, outermost first (see `mesh.torus`).
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     x: PartitionSpec = PartitionSpec()
     kernel: PartitionSpec = PartitionSpec()
     gradient: PartitionSpec = PartitionSpec()
@@ -51,7 +52,7 @@ class MatmulSharding:
     @classmethod
     def of(
         cls,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         x: PartitionSpec,
         kernel: PartitionSpec,
         gradient: PartitionSpec,
@@ -84,10 +85,9 @@ class MatmulSharding:
 
     def per_shard(self, local: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
         """`local` on each device's shards of its arguments; as it is on one device."""
-        if self.mesh is None or self.mesh.size == 1:
+        if self.mesh is None or math.prod(sizes(self.mesh).values()) == 1:
             return local
-        # Kernels and gathered shards do not say over which axes they vary.
-        return jax.shard_map(local, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
+        return per_shard(self.mesh, local, in_specs, out_specs)
 
 
 def _dimension_of_fsdp(spec):
