@@ -96,14 +96,18 @@ def test_inputs_of_layers_can_wait_in_the_hosts_memory():
 
 
 @libtpu
-@pytest.mark.parametrize("program", ["prefill", "decode"])
-def test_inference(program):
-    report = compile_for(small("instruct"), topology.find("v5e-4"), program, new_tokens=64)
+@pytest.mark.parametrize("program, rows, length", [("prefill", 32, 512), ("decode", 64, 2048)])
+def test_inference(program, rows, length):
+    config = small("instruct", rows=rows, length=length)
+    report = compile_for(config, topology.find("v5e-4"), program, new_tokens=64)
     assert report.setting["program"] == program and report.step is None and report.fits
-    # The caches' mask is not that of whole rows: no kernel, and the report names none.
-    assert [(used["implementation"], used["kernels"]) for used in report.attention.values()] == [("xla", 0)] * 2
-    caches = 2 * 2 * 2 * 32 * (512 + 64) * 128 * 2 / 4  # stacks, layers, keys and values, rows, room, width, bf16
+    # What a prompt's rows are read in is a kernel; the mask of filled caches is not that of whole rows.
+    used = ("splash", 1) if program == "prefill" else ("xla", 0)
+    assert [(used["implementation"], used["kernels"]) for used in report.attention.values()] == [used] * 2
+    caches = 2 * 2 * 2 * rows * (length + 64) * 128 * 2 / 4  # stacks, layers, keys and values, rows, room, width, bf16
     assert report.arguments["cache"] == pytest.approx(caches, rel=0.01)
+    if program == "decode":  # which updates them in place
+        assert report.memory["temporaries"] < caches / 16
     assert report.hbm_seconds == (report.arguments["cache"] + report.arguments["params"]) / 819e9
     text = text_of(report)
     assert f"instruct:hovle {program} on v5e-4" in text and f"caches {caches / 1e9:.2f} GB a device" in text

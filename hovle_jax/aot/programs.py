@@ -55,9 +55,10 @@ def arguments(config: RunConfig, run: Run, program: str = "train", new_tokens: i
         raise UserError(f"a run of {config.stage} gives no model that answers; take the config of another stage")
     hovle = run.models.hovle
     capacities = [batch[name].shape[1] + new_tokens for name in ("tokens", "long_tokens") if name in batch]
-    empty = jax.eval_shape(lambda: hovle.empty_cache(rows, capacities[0], capacities[-1], hovle.execution.dtype))
+    cache = jax.eval_shape(lambda: hovle.empty_cache(rows, capacities[0], capacities[-1], hovle.execution.dtype))
+    cache = cache if program == "prefill" else cache.begun()
     placed = lambda leaf, sharding: shape(leaf.shape, leaf.dtype, sharding=sharding)
-    cache = jax.tree.map(placed, empty, placement.cache_shardings(empty))
+    cache = jax.tree.map(placed, cache, placement.cache_shardings(cache))
     new = {"batch": batch} if program == "prefill" else {"token": of_rows((), jnp.int32), "active": of_rows((), bool)}
     return {"params": params, **new, "cache": cache}
 

@@ -131,7 +131,7 @@ def step_of(flops: StepFlops, least: dict[str, float], target: Topology, found: 
 def _attention(config, run, program, operations):
     """Of the decoder stacks and the teacher's tower: what was chosen, and whether the program has kernels of it."""
     stage, made = find(config.stage), {}
-    asked, whole = run.models.execution.attention, program == "train"  # over caches a mask is not whole
+    asked, whole = run.models.execution.attention, program != "decode"  # over caches a mask is not whole
     for component in (c for c in stage.components if c in STACKS and c not in stage.partial):
         is_decoder, vision = component != "teacher", config.teacher and config.teacher.vision
         head_dim = getattr(config.model, component).stack.head_dim if is_decoder else vision.width // vision.num_heads
