@@ -18,7 +18,7 @@ from hovle_jax.aot import report as reports
 from hovle_jax.aot.hlo.collectives import collectives, summary
 from hovle_jax.aot.least_traffic import least_traffic
 from hovle_jax.aot.programs import TooLarge, compile_for
-from hovle_jax.aot.remedies import remedies
+from hovle_jax.aot.remedies import Excess, remedies
 from hovle_jax.aot.report import text_of
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
@@ -125,9 +125,32 @@ def test_a_kernel_that_the_program_does_not_have_is_not_reported():
 
 
 @libtpu
+def test_what_a_run_holds_beside_a_program_must_fit_too():
+    step = compiled("instruct", "hovle")
+    assert step.beside == {"the next batch": step.arguments["batch"]}
+    text = text_of(step)
+    assert f"beside it the next batch {step.arguments['batch'] / 1e9:.2f} GB" in text and "DOES NOT FIT" not in text
+    room = step.memory["peak"] + step.arguments["batch"]
+    for available, fits in ((room, True), (room - 1, False)):
+        changed = dataclasses.replace(step, memory=step.memory | {"available": available})
+        assert changed.fits == fits and ("DOES NOT FIT" in text_of(changed)) != fits
+
+
+@libtpu
+@pytest.mark.slow
+def test_evaluation_reads_a_batch_in_the_parts_of_a_step():
+    """At once it takes the memory of 16 rows of a device, where a step takes that of one."""
+    report = lambda **how: compile_for(small("instruct", rows=256, **how), topology.find("v5e-16"), "evaluation")
+    whole, parts = report(execution={"accumulate": 1}), report()
+    assert whole.memory["temporaries"] > 2 * parts.memory["temporaries"]
+    assert set(whole.beside) == {"moments", "a batch to train on"} and whole.step is whole.hbm_seconds is None
+    assert "instruct:hovle evaluation on v5e-16" in text_of(whole)
+
+
+@libtpu
 def test_a_step_that_does_not_fit_names_its_size_and_what_takes_less():
     config = small("instruct", rows=16 * 1024, length=2048, execution={"remat": "none", "accumulate": 1})
-    with pytest.raises(TooLarge, match=r"needs [\d.]+ GB of 16\.\d GB a device. What takes less: ") as error:
+    with pytest.raises(TooLarge, match=r"needs [\d.]+ GB of 16\.\d GB a device, with .* less: ") as error:
         compile_for(config, topology.find("v5e-16"))
     assert "--config.execution.accumulate=-1" in str(error.value) and error.value.needed > 16e9
 
@@ -139,24 +162,42 @@ def set_up_here(stage="instruct", rows=64, **execution):
     return config, setup.build(config, make_mesh(config.mesh))
 
 
-def flags_of(stage="instruct", rows=64, place="v5e-16", program="train", **execution):
-    """The flags that `remedies` names."""
+GIB = 2**30
+
+
+def remedies_of(stage="instruct", rows=64, place="v5e-16", program="train", needed=20, batch=1, state=2, **execution):
+    """What `remedies` says of a program that needs so many GiB of 16."""
     config, run = set_up_here(stage, rows, **execution)
-    said = remedies(config, run, topology.find(place), program, {"batch": 3e9, "cache": 2e9})
-    return [sentence.split("--")[1].split(" ")[0].removeprefix("config.") for sentence in said], said
+    of_rows = "batch" if program == "train" else "cache"
+    beside = batch * (program == "train")  # the next batch
+    sizes = {"state": state * GIB, of_rows: batch * GIB}
+    excess = Excess(needed * GIB, 16 * GIB, sizes, beside * GIB, (batch + beside) * GIB)
+    return remedies(config, run, topology.find(place), program, excess)
 
 
-def test_only_what_changes_something_is_named():
-    flags, said = flags_of(remat="dots", zero=1, accumulate=2)
-    rest = ["execution.remat=full", "execution.zero=3", "data.batch_size", "topology"]
-    assert flags == ["execution.accumulate=-1", *rest]
-    assert "or 4)" in said[0] and "3.0 GB of a device" in said[3] and "v5e-32 has 32 chips" in said[4]
-    assert flags_of(remat="full", accumulate=8)[0] == ["execution.remat=offload", "data.batch_size", "topology"]
-    assert flags_of(remat="offload", rows=8, place="v5e-256")[0] == []
+def flags_of(said):
+    return [sentence.split("--")[1].split(" ")[0].removeprefix("config.") for sentence in said]
+
+
+def test_flags_are_named_that_change_something_and_all_of_them_together():
+    said = remedies_of(remat="dots", zero=1, accumulate=2)
+    both = "--config.execution.accumulate=-1 --config.execution.remat=full"
+    rest = ["execution.accumulate=-1", "plan,", "execution.zero=3", "topology=v5e-256"]
+    assert flags_of(said) == ["execution.accumulate=-1", "execution.remat=full", *rest] and said[2].endswith(both)
+    one, plan_, larger = remedies_of(remat="full", accumulate=8)  # rows of 2 GiB cannot make up for 5
+    assert "remat=offload" in one and plan_.startswith("--plan") and "256 chips a slice instead of 16" in larger
     # A loss that compares all rows is read at once.
-    assert flags_of("contrast", remat="offload", place="v5e-256")[0] == ["data.batch_size"]
-    flags, said = flags_of(program="decode")
-    assert flags == ["data.batch_size", "topology"] and "its cache takes 2.0 GB" in said[0]
+    assert flags_of(remedies_of("contrast", remat="offload", place="v5e-256", needed=17)) == []
+
+
+def test_what_no_flag_of_the_execution_changes_is_not_tried_with_them():
+    """State and batches alone do not fit: fewer rows do, or more chips. Of 64 rows 2 GiB of 16 are too many."""
+    said = remedies_of(needed=16, batch=8, state=1, rows=64, place="v5e-16")
+    assert flags_of(said) == ["data.batch_size=32", "topology=v5e-32"] and "its batch takes 17.2 GB" in said[0]
+    assert flags_of(remedies_of(needed=9, batch=8, state=1, rows=64)) == ["data.batch_size=56", "topology=v5e-32"]
+    fewer, larger = remedies_of(needed=20, batch=8, state=1, rows=64, program="decode")
+    assert fewer.startswith("--config.data.batch_size=32 (fits: its cache takes 8.6 GB") and "v5e-32" in larger
+    assert flags_of(remedies_of(needed=40, batch=8, state=20, rows=64, place="v5e-256")) == []
 
 
 @pytest.mark.parametrize("zero", [3, 0])

@@ -60,7 +60,7 @@ def test_blocks_divide_the_row():
 
 
 def test_rows_are_padded_to_blocks_that_are_large():
-    """HD's long stream of 14,080 in 14 blocks of 1,024, whose gradients of queries are written and summed, not in 22."""
+    """HD's long stream of 14,080 in 14 blocks of 1,024, each of which has gradients to be summed, not in 22."""
     assert splash_length(14_080) == 14_336 and splash_block(14_336) == 1024
     assert [splash_length(length) for length in (100, 600, 4096, 8192)] == [128, 640, 4096, 8192]
     assert splash_length(1025) == 1152 and splash_length(4224) == 4480  # and not to 2,048 and 5,120

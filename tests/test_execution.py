@@ -22,7 +22,7 @@ from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training.setup import accumulation
 from hovle_jax.training.stages import STAGES
-from hovle_jax.training.step import gradients, microbatch, total_loss, train_step
+from hovle_jax.training.step import eval_step, gradients, microbatch, total_loss, train_step
 from tests import micro
 from tests.trees import assert_close, host
 
@@ -233,6 +233,20 @@ def test_copies_of_the_model_sum_their_gradients_once_a_step(stage, parts, rows,
         assert sum(c.operand_bytes * c.times for c in beyond) <= shards + 64
     else:
         assert mesh_config.tensor > 1
+
+
+def test_held_out_losses_are_read_in_the_parts_of_a_step():
+    """Else they take the memory of a whole batch, of which a step needs a microbatch's."""
+    config, sums, memory = micro.run_config("pretrain"), [], []
+    for parts in (1, 4):
+        run = micro.run(dataclasses.replace(config, execution=ExecutionConfig(accumulate=parts)))
+        given = micro.params(config), run.placement.put_batch(micro.dataset(config)[0])
+        compiled = eval_step.lower(*given, stage="pretrain", run=run).compile()
+        sums.append(compiled(*given)["loss"])
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert memory[0] > 2 * memory[1]
+    np.testing.assert_allclose(sums[1], sums[0], rtol=1e-6)
+    assert float(sums[0][1]) > 0
 
 
 def test_microbatches_take_rows_of_every_device():

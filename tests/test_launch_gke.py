@@ -113,7 +113,7 @@ def test_the_manifest_says_what_was_given():
 
 
 def test_preemptions_are_not_counted_as_failures_are():
-    """The Job of a slice fails for the reason PodFailurePolicy where a rule of its own says so, else for its backoffLimit."""
+    """A slice's Job fails for the reason PodFailurePolicy where its own rules say so, else for its backoffLimit."""
     made = manifest()
     policy, of_pods = made["spec"]["failurePolicy"], job(made)["podFailurePolicy"]["rules"]
     (rule,) = policy["rules"]

@@ -22,6 +22,8 @@ from hovle_jax.training.stages import find
 # Component -> the module whose name stands in the operations of its stack.
 STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "VisionTeacher"}
 
+IN_PARTS = ("train", "evaluation")  # programs that read a batch in microbatches
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -33,6 +35,7 @@ class Report:
       arguments: bytes of each argument on a device.
       memory: bytes on a device while the program runs: arguments, temporaries, results (those that take no argument's
         place) and code are the peak, available what it has; host: temporaries in the host's memory.
+      beside: {what else a run holds meanwhile: bytes on a device}.
       attention: {component: implementation that runs, reason why not what was asked for, kernels that are called}.
       collectives: {kind: Total}; sent: bytes that a device sends in all.
       step: of a training step, see `step_of`.
@@ -42,6 +45,7 @@ class Report:
     setting: dict[str, Any]
     arguments: dict[str, int]
     memory: dict[str, float]
+    beside: dict[str, int]
     attention: dict[str, dict[str, Any]]
     collectives: dict[str, collectives.Total]
     sent: float
@@ -50,7 +54,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        return self.memory["peak"] <= self.memory["available"]
+        return self.memory["peak"] + sum(self.beside.values()) <= self.memory["available"]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -64,6 +68,7 @@ def read(
     target: Topology,
     program: str,
     arguments: dict[str, int],
+    beside: dict[str, int],
     compile_seconds: float,
 ) -> Report:
     """Reads a compiled program.
@@ -71,13 +76,14 @@ def read(
     Args:
       run: that it was lowered for.
       arguments: bytes of each of its arguments on a device.
+      beside: see `programs.beside`.
     """
     text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
     found = collectives.collectives(text, mesh.size // target.slices)
     chip, step, hbm = chip_of(target.generation), None, None
     if program == "train":
         step = step_of(flops_of(config, run), least_traffic(find(config.stage), run), target, found)
-    else:
+    elif "cache" in arguments:
         hbm = (arguments["params"] + arguments["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
     setting = {"name": f"{config.stage}:{config.preset}", "program": program, "topology": target.name}
     setting |= {"slices": target.slices, "devices": mesh.size, "mesh": dict(mesh.shape), "rows": data.batch_size}
@@ -86,6 +92,7 @@ def read(
         setting=setting | {"remat": config.execution.remat, "compile_seconds": compile_seconds},
         arguments=arguments,
         memory=_memory(compiled.memory_analysis(), chip.hbm_bytes / target.kind.devices_per_chip),
+        beside=beside,
         attention=_attention(config, run, program, collectives.kernels(text)),
         collectives=collectives.summary(found),
         sent=sum(c.bytes for c in found),
@@ -156,10 +163,11 @@ def _program(r):
     s, m = r.setting, r.memory
     mesh = " x ".join(f"{axis}={size}" for axis, size in s["mesh"].items() if size > 1) or "one device"
     yield f"{s['name']} {s['program']} on {s['topology']}: {s['devices']:,} devices, mesh {mesh}"
-    how = f", in {s['microbatches']} microbatch(es), remat {s['remat']}" if r.step else ""
+    how = f", in {s['microbatches']} microbatch(es), remat {s['remat']}" if s["program"] in IN_PARTS else ""
     yield f"  batch        {s['rows']:,} rows of {s['length']:,} tokens and {s['tiles']} tiles{how}"
     yield f"  compiled     in {s['compile_seconds']:.0f} s"
     parts = ", ".join(f"{name} {gb(m[name])}" for name in ("arguments", "temporaries", "results", "code"))
+    parts += "".join(f"; beside it {what} {gb(size)}" for what, size in r.beside.items())
     parts += f"; {gb(m['host'])} in the host's memory" * (m["host"] > 0) + "; DOES NOT FIT" * (not r.fits)
     yield f"  memory       {gb(m['peak'])} of {gb(m['available'])} a device: {parts}"
     for stack, a in r.attention.items():
@@ -194,5 +202,7 @@ def _step(r):
 
 
 def _inference(r):
+    if r.hbm_seconds is None:
+        return
     held = f"parameters {gb(r.arguments['params'])} and caches {gb(r.arguments['cache'])} a device"
     yield f"  HBM          {held}: {1000 * r.hbm_seconds:.3g} ms to read them once at the published bandwidth"

@@ -213,8 +213,8 @@ def _splash_kernel(heads, length, causal, head_shards, length_shards):
 def splash_length(length: int, shards: int = 1) -> int:
     """The length that rows are padded to: of those that blocks of 128 to SPLASH_BLOCK divide, that which costs least.
 
-    A causal row of n tokens meets n (n + block) / 2 pairs, and a block's own work is as much as that of SMALL_BLOCK more
-    of its tokens: 14,080 tokens are faster as 14 blocks of 1,024 than as 22 of 640.
+    A causal row of n tokens meets n (n + block) / 2 pairs, and a block's own work is as much as that of SMALL_BLOCK
+    more of its tokens: 14,080 tokens are faster as 14 blocks of 1,024 than as 22 of 640.
 
     Args:
       shards: of the row; each is whole blocks.

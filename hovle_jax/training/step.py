@@ -120,7 +120,13 @@ def train_step_for(run: Run) -> Callable:
     return jax.jit(getattr(train_step, "__wrapped__"), **_JIT, compiler_options=options) if options else train_step
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "models"))
-def eval_step(params: Params, batch: dict, *, stage: str, models: Models) -> Pairs:
-    """The sums and weights of the stage's losses on a batch, without an update."""
-    return STAGES[stage].losses(models, params, batch)
+@functools.partial(jax.jit, static_argnames=("stage", "run"))
+def eval_step(params: Params, batch: dict, *, stage: str, run: Run) -> Pairs:
+    """The sums and weights of the stage's losses on a batch, without an update; in as many parts as a step reads."""
+    losses = lambda rows: STAGES[stage].losses(run.models, params, rows)
+    if run.accumulate == 1:
+        return losses(batch)
+    of_part = lambda i: losses(microbatch(batch, i, run.accumulate))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, 0))
+    add = lambda totals, i: (jax.tree.map(jnp.add, totals, of_part(i)), None)
+    return jax.lax.scan(add, zeros, jnp.arange(run.accumulate))[0]
