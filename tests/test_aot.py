@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -276,7 +277,7 @@ def test_neighbours_on_the_torus_are_neighbours_on_the_mesh():
 
 @libtpu
 @pytest.mark.parametrize(
-    "name, kib", [("v5e-256", 32), ("v5e-256", 512), ("v5p-128", 512), ("v6e-256", 512), ("v4-32", 32)]
+    "name, kib", [("v5e-256", 32), ("v5e-256", 512), ("v5e-64", 128), ("v5p-128", 512), ("v6e-256", 512), ("v4-32", 32)]
 )
 def test_a_matmul_gathers_twice_and_scatters_once_on_every_torus(name, kib):
     """A shard of so many KiB; an all-reduce in place of any of the three would move twice its bytes."""
@@ -297,6 +298,32 @@ def test_a_matmul_gathers_twice_and_scatters_once_on_every_torus(name, kib):
     if options and kib == 512:  # the options hand all of them to another core
         calls = sum(text.count('async_execution_thread="sparsecore"') for text in texts)
         assert calls >= 3
+
+
+SLICES = [f"{generation}-{chips}" for generation in ("v5e", "v6e") for chips in (8, 16, 32, 64, 128, 256)]
+SLICES += [f"v5p-{cores}" for cores in (16, 32, 64, 128, 256)] + ["v4-32", "v4-64"]
+
+
+@libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLICES)
+def test_a_kernel_is_gathered_and_not_reduced_on_every_slice(name):
+    """Shards of 64 to 512 KiB along either dimension: those of the paper's kernels on these slices."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1), topology.find(name).devices())
+    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    array = lambda shape, sharding: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+    options = compiler_options(mesh.devices.flat[0].device_kind)
+    for kib, axes in itertools.product((64, 128, 256, 512), (("embed", "mlp"), ("mlp", "embed"))):
+        width, other = 2048, kib * mesh.size // 4
+        shape, sharding = (
+            ((width, other), place("fsdp")) if axes[0] == "embed" else ((other, width), place(None, "fsdp"))
+        )
+        matmul = functools.partial(Placement(mesh).matmul, axes=axes)
+        rows = array((mesh.size, 256, shape[0]), place("fsdp"))
+        text = jax.jit(matmul).lower(rows, array(shape, sharding)).compile(options).as_text()
+        found, least = summary(collectives(text)), (mesh.size - 1) * kib * 1024
+        assert "all-reduce" not in found, (name, kib, axes)
+        assert least <= sum(total.bytes for total in found.values()) <= 17 / 16 * least, (name, kib, axes)
 
 
 @libtpu
