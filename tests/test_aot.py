@@ -20,7 +20,7 @@ from hovle_jax.aot.hlo.collectives import collectives, summary
 from hovle_jax.aot.least_traffic import least_traffic
 from hovle_jax.aot.programs import TooLarge, compile_for
 from hovle_jax.aot.remedies import Excess, remedies
-from hovle_jax.aot.report import text_of
+from hovle_jax.aot.report import gb, text_of
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hardware import topology
@@ -111,7 +111,7 @@ def test_inference(program, rows, length):
         assert report.memory["temporaries"] < caches / 16
     assert report.hbm_seconds == (report.arguments["cache"] + report.arguments["params"]) / 819e9
     text = text_of(report)
-    assert f"instruct:hovle {program} on v5e-4" in text and f"caches {caches / 1e9:.2f} GB a device" in text
+    assert f"instruct:hovle {program} on v5e-4" in text and f"caches {gb(caches)} a device" in text
     with pytest.raises(UserError, match="distill gives no model that answers"):
         compile_for(small("distill"), topology.find("v5e-4"), program)
 
@@ -130,7 +130,7 @@ def test_what_a_run_holds_beside_a_program_must_fit_too():
     step = compiled("instruct", "hovle")
     assert step.beside == {"the next batch": step.arguments["batch"]}
     text = text_of(step)
-    assert f"beside it the next batch {step.arguments['batch'] / 1e9:.2f} GB" in text and "DOES NOT FIT" not in text
+    assert f"beside it the next batch {gb(step.arguments['batch'])}" in text and "DOES NOT FIT" not in text
     room = step.memory["peak"] + step.arguments["batch"]
     for available, fits in ((room, True), (room - 1, False)):
         changed = dataclasses.replace(step, memory=step.memory | {"available": available})
@@ -161,6 +161,12 @@ def set_up_here(stage="instruct", rows=64, **execution):
     config = micro.run_config(stage, data=dict(batch_size=rows), mesh=MeshConfig(data=1, fsdp=8))
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, **execution))
     return config, setup.build(config, make_mesh(config.mesh))
+
+
+def test_sizes_have_the_unit_that_shows_them():
+    assert [gb(size) for size in (0, 4.5e6, 49.9e6, 50e6, 2.43e9)] == [
+        "0.00 GB", "4.5 MB", "49.9 MB", "0.05 GB", "2.43 GB",
+    ]  # fmt: skip
 
 
 GIB = 2**30

@@ -156,7 +156,8 @@ def text_of(report: Report) -> str:
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    """Bytes in GB, where there are some hundredths of one, else in MB."""
+    return f"{size / 1e6:.3g} MB" if 0 < size < 5e7 else f"{size / 1e9:.2f} GB"
 
 
 def _program(r):
