@@ -24,6 +24,8 @@ from hovle_jax.training.stages import find
 STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "VisionTeacher"}
 PARTS = {module: name for name, module in STACKS.items()} | {work.LOSS: "head and loss", work.REST: "optimizer"}
 
+IN_PARTS = ("train", "evaluation")  # programs that read a batch in microbatches
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -35,6 +37,7 @@ class Report:
       arguments: bytes of each argument on a device.
       memory: bytes on a device while the program runs: arguments, temporaries, results (those that take no argument's
         place) and code are the peak, available what it has; host: temporaries in the host's memory.
+      beside: {what else a run holds meanwhile: bytes on a device}.
       attention: {component: implementation that runs, reason why not what was asked for, kernels that are called}.
       collectives: {kind: Total}; sent: bytes that a device sends in all.
       step: of a training step, see `step_of`.
@@ -46,6 +49,7 @@ class Report:
     setting: dict[str, Any]
     arguments: dict[str, int]
     memory: dict[str, float]
+    beside: dict[str, int]
     attention: dict[str, dict[str, Any]]
     collectives: dict[str, collectives.Total]
     sent: float
@@ -56,7 +60,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        return self.memory["peak"] <= self.memory["available"]
+        return self.memory["peak"] + sum(self.beside.values()) <= self.memory["available"]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,6 +74,7 @@ def read(
     target: Topology,
     program: str,
     arguments: dict[str, int],
+    beside: dict[str, int],
     compile_seconds: float,
     with_forecast: bool = True,
 ) -> Report:
@@ -78,6 +83,7 @@ def read(
     Args:
       run: that it was lowered for.
       arguments: bytes of each of its arguments on a device.
+      beside: see `programs.beside`.
       with_forecast: kernels that were not seen before are compiled for it, once more and alone.
     """
     text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
@@ -87,7 +93,7 @@ def read(
     if program == "train":
         step = step_of(flops_of(config, run), least_traffic(find(config.stage), run), target, found)
         speed = predicted and speed_of(predicted, flops_of(config, run), target, data.batch_size * data.sequence_length)
-    else:
+    elif "cache" in arguments:
         hbm = (arguments["params"] + arguments["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
     setting = {"name": f"{config.stage}:{config.preset}", "program": program, "topology": target.name}
     setting |= {"slices": target.slices, "devices": mesh.size, "mesh": dict(mesh.shape), "rows": data.batch_size}
@@ -96,6 +102,7 @@ def read(
         setting=setting | {"remat": config.execution.remat, "compile_seconds": compile_seconds},
         arguments=arguments,
         memory=_memory(compiled.memory_analysis(), chip.hbm_bytes / target.kind.devices_per_chip),
+        beside=beside,
         attention=_attention(config, run, program, collectives.kernels(text)),
         collectives=collectives.summary(found),
         sent=sum(c.bytes for c in found),
@@ -150,7 +157,7 @@ def speed_of(predicted: Forecast, flops: StepFlops, target: Topology, tokens: in
 def _attention(config, run, program, operations):
     """Of the decoder stacks and the teacher's tower: what was chosen, and whether the program has kernels of it."""
     stage, made = find(config.stage), {}
-    asked, whole = run.models.execution.attention, program == "train"  # over caches a mask is not whole
+    asked, whole = run.models.execution.attention, program != "decode"  # over caches a mask is not whole
     for component in (c for c in stage.components if c in STACKS and c not in stage.partial):
         is_decoder, vision = component != "teacher", config.teacher and config.teacher.vision
         head_dim = getattr(config.model, component).stack.head_dim if is_decoder else vision.width // vision.num_heads
@@ -169,17 +176,19 @@ def text_of(report: Report) -> str:
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    """Bytes in GB, where there are some hundredths of one, else in MB."""
+    return f"{size / 1e6:.3g} MB" if 0 < size < 5e7 else f"{size / 1e9:.2f} GB"
 
 
 def _program(r):
     s, m = r.setting, r.memory
     mesh = " x ".join(f"{axis}={size}" for axis, size in s["mesh"].items() if size > 1) or "one device"
     yield f"{s['name']} {s['program']} on {s['topology']}: {s['devices']:,} devices, mesh {mesh}"
-    how = f", in {s['microbatches']} microbatch(es), remat {s['remat']}" if r.step else ""
+    how = f", in {s['microbatches']} microbatch(es), remat {s['remat']}" if s["program"] in IN_PARTS else ""
     yield f"  batch        {s['rows']:,} rows of {s['length']:,} tokens and {s['tiles']} tiles{how}"
     yield f"  compiled     in {s['compile_seconds']:.0f} s"
     parts = ", ".join(f"{name} {gb(m[name])}" for name in ("arguments", "temporaries", "results", "code"))
+    parts += "".join(f"; beside it {what} {gb(size)}" for what, size in r.beside.items())
     parts += f"; {gb(m['host'])} in the host's memory" * (m["host"] > 0) + "; DOES NOT FIT" * (not r.fits)
     yield f"  memory       {gb(m['peak'])} of {gb(m['available'])} a device: {parts}"
     for stack, a in r.attention.items():
@@ -214,6 +223,8 @@ def _step(r):
 
 
 def _inference(r):
+    if r.hbm_seconds is None:
+        return
     held = f"parameters {gb(r.arguments['params'])} and caches {gb(r.arguments['cache'])} a device"
     yield f"  HBM          {held}: {1000 * r.hbm_seconds:.3g} ms to read them once at the published bandwidth"
 

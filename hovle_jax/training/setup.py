@@ -14,6 +14,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.hardware.compiler_options import compiler_options
 from hovle_jax.sharding.layout import Layout
 from hovle_jax.sharding.placement import Placement
+from hovle_jax.sharding.rules import DATA, TENSOR
 from hovle_jax.training.judging import Rules
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.stages import find
@@ -38,6 +39,21 @@ class Run:
     @property
     def placement(self) -> Placement:
         return self.layout.placement
+
+    @property
+    def sums_once(self) -> bool:
+        """Whether copies of the model accumulate their gradients by themselves, and sum them once a step.
+
+        XLA's partitioner dies of a lookup in a table whose rows `tensor` shards, where `data` is no axis of its own.
+        """
+        mesh = self.placement.mesh
+        return self.accumulate > 1 and mesh.shape[DATA] > 1 and mesh.shape[TENSOR] == 1
+
+    def of_a_copy(self) -> "Run":
+        """The same inside a `shard_map` over the mesh axis `data`."""
+        placement = dataclasses.replace(self.placement, in_copy=True)
+        models = dataclasses.replace(self.models, placement=placement)
+        return dataclasses.replace(self, models=models, layout=dataclasses.replace(self.layout, placement=placement))
 
     def abstract_params(self) -> Params:
         """Shapes with shardings of every parameter that the stage holds."""
