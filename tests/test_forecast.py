@@ -345,6 +345,10 @@ def test_a_mask_that_a_loop_copies_each_time_is_known():
 
 
 def test_what_is_not_known_of_a_kernel_is_listed():
+    part = "  %part = s8[1,1,2]{2,1,0} dynamic-slice(%mask.block_mask_ref, %zero, %zero), dynamic_slice_sizes={1,1,2}"
+    sharded = KERNEL.replace("MASK", "%part").replace("\n", f"\n  %zero = s32[] constant(0)\n{part}\n")
+    found = of(sharded, schedule=lambda call: kernels.Schedule(1500, 1500, 0, 8))
+    assert found.high == close(6e-6) and not found.unknown
     elided = KERNEL.replace("MASK", "%mask.block_mask_ref").replace("{ { { 1, 0 }, { 2, 1 } } }", "{...}")
     found = of(elided, schedule=lambda call: kernels.Schedule(2000, 1500, 1, 8))
     assert found.high == close(2000 * 8 / 1.5e9)

@@ -48,7 +48,7 @@ class Machine:
         return CORES[self.topology.generation][0]
 
     def estimated(self, cycles: int, flops: float) -> np.ndarray:
-        """[low, high] seconds of what libtpu expects these cycles of: memory and matrix units at their peaks; as it says."""
+        """[low, high] seconds of libtpu's cycles: with memory and matrix units at their peaks, and as they are."""
         peak = self.chip.bf16_flops / self.topology.kind.devices_per_chip / self.clock  # FLOPs a cycle
         low = min(cycles, max(cycles / CORES[self.topology.generation][1], flops / peak))
         return np.asarray([low, cycles]) / self.clock
