@@ -59,13 +59,8 @@ def forecast(compiled: jax.stages.Compiled, parts: Mapping[str, str] | None = No
     return of_text(module.to_string(options), machine, lambda call: kernels.schedule(call, machine.topology), parts)
 
 
-def of_text(
-    text: str,
-    machine: Machine,
-    schedule: Callable[[dict], kernels.Schedule | None],
-    parts: Mapping[str, str] | None = None,
-) -> Forecast:
-    """As `forecast`, of a program's text; schedule: of a kernel's call."""
+def of_text(text: str, machine: Machine, schedule: Callable, parts: Mapping[str, str] | None = None) -> Forecast:
+    """As `forecast`, of a program's text; schedule: of a kernel's call, or None."""
     program, names = parse(text), parts or {}
     walk = _Walk(machine, schedule)
     spent = walk.through(Scope(program, program.computations[program.entry]), 1)
