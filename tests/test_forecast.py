@@ -25,10 +25,10 @@ from tests.benchmarks import forecast_calibration
 libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
 MICRO = 1e-6
 MATMUL = """
-%product (a: bf16[8,8], b: bf16[8,8]) -> bf16[8,8] {
-  %a = bf16[8,8]{1,0} parameter(0)
-  %b = bf16[8,8]{1,0} parameter(1)
-  ROOT %c = bf16[8,8]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+%product (a: bf16[65536,65536], b: bf16[65536,65536]) -> bf16[65536,65536] {
+  %a = bf16[65536,65536]{1,0} parameter(0)
+  %b = bf16[65536,65536]{1,0} parameter(1)
+  ROOT %c = bf16[65536,65536]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
 }
 """
 MOVE = """
@@ -89,6 +89,13 @@ def test_a_product_takes_its_cycles_and_what_streams_a_range():
     }
     assert (found.low, found.high, found.unknown) == (close(14e-6), close(30.06e-6), {})
     assert found.middle == (found.low + found.high) / 2
+
+
+@pytest.mark.parametrize("micro, low", [(11, 10.9), (20, 10.9), (200, 200 / 2.46)])
+def test_a_product_takes_at_least_its_flops_at_the_peak_and_what_is_fused_to_it_streams(micro, low):
+    small = MATMUL.replace("65536", "1024").replace("%product", "%small")
+    line = matmul("a", micro).replace("%product", "%small")
+    assert of(line, before=small).kinds["matmul"] == pytest.approx((low * MICRO, micro * MICRO), rel=0.001)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +345,10 @@ def test_a_mask_that_a_loop_copies_each_time_is_known():
 
 
 def test_what_is_not_known_of_a_kernel_is_listed():
+    part = "  %part = s8[1,1,2]{2,1,0} dynamic-slice(%mask.block_mask_ref, %zero, %zero), dynamic_slice_sizes={1,1,2}"
+    sharded = KERNEL.replace("MASK", "%part").replace("\n", f"\n  %zero = s32[] constant(0)\n{part}\n")
+    found = of(sharded, schedule=lambda call: kernels.Schedule(1500, 1500, 0, 8))
+    assert found.high == close(6e-6) and not found.unknown
     elided = KERNEL.replace("MASK", "%mask.block_mask_ref").replace("{ { { 1, 0 }, { 2, 1 } } }", "{...}")
     found = of(elided, schedule=lambda call: kernels.Schedule(2000, 1500, 1, 8))
     assert found.high == close(2000 * 8 / 1.5e9)
@@ -360,7 +371,7 @@ def test_a_product_compiled_for_a_tpu_runs_near_its_peak():
 
     found = hovle_jax.aot.forecast(jax.jit(five).lower(a, b).compile())
     ideal = 5 * 2 * 4096**3 / 4 / 197e12
-    assert ideal < found.kinds["matmul"][0] < 1.4 * ideal and found.low <= found.high < 1.7 * ideal
+    assert 0.999 * ideal < found.kinds["matmul"][0] < 1.4 * ideal and found.low <= found.high < 1.7 * ideal
     assert 0 < found.kinds["network"][0] < 0.1 * found.low and set(found.parts) == {"rest"}
     json.dumps(dataclasses.asdict(found))
 
@@ -394,7 +405,7 @@ def test_the_example_of_the_docs_runs(capsys):
     names = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
     ideal = 2 * 4096**3 / 16 / 197e12
-    assert ideal < names["found"].kinds["matmul"][0] < 1.5 * ideal and "matmul" in capsys.readouterr().out
+    assert 0.999 * ideal < names["found"].kinds["matmul"][0] < 1.5 * ideal and "matmul" in capsys.readouterr().out
 
 
 def test_published_flops_become_seconds_as_where_both_are_published():

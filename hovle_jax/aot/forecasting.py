@@ -33,7 +33,7 @@ _LEAST_LISTED = 1e-3  # share of the time of what is listed without an estimate
 class Forecast:
     """How long one execution of a program takes, in seconds."""
 
-    low: float  # what streams through memory has its published bandwidth, kernels do their main block alone
+    low: float  # memory and matrix units have their published peaks, kernels do their main block alone
     high: float  # as libtpu estimates, and all blocks in each step of a kernel
     kinds: dict[str, tuple[float, float]]  # of work; adds up to the whole
     parts: dict[str, tuple[float, float]]  # of the model, too
@@ -59,13 +59,8 @@ def forecast(compiled: jax.stages.Compiled, parts: Mapping[str, str] | None = No
     return of_text(module.to_string(options), machine, lambda call: kernels.schedule(call, machine.topology), parts)
 
 
-def of_text(
-    text: str,
-    machine: Machine,
-    schedule: Callable[[dict], kernels.Schedule | None],
-    parts: Mapping[str, str] | None = None,
-) -> Forecast:
-    """As `forecast`, of a program's text; schedule: of a kernel's call."""
+def of_text(text: str, machine: Machine, schedule: Callable, parts: Mapping[str, str] | None = None) -> Forecast:
+    """As `forecast`, of a program's text; schedule: of a kernel's call, or None."""
     program, names = parse(text), parts or {}
     walk = _Walk(machine, schedule)
     spent = walk.through(Scope(program, program.computations[program.entry]), 1)
@@ -162,10 +157,10 @@ class _Walk:
         elif target == kernels.TARGET:
             line.spend(work.KERNELS, part, self._kernel(scope, x, times))
         elif target not in work.FREE_CALLS:
-            kind, cycles = work.kind_of(scope.program, x), work.cycles(x)
+            (kind, flops), cycles = work.kind_of(scope, x), work.cycles(x)
             self.estimates += cycles is not None
             if cycles is not None:
-                line.spend(kind, part, self._machine.estimated(cycles, streams=kind != work.MATMUL))
+                line.spend(kind, part, self._machine.estimated(cycles, flops))
             elif not chains:
                 line.spend(kind, part, self._by_bytes(scope, x, times))
 

@@ -99,10 +99,8 @@ def _compile_alone(call, generation):
 
     dimensions = Topology(generation, ()).kind.dimensions
     sharding = jax.sharding.SingleDeviceSharding(Topology(generation, (2, 2, 1)[:dimensions]).devices()[0])
-    operands, results = (
-        [jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=where) for dtype, sizes in call[name]]
-        for name, where in (("operands", sharding), ("results", None))
-    )
+    shapes = lambda arrays, where: [jax.ShapeDtypeStruct(tuple(s), dtype, sharding=where) for dtype, s in arrays]
+    operands, results = shapes(call["operands"], sharding), shapes(call["results"], None)
     config = json.dumps({"custom_call_config": call["config"]})
     kernel = jax.ffi.ffi_call(TARGET, results, custom_call_api_version=1, legacy_backend_config=config)
     jax.jit(kernel).lower(*operands).compile()

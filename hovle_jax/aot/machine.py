@@ -47,9 +47,11 @@ class Machine:
     def clock(self) -> float:
         return CORES[self.topology.generation][0]
 
-    def estimated(self, cycles: int, streams: bool) -> np.ndarray:
-        """[low, high] seconds of what libtpu expects these cycles of."""
-        return np.asarray([cycles / CORES[self.topology.generation][1] if streams else cycles, cycles]) / self.clock
+    def estimated(self, cycles: int, flops: float) -> np.ndarray:
+        """[low, high] seconds of libtpu's cycles: with memory and matrix units at their peaks, and as they are."""
+        peak = self.chip.bf16_flops / self.topology.kind.devices_per_chip / self.clock  # FLOPs a cycle
+        low = min(cycles, max(cycles / CORES[self.topology.generation][1], flops / peak))
+        return np.asarray([low, cycles]) / self.clock
 
     def moved(self, size: int) -> float:
         """Seconds in which a device's memory gives or takes so many bytes."""

@@ -144,7 +144,7 @@ def main():
     if given.alone:
         return forecast_of(given.alone)
     given.out.mkdir(exist_ok=True)
-    print("| step | chips | measured, s | forecast, s | low, middle, high against it | what differs |")
+    print("| step | chips | measured, s | forecast, s | low, middle, high against it | what was otherwise there |")
     print("| :--- | :--- | ---: | ---: | :--- | :--- |")
     for name in given.only:
         kept = given.out / f"{name.replace(' ', '_')}.json"

@@ -45,7 +45,7 @@ class Scope:
 def value(scope: Scope, name: str, element: int | None = None) -> Any:
     """The integer or truth value that an instruction gives (or element `element` of its tuple); None: not known.
 
-    Of a constant that is neither it is the text.
+    Of a constant that is neither it is the text, and of a part of it the text of the whole.
     """
     x = scope.computation.instructions.get(name)
     if x is None:
@@ -54,6 +54,9 @@ def value(scope: Scope, name: str, element: int | None = None) -> Any:
         return scope.argument(int(x.arguments), element)
     if x.opcode in _TRANSPARENT:
         return value(scope, x.operands[0], element)
+    if x.opcode == "dynamic-slice":
+        whole = value(scope, x.operands[0])
+        return whole if isinstance(whole, str) else None
     if x.opcode in ("fusion", "call") and len(x.called) == 1:
         inner = scope.inside(x.called[0], x)
         return value(inner, inner.computation.root, element)

@@ -1,8 +1,10 @@
 """What an instruction of a scheduled program for TPUs is: its kind, its part of the model, libtpu's estimate."""
 
+import math
 import re
 
-from hovle_jax.aot.hlo.text import Computation, Instruction, Program, arrays
+from hovle_jax.aot.hlo.text import Computation, Instruction, arrays
+from hovle_jax.aot.hlo.trip_count import Scope
 
 MATMUL, ELEMENTWISE, LAYOUT, KERNELS, NETWORK = "matmul", "elementwise", "layout", "kernels", "network"  # kinds
 LOSS, REST = "loss", "rest"  # parts: what is differentiated outside of a module; what is not differentiated
@@ -29,17 +31,27 @@ def cycles(x: Instruction) -> int | None:
     return int(found.group(1)) if found and int(found.group(1)) != _UNKNOWN else None
 
 
-def kind_of(program: Program, x: Instruction) -> str:
-    """By the operations in what the instruction calls: a matmul is one with all that is fused to it."""
-    names = {x.opcode}.union(*(_opcodes(program, called) for called in x.called))
-    if names & {"convolution", "dot"}:
-        return MATMUL
-    return LAYOUT if names <= _MOVES else ELEMENTWISE
+def kind_of(scope: Scope, x: Instruction) -> tuple[str, float]:
+    """Its kind, by the operations in what the instruction calls; and the FLOPs of matmuls among them."""
+    runs = list(_all(scope.program, scope.computation, x))
+    if flops := sum(_flops(within, y) for within, y in runs if y.opcode in ("convolution", "dot")):
+        return MATMUL, flops
+    return (LAYOUT if {y.opcode for _, y in runs} <= _MOVES else ELEMENTWISE), 0.0
 
 
-def _opcodes(program, name):
-    instructions = program.computations[name].instructions.values()
-    return {x.opcode for x in instructions}.union(*(_opcodes(program, c) for x in instructions for c in x.called))
+def _all(program, within, x):
+    """(computation, instruction) of an instruction and of all that it calls."""
+    yield within, x
+    for called in (program.computations[name] for name in x.called):
+        for y in called.instructions.values():
+            yield from _all(program, called, y)
+
+
+def _flops(within, x):
+    """[m, k] x [k, n] has 2 mkn, the root of the sizes' product; of a batch of b this is sqrt(b) times more."""
+    shapes = [x.shape, *(within.instructions[name].shape for name in x.operands[:2])]
+    sizes = [math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2].partition("]")[0]))) for shape in shapes]
+    return 2 * math.prod(sizes) ** 0.5
 
 
 def part_of(x: Instruction) -> str:
