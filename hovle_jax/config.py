@@ -178,6 +178,7 @@ class ExecutionConfig:
       vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.
       sparse_cores: on TPU v5p and v6e: their SparseCores gather and scatter while the step multiplies
         (hardware/compiler_options.py).
+      scoped_vmem: on TPU v6e: fusions may use half of the vector memory, more than by default.
       zero: what the mesh axis `fsdp` shards: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
     """
 
@@ -189,6 +190,7 @@ class ExecutionConfig:
     vocab_chunk: int = 0
     zero: int = 3
     sparse_cores: bool = True
+    scoped_vmem: bool = True
 
     def resolved(self, platform: str, accumulate: int = 1) -> "ExecutionConfig":
         """What 'auto' means on a platform: float32 on the CPU, where bfloat16 training is slow; its own attention."""

@@ -9,9 +9,10 @@ from hovle_jax.aot.programs import TooLarge, compile_for, set_up
 from hovle_jax.aot.report import Report, gb, span, text_of
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.topology import Topology
+from hovle_jax.model.transformer import MATMULS
 from hovle_jax.training.stages import find
 
-REMATS = ("full", "dots", "none")  # by memory, least first; offload waits for the host, of which nothing is known here
+REMATS = ("full", MATMULS, "none")  # by memory, least first; offload waits for the host, of which nothing is known here
 ROWS = (1, 2, 4)  # of a device in a microbatch; by memory too
 MOST = 8  # that are compiled
 

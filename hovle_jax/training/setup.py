@@ -66,9 +66,8 @@ class Run:
 
     def compiler_options(self) -> dict[str, str]:
         """Options for a `train_step` on the mesh's devices: {option: value}."""
-        if not self.models.config.execution.sparse_cores:
-            return {}
-        return compiler_options(self.placement.mesh.devices.flat[0].device_kind)
+        e, kind = self.models.config.execution, self.placement.mesh.devices.flat[0].device_kind
+        return compiler_options(kind, e.sparse_cores, e.scoped_vmem)
 
 
 def build(config: RunConfig, mesh: Mesh) -> Run:
