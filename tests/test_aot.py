@@ -321,10 +321,9 @@ def test_a_kernel_is_gathered_and_not_reduced_on_every_slice(name):
     array = lambda shape, sharding: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
     options = compiler_options(mesh.devices.flat[0].device_kind)
     for kib, axes in itertools.product((64, 128, 256, 512), (("embed", "mlp"), ("mlp", "embed"))):
-        width, other = 2048, kib * mesh.size // 4
-        shape, sharding = (
-            ((width, other), place("fsdp")) if axes[0] == "embed" else ((other, width), place(None, "fsdp"))
-        )
+        shape, sharding = (2048, kib * mesh.size // 4), place("fsdp")
+        if axes[1] == "embed":
+            shape, sharding = shape[::-1], place(None, "fsdp")
         matmul = functools.partial(Placement(mesh).matmul, axes=axes)
         rows = array((mesh.size, 256, shape[0]), place("fsdp"))
         text = jax.jit(matmul).lower(rows, array(shape, sharding)).compile(options).as_text()
