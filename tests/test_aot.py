@@ -198,8 +198,7 @@ def test_flags_are_named_that_change_something_and_all_of_them_together():
     one, plan_, larger = remedies_of(remat="full", accumulate=8)  # rows of 2 GiB cannot make up for 5
     assert "remat=offload" in one and plan_.startswith("--plan") and "256 chips a slice instead of 16" in larger
     # A loss that compares all rows is read at once.
-    assert flags_of(remedies_of("contrast", remat="offload", place="v5e-256", needed=16.5)) == ["data.batch_size=16"]
-    assert flags_of(remedies_of("contrast", remat="offload", place="v5e-256")) == ["data.batch_size"]
+    assert flags_of(remedies_of("contrast", remat="offload", place="v5e-256", needed=17)) == []
 
 
 def test_what_no_flag_of_the_execution_changes_is_not_tried_with_them():
@@ -209,8 +208,6 @@ def test_what_no_flag_of_the_execution_changes_is_not_tried_with_them():
     assert flags_of(remedies_of(needed=9, batch=8, state=1, rows=64)) == ["data.batch_size=56", "topology=v5e-32"]
     fewer, larger = remedies_of(needed=20, batch=8, state=1, rows=64, program="decode")
     assert fewer.startswith("--config.data.batch_size=32 (fits: its cache takes 8.6 GB") and "v5e-32" in larger
-    (many,) = remedies_of(needed=30, batch=8, state=8, rows=64, place="v5e-256")  # temporaries are most of it
-    assert "much smaller --config.data.batch_size" in many
     assert flags_of(remedies_of(needed=40, batch=8, state=20, rows=64, place="v5e-256")) == []
 
 
@@ -397,10 +394,9 @@ def test_a_kernel_is_gathered_and_not_reduced_on_every_slice(name):
     array = lambda shape, sharding: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
     options = compiler_options(mesh.devices.flat[0].device_kind)
     for kib, axes in itertools.product((64, 128, 256, 512), (("embed", "mlp"), ("mlp", "embed"))):
-        width, other = 2048, kib * mesh.size // 4
-        shape, sharding = (
-            ((width, other), place("fsdp")) if axes[0] == "embed" else ((other, width), place(None, "fsdp"))
-        )
+        shape, sharding = (2048, kib * mesh.size // 4), place("fsdp")
+        if axes[1] == "embed":
+            shape, sharding = shape[::-1], place(None, "fsdp")
         matmul = functools.partial(Placement(mesh).matmul, axes=axes)
         rows = array((mesh.size, 256, shape[0]), place("fsdp"))
         text = jax.jit(matmul).lower(rows, array(shape, sharding)).compile(options).as_text()

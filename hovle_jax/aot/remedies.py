@@ -39,10 +39,6 @@ class Excess:
         """What no flag of the execution changes."""
         return sum(self.arguments.values()) + self.beside
 
-    @property
-    def without_rows(self) -> float:
-        return self.held - self.rows
-
 
 def remedies(config: RunConfig, run: Run, target: Topology, program: str, excess: Excess) -> list[str]:
     """What takes less, each with what it changes; of flags that do not fit by themselves, all together.
@@ -61,11 +57,9 @@ def remedies(config: RunConfig, run: Run, target: Topology, program: str, excess
         found.append("--plan, which compiles ways to run the step and says which fit")
     if config.execution.zero < 3 and run.placement.mesh.shape[FSDP] > 1:
         found.append("--config.execution.zero=3 (parameters and gradients sharded too)")
-    what = f"its {'cache' if 'cache' in excess.arguments else 'batch'} takes {excess.rows / 1e9:.1f} GB of a device"
     if rows := _fewer_rows(config, run, excess):
-        found.append(f"--config.data.batch_size={rows} (fits: {what})")
-    elif not flags and config.data.batch_size > run.placement.batch_shards and excess.without_rows < excess.available:
-        found.append(f"a much smaller --config.data.batch_size ({what}, and temporaries grow with it)")
+        what = "cache" if "cache" in excess.arguments else "batch"
+        found.append(f"--config.data.batch_size={rows} (fits: its {what} takes {excess.rows / 1e9:.1f} GB of a device)")
     if more := _larger(target, excess):
         found.append(f"--topology={more.name.split(' x ')[-1]} ({more.chips} chips a slice instead of {target.chips})")
     return found
