@@ -190,7 +190,7 @@ class ExecutionConfig:
     vocab_chunk: int = 0
     zero: int = 3
     sparse_cores: bool = True
-    scoped_vmem: bool = True
+    scoped_vmem: bool = False
 
     def resolved(self, platform: str, accumulate: int = 1) -> "ExecutionConfig":
         """What 'auto' means on a platform: float32 on the CPU, where bfloat16 training is slow; its own attention."""

@@ -412,12 +412,13 @@ def test_what_a_step_is_compiled_with_where_its_collectives_would_stop_the_matmu
         return setup.build(config, make_mesh(config.mesh, topology.find(name).devices()))
 
     v5e, v6e = run("v5e-16"), run("v6e-16")
-    assert len(v6e.compiler_options()) == 4 and not v5e.compiler_options()
+    assert len(v6e.compiler_options()) == 3 and not v5e.compiler_options()
     assert train_step_for(v5e) is train_step and train_step_for(v6e) is not train_step
-    assert list(run("v6e-16", sparse_cores=False).compiler_options()) == ["xla_tpu_scoped_vmem_limit_kib"]
-    assert len(run("v6e-16", scoped_vmem=False).compiler_options()) == 3
-    assert len(run("v5p-16").compiler_options()) == 3
-    assert not run("v6e-16", sparse_cores=False, scoped_vmem=False).compiler_options()
+    assert not run("v6e-16", sparse_cores=False).compiler_options()
+    more = run("v6e-16", sparse_cores=False, scoped_vmem=True).compiler_options()
+    assert more == {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    assert len(run("v6e-16", scoped_vmem=True).compiler_options()) == 4
+    assert len(run("v5p-16", scoped_vmem=True).compiler_options()) == 3
 
 
 @libtpu
@@ -430,7 +431,7 @@ def test_fusions_with_more_vector_memory_take_fewer_cycles():
         lowered = jax.jit(jnp.matmul).lower(array(*sizes[:2]), array(*sizes[1:]))
         default, ours = (
             sum(map(int, re.findall(r'estimated_cycles":"(\d+)"', lowered.compile(options).as_text())))
-            for options in ({}, compiler_options(device.device_kind, sparse_cores=False))
+            for options in ({}, compiler_options(device.device_kind, sparse_cores=False, scoped_vmem=True))
         )
         assert 0 < ours < 0.97 * default
 

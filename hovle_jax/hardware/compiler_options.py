@@ -5,9 +5,9 @@ multiply, and for tpu7x it hands gathers and scatters to the chip's SparseCores,
 SparseCores too, but gathers and scatters stop the matmuls there unless these options are given; MaxText gives them
 (https://github.com/AI-Hypercomputer/maxtext). v4 has no way.
 
-Fusions of v6e may use 64 of its 128 MiB of vector memory, where libtpu's default is less: by its own estimate a matmul
-of [4096, 2048] x [2048, 8192] takes 13% fewer cycles, and one of 8192 in all dimensions 14%. With MaxText's 96 MiB some
-take more.
+On demand fusions of v6e may use 64 of its 128 MiB of vector memory, where libtpu's default is less: by its own estimate
+a matmul of [4096, 2048] x [2048, 8192] takes 13% fewer cycles, and one of 8192 in all dimensions 14%. With MaxText's 96
+MiB some take more, and a whole step of narrow feed-forward layers takes as many as before.
 """
 
 from hovle_jax.hardware.chips import key_of
@@ -22,7 +22,7 @@ SPARSE_CORES = {"v5p": _TO_SPARSE_CORES, "v6e": _TO_SPARSE_CORES}
 SCOPED_VMEM = {"v6e": {"xla_tpu_scoped_vmem_limit_kib": str(64 * 1024)}}
 
 
-def compiler_options(device_kind: str, sparse_cores: bool = True, scoped_vmem: bool = True) -> dict[str, str]:
+def compiler_options(device_kind: str, sparse_cores: bool = True, scoped_vmem: bool = False) -> dict[str, str]:
     """{option: value} for `jax.jit` by what JAX calls the device ('TPU v6 lite'); empty where the default is best.
 
     Args:
