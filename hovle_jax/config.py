@@ -171,12 +171,14 @@ class ExecutionConfig:
       attention: the implementation of `attend` ('auto': splash on TPUs, cuDNN's on GPUs, blocks on CPUs).
       unroll_layers: write the layers out instead of looping over them (faster on the CPU, slower to compile).
       remat: what the backward pass recomputes: 'none', 'dots' (all but matmuls), 'full' (all but each layer's input),
-        'offload' (the same, inputs waiting in the host's memory).
+        'offload' (the same, inputs waiting in the host's memory), or all but what is named, of layer_input, query, key,
+        value, attention, output, gate, up ('query,gate@host': the second waits in the host's memory).
       accumulate: microbatches that a step reads its batch in (gradient accumulation): less memory, the same update;
         -1 = as many as leave each device one row.
       vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.
       sparse_cores: on TPU v5p and v6e: their SparseCores gather and scatter while the step multiplies
         (hardware/compiler_options.py).
+      scoped_vmem: on TPU v6e: fusions may use half of the vector memory, more than by default.
       zero: what the mesh axis `fsdp` shards: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
     """
 
@@ -188,6 +190,7 @@ class ExecutionConfig:
     vocab_chunk: int = 0
     zero: int = 3
     sparse_cores: bool = True
+    scoped_vmem: bool = False
 
     def resolved(self, platform: str, accumulate: int = 1) -> "ExecutionConfig":
         """What 'auto' means on a platform: float32 on the CPU, where bfloat16 training is slow; its own attention."""

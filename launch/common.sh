@@ -119,16 +119,23 @@ check_number() {
   [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || die "--$1 ${!1} is not a number above 0"
 }
 
-# The training arguments must say where the checkpoints go: machines, and with them their disks, come and go.
-check_workdir() {
+# The --workdir of these training arguments; empty without one.
+workdir_of() {
   local argument previous="" workdir=""
-  for argument in ${arguments[@]+"${arguments[@]}"}; do
+  for argument in "$@"; do
     case $argument in
       --workdir=*) workdir=${argument#*=} ;;
       *) if [[ "$previous" == --workdir ]]; then workdir=$argument; fi ;;
     esac
     previous=$argument
   done
+  printf '%s' "$workdir"
+}
+
+# The training arguments must say where the checkpoints go: machines, and with them their disks, come and go.
+check_workdir() {
+  local workdir
+  workdir=$(workdir_of ${arguments[@]+"${arguments[@]}"})
   [[ "$workdir" == /* || "$workdir" == gs://?* ]] || die "give the arguments of hovle_jax.train behind --, with a \
 --workdir that outlives the machines and that all of them see, gs://BUCKET/runs or an absolute path: \
 -- --config configs/instruct.py --workdir $MOUNT/runs"

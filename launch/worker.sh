@@ -2,7 +2,8 @@
 # What launch/tpu_vm.sh runs on a worker, where this checkout lies in the home directory.
 #
 #   worker.sh install [BUCKET]     makes .venv with the extras tpu and data; mounts gs://BUCKET at /mnt/hovle
-#   worker.sh start ARGUMENTS      python -m hovle_jax.train ARGUMENTS in the background; survives the end of ssh
+#   worker.sh start ARGUMENTS      python -m hovle_jax.train ARGUMENTS in the background; survives the end of ssh;
+#                                  its log is copied to WORKDIR/logs every minute
 #   worker.sh status               one line: running, finished, stopped, failed with code N, not running
 #   worker.sh logs [LABEL]         follows the log; LABEL: every line begins with the host's name
 #   worker.sh stop                 ends the run
@@ -14,6 +15,7 @@ cd "$ROOT"
 STATE=.launch
 LOG=$STATE/log
 STOP_SECONDS=120 # in which the last step is saved
+LOG_SECONDS=60   # between two copies of the log
 
 # The images of Cloud TPU have Python 3.10, which is too old: uv brings its own, and holds packages to their hashes.
 # Newer systems let pip install for the user only where it is told so.
@@ -63,7 +65,33 @@ start() {
   setsid bash -c 'code=0; "${@:2}" || code=$?; echo "$code" >"$1"' start "$STATE/code" \
     .venv/bin/python -m hovle_jax.train "$@" >>"$LOG" 2>&1 </dev/null &
   echo $! >"$STATE/pid"
+  keep_log_of "$@"
   echo "$(hostname): started"
+}
+
+# Machines go, and their disks with them: the log is copied beside the run, now and then and at the end.
+keep_log_of() {
+  local workdir
+  workdir=$(workdir_of "$@")
+  case $workdir in
+    /*) workdir=$workdir/logs ;;
+    gs://*) workdir=${workdir%/}_logs ;; # beside it: hosts take what is in it
+    *) return ;;
+  esac
+  setsid bash "$ROOT/launch/worker.sh" keep_log "$workdir" >/dev/null 2>&1 </dev/null &
+}
+
+keep_log() {
+  local second
+  while alive; do
+    for ((second = 0; second < LOG_SECONDS; second++)); do
+      if alive; then sleep 1; fi
+    done
+    case $1 in
+      gs://*) gcloud storage cp --quiet "$LOG" "$1/$(hostname).log" || true ;;
+      *) mkdir -p "$1" && cp "$LOG" "$1/$(hostname).log" || true ;;
+    esac
+  done
 }
 
 status() {
@@ -101,6 +129,6 @@ logs() {
 }
 
 case ${1:-} in
-  install | start | status | stop | logs) "$@" ;;
+  install | start | status | stop | logs | keep_log) "$@" ;;
   *) usage ;;
 esac

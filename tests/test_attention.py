@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec
 
 from hovle_jax.config import MeshConfig
-from hovle_jax.model.attention import AttentionMask, attend, choose, prepare, splash_block
+from hovle_jax.model.attention import AttentionMask, attend, choose, prepare, splash_block, splash_length
 from hovle_jax.model.execution import OneDevice
 from hovle_jax.sharding.matmul import reduce_gradient
 from hovle_jax.sharding.mesh import make_mesh, torus
@@ -57,6 +57,19 @@ def test_what_splash_cannot_do_falls_back_with_the_reason():
 
 def test_blocks_divide_the_row():
     assert splash_block(4096) == 1024 and splash_block(14_080) == 640 and splash_block(128) == 128
+
+
+def test_rows_are_padded_to_blocks_that_are_large():
+    """HD's long stream of 14,080 in 14 blocks of 1,024, each of which has gradients to be summed, not in 22."""
+    assert splash_length(14_080) == 14_336 and splash_block(14_336) == 1024
+    assert [splash_length(length) for length in (100, 600, 4096, 8192)] == [128, 640, 4096, 8192]
+    assert splash_length(1025) == 1152 and splash_length(4224) == 4480  # and not to 2,048 and 5,120
+    for length in range(1, 9000, 97):
+        for shards in (1, 2, 4):
+            padded = splash_length(length, shards)
+            assert (
+                length <= padded <= -(-length // (128 * shards)) * 128 * shards * 1.5 and padded % (128 * shards) == 0
+            )
 
 
 class Chip:

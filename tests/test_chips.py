@@ -126,7 +126,8 @@ def seconds_and_ceiling(name="v5e-256", **sent):
     target = topology.find(name)
     second = target.chips * target.slices * chip_of(target.generation).bf16_flops
     found = [
-        Collective("collective-permute", "bf16", bytes, 2, axis == "dcn", 1, False, "") for axis, bytes in sent.items()
+        Collective("collective-permute", "bf16", bytes, (0, 1), axis == "dcn", 1, False, "")
+        for axis, bytes in sent.items()
     ]
     step = step_of(StepFlops(0.75 * second, second, {}), {"fsdp": 1e9}, target, found)
     return step["seconds"], step["bottleneck"], step["mfu"], step["excess"]

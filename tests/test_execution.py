@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,18 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hovle_jax.aot.hlo.collectives import collectives
 from hovle_jax.components import select
 from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig
 from hovle_jax.data.batch import BatchShape, Sample, stack
 from hovle_jax.data.text.conversation import IMAGE_MARK, encode_conversation, encode_random_text
 from hovle_jax.errors import UserError
+from hovle_jax.model import transformer
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training.setup import accumulation
 from hovle_jax.training.stages import STAGES
-from hovle_jax.training.step import microbatch, total_loss, train_step
+from hovle_jax.training.step import eval_step, gradients, microbatch, total_loss, train_step
 from tests import micro
 from tests.trees import assert_close, host
 
@@ -110,6 +113,8 @@ def reference(config):
         ExecutionConfig(remat="full"),
         ExecutionConfig(remat="dots"),
         ExecutionConfig(remat="offload"),
+        ExecutionConfig(remat=transformer.MATMULS),
+        ExecutionConfig(remat="query, gate, layer_input@host", attention="blocks"),
         ExecutionConfig(attention="blocks"),
     ],
 )
@@ -191,6 +196,60 @@ def test_a_batch_read_in_microbatches_gives_the_same_update(stage):
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=name)
         np.testing.assert_allclose(parts_moments[name], moments[name], rtol=0, atol=1e-6 * scale, err_msg=name)
+
+
+def step_gradients(config, run):
+    """`gradients` compiled, with its arguments."""
+    trains = lambda path: STAGES[config.stage].trains(path, run.models.config)
+    params = micro.params(config, run.placement.mesh)
+    given = select(params, trains), select(params, lambda path: not trains(path))
+    given = *given, run.placement.put_batch(micro.dataset(config)[0])
+    return jax.jit(lambda *given: gradients(*given, config.stage, run)).lower(*given).compile(), given
+
+
+@pytest.mark.parametrize(
+    "stage, parts, rows, mesh_config",
+    [
+        ("pretrain", 2, 8, MeshConfig(data=2, fsdp=2)),
+        pytest.param("instruct", 4, 32, MeshConfig(data=2, fsdp=4), marks=pytest.mark.slow),
+        pytest.param("distill", 2, 8, MeshConfig(data=2, fsdp=2), marks=pytest.mark.slow),
+        pytest.param("instruct", 2, 8, MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param("instruct", 2, 8, MeshConfig(data=4, sequence=2), marks=pytest.mark.slow),
+    ],
+)
+def test_copies_of_the_model_sum_their_gradients_once_a_step(stage, parts, rows, mesh_config):
+    """Not once a microbatch: between slices of TPUs each sum goes through the data-centre network."""
+    sizes = dataclasses.astuple(mesh_config)
+    mesh = make_mesh(mesh_config, jax.devices()[: math.prod(sizes)])
+    config = micro.run_config(stage, data=dict(batch_size=rows))
+    chunk = 0 if stage == "distill" else 48
+    run = micro.run(dataclasses.replace(config, execution=ExecutionConfig(accumulate=parts, vocab_chunk=chunk)), mesh)
+    compiled, given = step_gradients(config, run)
+    (loss, _), grads = compiled(*given)
+    np.testing.assert_allclose(loss, reference(config)[0], rtol=1e-5)
+    assert_close(reference(config)[1], host(grads))
+    found = collectives(compiled.as_text(), mesh.size // mesh_config.data)
+    beyond = [c for c in found if c.crosses_slices and c.operand_bytes > 8]  # more than a loss's weight
+    shards = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(given[0]))
+    if run.sums_once:
+        assert {(c.kind, c.group_size) for c in beyond} == {("all-reduce", mesh_config.data)}
+        assert sum(c.operand_bytes * c.times for c in beyond) <= shards + 64
+    else:
+        assert mesh_config.tensor > 1
+
+
+def test_held_out_losses_are_read_in_the_parts_of_a_step():
+    """Else they take the memory of a whole batch, of which a step needs a microbatch's."""
+    config, sums, memory = micro.run_config("pretrain"), [], []
+    for parts in (1, 4):
+        run = micro.run(dataclasses.replace(config, execution=ExecutionConfig(accumulate=parts)))
+        given = micro.params(config), run.placement.put_batch(micro.dataset(config)[0])
+        compiled = eval_step.lower(*given, stage="pretrain", run=run).compile()
+        sums.append(compiled(*given)["loss"])
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert memory[0] > 2 * memory[1]
+    np.testing.assert_allclose(sums[1], sums[0], rtol=1e-6)
+    assert float(sums[0][1]) > 0
 
 
 def test_microbatches_take_rows_of_every_device():

@@ -2,10 +2,13 @@
 
 import json
 import shlex
+import signal
 
 import pytest
 import yaml
 
+from hovle_jax.hosts.preemption import ENDED_UNSAVED
+from hovle_jax.system.signals import ASKING
 from tests.launch_tools import LAUNCH, ROOT, commands, run_script, tools  # noqa: F811, F401 (a fixture)
 
 IMAGE = "europe-docker.pkg.dev/p/r/hovle_jax:1"
@@ -107,6 +110,21 @@ def test_the_manifest_says_what_was_given():
     assert pod(made)["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
     assert pod(made)["serviceAccountName"] == "trainer"
     assert container["env"] != pod(manifest())["containers"][0]["env"] == []
+
+
+def test_preemptions_are_not_counted_as_failures_are():
+    """A slice's Job fails for the reason PodFailurePolicy where its own rules say so, else for its backoffLimit."""
+    made = manifest()
+    policy, of_pods = made["spec"]["failurePolicy"], job(made)["podFailurePolicy"]["rules"]
+    (rule,) = policy["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert policy["maxRestarts"] == 20 and job(made)["backoffLimit"] == 0
+    assert [rule["action"] for rule in of_pods] == ["FailJob"] * 2 and pod(made)["restartPolicy"] == "Never"
+    assert of_pods[0]["onPodConditions"] == [{"type": "DisruptionTarget"}]
+    codes = of_pods[1]["onExitCodes"]
+    assert codes["containerName"] == pod(made)["containers"][0]["name"] and codes["operator"] == "In"
+    told_to_end = {128 + number for number in ASKING}
+    assert set(codes["values"]) == told_to_end | {ENDED_UNSAVED, 128 + signal.SIGABRT}
 
 
 @pytest.mark.parametrize(

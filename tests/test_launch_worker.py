@@ -90,6 +90,15 @@ def test_how_a_run_ended_is_known(checkout, code, expected):
     assert state(checkout) == "running" and log(checkout).count("== ") == 2
 
 
+@pytest.mark.parametrize("words", [["--workdir", "{}/runs"], ["--workdir={}/runs", "--a"]])
+def test_a_log_outlives_its_machine(checkout, words, tmp_path):
+    kept = tmp_path / "runs" / "logs" / f"{os.uname().nodename}.log"
+    worker(checkout, "start", *(word.format(tmp_path) for word in words))
+    assert worker(checkout, "stop").returncode == 0
+    wait_for(lambda: kept.exists() and kept.read_text() == log(checkout))
+    assert "saved" in kept.read_text()
+
+
 def test_a_machine_that_was_started_anew_has_no_run(checkout):
     worker(checkout, "start", "--a", CODE="1")
     wait_for(lambda: state(checkout) == "failed with code 1")

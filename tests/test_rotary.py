@@ -12,7 +12,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.model.config import HoVLEConfig, RopeScaling
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import HoVLE
-from hovle_jax.model.rotary import needs_lengths, rotary_angles, text_lengths
+from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
 from hovle_jax.model.transformer import Stack
 from tests.public_models import STACK, llm
 
@@ -119,3 +119,19 @@ def test_within_the_original_length_nothing_is_added_to_the_program():
 def test_heads_too_small_to_stretch():
     with pytest.raises(UserError, match="head_dim of at least 4, not 2"):
         dataclasses.replace(SCALED, head_dim=2).check("stack")
+
+
+def test_halves_that_a_matmul_moves_are_the_same():
+    """To the last bit but where a product and a sum are rounded once: within one of bfloat16's steps."""
+    x = jax.random.normal(jax.random.key(0), (2, 7, 3, STACK.head_dim), jnp.bfloat16)
+    angles = rotary_angles(jnp.arange(14).reshape(2, 7) * 5, STACK)
+
+    def both(by_matmul):
+        out, back = jax.vjp(lambda x: rotate(x, *angles, by_matmul=by_matmul), x)
+        return out, back(jnp.flip(out))[0]
+
+    for plain, moved in zip(both(False), both(True), strict=True):
+        assert moved.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(moved), np.float32(plain), rtol=2**-7, atol=2**-8)
+    wide = x.astype(jnp.float32)  # a TPU's matmul would round it
+    np.testing.assert_array_equal(rotate(wide, *angles, by_matmul=True), rotate(wide, *angles))

@@ -97,6 +97,14 @@ def test_a_state_comes_back(two_steps):
     assert_is(state, 2)
 
 
+def test_devices_hold_one_state_while_another_is_restored_in_its_place(two_steps):
+    state = state_of(0)
+    with RunCheckpoints(two_steps, Keep(2), [].append) as saved:
+        found = saved.restore(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert_is(found, 2)
+
+
 def test_a_checkpoint_as_older_versions_wrote_it_comes_back(tmp_path):
     """With compressed arrays, their shardings and what each process wrote, in one file each."""
     state = state_of(7)

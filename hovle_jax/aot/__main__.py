@@ -26,11 +26,11 @@ from hovle_jax.system.progress import waiting
 CONFIG = config_flags.DEFINE_config_file("config", None, "A stage's config file: configs/instruct.py:hovle")
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, as 'v5e-256', 'v5p-128' or 'v5e:16x16'")
 SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, connected by the data-centre network")
-PROGRAM = flags.DEFINE_enum("program", "train", ("train", "prefill", "decode"), "What to compile")
+PROGRAM = flags.DEFINE_enum("program", "train", ("train", "evaluation", "prefill", "decode"), "What to compile")
 NEW_TOKENS = flags.DEFINE_integer(
     "new_tokens", 512, "prefill, decode: room after the prompts in the caches", lower_bound=1
 )
-PLAN = flags.DEFINE_bool("plan", False, "Try remat and microbatches, and recommend the first that fits")
+PLAN = flags.DEFINE_bool("plan", False, "Try remat and microbatches, and recommend the fastest that fits")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of text")
 
 

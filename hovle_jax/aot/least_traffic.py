@@ -8,6 +8,8 @@ from hovle_jax.sharding.rules import DATA, FSDP
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stage import Stage
 
+FLOAT32 = 4  # bytes
+
 
 def least_traffic(stage: Stage, run: Run) -> dict[str, float]:
     """Bytes that a device must send in a training step over its microbatches, in the compute type.
@@ -20,13 +22,14 @@ def least_traffic(stage: Stage, run: Run) -> dict[str, float]:
     microbatch, and its gradient is reduce-scattered: (n - 1) / n of its bytes each time. What no gradient passes
     through (a vector, what reads pixels, a teacher) is not gathered again; what is not trained has no gradient. A
     gradient that is whole on n devices is summed over them once a step, 2 (n - 1) / n of its bytes, and so is a shard
-    of it over d copies. Nothing is counted for parameters that nobody reads, for token tables, of which the rows that
-    are looked up move and not the table (a tied one is a head too), and for a tensor or sequence axis, which moves
-    activations.
+    of it over d copies, in float32 where these have accumulated it by themselves. Nothing is counted for parameters
+    that nobody reads, for token tables, of which the rows that are looked up move and not the table (a tied one is a
+    head too), and for a tensor or sequence axis, which moves activations.
     """
     placement, config = run.placement, run.models.config
     width = jnp.dtype(run.models.execution.dtype).itemsize
     n, copies = placement.mesh.shape[FSDP], placement.mesh.shape[DATA]
+    over_copies = FLOAT32 / width if run.sums_once else 1
     fsdp = data = 0.0
     for path, leaf in run.layout.leaves:
         if stage.is_unused(path, config):
@@ -40,5 +43,5 @@ def least_traffic(stage: Stage, run: Run) -> dict[str, float]:
             fsdp += (1 + passes_on + trained) * (n - 1) * shard * run.accumulate
         if trained:
             fsdp += 0 if is_sharded else 2 * (n - 1) / n * shard
-            data += 2 * (copies - 1) / copies * (shard if is_sharded else shard / n)
+            data += 2 * (copies - 1) / copies * over_copies * (shard if is_sharded else shard / n)
     return {"fsdp": fsdp, "data": data}

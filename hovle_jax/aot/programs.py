@@ -10,17 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.aot.remedies import remedies
+from hovle_jax.aot.remedies import Excess, remedies
 from hovle_jax.aot.report import Report, read
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.hardware.chips import chip_of
 from hovle_jax.hardware.topology import Topology
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.training.checks import check
 from hovle_jax.training.setup import Run, build
 from hovle_jax.training.stages import find
 from hovle_jax.training.state import abstract_state
-from hovle_jax.training.step import train_step
+from hovle_jax.training.step import eval_step, train_step
 
 
 class TooLarge(UserError):
@@ -39,8 +40,9 @@ def arguments(config: RunConfig, run: Run, program: str = "train", new_tokens: i
     """A program's arguments by name, in order: shapes with shardings, as `lower` takes them.
 
     Args:
-      program: 'train' is the run's `train_step`; 'prefill' reads a batch of prompts of data.sequence_length tokens into
-        empty caches, and 'decode' appends one token to each of its rows.
+      program: 'train' is the run's `train_step`; 'evaluation' its `eval_step`, over held-out rows; 'prefill' reads a
+        batch of prompts of data.sequence_length tokens into empty caches, and 'decode' appends one token to each of its
+        rows.
       new_tokens: room after the prompts in the caches.
     Raises:
       UserError: the stage gives no model that answers.
@@ -49,15 +51,19 @@ def arguments(config: RunConfig, run: Run, program: str = "train", new_tokens: i
     params, shape = run.abstract_params(), jax.ShapeDtypeStruct
     of_rows = lambda sizes, dtype: shape((rows, *sizes), dtype, sharding=placement.batch_sharding)
     batch = {name: of_rows(np.shape(array), array.dtype) for name, array in stage.batch.empty_row(config).items()}
+    state = abstract_state(stage, run, params)
     if program == "train":
-        return {"state": abstract_state(stage, run, params), "batch": batch}
+        return {"state": state, "batch": batch}
+    if program == "evaluation":
+        return {"params": state.params, "batch": batch}
     if not {"embedding", "llm"} <= set(stage.result):
         raise UserError(f"a run of {config.stage} gives no model that answers; take the config of another stage")
     hovle = run.models.hovle
     capacities = [batch[name].shape[1] + new_tokens for name in ("tokens", "long_tokens") if name in batch]
-    empty = jax.eval_shape(lambda: hovle.empty_cache(rows, capacities[0], capacities[-1], hovle.execution.dtype))
+    cache = jax.eval_shape(lambda: hovle.empty_cache(rows, capacities[0], capacities[-1], hovle.execution.dtype))
+    cache = cache if program == "prefill" else cache.begun()
     placed = lambda leaf, sharding: shape(leaf.shape, leaf.dtype, sharding=sharding)
-    cache = jax.tree.map(placed, empty, placement.cache_shardings(empty))
+    cache = jax.tree.map(placed, cache, placement.cache_shardings(cache))
     new = {"batch": batch} if program == "prefill" else {"token": of_rows((), jnp.int32), "active": of_rows((), bool)}
     return {"params": params, **new, "cache": cache}
 
@@ -66,13 +72,33 @@ def lower(config: RunConfig, run: Run, program: str, given: dict[str, Any]) -> j
     """The program as it would run on the mesh's devices, with these `arguments`."""
     if program == "train":
         return train_step.lower(*given.values(), stage=config.stage, run=run)
+    if program == "evaluation":
+        return eval_step.lower(*given.values(), stage=config.stage, run=run)
     step = getattr(run.models.hovle, program)
     return jax.jit(step, donate_argnums=len(given) - 1).lower(*given.values())
 
 
-def compile_for(config: RunConfig, target: Topology, program: str = "train", new_tokens: int = 512) -> Report:
+def beside(config: RunConfig, run: Run, program: str, sizes: dict[str, int]) -> dict[str, int]:
+    """Bytes on a device that a run holds while the program runs, and that are not the program's own: {what: bytes}.
+
+    Args:
+      sizes: bytes of each of its arguments on a device.
+    """
+    if program == "train":
+        return {"the next batch": sizes["batch"]}
+    if program == "evaluation":
+        state = abstract_state(find(config.stage), run, run.abstract_params())
+        return {"moments": _bytes_of_a_device(state.opt_state), "a batch to train on": sizes["batch"]}
+    return {}
+
+
+def compile_for(
+    config: RunConfig, target: Topology, program: str = "train", new_tokens: int = 512, with_forecast: bool = True
+) -> Report:
     """Compiles and reads the program.
 
+    Args:
+      with_forecast: see `report.read`.
     Raises:
       TooLarge: it does not fit; the message has the size and what takes less.
       UserError: see `set_up` and `arguments`.
@@ -81,6 +107,7 @@ def compile_for(config: RunConfig, target: Topology, program: str = "train", new
     run = set_up(config, target)
     given = arguments(config, run, program, new_tokens)
     sizes = {name: _bytes_of_a_device(tree) for name, tree in given.items()}
+    held = beside(config, run, program, sizes)
     options = run.compiler_options() if program == "train" else {}
     try:
         with warnings.catch_warnings():  # what is compiled for absent devices cannot be read from jax's cache
@@ -89,15 +116,23 @@ def compile_for(config: RunConfig, target: Topology, program: str = "train", new
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed, available = _sizes(str(error))
-        told = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB a device" if needed and available else ""
-        ways = "; ".join(remedies(config, run, target, program, sizes)) or "nothing that a flag could change"
-        what = f"{config.stage}:{config.preset} {program} on {target.name}"
-        message = f"{what} needs {told or 'more memory than a device has'}. What takes less: {ways}"
-        too_large = TooLarge(message)
-        too_large.needed = needed
-        raise too_large from None
-    return read(compiled, config, run, target, program, sizes, time.perf_counter() - started)
+        raise _too_large(config, run, target, program, sizes, held, str(error)) from None
+    return read(compiled, config, run, target, program, sizes, held, time.perf_counter() - started, with_forecast)
+
+
+def _too_large(config, run, target, program, sizes, held, text):
+    needed, available = _sizes(text)
+    known, of_rows = bool(needed and available), "cache" if "cache" in sizes else "batch"
+    available = available or chip_of(target.generation).hbm_bytes / target.kind.devices_per_chip
+    told = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB a device" if known else "more memory than a device has"
+    told += "".join(f", with {what} of {size / 1e9:.1f} GB beside it" for what, size in held.items())
+    rows = sizes[of_rows] + sum(size for what, size in held.items() if "batch" in what)
+    excess = Excess(needed or math.inf, available, sizes, sum(held.values()), rows)
+    ways = "; ".join(remedies(config, run, target, program, excess)) or "nothing that a flag could change"
+    what = f"{config.stage}:{config.preset} {program} on {target.name}"
+    too_large = TooLarge(f"{what} needs {told}. What takes less: {ways}")
+    too_large.needed = needed
+    return too_large
 
 
 def _bytes_of_a_device(tree):

@@ -1,6 +1,6 @@
-"""What a compiled program tells about itself: memory, attention, network, FLOPs, and what its chips' peaks allow.
+"""What a compiled program tells about itself: memory, attention, network, FLOPs, and how long it takes.
 
-Nothing here is a forecast of time: the seconds are such that no step can beat them.
+Two kinds of seconds: such as no step can beat, by its chips' peaks, and a forecast by the compiler's schedule.
 """
 
 import dataclasses
@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from hovle_jax.aot.hlo import collectives
+from hovle_jax.aot.forecasting import Forecast, forecast
+from hovle_jax.aot.hlo import collectives, work
 from hovle_jax.aot.least_traffic import least_traffic
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.chips import chip_of
@@ -21,6 +22,9 @@ from hovle_jax.training.stages import find
 
 # Component -> the module whose name stands in the operations of its stack.
 STACKS = {"embedding": "HolisticEmbedding", "llm": "LanguageModel", "teacher": "VisionTeacher"}
+PARTS = {module: name for name, module in STACKS.items()} | {work.LOSS: "head and loss", work.REST: "optimizer"}
+
+IN_PARTS = ("train", "evaluation")  # programs that read a batch in microbatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,24 +37,30 @@ class Report:
       arguments: bytes of each argument on a device.
       memory: bytes on a device while the program runs: arguments, temporaries, results (those that take no argument's
         place) and code are the peak, available what it has; host: temporaries in the host's memory.
+      beside: {what else a run holds meanwhile: bytes on a device}.
       attention: {component: implementation that runs, reason why not what was asked for, kernels that are called}.
       collectives: {kind: Total}; sent: bytes that a device sends in all.
       step: of a training step, see `step_of`.
       hbm_seconds: of prefill and decode: parameters and caches read once at the chip's published bandwidth.
+      forecast: None where none was asked for.
+      speed: of a step at the forecast's high and low seconds: 'mfu', and 'tokens' a second of all devices.
     """
 
     setting: dict[str, Any]
     arguments: dict[str, int]
     memory: dict[str, float]
+    beside: dict[str, int]
     attention: dict[str, dict[str, Any]]
     collectives: dict[str, collectives.Total]
     sent: float
     step: dict[str, Any] | None
     hbm_seconds: float | None
+    forecast: Forecast | None = None
+    speed: dict[str, tuple[float, float]] | None = None
 
     @property
     def fits(self) -> bool:
-        return self.memory["peak"] <= self.memory["available"]
+        return self.memory["peak"] + sum(self.beside.values()) <= self.memory["available"]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -64,20 +74,26 @@ def read(
     target: Topology,
     program: str,
     arguments: dict[str, int],
+    beside: dict[str, int],
     compile_seconds: float,
+    with_forecast: bool = True,
 ) -> Report:
     """Reads a compiled program.
 
     Args:
       run: that it was lowered for.
       arguments: bytes of each of its arguments on a device.
+      beside: see `programs.beside`.
+      with_forecast: kernels that were not seen before are compiled for it, once more and alone.
     """
     text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
     found = collectives.collectives(text, mesh.size // target.slices)
-    chip, step, hbm = chip_of(target.generation), None, None
+    chip, step, hbm, speed = chip_of(target.generation), None, None, None
+    predicted = forecast(compiled, PARTS) if with_forecast else None
     if program == "train":
         step = step_of(flops_of(config, run), least_traffic(find(config.stage), run), target, found)
-    else:
+        speed = predicted and speed_of(predicted, flops_of(config, run), target, data.batch_size * data.sequence_length)
+    elif "cache" in arguments:
         hbm = (arguments["params"] + arguments["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
     setting = {"name": f"{config.stage}:{config.preset}", "program": program, "topology": target.name}
     setting |= {"slices": target.slices, "devices": mesh.size, "mesh": dict(mesh.shape), "rows": data.batch_size}
@@ -86,11 +102,14 @@ def read(
         setting=setting | {"remat": config.execution.remat, "compile_seconds": compile_seconds},
         arguments=arguments,
         memory=_memory(compiled.memory_analysis(), chip.hbm_bytes / target.kind.devices_per_chip),
+        beside=beside,
         attention=_attention(config, run, program, collectives.kernels(text)),
         collectives=collectives.summary(found),
         sent=sum(c.bytes for c in found),
         step=step,
         hbm_seconds=hbm,
+        forecast=predicted,
+        speed=speed,
     )
 
 
@@ -128,10 +147,17 @@ def step_of(flops: StepFlops, least: dict[str, float], target: Topology, found: 
     return made | {"mfu": flops.model / (peak * max(seconds.values()))}
 
 
+def speed_of(predicted: Forecast, flops: StepFlops, target: Topology, tokens: int) -> dict[str, tuple[float, float]]:
+    """See `Report`; tokens: of a step."""
+    peak = target.chips * target.slices * chip_of(target.generation).bf16_flops
+    both = lambda amount: (amount / predicted.high, amount / predicted.low)
+    return {"mfu": both(flops.model / peak), "tokens": both(tokens)}
+
+
 def _attention(config, run, program, operations):
     """Of the decoder stacks and the teacher's tower: what was chosen, and whether the program has kernels of it."""
     stage, made = find(config.stage), {}
-    asked, whole = run.models.execution.attention, program == "train"  # over caches a mask is not whole
+    asked, whole = run.models.execution.attention, program != "decode"  # over caches a mask is not whole
     for component in (c for c in stage.components if c in STACKS and c not in stage.partial):
         is_decoder, vision = component != "teacher", config.teacher and config.teacher.vision
         head_dim = getattr(config.model, component).stack.head_dim if is_decoder else vision.width // vision.num_heads
@@ -145,21 +171,24 @@ def _attention(config, run, program, operations):
 
 def text_of(report: Report) -> str:
     """The report for people; docs/performance.md says what each line is."""
-    return "\n".join([*_program(report), *_network(report), *(_step(report) if report.step else _inference(report))])
+    lines = [*_program(report), *_network(report), *(_step(report) if report.step else _inference(report))]
+    return "\n".join([*lines, *(_forecast(report) if report.forecast else ())])
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    """Bytes in GB, where there are some hundredths of one, else in MB."""
+    return f"{size / 1e6:.3g} MB" if 0 < size < 5e7 else f"{size / 1e9:.2f} GB"
 
 
 def _program(r):
     s, m = r.setting, r.memory
     mesh = " x ".join(f"{axis}={size}" for axis, size in s["mesh"].items() if size > 1) or "one device"
     yield f"{s['name']} {s['program']} on {s['topology']}: {s['devices']:,} devices, mesh {mesh}"
-    how = f", in {s['microbatches']} microbatch(es), remat {s['remat']}" if r.step else ""
+    how = f", in {s['microbatches']} microbatch(es), remat {s['remat']}" if s["program"] in IN_PARTS else ""
     yield f"  batch        {s['rows']:,} rows of {s['length']:,} tokens and {s['tiles']} tiles{how}"
     yield f"  compiled     in {s['compile_seconds']:.0f} s"
     parts = ", ".join(f"{name} {gb(m[name])}" for name in ("arguments", "temporaries", "results", "code"))
+    parts += "".join(f"; beside it {what} {gb(size)}" for what, size in r.beside.items())
     parts += f"; {gb(m['host'])} in the host's memory" * (m["host"] > 0) + "; DOES NOT FIT" * (not r.fits)
     yield f"  memory       {gb(m['peak'])} of {gb(m['available'])} a device: {parts}"
     for stack, a in r.attention.items():
@@ -194,5 +223,25 @@ def _step(r):
 
 
 def _inference(r):
+    if r.hbm_seconds is None:
+        return
     held = f"parameters {gb(r.arguments['params'])} and caches {gb(r.arguments['cache'])} a device"
     yield f"  HBM          {held}: {1000 * r.hbm_seconds:.3g} ms to read them once at the published bandwidth"
+
+
+def _forecast(r):
+    f, speed = r.forecast, r.speed
+    then = f", {span(speed['mfu'], '.0%')} MFU, {span(speed['tokens'], ',.0f')} tokens/s" if speed else ""
+    yield f"  forecast     {span((f.low, f.high), '.3g')} s by the compiler's schedule{then}"
+    for name, parts in (("kind", f.kinds), ("part", f.parts)):
+        told = ", ".join(f"{what} {span(s, '.2g')}" for what, s in parts.items() if s[1] > 0.005 * f.high)
+        yield f"  forecast     seconds by {name}: {told}"
+    for what, share in f.unknown.items():
+        counted = "" if share is None else f", counted by its bytes: {share:.1%} of the time"
+        yield f"  forecast     no estimate of {what}{counted}"
+
+
+def span(ends: tuple[float, float], form: str) -> str:
+    """'8.9 ... 10.1', or one number where both ends read the same."""
+    low, high = (format(end, form) for end in ends)
+    return low if low == high else f"{low} ... {high}"

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from hovle_jax.errors import UserError
@@ -88,15 +89,20 @@ class Topology:
 
     @property
     def busy_links(self) -> float:
-        """The share of a chip's links that a collective over a whole slice can keep busy.
+        """The share of a chip's links that a collective over a whole slice can keep busy."""
+        return self.ways(self.shape)[0]
 
-        They are two along a ring and one along a line, whose end has one link alone for all that it gets.
+    def ways(self, extents: Sequence[int]) -> tuple[float, int]:
+        """Among so many chips along each axis: the share of a chip's links that are busy, hops to the farthest chip.
+
+        Links are two along a ring and one along a line, whose end has one link alone for all that it gets.
         """
-        ring = self.kind.ring
+        ring, shape = self.kind.ring, self.shape
         # In three dimensions optical switches close the rings of whole cubes of 4x4x4 chips only.
-        closed = len(self.shape) == 2 or all(size % ring == 0 for size in self.shape)
-        links = sum((2 if closed and size % ring == 0 else 1) for size in self.shape if size > 1)
-        return links / (2 * self.kind.dimensions)
+        closed = len(shape) == 2 or all(size % ring == 0 for size in shape)
+        axes = [(n, closed and n == whole and n % ring == 0) for n, whole in zip(extents, shape) if n > 1]
+        links = sum(2 if is_ring else 1 for _, is_ring in axes)
+        return links / (2 * self.kind.dimensions), sum(n // 2 if is_ring else n - 1 for n, is_ring in axes)
 
     def larger(self) -> "Topology | None":
         """The next larger slices of the same generation."""

@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.model.attention_blocks import SHORTEST, attend_causal
 from hovle_jax.model.execution import OneDevice
@@ -15,8 +16,12 @@ from hovle_jax.model.execution import OneDevice
 # 'auto' is resolved by the command from the mesh's devices, before a model is made.
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "splash", "cudnn")
 
+# What the backward pass may find kept (`transformer.KEPT`): what the kernel reads, and what it leaves.
+QUERY, KEY, VALUE, ATTENTION = "query", "key", "value", "attention"
+
 LANES = 128  # of a TPU's vector registers
 SPLASH_BLOCK = 1024  # most queries and keys of a block of splash attention
+SMALL_BLOCK = 896  # from the compiler's schedules of kernels with blocks of 640 and of 1,024, forward and backward
 
 
 @flax.struct.dataclass
@@ -115,7 +120,14 @@ def attend(
     """
     whole = isinstance(mask, (AttentionMask, CausalRows))
     chosen, _ = choose(implementation, query.shape[-1], masked=mask is not None, whole=whole)
-    return _ATTEND[chosen](query, key, value, mask, placement)
+    if chosen == "splash":  # keeps what its own backward pass reads, heads in front
+        return _splash(query, key, value, mask, placement)
+    out = _ATTEND[chosen](*_named(query, key, value), mask, placement)
+    return checkpoint_name(out, ATTENTION)
+
+
+def _named(query, key, value):
+    return checkpoint_name(query, QUERY), checkpoint_name(key, KEY), checkpoint_name(value, VALUE)
 
 
 def _blocks(query, key, value, mask: CausalRows, placement):
@@ -158,11 +170,11 @@ def _splash(query, key, value, mask: AttentionMask, placement):
     keys and values are gathered: with few kv heads they are small.
     """
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # heads in front
+    query, key, value = _named(*(x.transpose(0, 2, 1, 3) for x in (query, key, value)))  # heads in front
     heads, length = query.shape[1:3]
     of_queries, of_keys = ("batch", "heads", "length", None), ("batch", "kv_heads", None, None)
     _, head_shards, length_shards, _ = placement.shards(of_queries, query.shape)
-    padding = -length % (LANES * length_shards)
+    padding = splash_length(length, length_shards) - length
     rows = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
     segments = jnp.pad(mask.query_segments, ((0, 0), (0, padding)))
     kernel = _splash_kernel(heads, length + padding, mask.causal, head_shards, length_shards)
@@ -206,7 +218,27 @@ def _splash_kernel(heads, length, causal, head_shards, length_shards):
     )
     mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
     mask = masks.MultiHeadMask([mask] * heads)
-    return kernels.make_splash_mha(mask, head_shards=head_shards, q_seq_shards=length_shards, block_sizes=sizes)
+    return kernels.make_splash_mha(
+        mask,
+        head_shards=head_shards,
+        q_seq_shards=length_shards,
+        block_sizes=sizes,
+        residual_checkpoint_name=ATTENTION,
+    )
+
+
+def splash_length(length: int, shards: int = 1) -> int:
+    """The length that rows are padded to: of those that blocks of 128 to SPLASH_BLOCK divide, that which costs least.
+
+    A causal row of n tokens meets n (n + block) / 2 pairs, and a block's own work is as much as that of SMALL_BLOCK
+    more of its tokens: 14,080 tokens are faster as 14 blocks of 1,024 than as 22 of 640.
+
+    Args:
+      shards: of the row; each is whole blocks.
+    """
+    padded = lambda block: -(-length // (block * shards)) * block * shards
+    cost = lambda block: padded(block) * (padded(block) + block) * (1 + SMALL_BLOCK / block)
+    return padded(min(range(LANES, SPLASH_BLOCK + 1, LANES), key=cost))
 
 
 def splash_block(length: int) -> int:
@@ -214,4 +246,4 @@ def splash_block(length: int) -> int:
     return max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
 
 
-_ATTEND = {"xla": _xla, "blocks": _blocks, "splash": _splash, "cudnn": _cudnn}
+_ATTEND = {"xla": _xla, "blocks": _blocks, "cudnn": _cudnn}

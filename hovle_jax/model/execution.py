@@ -61,7 +61,7 @@ class Execution:
       dtype: compute type, 'float32' or 'bfloat16'.
       attention: of `attention.IMPLEMENTATIONS`.
       unroll_layers: write the layers out instead of looping over them.
-      remat: of `transformer.REMAT_POLICIES`: what the backward pass finds kept.
+      remat: of `transformer.REMATS`, or names of `transformer.KEPT`: what the backward pass finds kept.
       placement: where arrays lie.
     """
 

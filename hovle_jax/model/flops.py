@@ -58,16 +58,21 @@ def product(rows: float, inputs: float, outputs: float) -> float:
 
 def decoder_stack(c: StackConfig, length: int) -> Work:
     """The layers over one row of `length` tokens: GQA attention and SwiGLU."""
-    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    projections = product(length, c.width, 2 * heads + 2 * kv_heads)
-    down = product(length, c.mlp_width, c.width)
-    layer = Work(
-        dense=projections + 3 * down,
-        last=down,
-        attention=2 * product(length * (length + 1) / 2, 1, heads),
-        square=2 * product(length**2, 1, heads),
+    matmuls, heads = decoder_matmuls(c, length), c.num_heads * c.head_dim
+    return Work(
+        dense=sum(matmuls.values()),
+        last=matmuls["down"],
+        attention=2 * product(length * (length + 1) / 2, 1, heads) * c.num_layers,
+        square=2 * product(length**2, 1, heads) * c.num_layers,
     )
-    return layer * c.num_layers
+
+
+def decoder_matmuls(c: StackConfig, length: int) -> dict[str, float]:
+    """The products with weights of all layers over one row, by name."""
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    outputs = {"query": heads, "key": kv_heads, "value": kv_heads, "output": heads}
+    outputs |= dict.fromkeys(("gate", "up", "down"), c.mlp_width)
+    return {name: product(length, c.width, size) * c.num_layers for name, size in outputs.items()}
 
 
 def encoder_stack(c: ViTConfig | TextTowerConfig, num_layers: int, tokens: int, causal: bool = False) -> Work:

@@ -66,6 +66,11 @@ class HoVLECache:
     embedding: Cache | None
     llm: Cache
 
+    def begun(self) -> "HoVLECache":
+        """The same, of which something may be filled (see `Cache.is_empty`)."""
+        begun = lambda cache: cache and dataclasses.replace(cache, is_empty=False)
+        return HoVLECache(begun(self.embedding), begun(self.llm))
+
 
 @dataclasses.dataclass(frozen=True)
 class HoVLE:

@@ -12,10 +12,31 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hovle_jax.model.attention import AttentionMask, attend, prepare
+from hovle_jax.errors import UserError
+from hovle_jax.model.attention import ATTENTION, KEY, QUERY, VALUE, AttentionMask, attend, prepare
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution, LogicalAxes
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
+
+# What the backward pass of a layer can find kept, by the names of the matmuls that make it.
+LAYER_INPUT, OUTPUT, GATE, UP = "layer_input", "output", "gate", "up"
+KEPT = (LAYER_INPUT, QUERY, KEY, VALUE, ATTENTION, OUTPUT, GATE, UP)
+ON_HOST = "@host"
+MATMULS = ",".join(KEPT[1:])  # with these no matmul is made again, and no kernel of attention
+
+# Words for what is kept: all; results of matmuls; the layer's input; that in the host's memory.
+_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+REMATS = tuple(_POLICIES)  # what keeps most first
 
 
 def partitioned(init: Callable, *names) -> Callable:
@@ -62,24 +83,23 @@ class Cache:
     Attributes:
       key, value: [N, B, S, K, C].
       length: [B] int32.
+      is_empty: static; nothing is filled yet: the tokens that come first are whole rows to attention.
     """
 
     key: jax.Array
     value: jax.Array
     length: jax.Array
+    is_empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def empty(cls, config: StackConfig, slots: int, capacity: int, dtype: Any = jnp.float32) -> "Cache":
         shape = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((slots,), jnp.int32))
-
-    @property
-    def layers(self) -> "LayerCache":
-        """What the layers are given, scanned over."""
-        return LayerCache(self.key, self.value)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((slots,), jnp.int32), is_empty=True)
 
     def mask(self, segment_ids: jax.Array) -> AttentionMask:
         """The mask of new tokens [B, L] (segment 1, padding 0) that are appended to what is cached."""
+        if self.is_empty:
+            return AttentionMask.for_rows(segment_ids)
         B, L = segment_ids.shape
         S = self.key.shape[2]
         return AttentionMask(
@@ -96,18 +116,29 @@ class Cache:
 
 @flax.struct.dataclass
 class Appended:
-    """Where new tokens go in a `Cache` and what they see: start [B]; mask as `attention.prepare` made it."""
+    """Where new tokens go in a `Cache` and what they see.
 
-    start: jax.Array
+    Attributes:
+      start: [B] int32; None: at the beginning of an empty cache, where they see nothing else.
+      mask: as `attention.prepare` made it.
+    """
+
+    start: jax.Array | None
     mask: Any
 
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one layer [B, S, K, C]; other kinds of cache have the same method."""
+    """One layer's place in the keys and values of its stack; other kinds of cache have the same method.
+
+    Attributes:
+      key, value: [N, B, S, K, C] of all layers: a loop over layers that carries them updates them in place.
+      layer: int32 scalar.
+    """
 
     key: jax.Array
     value: jax.Array
+    layer: Any
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, where: Appended, execution: Execution
@@ -117,16 +148,19 @@ class LayerCache:
         Returns:
           (out [B, L, H, C], the cache).
         """
-        written = LayerCache(write_rows(self.key, key, where.start), write_rows(self.value, value, where.start))
-        key, value = written.key.astype(query.dtype), written.value.astype(query.dtype)
+        written = LayerCache(self._with(self.key, key, where), self._with(self.value, value, where), self.layer)
+        if where.start is not None:
+            read = lambda cache: jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False).astype(query.dtype)
+            key, value = read(written.key), read(written.value)
         return attend(query, key, value, where.mask, execution.attention, execution.placement), written
 
-
-def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes new [B, L, K, C] into cache [B, S, K, C], each row from its own start [B]."""
-    return jax.vmap(lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (at, 0, 0)))(
-        cache, new.astype(cache.dtype), start
-    )
+    def _with(self, cache, new, where):
+        """The cache with new [B, L, K, C] in this layer, each row from its own start."""
+        new = new.astype(cache.dtype)
+        if where.start is None:
+            return jax.lax.dynamic_update_slice(cache, new[None], (self.layer, 0, 0, 0, 0))
+        rows, places = jnp.arange(len(new))[:, None], where.start[:, None] + jnp.arange(new.shape[1])
+        return cache.at[self.layer, rows, places].set(new, unique_indices=True)
 
 
 class DecoderLayer(nn.Module):
@@ -146,6 +180,9 @@ class DecoderLayer(nn.Module):
         Returns:
           (x, cache).
         """
+        return self.run(x, cache, angles, where)
+
+    def run(self, x: jax.Array, cache: Any, angles: tuple[jax.Array, jax.Array], where: Any) -> tuple[jax.Array, Any]:
         x, cache = self.attention(checkpoint_name(x, LAYER_INPUT), cache, angles, where)
         return self.feed_forward(x), cache
 
@@ -158,6 +195,8 @@ class DecoderLayer(nn.Module):
 
         def heads(name, count, axis):
             projected = dense(count * c.head_dim, ("embed", axis), name, how, use_bias=c.qkv_bias)(y)
+            if c.qk_norm:  # whose gradient reads it
+                projected = checkpoint_name(projected, name)
             return projected.reshape(B, L, count, c.head_dim)
 
         query, key = heads("query", c.num_heads, "heads"), heads("key", c.num_kv_heads, "kv_heads")
@@ -165,37 +204,63 @@ class DecoderLayer(nn.Module):
         if c.qk_norm:
             query = RMSNorm(c.norm_eps, name="query_norm")(query)
             key = RMSNorm(c.norm_eps, name="key_norm")(key)
-        query, key = rotate(query, *angles), rotate(key, *angles)
+        query, key = (rotate(x, *angles, by_matmul=how.attention == "splash") for x in (query, key))  # on TPUs
         if cache is None:
             out = attend(query, key, value, where, how.attention, how.placement)
         else:
             out, cache = cache.attend(query, key, value, where, how)
         output = dense(c.width, ("heads", "embed"), "output", how, c.output_bias, branches=2 * c.num_layers)
-        return x + output(out.reshape(B, L, c.num_heads * c.head_dim)), cache
+        return x + checkpoint_name(output(out.reshape(B, L, c.num_heads * c.head_dim)), OUTPUT), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
         c, how = self.config, self.execution
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        gate = nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate", how, c.mlp_bias)(y))
-        up = dense(c.mlp_width, ("embed", "mlp"), "up", how, c.mlp_bias)(y)
-        return x + dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, branches=2 * c.num_layers)(gate * up)
+        wide = lambda name: checkpoint_name(dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias)(y), name)
+        gate, up = wide(GATE), wide(UP)
+        down = dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, branches=2 * c.num_layers)
+        return x + down(nn.silu(gate) * up)
 
 
-LAYER_INPUT = "layer_input"  # what 'offload' keeps in the host's memory
+class CachedLayer(DecoderLayer):
+    """The same layer where a loop carries the caches of all layers beside x."""
 
-# What the backward pass of a layer finds kept: everything, matmuls, its input, or its input in the host's memory.
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, LayerCache], layer: jax.Array, angles: Any, where: Appended) -> Any:
+        x, cache = carry
+        return self.run(x, LayerCache(cache.key, cache.value, layer), angles, where), None
+
+
+def remat_policy(remat: str) -> Callable | None:
+    """What the backward pass of a layer finds kept; the rest it makes again.
+
+    Args:
+      remat: of `REMATS`, or names of `KEPT`, as 'query,key,value'; NAME@host waits in the host's memory.
+    Raises:
+      UserError: there is no such name.
+    """
+    if remat in _POLICIES:
+        return _POLICIES[remat]
+    kept, offloaded = kept_names(remat)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept,
+        names_which_can_be_offloaded=offloaded,
         offload_src="device",
         offload_dst="pinned_host",
-    ),
-}
+    )
+
+
+def kept_names(remat: str) -> tuple[list[str], list[str]]:
+    """-> (names that stay on the device, names that wait in the host's memory). Raises UserError: `remat_policy`."""
+    names = [name.strip() for name in remat.split(",")]
+    kept, offloaded = ([name.removesuffix(ON_HOST) for name in names if name.endswith(ON_HOST) == on] for on in (0, 1))
+    unknown = sorted({*kept, *offloaded} - {*KEPT})
+    if unknown:
+        raise UserError(
+            f"execution.remat={remat!r} is not one of {', '.join(REMATS)}, and not a list of what is kept: "
+            f"{unknown[0]!r} is none of {', '.join(KEPT)} (NAME{ON_HOST} waits in the host's memory)"
+        )
+    return kept, offloaded
 
 
 def scanned(layer: type[nn.Module], execution: Execution, num_layers: int, broadcast: int) -> Any:
@@ -203,7 +268,7 @@ def scanned(layer: type[nn.Module], execution: Execution, num_layers: int, broad
 
     Unrolling changes the program alone, never the parameter tree, so checkpoints do not depend on it.
     """
-    policy = REMAT_POLICIES[execution.remat]
+    policy = remat_policy(execution.remat)
     if policy is not None:
         layer = nn.remat(layer, policy=policy, prevent_cse=False)
     in_axes: Any = (0,) + (nn.broadcast,) * broadcast
@@ -246,11 +311,17 @@ class Stack(nn.Module):
         angles = jax.lax.optimization_barrier(rotary_angles(positions, self.config, lengths))
         constrain = lambda x: self.execution.placement.constrain(x, ("batch", "length", "embed_act"))
         x = constrain(x.astype(self.execution.dtype))
-        block = scanned(DecoderLayer, self.execution, self.config.num_layers, broadcast=2)
         mask = prepare(mask, self.execution.attention, self.config.head_dim)
-        layers, where = (None, mask) if cache is None else (cache.layers, Appended(cache.length, mask))
-        x, layers = block(self.config, self.execution, name="layers")(x, layers, angles, where)
-        return constrain(x), None if cache is None else cache.advanced(layers, segment_ids)
+        layers = lambda layer: scanned(layer, self.execution, self.config.num_layers, broadcast=2)(
+            self.config, self.execution, name="layers"
+        )
+        if cache is None:
+            x, _ = layers(DecoderLayer)(x, None, angles, mask)
+            return constrain(x), None
+        where = Appended(None if cache.is_empty else cache.length, mask)
+        carry, numbers = (x, LayerCache(cache.key, cache.value, 0)), jnp.arange(self.config.num_layers)
+        (x, written), _ = layers(CachedLayer)(carry, numbers, angles, where)
+        return constrain(x), cache.advanced(written, segment_ids)
 
 
 class TokenTable(nn.Module):

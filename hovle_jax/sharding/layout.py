@@ -102,7 +102,7 @@ class Layout:
 
     def constrain(self, tree: Any, use: str = "parameters") -> Any:
         """Inside a jitted function: arrays laid out as the table says; as they are on one device."""
-        if self.placement.mesh.size == 1:
+        if self.placement.is_one_device:
             return tree
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(tree, use))
 

@@ -16,12 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from hovle_jax.model.execution import local_matmul
+from hovle_jax.sharding.mesh import per_shard, sizes
 from hovle_jax.sharding.rules import FSDP, as_axes, padded
 
-LARGE_SHARD = 128 * 1024  # bytes from which an all-gather goes over two dimensions of the torus at once
+# An all-gather over two dimensions of the torus at once uses the links of both; but of one over more than SMALL_SLICE
+# chips the TPU compiler makes an all-reduce of the whole, twice the bytes, where the whole has fewer bytes than LARGE.
+SMALL_SLICE, LARGE = 32, 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class MatmulSharding:
       phases: sizes of the torus' dimensions under fsdp, outermost first (see `mesh.torus`).
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     x: PartitionSpec = PartitionSpec()
     kernel: PartitionSpec = PartitionSpec()
     gradient: PartitionSpec = PartitionSpec()
@@ -51,7 +54,7 @@ class MatmulSharding:
     @classmethod
     def of(
         cls,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         x: PartitionSpec,
         kernel: PartitionSpec,
         gradient: PartitionSpec,
@@ -84,10 +87,9 @@ class MatmulSharding:
 
     def per_shard(self, local: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
         """`local` on each device's shards of its arguments; as it is on one device."""
-        if self.mesh is None or self.mesh.size == 1:
+        if self.mesh is None or math.prod(sizes(self.mesh).values()) == 1:
             return local
-        # Kernels and gathered shards do not say over which axes they vary.
-        return jax.shard_map(local, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
+        return per_shard(self.mesh, local, in_specs, out_specs)
 
 
 def _dimension_of_fsdp(spec):
@@ -136,11 +138,11 @@ def gather(kernel: jax.Array, dimension: int | None, phases: Sequence[int]) -> j
     """
     if dimension is None:
         return kernel
-    # Over two dimensions at once it uses the links of both. But below this size, and over three, the TPU compiler makes
-    # it an all-reduce of the whole, twice the bytes. The last phase, which brings the most, is over two.
-    if kernel.size * kernel.dtype.itemsize >= LARGE_SHARD:
-        phases = (math.prod(phases[:2]), *phases[2:])
-    for groups in reversed(_groups(jax.lax.axis_size(FSDP), phases)):
+    # The last phase, which brings the most, is over two dimensions; over three it would be an all-reduce.
+    size, both = jax.lax.axis_size(FSDP), math.prod(phases[:2])
+    if both <= SMALL_SLICE or kernel.size * kernel.dtype.itemsize * size >= LARGE:
+        phases = (both, *phases[2:])
+    for groups in reversed(_groups(size, phases)):
         kernel = jax.lax.all_gather(kernel, FSDP, axis=dimension, axis_index_groups=groups, tiled=True)
     return kernel
 

@@ -1,15 +1,16 @@
 """The mesh: devices along the axes of the rules table, neighbours on a TPU's torus as neighbours on the mesh."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
-from hovle_jax.sharding.rules import AXES
+from hovle_jax.sharding.rules import AXES, DATA
 
 
 def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
@@ -68,3 +69,19 @@ def torus(mesh: Mesh) -> tuple[int, ...]:
 def _period(column):
     """After how many devices a coordinate changes first."""
     return int(np.argmax(column != column[0]))
+
+
+def of_a_copy(mesh: Mesh) -> AbstractMesh:
+    """What a program sees of the mesh inside a `shard_map` over `data`: the devices that hold one copy of a model."""
+    return mesh.abstract_mesh.update_axis_types({DATA: AxisType.Manual})
+
+
+def sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """{axis: size} of the axes that arrays can be sharded along: inside a `shard_map` not those that it goes over."""
+    return {axis: mesh.shape[axis] for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+
+
+def per_shard(mesh: Mesh | AbstractMesh, local: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
+    """`jax.shard_map` over all `sizes`; what comes out says not over which axes it varies, as kernels do not."""
+    over = {"axis_names": set(sizes(mesh)), "check_vma": False}
+    return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, **over)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hovle_jax.errors import UserError
 from hovle_jax.model.execution import LogicalAxes, OneDevice, local_matmul
 from hovle_jax.sharding.matmul import MatmulSharding, sharded_matmul
-from hovle_jax.sharding.mesh import torus
+from hovle_jax.sharding.mesh import of_a_copy, per_shard, sizes, torus
 from hovle_jax.sharding.rules import Rule, as_axes, padded, partition_spec, rules
 
 # Logical axes of what no module names: a batch's fields are sharded by rows, and what is inside a row by constraints in
@@ -27,15 +27,31 @@ class Placement(OneDevice):
 
     Attributes:
       zero: what the mesh axis `fsdp` shards (see `rules`).
+      in_copy: whether it is used inside a `shard_map` over `data`, where nothing is sharded along it or summed over it.
     """
 
     mesh: Mesh
     zero: int = 3
+    in_copy: bool = False
 
     @functools.cached_property
     def phases(self) -> tuple[int, ...]:
         """See `mesh.torus`."""
         return torus(self.mesh)
+
+    @functools.cached_property
+    def view(self) -> Mesh | AbstractMesh:
+        """The mesh, as the program that is traced sees it."""
+        return of_a_copy(self.mesh) if self.in_copy else self.mesh
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """See `mesh.sizes`."""
+        return sizes(self.view)
+
+    @functools.cached_property
+    def is_one_device(self) -> bool:
+        return math.prod(self.sizes.values()) == 1
 
     def rules(self, use: str = "parameters") -> Mapping[str, Rule]:
         """The rows of the table for a use (see `rules.ZERO`)."""
@@ -49,23 +65,23 @@ class Placement(OneDevice):
         self, axes: LogicalAxes, shape: Sequence[int], use: str = "parameters"
     ) -> tuple[PartitionSpec, list[tuple]]:
         """-> (PartitionSpec, rules that cannot apply: see `partition_spec`)."""
-        return partition_spec(axes, shape, dict(self.mesh.shape), self.rules(use))
+        return partition_spec(axes, shape, self.sizes, self.rules(use))
 
     def sharding(self, spec: PartitionSpec = PartitionSpec()) -> NamedSharding:
         """Of arrays with this spec; without one they are whole on every device."""
-        return NamedSharding(self.mesh, spec)
+        return NamedSharding(self.view, spec)
 
     # -- what modules ask for
 
     def matmul(self, x: jax.Array, kernel: jax.Array, axes: LogicalAxes) -> jax.Array:
-        if self.mesh.size == 1:
+        if self.is_one_device:
             return local_matmul(x, kernel)  # whose gradient is the compiler's own business
         return sharded_matmul(self.matmul_sharding(x.shape, kernel.shape, axes), x, kernel)
 
     def matmul_sharding(self, x_shape: Sequence[int], kernel_shape: Sequence[int], axes: LogicalAxes) -> MatmulSharding:
         """How x [..., D] @ kernel [D, F] lies on the mesh, the kernel having these axes."""
         return MatmulSharding.of(
-            mesh=self.mesh,
+            mesh=self.view,
             x=self.spec(row_axes(len(x_shape)), x_shape),
             kernel=self.spec(axes, kernel_shape),
             gradient=self.spec(axes, kernel_shape, "gradients"),
@@ -74,44 +90,41 @@ class Placement(OneDevice):
         )
 
     def constrain(self, x: jax.Array, axes: LogicalAxes) -> jax.Array:
-        if self.mesh.size == 1:
+        if self.is_one_device:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(self.spec(axes, x.shape)))
 
     def shards(self, axes: LogicalAxes, shape: Sequence[int]) -> tuple[int, ...]:
         spec = self.spec(axes, shape)
-        sizes = [math.prod(self.mesh.shape[axis] for axis in as_axes(entry)) for entry in spec]
+        sizes = [math.prod(self.sizes.get(axis, 1) for axis in as_axes(entry)) for entry in spec]
         return (*sizes, *[1] * (len(shape) - len(sizes)))
 
     def per_shard(
         self, local: Callable, inputs: Sequence[tuple], out_axes: LogicalAxes, out_shape: Sequence[int]
     ) -> Any:
-        if self.mesh.size == 1:
+        if self.is_one_device:
             return local(*(array for array, *_ in inputs))
         specs = tuple(self._spec_of(*each) for each in inputs)
-        # Kernels and gathered shards do not say over which axes they vary.
-        run = jax.shard_map(
-            local, mesh=self.mesh, in_specs=specs, out_specs=self.spec(out_axes, out_shape), check_vma=False
-        )
+        run = per_shard(self.view, local, specs, self.spec(out_axes, out_shape))
         return run(*(array for array, *_ in inputs))
 
     def _spec_of(self, array, axes, shape):
         spec = self.spec(axes, shape)
         if not hasattr(array, "manual_sharding_spec"):
             return spec
-        return array.manual_sharding_spec(self.sharding(PartitionSpec(*padded(spec, len(axes)))))
+        return array.manual_sharding_spec(NamedSharding(self.mesh, PartitionSpec(*padded(spec, len(axes)))))
 
     # -- batches and caches
 
     @property
     def batch_shards(self) -> int:
         """In how many shards the rows of a batch lie."""
-        return math.prod(self.mesh.shape[axis] for axis in as_axes(self.rules()["batch"]))
+        return math.prod(self.sizes.get(axis, 1) for axis in as_axes(self.rules()["batch"]))
 
     @property
     def length_shards(self) -> int:
         """In how many shards the tokens of a row lie."""
-        return math.prod(self.mesh.shape[axis] for axis in as_axes(self.rules()["length"]))
+        return math.prod(self.sizes.get(axis, 1) for axis in as_axes(self.rules()["length"]))
 
     @property
     def batch_sharding(self) -> NamedSharding:

@@ -14,7 +14,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
 from hovle_jax.model.config import TEACHER_KINDS
-from hovle_jax.model.transformer import REMAT_POLICIES
+from hovle_jax.model.transformer import remat_policy
 from hovle_jax.training.check_numbers import check_numbers
 from hovle_jax.training.stages import find
 
@@ -61,10 +61,11 @@ def check_data(config: RunConfig) -> None:
 
 
 def check_execution(execution: ExecutionConfig) -> None:
-    choices = {"dtype": ("auto", "float32", "bfloat16"), "attention": IMPLEMENTATIONS, "remat": tuple(REMAT_POLICIES)}
+    choices = {"dtype": ("auto", "float32", "bfloat16"), "attention": IMPLEMENTATIONS}
     for name, allowed in choices.items():
         if getattr(execution, name) not in allowed:
             raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
+    remat_policy(execution.remat)
     if not 0 <= execution.zero <= 3:
         raise UserError(f"execution.zero={execution.zero} is a level of ZeRO: set it from 0 to 3")
     if execution.vocab_chunk < 0:

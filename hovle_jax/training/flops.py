@@ -10,11 +10,15 @@ implementation does it, and the logits again where they are not kept. MFU divide
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from hovle_jax.config import RunConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.model import flops
+from hovle_jax.model.attention import ATTENTION, KEY, QUERY, VALUE
+from hovle_jax.model.config import StackConfig
 from hovle_jax.model.flops import Work
+from hovle_jax.model.transformer import REMATS, kept_names
 
 # How gradients treat a part of a step.
 TRAINED, THROUGH, UNTOUCHED = "trained", "through", "untouched"
@@ -43,6 +47,7 @@ class Part:
     work: Work
     gradient: str  # how gradients treat it
     layers: bool = False  # whether it is rematerialised
+    matmuls: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of `work.dense`, by what remat may keep
     decoder: bool = False  # whether its attention is that of the decoder stacks; towers attend in XLA's plain way
 
     def model(self) -> float:
@@ -55,9 +60,19 @@ class Part:
         forward = w.dense + w.first + pairs
         if self.gradient == UNTOUCHED:
             return forward
-        repeated = {"none": 0, "dots": pairs}.get(remat, w.dense - w.last + pairs) if self.layers else 0
+        repeated = self._repeated(attention, remat, pairs) if self.layers else 0
         backward = self._backward(pairs * BACKWARD_MATMULS[attention] / 2)
         return forward + backward + repeated
+
+    def _repeated(self, attention, remat, pairs):
+        """What the backward pass makes again of the forward pass."""
+        if remat in REMATS:
+            return {"none": 0, "dots": pairs}.get(remat, self.work.dense - self.work.last + pairs)
+        kept = {name for names in kept_names(remat) for name in names}
+        again = self.work.dense - self.work.last - sum(self.matmuls.get(name, 0) for name in kept)
+        # XLA's attention keeps no probabilities: their scores are made again, and their product with values is not.
+        of_pairs = {"splash": 0, "xla": 1 / 2} if kept >= {QUERY, KEY, VALUE, ATTENTION} else {}
+        return again + pairs * of_pairs.get(attention, 1)
 
     def _backward(self, attention):
         if self.gradient == UNTOUCHED:
@@ -81,11 +96,17 @@ def step_flops(config: RunConfig, parts: list[Part], attention: str = "xla", log
     )
 
 
+def decoder_part(name: str, c: StackConfig, length: int, rows: int, gradient: str) -> Part:
+    """The layers of a decoder stack over `rows` rows."""
+    matmuls = {name: flop * rows for name, flop in flops.decoder_matmuls(c, length).items()}
+    return Part(name, flops.decoder_stack(c, length) * rows, gradient, layers=True, decoder=True, matmuls=matmuls)
+
+
 def llm_parts(config: RunConfig, rows: int, gradient: str) -> list[Part]:
     """The LLM's layers and head over `rows` rows."""
     c, length = config.model.llm, config.data.sequence_length
     return [
-        Part("llm layers", flops.decoder_stack(c.stack, length) * rows, gradient, layers=True, decoder=True),
+        decoder_part("llm layers", c.stack, length, rows, gradient),
         Part("head", flops.llm_head(c, length) * rows, gradient),
     ]
 
@@ -96,6 +117,6 @@ def embedding_parts(config: RunConfig, rows: int) -> list[Part]:
     assert c is not None
     length = BatchShape.of(data, c, image_id=0).long_length
     return [
-        Part("embedding layers", flops.decoder_stack(c.stack, length) * rows, TRAINED, layers=True, decoder=True),
+        decoder_part("embedding layers", c.stack, length, rows, TRAINED),
         Part("embedding ends", flops.embedding_ends(c, data.tiles) * rows, TRAINED),
     ]

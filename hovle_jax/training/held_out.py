@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 import numpy as np
 
-from hovle_jax.components import Models, Params
+from hovle_jax.components import Params
 from hovle_jax.config import RunConfig
 from hovle_jax.corpora import loading
 from hovle_jax.data import pipeline
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.sharding.placement import Placement
 from hovle_jax.training.saved_steps import HIGHEST
+from hovle_jax.training.setup import Run
 from hovle_jax.training.stages import find
 from hovle_jax.training.step import eval_step
 
@@ -57,11 +57,11 @@ def _corpus(config, say):
     return None
 
 
-def evaluate(held_out: pipeline.HeldOut, params: Params, stage: str, models: Models, placement: Placement) -> dict:
+def evaluate(held_out: pipeline.HeldOut, params: Params, stage: str, run: Run) -> dict:
     """The stage's metrics over all held-out rows: sums over sums of weights, {name: float}."""
     total: dict[str, np.ndarray] = {}
     for batch in held_out:
-        pairs = eval_step(params, placement.put_batch(batch), stage=stage, models=models)
+        pairs = eval_step(params, run.placement.put_batch(batch), stage=stage, run=run)
         for name, pair in jax.device_get(pairs).items():
             total[name] = total.get(name, 0) + np.asarray(pair, np.float64)
     means = {name: float(value / weight) if weight else 0.0 for name, (value, weight) in total.items()}

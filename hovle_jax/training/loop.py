@@ -229,25 +229,19 @@ class Steps:
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """The held-out metrics at a step."""
-        stage, models = self.config.stage, self.run.models
         with self.monitor.besides("evaluation"):
             assert self.held_out is not None
-            metrics = evaluate(self.held_out, state.params, stage, models, self.run.placement)
+            metrics = evaluate(self.held_out, state.params, self.config.stage, self.run)
         check_keep_best(self.config.keep_best, metrics)
         self.monitor.held_out(step, metrics, self.held_out.count)
         return metrics
 
 
 def prefetched(batches: Iterable[tuple], placement: Placement) -> Iterator[tuple]:
-    """(batch, *rest) -> (batch on the devices, *rest): each is put there while the step before it runs."""
-    waiting = None
+    """(batch, *rest) -> (batch on the devices, *rest): each is put there while the step before it runs, none earlier:
+    a device holds two (see `monitor.MOST_AHEAD`)."""
     for batch, *rest in batches:
-        placed = placement.put_batch(batch), *rest
-        if waiting:
-            yield waiting
-        waiting = placed
-    if waiting:
-        yield waiting
+        yield placement.put_batch(batch), *rest
 
 
 def tokens_per_step(batch: dict) -> int:

@@ -24,7 +24,9 @@ from hovle_jax.training.carried import Carried, read_carried, write_carried
 from hovle_jax.training.profiling import Profile
 from hovle_jax.training.stages import find
 
-MOST_AHEAD = 2  # steps on their way while another is dispatched: a save on request waits for no more of them
+# Steps on their way while the next batch is put on the devices: a save on request waits for no more of them, and
+# batches of no more of them and of the next one take memory.
+MOST_AHEAD = 1
 
 
 class Monitor:

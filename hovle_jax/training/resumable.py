@@ -119,12 +119,15 @@ class RunCheckpoints:
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint, with the frozen parameters of `state`; arrays take the shardings of `state`.
 
+        What of `state` is replaced is deleted first, so that devices never hold two states.
+
         Raises:
           UserError: it cannot be restored.
         """
         assert self.latest is not None
         arrays = f"{self._steps.path(self.latest)}/{saved_steps.ARRAYS}"
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _changing(state))
+        jax.tree.map(lambda leaf: leaf.delete(), _changing(state))
         try:
             args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
             restored = self._checkpointer.restore(arrays, args=args)

@@ -14,6 +14,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.hardware.compiler_options import compiler_options
 from hovle_jax.sharding.layout import Layout
 from hovle_jax.sharding.placement import Placement
+from hovle_jax.sharding.rules import DATA, TENSOR
 from hovle_jax.training.judging import Rules
 from hovle_jax.training.optimizer import make_optimizer
 from hovle_jax.training.stages import find
@@ -39,6 +40,21 @@ class Run:
     def placement(self) -> Placement:
         return self.layout.placement
 
+    @property
+    def sums_once(self) -> bool:
+        """Whether copies of the model accumulate their gradients by themselves, and sum them once a step.
+
+        XLA's partitioner dies of a lookup in a table whose rows `tensor` shards, where `data` is no axis of its own.
+        """
+        mesh = self.placement.mesh
+        return self.accumulate > 1 and mesh.shape[DATA] > 1 and mesh.shape[TENSOR] == 1
+
+    def of_a_copy(self) -> "Run":
+        """The same inside a `shard_map` over the mesh axis `data`."""
+        placement = dataclasses.replace(self.placement, in_copy=True)
+        models = dataclasses.replace(self.models, placement=placement)
+        return dataclasses.replace(self, models=models, layout=dataclasses.replace(self.layout, placement=placement))
+
     def abstract_params(self) -> Params:
         """Shapes with shardings of every parameter that the stage holds."""
         return traverse_util.unflatten_dict(
@@ -50,9 +66,8 @@ class Run:
 
     def compiler_options(self) -> dict[str, str]:
         """Options for a `train_step` on the mesh's devices: {option: value}."""
-        if not self.models.config.execution.sparse_cores:
-            return {}
-        return compiler_options(self.placement.mesh.devices.flat[0].device_kind)
+        e, kind = self.models.config.execution, self.placement.mesh.devices.flat[0].device_kind
+        return compiler_options(kind, e.sparse_cores, e.scoped_vmem)
 
 
 def build(config: RunConfig, mesh: Mesh) -> Run:

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from hovle_jax.components import Models, Params, merge
+from hovle_jax.sharding.rules import DATA
 from hovle_jax.training import judging
 from hovle_jax.training.losses import divide
 from hovle_jax.training.optimizer import keep
@@ -36,17 +38,37 @@ def total_loss(
 def gradients(
     trained: Params, frozen: Params, batch: dict, stage: str, run: Run
 ) -> tuple[tuple[jax.Array, Metrics], Params]:
-    """-> ((loss, {name: mean}), gradients in the parameters' type), accumulated over `run.accumulate` microbatches."""
-    loss_and_gradients = jax.value_and_grad(total_loss, has_aux=True)
-    constrained = lambda tree: run.layout.constrain(tree, "gradients")
+    """-> ((loss, {name: mean}), gradients in the parameters' type), accumulated over `run.accumulate` microbatches.
+
+    Copies of the model (the mesh axis `data`) accumulate by themselves and sum once: between slices that sum goes
+    through the data-centre network. With a `tensor` axis they sum once a microbatch.
+    """
     if run.accumulate == 1:
-        losses, grads = loss_and_gradients(trained, frozen, batch, stage, run.models)
-        return losses, constrained(grads)
+        losses, grads = _loss_and_gradients(trained, frozen, batch, stage, run.models)
+        return losses, run.layout.constrain(grads, "gradients")
     totals = {name: jnp.sum(batch[field]) for name, field in STAGES[stage].loss_weights.items()}
+    mesh = run.placement.mesh
+    if not run.sums_once:
+        return _accumulated(trained, frozen, batch, totals, stage, run)
+
+    def of_a_copy(trained, frozen, batch, totals):
+        return jax.lax.psum(_accumulated(trained, frozen, batch, totals, stage, run.of_a_copy()), DATA)
+
+    whole, rows = PartitionSpec(), PartitionSpec(DATA)
+    specs, over = (whole, whole, rows, whole), {"axis_names": {DATA}, "check_vma": False}
+    return jax.shard_map(of_a_copy, mesh=mesh, in_specs=specs, out_specs=whole, **over)(trained, frozen, batch, totals)
+
+
+def _loss_and_gradients(trained, frozen, batch, stage, models, totals=None):
+    return jax.value_and_grad(total_loss, has_aux=True)(trained, frozen, batch, stage, models, totals)
+
+
+def _accumulated(trained, frozen, batch, totals, stage, run):
+    constrained = lambda tree: run.layout.constrain(tree, "gradients")
 
     def add(carry, i):
         rows = microbatch(batch, i, run.accumulate)
-        losses, grads = loss_and_gradients(trained, frozen, rows, stage, run.models, totals)
+        losses, grads = _loss_and_gradients(trained, frozen, rows, stage, run.models, totals)
         return jax.tree.map(jnp.add, carry, (losses, constrained(grads))), None
 
     zeros = constrained(jax.tree.map(jnp.zeros_like, trained))
@@ -98,7 +120,13 @@ def train_step_for(run: Run) -> Callable:
     return jax.jit(getattr(train_step, "__wrapped__"), **_JIT, compiler_options=options) if options else train_step
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "models"))
-def eval_step(params: Params, batch: dict, *, stage: str, models: Models) -> Pairs:
-    """The sums and weights of the stage's losses on a batch, without an update."""
-    return STAGES[stage].losses(models, params, batch)
+@functools.partial(jax.jit, static_argnames=("stage", "run"))
+def eval_step(params: Params, batch: dict, *, stage: str, run: Run) -> Pairs:
+    """The sums and weights of the stage's losses on a batch, without an update; in as many parts as a step reads."""
+    losses = lambda rows: STAGES[stage].losses(run.models, params, rows)
+    if run.accumulate == 1:
+        return losses(batch)
+    of_part = lambda i: losses(microbatch(batch, i, run.accumulate))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, 0))
+    add = lambda totals, i: (jax.tree.map(jnp.add, totals, of_part(i)), None)
+    return jax.lax.scan(add, zeros, jnp.arange(run.accumulate))[0]

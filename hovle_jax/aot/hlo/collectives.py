@@ -44,13 +44,17 @@ class Collective:
     kind: str  # of KINDS
     dtype: str  # of its first operand
     operand_bytes: int  # what a device puts in
-    group_size: int  # devices that take part together
+    group: tuple[int, ...]  # devices of the mesh that take part together, one such set; of a send, slices
     crosses_slices: bool  # a group has devices of several slices: its traffic goes over the data-centre network
     times: int | None  # that it runs in one execution of the program; None: in a loop whose trip count cannot be told
     # Whether other work can go on meanwhile: it starts and ends in two instructions, is a part of fusions that
     # multiply, or runs on another core.
     beside: bool
     name: str  # of the instruction
+
+    @property
+    def group_size(self) -> int:
+        return len(self.group)
 
     @property
     def wire_bytes(self) -> float:
@@ -92,8 +96,19 @@ def collectives(text: str, devices_per_slice: int | None = None) -> list[Collect
         mesh (the slices are its outermost axis).
     """
     program = parse(text)
-    made = (_collective(program, run, devices_per_slice) for run in _executions(program))
-    return [collective for collective in made if collective is not None]
+    return _all(program, _executions(program), devices_per_slice)
+
+
+def inside(scope: Scope, x: Instruction, devices_per_slice: int | None = None) -> list[Collective]:
+    """The collectives of what an instruction calls, or the one that it is."""
+    runs = [_Execution(x, scope.computation, 1, False)]
+    if x.called and x.opcode in ("fusion", "call-start", "async-start"):
+        runs = [run for called in x.called for run in _run(scope.inside(called, x), 1, False)]
+    return _all(scope.program, runs, devices_per_slice)
+
+
+def _all(program, runs, devices_per_slice):
+    return [made for run in runs if (made := _collective(program, run, devices_per_slice)) is not None]
 
 
 def summary(found: list[Collective]) -> dict[str, Total]:
@@ -158,26 +173,27 @@ def _collective(program, run, devices_per_slice):
     """What runs as Collective, or None."""
     x, kind = run.instruction, run.instruction.opcode.removesuffix("-start")
     if x.opcode == "send" and x.attribute("_xla_megascale_transfer_type"):
-        (kind, size), crosses, operands = _between_slices(x), True, x.operands[:1]
+        (kind, group), crosses, operands = _between_slices(x), True, x.operands[:1]
     elif kind in KINDS:
         if kind == "all-reduce" and run.computation.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         groups, operands = replica_groups(x.attributes, program.partitions), x.operands
         crosses = devices_per_slice is not None and any(len(set(g // devices_per_slice)) > 1 for g in groups)
-        size = len(groups[0])
+        group = tuple(groups[0].tolist())
     else:
         return None
     found = [array for name in operands for array in arrays(run.computation.instructions[name].shape)]
     dtype, operand_bytes = next((dtype for dtype, _ in found), ""), sum(size for _, size in found)
-    return Collective(kind, dtype, operand_bytes, size, crosses, run.times, run.beside, x.name)
+    return Collective(kind, dtype, operand_bytes, group, crosses, run.times, run.beside, x.name)
 
 
 def _between_slices(x):
-    """-> (kind, slices) of a `send` to the runtime that connects them.
+    """-> (kind, numbers of slices) of a `send` to the runtime that connects them.
 
     Its target "{1,3:4}x{0:255}" names the slices, then the devices.
     """
     kind = x.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
     slices, _, _ = x.attribute("_xla_megascale_target").partition("x")
     spans = [list(map(int, part.split(":"))) for part in re.findall(r"[\d:]+", slices or "{0:1}")]
-    return kind.replace("one-to-one", "collective-permute"), sum(span[-1] - span[0] + 1 for span in spans)
+    numbers = [n for span in spans for n in range(span[0], span[-1] + 1)]
+    return kind.replace("one-to-one", "collective-permute"), tuple(numbers)

@@ -43,7 +43,10 @@ class Scope:
 
 
 def value(scope: Scope, name: str, element: int | None = None) -> Any:
-    """The integer or truth value that an instruction gives (or element `element` of its tuple); None: not known."""
+    """The integer or truth value that an instruction gives (or element `element` of its tuple); None: not known.
+
+    Of a constant that is neither it is the text, and of a part of it the text of the whole.
+    """
     x = scope.computation.instructions.get(name)
     if x is None:
         return None
@@ -51,6 +54,9 @@ def value(scope: Scope, name: str, element: int | None = None) -> Any:
         return scope.argument(int(x.arguments), element)
     if x.opcode in _TRANSPARENT:
         return value(scope, x.operands[0], element)
+    if x.opcode == "dynamic-slice":
+        whole = value(scope, x.operands[0])
+        return whole if isinstance(whole, str) else None
     if x.opcode in ("fusion", "call") and len(x.called) == 1:
         inner = scope.inside(x.called[0], x)
         return value(inner, inner.computation.root, element)
@@ -60,20 +66,23 @@ def value(scope: Scope, name: str, element: int | None = None) -> Any:
         return value(scope, x.operands[element])
     if x.opcode == "get-tuple-element" and element is None:
         return value(scope, x.operands[0], int(x.attribute("index")))
-    if x.opcode == "constant" and re.fullmatch(r"-?\d+", x.arguments):
-        return int(x.arguments)
+    if x.opcode == "constant":
+        return int(x.arguments) if re.fullmatch(r"-?\d+", x.arguments) else x.arguments
     apply = _DIRECTIONS[x.attribute("direction")] if x.opcode == "compare" else _BINARY.get(x.opcode)
     found = [value(scope, operand) for operand in x.operands] if apply else []
     return apply(*found) if apply and all(isinstance(each, int) for each in found) else None
 
 
-def _carried(scope, loop, element):
-    """The value of an element that the loop's body hands on as it is, whatever it is; None of another."""
-    mark = object()
-    body = scope.of(loop.attribute("body"), lambda number, asked: mark if asked == element else None)
-    if element is None or value(body, body.computation.root, element) is not mark:
+def _carried(scope, loop, element, others=True):
+    """The value of an element that is the same each time: which the loop's body hands on, or copies from such a one."""
+    if element is None:
         return None
-    return value(scope, loop.operands[0], element)
+    first, mark = value(scope, loop.operands[0], element), object()
+    after = lambda argument: value(body := scope.of(loop.attribute("body"), argument), body.computation.root, element)
+    if after(lambda number, asked: mark if asked == element else None) is mark:
+        return first
+    known = lambda number, asked: None if asked in (None, element) else _carried(scope, loop, asked, others=False)
+    return first if others and first is not None and after(known) == first else None
 
 
 def trip_count(scope: Scope, loop: Instruction) -> int | None:
