@@ -266,10 +266,15 @@ def train(
 def run_locked(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
     """No other run uses the folder within the block; the first host sees to it for all."""
     from hovle_jax.hosts import distributed
+    from hovle_jax.system.files import remove_unfinished
     from hovle_jax.system.lock import locked
     from hovle_jax.training.run_folder import open_run_folder
 
-    with locked(open_run_folder(folder), say) if distributed.is_leader() else contextlib.nullcontext():
+    if not distributed.is_leader():
+        yield
+        return
+    with locked(open_run_folder(folder), say):
+        remove_unfinished(folder)
         yield
 
 

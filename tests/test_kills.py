@@ -15,7 +15,9 @@ from tests.killed_run import LINEAR
 
 def survives(stage, folder, seconds, drawn, count):
     """Kills one run, alternately as a save has begun and at any moment -> how often. It then ends as the whole one."""
-    done = 0
+    done, run = 0, folder / "killed" / stage
+    run.mkdir(parents=True)
+    (run / "carried.json.1.partial").touch()  # a kill seldom comes just then
     for number in range(count):
         killed = kills.Kills(stage, folder / "killed", seconds, inside_a_save=number % 2 == 0).of(1, drawn)
         done += killed

@@ -88,8 +88,16 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
             patch.setattr(os, name, killed)
             files.write_json(path, {"a": 2})
         assert files.read_json(path) == {"a": 1}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "fsync", killed)
+        patch.setattr(os, "getpid", lambda: 1)  # nothing of this process's own will replace what it leaves
+        files.write_json(path, {"a": 3})
+    (tmp_path / "model.partial").mkdir()
+    assert (tmp_path / "file.json.1.partial").exists()
+    files.remove_unfinished(tmp_path)
     files.write_json(path, {"a": 2})
     assert files.read_json(path, ["a"]) == {"a": 2}
+    assert {inner.name for inner in tmp_path.iterdir()} == {path.name, "model.partial"}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

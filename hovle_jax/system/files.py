@@ -75,6 +75,13 @@ def write_whole(path: str | os.PathLike, content: str | bytes, synced: bool = Tr
         raise UserError(f"cannot write {path}: {reason_of(error)}; what was there before is whole") from None
 
 
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Removes what killed processes were about to put in place by `write_whole`; nobody may be writing there now."""
+    for path in pathlib.Path(folder).glob("*.partial"):
+        if path.stem.rpartition(".")[2].isdecimal():  # a process
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike, value: Any, synced: bool = True) -> None:
     """`write_whole` of a value as indented JSON."""
     write_whole(path, json.dumps(value, indent=2) + "\n", synced)
