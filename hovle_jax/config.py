@@ -172,7 +172,7 @@ class ExecutionConfig:
       unroll_layers: write the layers out instead of looping over them (faster on the CPU, slower to compile).
       remat: what the backward pass recomputes: 'none', 'dots' (all but matmuls), 'full' (all but each layer's input),
         'offload' (the same, inputs waiting in the host's memory), or all but what is named, of layer_input, query, key,
-        value, attention, output, gate, up ('query,gate@host': the second waits in the host's memory).
+        value, attention, output, gate, up, logits ('query,gate@host': the second waits in the host's memory).
       accumulate: microbatches that a step reads its batch in (gradient accumulation): less memory, the same update;
         -1 = as many as leave each device one row.
       vocab_chunk: columns of the head that the cross-entropy holds at a time; 0 = all.

@@ -85,7 +85,7 @@ def base(stage: str, preset: str, makes: str = "") -> ConfigDict:
     )
     if is_paper(preset):
         data = dataclasses.replace(config.data, batch_size=4096)
-        execution = dataclasses.replace(config.execution, remat="full", vocab_chunk=8192, accumulate=-1)
+        execution = dataclasses.replace(config.execution, remat="full", vocab_chunk=8448, accumulate=-1)
         mesh = MeshConfig(data=1, fsdp=-1)
         tokenizer = dataclasses.replace(config.tokenizer, path="required")
         config = dataclasses.replace(

@@ -27,7 +27,6 @@ from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hardware import topology
 from hovle_jax.hardware.compiler_options import compiler_options
-from hovle_jax.model.transformer import MATMULS
 from hovle_jax.sharding.mesh import make_mesh, torus
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import setup
@@ -229,17 +228,6 @@ def test_the_least_traffic_of_a_step(zero):
 
 
 @libtpu
-def test_candidates_of_a_plan_begin_with_the_config_as_it_is_and_need_more_and_more_memory():
-    listed = plan.candidates(small("instruct", rows=64), topology.find("v5e-16"))
-    ways = [(c.config.execution.remat, c.config.execution.accumulate) for c in listed]
-    assert ways == [(listed[0].config.execution.remat, -1)] + [(r, n) for r in plan.REMATS for n in (4, 2, 1)][1:]
-    assert [c.flags == "" for c in listed] == [True] + 8 * [False] and listed[0].size == (0, 0)
-    config = micro.run_config("contrast", data=dict(batch_size=64), mesh=MeshConfig(data=1, fsdp=-1))
-    contrast = plan.candidates(config, topology.find("v5e-16"))
-    assert {c.config.execution.accumulate for c in contrast} == {1} and len(contrast) == 3
-
-
-@libtpu
 @pytest.mark.slow
 def test_kernels_of_a_step_are_compiled_alone_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
@@ -258,63 +246,72 @@ def test_kernels_of_a_step_are_compiled_alone_once_and_kept(monkeypatch, tmp_pat
     assert "s by the compiler's schedule" in text_of(report)
 
 
-def planned(monkeypatch, seconds):
-    """The plan where ways (remat, accumulate) take so many seconds; None: too large. -> (candidates, what was said)."""
-    fitting = compiled("instruct", "hovle")
+def planned(monkeypatch, seconds, rows=64, of=None, **execution):
+    """A plan where a config takes `seconds(config.execution)`; None: too large. -> (candidates, compiled configs)."""
+    fitting, seen = compiled("instruct", "hovle"), []
 
     def compile_one(config, target):
-        took = seconds[config.execution.remat, config.execution.accumulate]
+        seen.append(config)
+        took = seconds(config.execution)
         if took is None:
             error = TooLarge("too large")
             error.needed = 20e9
             raise error
         kinds = {"matmul": (took - 1, took - 1), "network": (0.5, 1.5)}
         speed = {"mfu": (0.5, 0.6), "tokens": (1e3, 2e3)}
-        return dataclasses.replace(fitting, forecast=Forecast(took - 0.5, took + 0.5, kinds, {}, {}), speed=speed)
+        forecast = Forecast(took - 0.5, took + 0.5, kinds, {}, {})
+        return dataclasses.replace(fitting, memory=fitting.memory | (of or {}), forecast=forecast, speed=speed)
 
     monkeypatch.setattr(plan, "compile_for", compile_one)
-    said = []
-    return plan.make(small("instruct", rows=64), topology.find("v5e-16"), said.append), said
+    config = small("instruct", rows=rows, execution=execution)
+    return plan.make(config, topology.find("v5e-16"), lambda text: None), seen
+
+
+NAMES = "query,key,value,attention,gate,up"
 
 
 @libtpu
-def test_a_plan_recommends_the_fastest_that_fits_and_compiles_nothing_larger_than_what_does_not(monkeypatch):
-    times = {
-        ("full", -1): 9.0,
-        ("full", 2): 8.5,
-        ("full", 1): None,
-        (MATMULS, 4): 8.0,
-        (MATMULS, 2): 9.5,
-        ("none", 4): None,
-    }
-    made, said = planned(monkeypatch, times)
-    assert [c.seconds for c in made[:4]] == [8.0, 8.5, 9.0, 9.5] and plan.recommended(made) is made[0]
-    assert len(said) == 6 and said[0] == "compiling the config as it is"
-    outcomes = {(c.config.execution.remat, c.config.execution.accumulate): c.outcome for c in made[4:]}
-    larger = "larger than one that is too large"
-    assert outcomes == dict.fromkeys([("full", 1), ("none", 4)], "too large") | dict.fromkeys(
-        [(MATMULS, 1), ("none", 2), ("none", 1)], larger
-    )
+def test_a_plan_changes_one_thing_at_a_time_and_keeps_what_is_faster(monkeypatch):
+    """Of 4 rows a device: all matmuls are kept, two rows at a time, with more vector memory, without the logits."""
+    gains = lambda e: 1.5 * (e.remat != "full") + 0.7 * (e.accumulate == 2) + 0.3 * e.scoped_vmem
+    slower = lambda e: 0.2 * ("logits" in e.remat) + 0.1 * (e.accumulate == 1)
+    made, seen = planned(monkeypatch, lambda e: None if e.accumulate == 1 else 9 - gains(e) + slower(e))
+    ways = [(c.execution.remat, c.execution.accumulate, c.execution.scoped_vmem) for c in seen]
+    logits = f"{NAMES},logits"
+    assert ways == [("full", -1, False), (NAMES, -1, False), (NAMES, 2, False), (NAMES, 1, False), (logits, 2, False),
+                    (NAMES, 2, True)]  # fmt: skip
+    best = f"--config.execution.remat={NAMES} --config.execution.accumulate=2 --config.execution.scoped_vmem=True"
+    assert plan.recommended(made) is made[0] and made[0].text == best and made[0].seconds == pytest.approx(6.5)
+    assert made[-1].outcome == "too large"
     text = plan.plan_text(made)
-    assert (
-        f"recommended: --config.execution.remat={MATMULS} --config.execution.accumulate=4" in text
-        and "20.00 GB" in text
-    )
-    assert "11% less time than the config as it is" in text and "matmul -1 s, network +0 s" in text
-    assert "7.5 ... 8.5  50% ... 60%" in text
-    assert json.loads(json.dumps(plan.to_dict(made)))["best"] == made[0].flags
+    assert f"recommended: {best}" in text and "20.00 GB" in text and "6 ... 7  50% ... 60%" in text
+    assert "28% less time than the config as it is" in text and "matmul -2.5 s, network +0 s" in text
+    assert json.loads(json.dumps(plan.to_dict(made)))["best"] == best
 
 
 @libtpu
 def test_a_plan_never_recommends_what_is_slower_than_the_config_as_it_is(monkeypatch):
-    times = {(remat, n): 10.0 for remat in plan.REMATS for n in (4, 2, 1)} | {("full", -1): 9.0}
-    made, said = planned(monkeypatch, times)
-    assert len(said) == plan.MOST == 8 and [c.outcome for c in made].count("not compiled") == 1
-    assert plan.to_dict(made)["best"] == "" and "recommended: the config as it is\n  10% less time" in plan.plan_text(
-        made
-    )
-    made, _ = planned(monkeypatch, dict.fromkeys(times, None))
+    is_default = lambda e: (e.remat, e.accumulate, e.scoped_vmem) == ("full", -1, False)
+    made, seen = planned(monkeypatch, lambda e: 9.0 if is_default(e) else 10.0)
+    assert len(seen) == len(made) < plan.MOST and plan.to_dict(made)["best"] == ""
+    assert "recommended: the config as it is\n  10% less time" in plan.plan_text(made)
+
+
+@libtpu
+def test_a_plan_of_what_does_not_fit_takes_less(monkeypatch):
+    made, seen = planned(monkeypatch, lambda e: None, remat="dots", accumulate=1)
+    assert [(c.execution.remat, c.execution.accumulate) for c in seen] == [("dots", 1), ("full", -1), ("offload", -1)]
     assert plan.to_dict(made)["best"] is None and "none of these fits" in plan.plan_text(made)
+    made, seen = planned(monkeypatch, lambda e: 5.0 if e.remat == "offload" else None, remat="dots", accumulate=1)
+    assert plan.recommended(made).flags["execution.remat"] == "offload"
+    assert "it is the only one that fits" in plan.plan_text(made)
+
+
+@libtpu
+def test_a_plan_compiles_no_rows_that_surely_do_not_fit(monkeypatch):
+    of = {"peak": 9e9, "temporaries": 8e9, "available": 14e9}
+    made, seen = planned(monkeypatch, lambda e: 9.0, of=of)
+    assert all(c.execution.accumulate == -1 for c in seen) and made[-1].outcome.startswith("not compiled")
 
 
 @libtpu

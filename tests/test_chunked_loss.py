@@ -24,20 +24,38 @@ def plain(x, kernel, targets, weights, vocab_size):
     return cross_entropy(logits, targets, weights)[0]
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 50, 53, 200])
-def test_numbers_are_those_of_whole_logits(chunk):
+def test_numbers_are_those_of_whole_logits(chunk, keeps):
     x, kernel, targets, weights = inputs(2, 9, 16, 53)
     vocab_size = 50  # the last three columns are padding
     targets = targets % vocab_size
 
     def chunked(x, kernel):
-        return chunked_cross_entropy(x, kernel, targets, weights, vocab_size, chunk)[0]
+        return chunked_cross_entropy(x, kernel, targets, weights, vocab_size, chunk, keeps=keeps)[0]
 
     of_whole = jax.value_and_grad(lambda x, kernel: plain(x, kernel, targets, weights, vocab_size), argnums=(0, 1))
     wanted = jax.jit(of_whole)(x, kernel)
     found = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(x, kernel)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
     assert not found[1][1][:, vocab_size:].any()
+
+
+def test_what_is_kept_in_bfloat16_is_as_near_as_what_is_made_again():
+    """Of gradients in float32; also where nearly all of the probability is the target's, and little of it is left."""
+    x, kernel, targets, _ = inputs(2, 32, 64, 4096)
+    weights = np.ones(targets.shape, np.float32)
+    kernel = kernel.astype(jnp.bfloat16)
+    x = (x + 12 * np.asarray(kernel, np.float32).T[targets] * (np.arange(32) % 2)[:, None]).astype(jnp.bfloat16)
+    wide = lambda array: jnp.asarray(array, jnp.float32)
+    exact = jax.grad(lambda x, k: plain(x, k, targets, weights, 4096), argnums=(0, 1))(wide(x), wide(kernel))
+    errors = {}
+    for keeps in (False, True):
+        loss = lambda x, k, keeps=keeps: chunked_cross_entropy(x, k, targets, weights, 4096, 1000, keeps=keeps)[0]
+        found = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+        rows = lambda array: np.linalg.norm(array.reshape(-1, array.shape[-1]), axis=-1)
+        errors[keeps] = np.asarray([np.quantile(rows(wide(f) - e) / rows(e), 0.9) for f, e in zip(found, exact)])
+    assert np.all(errors[False] < 0.01) and np.all(errors[True] < 1.5 * errors[False]), errors
 
 
 def test_memory_at_the_papers_vocabulary_is_an_eighth():

@@ -157,10 +157,13 @@ def test_a_mesh_changes_no_number(stage, variant, mesh_name):
     assert_mesh_changes_no_number(config, config.execution, make_mesh(MESHES[mesh_name]))
 
 
-@pytest.mark.parametrize("mesh_name", ["data=2,fsdp=2,tensor=2", "fsdp=4,sequence=2"])
-def test_a_mesh_changes_nothing_of_the_chunked_loss(mesh_name):
+@pytest.mark.parametrize(
+    "mesh_name, remat",
+    [("data=2,fsdp=2,tensor=2", "none"), ("fsdp=4,sequence=2", "none"), ("data=2,fsdp=2,tensor=2", "full")],
+)
+def test_a_mesh_changes_nothing_of_the_chunked_loss(mesh_name, remat):
     config = micro.run_config("instruct")
-    assert_mesh_changes_no_number(config, ExecutionConfig(vocab_chunk=48), make_mesh(MESHES[mesh_name]))
+    assert_mesh_changes_no_number(config, ExecutionConfig(vocab_chunk=48, remat=remat), make_mesh(MESHES[mesh_name]))
 
 
 @pytest.mark.parametrize("stage", [pytest.param("distill", marks=pytest.mark.slow), "instruct"])

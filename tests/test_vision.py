@@ -3,11 +3,12 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hovle_jax.formats.mapping import patch_kernel
-from hovle_jax.model.vision import patchify, pixel_shuffle, resize_positions
+from hovle_jax.model.vision import normalize_tiles, normalized_patches, patchify, pixel_shuffle, resize_positions
 
 BICUBIC = dict(np.load(pathlib.Path(__file__).with_name("fixtures") / "bicubic.npz"))
 
@@ -22,6 +23,15 @@ def test_pixel_shuffle_order():
 def test_pixel_shuffle_keeps_channels_together():
     x = np.arange(4 * 3).reshape(1, 4, 3)
     np.testing.assert_array_equal(pixel_shuffle(x)[0, 0], np.arange(12))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_patches_in_blocks_are_shuffled_by_a_reshape(dtype):
+    tiles = np.random.default_rng(0).integers(0, 255, (3, 24, 24, 3)).astype(dtype)
+    plain = patchify(normalize_tiles(jnp.asarray(tiles)), 4)
+    np.testing.assert_array_equal(normalized_patches(tiles, 4), plain)
+    in_blocks = normalized_patches(tiles, 4, in_blocks=True)
+    np.testing.assert_array_equal(in_blocks.reshape(3, -1, 4 * in_blocks.shape[-1]), pixel_shuffle(plain))
 
 
 @pytest.mark.parametrize("patch_size", [2, 7])

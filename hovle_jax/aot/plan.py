@@ -1,91 +1,134 @@
-"""The fastest way to run a step that fits: rematerialisation and microbatches, compiled and ordered by the forecast."""
+"""The fastest way to run a step that fits: one thing is changed at a time, and stays where the forecast falls."""
 
 import dataclasses
-import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 from hovle_jax.aot.programs import TooLarge, compile_for, set_up
 from hovle_jax.aot.report import Report, gb, span, text_of
 from hovle_jax.config import RunConfig
+from hovle_jax.hardware.compiler_options import SCOPED_VMEM
 from hovle_jax.hardware.topology import Topology
-from hovle_jax.model.transformer import MATMULS
+from hovle_jax.model.transformer import LOGITS, MATMULS, OUTPUT, keeps_logits
+from hovle_jax.sharding.matmul import SMALL_SLICE
 from hovle_jax.training.stages import find
 
-REMATS = ("full", MATMULS, "none")  # by memory, least first; offload waits for the host, of which nothing is known here
-ROWS = (1, 2, 4)  # of a device in a microbatch; by memory too
 MOST = 8  # that are compiled
+COPIES = 4  # of the model in a slice, in the mesh that is tried
+GROWTH = 0.75  # of a step's temporaries: what a microbatch of twice the rows needs more, at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """One way, and what is known of it."""
 
-    flags: str  # that ask for it
-    config: RunConfig
-    size: tuple[int, int]  # its places in REMATS and ROWS: no smaller one needs more memory; -1: not among them
-    outcome: str = "not compiled"  # or 'fits', 'too large', 'larger than one that is too large'
+    flags: dict[str, Any]  # that ask for it: fields of the execution, and 'mesh'
+    outcome: str  # 'fits' or 'too large'; or why it was not compiled
     memory: float | None = None  # bytes of a device, where the compiler has said them
     report: Report | None = None  # of one that compiles
 
     @property
     def seconds(self) -> float:
         """The middle of its forecast."""
-        return self.report.forecast.middle if self.report and self.report.forecast else float("inf")
+        return self.report.forecast.middle if self.report and self.report.forecast else math.inf
 
+    @property
+    def fits(self) -> bool:
+        return self.outcome == "fits"
 
-def candidates(config: RunConfig, target: Topology) -> list[Candidate]:
-    """The config as it is, then others, least memory first. Raises UserError for what cannot run on the target."""
-    replace, stage, e = dataclasses.replace, find(config.stage), config.execution
-    ways = lambda **values: replace(config, execution=replace(e, **values))
-    own = set_up(config, target).accumulate
-    rows = config.data.batch_size // set_up(ways(accumulate=1), target).placement.batch_shards  # of a device
-    counts = {rows // n: i for i, n in enumerate(ROWS) if rows % n == 0} if stage.loss_weights else {1: 0}
-    place = (REMATS.index(e.remat) if e.remat in REMATS else -1, counts.get(own, -1))
-    made = [Candidate("", config, place)]
-    for (i, remat), (count, j) in itertools.product(enumerate(REMATS), counts.items()):
-        if (i, j) != place:
-            flags = f"--config.execution.remat={remat} --config.execution.accumulate={count}"
-            made.append(Candidate(flags, ways(remat=remat, accumulate=count), (i, j)))
-    return made
+    @property
+    def text(self) -> str:
+        """The flags as a command takes them."""
+        return " ".join(f"--config.{key}={value}" for key, value in self.flags.items())
 
 
 def make(config: RunConfig, target: Topology, say: Callable[[str], None] = print) -> list[Candidate]:
-    """Compiles the first MOST candidates, but for those larger than one that does not fit; fastest first."""
-    listed, compiled = candidates(config, target), 0
-    for i, candidate in enumerate(listed):
-        too_large = [c.size for c in listed[:i] if c.outcome == "too large" and min(c.size) >= 0]
-        if any(a >= c and b >= d for (a, b), (c, d) in itertools.product([candidate.size], too_large)):
-            listed[i] = dataclasses.replace(candidate, outcome="larger than one that is too large")
-        elif compiled < MOST:
-            say(f"compiling {candidate.flags or 'the config as it is'}")
-            listed[i], compiled = _compile(candidate, target), compiled + 1
-    return best_first(listed)
+    """Compiles the config as it is, then at most MOST - 1 others: fastest first.
+
+    Raises:
+      UserError: the config cannot run on the target.
+    """
+    set_up(config, target)
+    made = [best := _compiled(config, target, {}, say)]
+    for change in (_less, _less, _matmuls, _rows, _rows, _logits, _vector_memory, _mesh):
+        before = with_flags(config, best.flags)
+        if (change is _less) is best.fits or (changed := change(before, target)) is None or len(made) == MOST:
+            continue
+        flags, m = best.flags | changed, best.report.memory if best.report else {}
+        if change is _rows and m["peak"] + GROWTH * m["temporaries"] > m["available"]:
+            made.append(Candidate(flags, "not compiled: its rows do not fit"))
+        elif all(c.flags != flags for c in made):
+            made.append(_compiled(with_flags(config, flags), target, flags, say))
+            best = best_first([best, made[-1]])[0] if best.fits else made[-1]
+    return best_first(made)
 
 
-def _compile(candidate, target):
-    try:
-        report = compile_for(candidate.config, target)
-    except TooLarge as error:
-        return dataclasses.replace(candidate, outcome="too large", memory=error.needed)
-    outcome = "fits" if report.fits else "too large"
-    return dataclasses.replace(candidate, outcome=outcome, memory=report.memory["peak"], report=report)
+def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:
+    """The config as the flags change it."""
+    for key, value in flags.items():
+        group, field = key.split(".")
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{field: value})})
+    return config
+
+
+# -- what is changed, in this order: {flag: value}, or None where it is so already or cannot be
+
+
+def _less(config, target):
+    """For what does not fit: a row of a device at a time, layers made again; then from inputs that the host keeps."""
+    smallest = {"execution.remat": "full", "execution.accumulate": -1}
+    if with_flags(config, smallest) != config and config.execution.remat != "offload":
+        return smallest
+    return {"execution.remat": "offload"} if config.execution.remat == "full" else None
+
+
+def _matmuls(config, target):
+    """No matmul of a layer is made again but that of attention's output, which costs as much as to keep it."""
+    names = [name for name in MATMULS.split(",") if name not in (OUTPUT, LOGITS)]
+    return {"execution.remat": ",".join(names)} if config.execution.remat in ("full", "offload") else None
+
+
+def _rows(config, target):
+    """Twice the rows in a microbatch: half as many gathers and sums over the network, larger matmuls."""
+    count = set_up(config, target).accumulate
+    return {"execution.accumulate": count // 2} if count % 2 == 0 else None
+
+
+def _logits(config, target):
+    e = config.execution
+    again = e.vocab_chunk and "llm" in find(config.stage).result and "," in e.remat and not keeps_logits(e.remat)
+    return {"execution.remat": f"{e.remat},{LOGITS}"} if again else None
+
+
+def _vector_memory(config, target):
+    return {"execution.scoped_vmem": not config.execution.scoped_vmem} if target.generation in SCOPED_VMEM else None
+
+
+def _mesh(config, target):
+    """Copies of the model: fewer chips gather together, and gradients are summed over copies once a step."""
+    sizes = set_up(config, target).placement.mesh.shape
+    is_plain = sizes["fsdp"] == target.chips * target.kind.devices_per_chip >= SMALL_SLICE * COPIES
+    return {"mesh.data": COPIES * target.slices, "mesh.fsdp": sizes["fsdp"] // COPIES} if is_plain else None
+
+
+# -- what is said
 
 
 def best_first(made: list[Candidate]) -> list[Candidate]:
     """The one place that orders candidates: those that fit by the middle of their forecast, then the others."""
-    return sorted(made, key=lambda candidate: (candidate.outcome != "fits", candidate.seconds))
+    return sorted(made, key=lambda candidate: (not candidate.fits, candidate.seconds))
 
 
 def recommended(listed: list[Candidate]) -> Candidate | None:
-    return next((candidate for candidate in best_first(listed) if candidate.outcome == "fits"), None)
+    return next((candidate for candidate in best_first(listed) if candidate.fits), None)
 
 
 def to_dict(listed: list[Candidate]) -> dict[str, Any]:
     """For JSON: the recommended flags (None: nothing fits; '': the config as it is), and all candidates."""
-    best, keys = recommended(listed), ("flags", "outcome", "memory")
+    best, keys = recommended(listed), ("text", "outcome", "memory")
     rows = [{key: getattr(c, key) for key in keys} | {"report": c.report and c.report.to_dict()} for c in listed]
-    return {"best": None if best is None else best.flags, "candidates": rows}
+    return {"best": None if best is None else best.text, "candidates": rows}
 
 
 def plan_text(listed: list[Candidate]) -> str:
@@ -103,12 +146,12 @@ def plan_text(listed: list[Candidate]) -> str:
 
 
 def _name(candidate):
-    return candidate.flags or "the config as it is"
+    return candidate.text or "the config as it is"
 
 
 def _why(best, listed):
     """Against the config as it is, or against the next best where it is the best."""
-    other = next((c for c in listed if c is not best and c.outcome == "fits" and (not c.flags or not best.flags)), None)
+    other = next((c for c in listed if c is not best and c.fits and (not c.flags or not best.flags)), None)
     if other is None:
         return ["  it is the only one that fits" if best.flags else "  nothing else fits"]
     ours, theirs = best.report.forecast.kinds, other.report.forecast.kinds
@@ -116,3 +159,12 @@ def _why(best, listed):
     changes = ", ".join(f"{name} {middle(ours, name) - middle(theirs, name):+.2g} s" for name in ours | theirs)
     less = f"{1 - best.seconds / other.seconds:.0%} less time than {_name(other)}, by the middle of both"
     return [f"  {less}", f"  {changes}"]
+
+
+def _compiled(config, target, flags, say):
+    say(f"compiling {' '.join(f'{k}={v}' for k, v in flags.items()) or 'the config as it is'}")
+    try:
+        report = compile_for(config, target)
+    except TooLarge as error:
+        return Candidate(flags, "too large", memory=error.needed)
+    return Candidate(flags, "fits" if report.fits else "too large", report.memory["peak"], report)

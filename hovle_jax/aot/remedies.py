@@ -9,7 +9,7 @@ from hovle_jax.sharding.rules import FSDP
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stages import find
 
-VOCAB_CHUNK = 8192
+VOCAB_CHUNK = 8448
 
 
 @dataclasses.dataclass(frozen=True)

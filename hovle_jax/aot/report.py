@@ -16,6 +16,7 @@ from hovle_jax.config import RunConfig
 from hovle_jax.hardware.chips import chip_of
 from hovle_jax.hardware.topology import Topology
 from hovle_jax.model.attention import choose
+from hovle_jax.model.transformer import keeps_logits
 from hovle_jax.training.flops import StepFlops
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stages import find
@@ -123,7 +124,7 @@ def _memory(stats, available):
 def flops_of(config: RunConfig, run: Run) -> StepFlops:
     """FLOPs of a training step as it runs."""
     implementation, _ = choose(run.models.execution.attention, config.model.llm.stack.head_dim)
-    logits_kept = not config.execution.vocab_chunk
+    logits_kept = not config.execution.vocab_chunk or keeps_logits(config.execution.remat)
     return find(config.stage).step_flops(config, attention=implementation, logits_kept=logits_kept)
 
 

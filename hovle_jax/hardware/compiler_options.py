@@ -19,7 +19,9 @@ _TO_SPARSE_CORES = {
 }
 
 SPARSE_CORES = {"v5p": _TO_SPARSE_CORES, "v6e": _TO_SPARSE_CORES}
-SCOPED_VMEM = {"v6e": {"xla_tpu_scoped_vmem_limit_kib": str(64 * 1024)}}
+SCOPED_VMEM = {
+    key: {"xla_tpu_scoped_vmem_limit_kib": str(mebibytes * 1024)} for key, mebibytes in {"v5e": 32, "v6e": 64}.items()
+}
 
 
 def compiler_options(device_kind: str, sparse_cores: bool = True, scoped_vmem: bool = False) -> dict[str, str]:

@@ -25,6 +25,7 @@ from hovle_jax.inference.weights import head_of
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.hovle import PADDING_LOGIT, HoVLE
 from hovle_jax.model.rotary import needs_lengths, rotary_angles
+from hovle_jax.model.vision import pixel_shuffle
 
 STOPS = 8  # stop ids that a request can have
 MOST_TOPS = 20  # most likely tokens that are told of a place
@@ -161,7 +162,7 @@ def visual_outputs(params: dict, outputs: jax.Array, starts: jax.Array, *, hovle
     """HD: what the LLM reads of tiles, [M * P, D], from `Slots.outputs`, where they begin at `starts` [M]."""
     embedding, _ = _bound(params, hovle)
     places = starts[:, None] + jnp.arange(hovle.config.embedding.stack_tokens_per_tile)
-    shuffled = embedding.pixel_shuffle_projection(jnp.take(outputs, places, axis=0))
+    shuffled = embedding.pixel_shuffle_projection(pixel_shuffle(jnp.take(outputs, places, axis=0)))
     return shuffled.reshape(-1, outputs.shape[-1])
 
 

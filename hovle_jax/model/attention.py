@@ -21,6 +21,7 @@ QUERY, KEY, VALUE, ATTENTION = "query", "key", "value", "attention"
 
 LANES = 128  # of a TPU's vector registers
 SPLASH_BLOCK = 1024  # most queries and keys of a block of splash attention
+KEY_STEP = 512  # keys of a block that the forward pass takes at a time: from its schedules on v5e, for 1, 2 and 4 steps
 SMALL_BLOCK = 896  # from the compiler's schedules of kernels with blocks of 640 and of 1,024, forward and backward
 
 
@@ -212,6 +213,7 @@ def _splash_kernel(heads, length, causal, head_shards, length_shards):
     sizes = kernels.BlockSizes(
         block_q=query_block,
         block_kv=key_block,
+        block_kv_compute=KEY_STEP if key_block % KEY_STEP == 0 else key_block,
         block_q_dkv=query_block,
         block_kv_dkv=key_block,
         use_fused_bwd_kernel=True,

@@ -13,7 +13,7 @@ from hovle_jax.model.config import EmbeddingConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.streams import Stream
 from hovle_jax.model.transformer import Stack, TokenTable, dense, partitioned
-from hovle_jax.model.vision import normalize_tiles, patchify, pixel_shuffle, resize_positions
+from hovle_jax.model.vision import in_block_order, normalized_patches, pixel_shuffle, resize_positions
 
 
 def scatter_rows(sequence: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
@@ -35,8 +35,8 @@ class PixelShuffleProjection(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """[M, P, D] -> [M, P / 4, D]."""
-        y = dense(self.width, ("patch", "embed"), "in", self.execution, use_bias=True)(pixel_shuffle(x))
+        """[M, P / 4, 4 D], as `pixel_shuffle` gives it, -> [M, P / 4, D]."""
+        y = dense(self.width, ("patch", "embed"), "in", self.execution, use_bias=True)(x)
         return dense(self.width, ("embed", "embed_out"), "out", self.execution, use_bias=True)(
             nn.gelu(y, approximate=False)
         )
@@ -78,12 +78,14 @@ class HolisticEmbedding(nn.Module):
         The same positions serve every tile; a tile of another size than the table's gets resized positions.
         """
         B, M, S = tiles.shape[:3]
-        patches = patchify(normalize_tiles(tiles).reshape(B * M, S, S, 3), self.config.patch_size)
-        x = self.patch_embedding(patches)
-        positions = resize_positions(self.position_embedding, S // self.config.patch_size)
-        x = x + positions.astype(x.dtype)
-        if self.config.pixel_shuffle == "pre":
-            x = self.pixel_shuffle_projection(x)
+        size, shuffles = self.config.patch_size, self.config.pixel_shuffle == "pre"
+        x = self.patch_embedding(normalized_patches(tiles.reshape(B * M, S, S, 3), size, in_blocks=shuffles))
+        positions = resize_positions(self.position_embedding, S // size).astype(x.dtype)
+        if shuffles:
+            positions = in_block_order(positions[None])
+            x = self.pixel_shuffle_projection((x + positions).reshape(B * M, -1, 4 * x.shape[-1]))
+        else:
+            x = x + positions
         return x.reshape(B, -1, x.shape[-1])
 
     def __call__(self, batch, cache=None):
@@ -126,7 +128,7 @@ class HolisticEmbedding(nn.Module):
             return images
         B, M = batch["tiles"].shape[:2]
         images = images.reshape(B * M, -1, images.shape[-1])
-        return self.pixel_shuffle_projection(images).reshape(B, -1, x.shape[-1])
+        return self.pixel_shuffle_projection(pixel_shuffle(images)).reshape(B, -1, x.shape[-1])
 
     def for_llm(self, x: jax.Array) -> jax.Array:
         """Optional L2 normalisation, in float32."""

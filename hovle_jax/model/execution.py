@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 LogicalAxes = Sequence[str | None]  # one name for each dimension; None: never sharded
 
@@ -51,6 +52,15 @@ def local_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     markedly faster.
     """
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x, laid out in its dimensions' order.
+
+    Of what a matmul contracts over rows libtpu would rather have the rows innermost, and turns it in passes over memory
+    of their own, although matrix units take it as it is.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,13 @@ from jax.ad_checkpoint import checkpoint_name
 from hovle_jax.errors import UserError
 from hovle_jax.model.attention import ATTENTION, KEY, QUERY, VALUE, AttentionMask, attend, prepare
 from hovle_jax.model.config import StackConfig
-from hovle_jax.model.execution import Execution, LogicalAxes
+from hovle_jax.model.execution import Execution, LogicalAxes, row_major
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
 
 # What the backward pass of a layer can find kept, by the names of the matmuls that make it.
 LAYER_INPUT, OUTPUT, GATE, UP = "layer_input", "output", "gate", "up"
-KEPT = (LAYER_INPUT, QUERY, KEY, VALUE, ATTENTION, OUTPUT, GATE, UP)
+LOGITS = "logits"  # of the loss
+KEPT = (LAYER_INPUT, QUERY, KEY, VALUE, ATTENTION, OUTPUT, GATE, UP, LOGITS)
 ON_HOST = "@host"
 MATMULS = ",".join(KEPT[1:])  # with these no matmul is made again, and no kernel of attention
 
@@ -183,6 +184,8 @@ class DecoderLayer(nn.Module):
         return self.run(x, cache, angles, where)
 
     def run(self, x: jax.Array, cache: Any, angles: tuple[jax.Array, jax.Array], where: Any) -> tuple[jax.Array, Any]:
+        if self.execution.attention == "splash":
+            x = row_major(x)
         x, cache = self.attention(checkpoint_name(x, LAYER_INPUT), cache, angles, where)
         return self.feed_forward(x), cache
 
@@ -209,8 +212,11 @@ class DecoderLayer(nn.Module):
             out = attend(query, key, value, where, how.attention, how.placement)
         else:
             out, cache = cache.attend(query, key, value, where, how)
+        out = out.reshape(B, L, c.num_heads * c.head_dim)
+        if how.attention == "splash":
+            out = row_major(out)
         output = dense(c.width, ("heads", "embed"), "output", how, c.output_bias, branches=2 * c.num_layers)
-        return x + checkpoint_name(output(out.reshape(B, L, c.num_heads * c.head_dim)), OUTPUT), cache
+        return x + checkpoint_name(output(out), OUTPUT), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
@@ -254,13 +260,18 @@ def kept_names(remat: str) -> tuple[list[str], list[str]]:
     """-> (names that stay on the device, names that wait in the host's memory). Raises UserError: `remat_policy`."""
     names = [name.strip() for name in remat.split(",")]
     kept, offloaded = ([name.removesuffix(ON_HOST) for name in names if name.endswith(ON_HOST) == on] for on in (0, 1))
-    unknown = sorted({*kept, *offloaded} - {*KEPT})
+    unknown = sorted({*kept, *offloaded} - {*KEPT} | {*offloaded} & {LOGITS})
     if unknown:
         raise UserError(
             f"execution.remat={remat!r} is not one of {', '.join(REMATS)}, and not a list of what is kept: "
             f"{unknown[0]!r} is none of {', '.join(KEPT)} (NAME{ON_HOST} waits in the host's memory)"
         )
     return kept, offloaded
+
+
+def keeps_logits(remat: str) -> bool:
+    """Whether the backward pass of the loss finds its logits."""
+    return remat in ("none", "dots") if remat in _POLICIES else LOGITS in kept_names(remat)[0]
 
 
 def scanned(layer: type[nn.Module], execution: Execution, num_layers: int, broadcast: int) -> Any:

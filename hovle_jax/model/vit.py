@@ -13,7 +13,7 @@ from hovle_jax.model.attention import attend
 from hovle_jax.model.config import TextTowerConfig, ViTConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import RMSNorm, dense, partitioned, scanned
-from hovle_jax.model.vision import normalize_tiles, patchify, resize_positions
+from hovle_jax.model.vision import normalized_patches, resize_positions
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
         """
         c = self.config
         M, S = tiles.shape[:2]
-        patches = patchify(normalize_tiles(tiles, c.image_mean, c.image_std), c.patch_size)
+        patches = normalized_patches(tiles, c.patch_size, c.image_mean, c.image_std)
         x = dense(c.width, ("patch", "embed"), "patch_embedding", self.execution, use_bias=c.patch_bias)(patches)
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
         # Linen numbers the parameters of a module as they are made, and draws each by its number.
