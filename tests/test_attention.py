@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,19 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec
 
 from hovle_jax.config import MeshConfig
-from hovle_jax.model.attention import AttentionMask, attend, choose, prepare, splash_block, splash_length
-from hovle_jax.model.execution import OneDevice
+from hovle_jax.model import attention
+from hovle_jax.model.attention import (
+    AttentionMask,
+    attend,
+    choose,
+    prepare,
+    splash_block,
+    splash_is_fused,
+    splash_length,
+)
+from hovle_jax.model.config import StackConfig
+from hovle_jax.model.execution import Execution, OneDevice
+from hovle_jax.model.transformer import Stack
 from hovle_jax.sharding.matmul import reduce_gradient
 from hovle_jax.sharding.mesh import make_mesh, torus
 from hovle_jax.sharding.placement import Placement
@@ -39,14 +51,42 @@ def run(implementation, query, key, value, segments, placement=OneDevice()):
     return out, grads
 
 
-@pytest.mark.parametrize("length, mesh", [(256, None), (200, None), (256, MeshConfig(data=2, tensor=2, sequence=2))])
-def test_splash_is_the_plain_attention(length, mesh, monkeypatch):
-    wanted = run("xla", *inputs(length))
+@pytest.fixture
+def interpreted(monkeypatch):
     make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
+    monkeypatch.setattr(attention, "SPLASH_BLOCK", 128)
+
+
+@pytest.mark.parametrize(
+    "length, mesh",
+    [(256, None), (200, None), (500, None), (256, MeshConfig(data=2, tensor=2, sequence=2))],
+    ids=["fused", "padded", "not fused", "sharded"],
+)
+def test_splash_is_the_plain_attention(length, mesh, interpreted):
+    wanted = run("xla", *inputs(length))
+    assert splash_is_fused(splash_length(length)) is (length < 500)
     placement = Placement(make_mesh(mesh)) if mesh else OneDevice()
     found = run("splash", *inputs(length), placement)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_stack_pads_its_rows_once(shards, interpreted):
+    config = StackConfig(num_layers=2, width=256, num_heads=2, num_kv_heads=1, head_dim=128, mlp_width=256)
+    placement = Placement(make_mesh(MeshConfig(data=2, sequence=shards, fsdp=4 // shards)))
+    x, _, _, segments = inputs(200)
+    x, positions = x.reshape(B, 200, -1)[..., :256], jnp.broadcast_to(jnp.arange(200), (B, 200))
+    read = (segments > 0)[:, :, None]
+
+    def outputs(implementation, placement, **more):
+        stack = Stack(config, Execution(attention=implementation, placement=placement, **more))
+        params = Stack(config, Execution()).init(jax.random.key(0), x, positions, segments)
+        loss = lambda params, x: jnp.sum(jnp.sin(stack.apply(params, x, positions, segments)[0]) * read)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(nn.unbox(params), x)
+
+    wanted, found = outputs("xla", OneDevice()), outputs("splash", placement, remat="query,key,value,attention,gate,up")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found, wanted)
 
 
 def test_what_splash_cannot_do_falls_back_with_the_reason():

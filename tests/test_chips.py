@@ -61,7 +61,7 @@ def test_slices_that_do_not_exist(name, said):
 
 def test_an_axis_is_a_ring_where_it_is_whole():
     busy = {"v5e-256": 1, "v5e-128": 3 / 4, "v5e-64": 1 / 2, "v5e-1": 0, "v5p-128": 1, "v5p-32": 1 / 2}
-    assert {name: topology.find(name).busy_links for name in busy} == busy
+    assert {name: topology.find(name).ways(topology.find(name).shape)[0] for name in busy} == busy
 
 
 def test_the_next_larger_slice():
@@ -121,32 +121,23 @@ def test_every_generation_has_peaks_and_their_source():
 # Bounds
 
 
-def seconds_and_ceiling(name="v5e-256", **sent):
-    """Of a step of a second of hardware FLOPs, three quarters of them the model's, and bytes that each chip sends."""
-    target = topology.find(name)
+def step_on(name, **sent):
+    """Of a step of a second of hardware FLOPs, three quarters of them the model's, and bytes that each device sends."""
+    target = topology.find(name, 2)
     second = target.chips * target.slices * chip_of(target.generation).bf16_flops
     found = [
         Collective("collective-permute", "bf16", bytes, (0, 1), axis == "dcn", 1, False, "")
         for axis, bytes in sent.items()
     ]
-    step = step_of(StepFlops(0.75 * second, second, {}), {"fsdp": 1e9}, target, found)
-    return step["seconds"], step["bottleneck"], step["mfu"], step["excess"]
+    return step_of(StepFlops(0.75 * second, second, {}), {"fsdp": 1e9}, target, found)
 
 
 def test_what_bounds_a_step():
-    assert seconds_and_ceiling() == ({"compute": 1, "ici": 0, "dcn": 0}, "compute", 0.75, 0)
-    assert seconds_and_ceiling(ici=100e9, dcn=3e9)[1:] == ("compute", 0.75, 103)
-    for name, full in dict(ici=200e9, dcn=3.125e9).items():
-        seconds, bottleneck, ceiling, _ = seconds_and_ceiling(**{name: 3 * full})
-        assert (seconds[name], bottleneck, ceiling) == (pytest.approx(3), name, pytest.approx(0.25))
-
-
-def test_a_slice_of_lines_doubles_the_time_of_its_network_and_a_single_chip_has_none():
-    whole, lines, alone = (seconds_and_ceiling(name, ici=1e11)[0]["ici"] for name in ("v5e-256", "v5e-16", "v5e-1"))
-    assert lines == 2 * whole and alone == 0
+    alone, sending = step_on("v5e-256"), step_on("v5e-256", ici=100e9, dcn=3e9)
+    assert (alone["bound"], alone["dcn_seconds"], alone["excess"]) == (1, 0, 0)
+    assert (sending["bound"], sending["excess"]) == (1, 103)
+    assert sending["dcn_seconds"] == pytest.approx(3 / 3.125)
 
 
 def test_a_chip_of_two_devices_sends_for_both():
-    v4, tpu7x = (seconds_and_ceiling(name, ici=1e11, dcn=1e9)[0] for name in ("v4-128", "tpu7x-128"))
-    assert tpu7x["ici"] == 2 * v4["ici"] * CHIPS["v4"].ici_bandwidth / CHIPS["tpu7x"].ici_bandwidth
-    assert tpu7x["dcn"] == pytest.approx(2e9 / CHIPS["tpu7x"].dcn_bandwidth)
+    assert step_on("tpu7x-128", dcn=1e9)["dcn_seconds"] == pytest.approx(2e9 / CHIPS["tpu7x"].dcn_bandwidth)

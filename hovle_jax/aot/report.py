@@ -4,7 +4,6 @@ Two kinds of seconds: such as no step can beat, by its chips' peaks, and a forec
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -133,26 +132,24 @@ def step_of(flops: StepFlops, least: dict[str, float], target: Topology, found: 
 
     Returns:
       flops, least (see `least_traffic`), excess: all bytes that are sent over the least, None where nothing must be;
-      seconds: if nothing but one thing took time, at the published peaks: 'compute' (hardware FLOPs in bf16), 'ici'
-      (within a slice, over all links that its shape lets be busy) and 'dcn' (between slices); the largest is the
-      bottleneck, and mfu the ceiling: model / hardware FLOPs, and less where the network bounds the step.
+      bound: seconds of the hardware FLOPs at the published bf16 peak, which no step beats; dcn_seconds: of what goes
+      between slices, at the published bandwidth of a chip.
     """
-    chip, per_chip = chip_of(target.generation), target.kind.devices_per_chip  # whose own traffic counts too
-    dcn, ici = (sum(c.bytes for c in found if c.crosses_slices is crosses) for crosses in (True, False))
-    links = chip.ici_bandwidth * target.busy_links or math.inf  # a single chip sends nothing
-    peak, total = target.chips * target.slices * chip.bf16_flops, sum(least.values())
-    seconds = {"compute": flops.hardware / peak}
-    seconds |= {"ici": ici * per_chip / links, "dcn": dcn * per_chip / chip.dcn_bandwidth}
-    made = {"flops": dataclasses.asdict(flops), "least": least, "excess": (ici + dcn) / total if total else None}
-    made |= {"seconds": seconds, "bottleneck": max(seconds, key=lambda name: seconds[name])}
-    return made | {"mfu": flops.model / (peak * max(seconds.values()))}
+    chip, total = chip_of(target.generation), sum(least.values())
+    beyond = sum(c.bytes for c in found if c.crosses_slices) * target.kind.devices_per_chip
+    made = {"flops": dataclasses.asdict(flops), "least": least}
+    made |= {"excess": sum(c.bytes for c in found) / total if total else None}
+    return made | {"bound": flops.hardware / _peak(target), "dcn_seconds": beyond / chip.dcn_bandwidth}
 
 
 def speed_of(predicted: Forecast, flops: StepFlops, target: Topology, tokens: int) -> dict[str, tuple[float, float]]:
     """See `Report`; tokens: of a step."""
-    peak = target.chips * target.slices * chip_of(target.generation).bf16_flops
     both = lambda amount: (amount / predicted.high, amount / predicted.low)
-    return {"mfu": both(flops.model / peak), "tokens": both(tokens)}
+    return {"mfu": both(flops.model / _peak(target)), "tokens": both(tokens)}
+
+
+def _peak(target):
+    return target.chips * target.slices * chip_of(target.generation).bf16_flops
 
 
 def _attention(config, run, program, operations):
@@ -209,18 +206,16 @@ def _network(r):
         yield f"  network      {gb(r.sent)} in all, {asked}"
     between = sum(total.dcn_bytes for total in r.collectives.values())
     if between and least.get("data"):
+        takes = f"{gb(between)} between slices, {r.step['dcn_seconds']:.2g} s at the published bandwidth"
         once = f"{between / least['data']:.1f} x the {gb(least['data'])} of gradients summed once a step"
-        yield f"  network      {gb(between)} between slices, {once}"
+        yield f"  network      {takes}, {once}"
 
 
 def _step(r):
-    model, hardware, bound = r.step["flops"]["model"], r.step["flops"]["hardware"], r.step["bottleneck"]
+    model, hardware = r.step["flops"]["model"], r.step["flops"]["hardware"]
     yield f"  FLOPs        model {model:.3g}, hardware {hardware:.3g} a step"
-    times = ", ".join(f"{name} {time:.3g}" for name, time in r.step["seconds"].items())
-    yield f"  seconds      at the published peaks: {times}; no step is faster than the largest"
-    lower = f", {r.step['mfu']:.1%} with {bound} at its peak" if bound != "compute" else ""
-    ceiling = f"model / hardware FLOPs {model / hardware:.1%}: the ceiling that recomputation leaves{lower}"
-    yield f"  MFU          {ceiling}, not a forecast"
+    bound = f"{r.step['bound']:.3g} s at the published peak, {model / hardware:.1%} MFU"
+    yield f"  bound        {bound}: what recomputation leaves if nothing else took time, not a forecast"
 
 
 def _inference(r):

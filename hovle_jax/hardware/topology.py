@@ -87,11 +87,6 @@ class Topology:
         """The cloud's, 'v5e-256', whatever the shape; '2 x v5e-256'."""
         return f"{self.slices} x " * (self.slices > 1) + f"{self.generation}-{self.chips * self.kind.cores_per_chip}"
 
-    @property
-    def busy_links(self) -> float:
-        """The share of a chip's links that a collective over a whole slice can keep busy."""
-        return self.ways(self.shape)[0]
-
     def ways(self, extents: Sequence[int]) -> tuple[float, int]:
         """Among so many chips along each axis: the share of a chip's links that are busy, hops to the farthest chip.
 

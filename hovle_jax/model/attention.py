@@ -210,13 +210,16 @@ def _splash_kernel(heads, length, causal, head_shards, length_shards):
 
     kernels = _splash_module()
     query_block, key_block = splash_block(length // length_shards), splash_block(length)
+    fused = splash_is_fused(length)
     sizes = kernels.BlockSizes(
         block_q=query_block,
         block_kv=key_block,
         block_kv_compute=KEY_STEP if key_block % KEY_STEP == 0 else key_block,
         block_q_dkv=query_block,
         block_kv_dkv=key_block,
-        use_fused_bwd_kernel=True,
+        use_fused_bwd_kernel=fused,
+        block_q_dq=None if fused else query_block,
+        block_kv_dq=None if fused else key_block,
     )
     mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
     mask = masks.MultiHeadMask([mask] * heads)
@@ -241,6 +244,15 @@ def splash_length(length: int, shards: int = 1) -> int:
     padded = lambda block: -(-length // (block * shards)) * block * shards
     cost = lambda block: padded(block) * (padded(block) + block) * (1 + SMALL_BLOCK / block)
     return padded(min(range(LANES, SPLASH_BLOCK + 1, LANES), key=cost))
+
+
+def splash_is_fused(length: int) -> bool:
+    """Whether one kernel makes all gradients: 5 matmuls a block instead of 7.
+
+    It writes what queries get from each block of keys, to be summed by XLA. By the schedules, of 4 blocks that costs as
+    much on v5e as the two matmuls, and more on v6e.
+    """
+    return length // splash_block(length) < 4
 
 
 def splash_block(length: int) -> int:

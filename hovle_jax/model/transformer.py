@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.errors import UserError
-from hovle_jax.model.attention import ATTENTION, KEY, QUERY, VALUE, AttentionMask, attend, prepare
+from hovle_jax.model.attention import (
+    ATTENTION,
+    KEY,
+    QUERY,
+    VALUE,
+    AttentionMask,
+    attend,
+    choose,
+    prepare,
+    splash_length,
+)
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution, LogicalAxes, row_major
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
@@ -222,8 +232,9 @@ class DecoderLayer(nn.Module):
         """SwiGLU: down(silu(gate x) * up x)."""
         c, how = self.config, self.execution
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        wide = lambda name: checkpoint_name(dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias)(y), name)
-        gate, up = wide(GATE), wide(UP)
+        in_order = row_major if how.attention == "splash" else lambda x: x
+        wide = lambda name: in_order(dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias)(y))
+        gate, up = (checkpoint_name(wide(name), name) for name in (GATE, UP))
         down = dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, branches=2 * c.num_layers)
         return x + down(nn.silu(gate) * up)
 
@@ -315,6 +326,9 @@ class Stack(nn.Module):
         """
         if self.config.num_layers == 0:
             return x, cache
+        length = x.shape[1]
+        if cache is None:
+            x, positions, segment_ids = self._padded(x, positions, segment_ids)
         mask = AttentionMask.for_rows(segment_ids) if cache is None else cache.mask(segment_ids)
         # Without the barrier the CPU backend computes sines and cosines anew for every head of every layer.
         longest = x.shape[1] if cache is None else cache.key.shape[2]
@@ -328,11 +342,21 @@ class Stack(nn.Module):
         )
         if cache is None:
             x, _ = layers(DecoderLayer)(x, None, angles, mask)
-            return constrain(x), None
+            return constrain(x[:, :length]), None
         where = Appended(None if cache.is_empty else cache.length, mask)
         carry, numbers = (x, LayerCache(cache.key, cache.value, 0)), jnp.arange(self.config.num_layers)
         (x, written), _ = layers(CachedLayer)(carry, numbers, angles, where)
         return constrain(x), cache.advanced(written, segment_ids)
+
+    def _padded(self, x, positions, segment_ids):
+        """Rows of the length that splash attention wants: once, and not in every layer."""
+        how, length = self.execution, x.shape[1]
+        if choose(how.attention, self.config.head_dim)[0] != "splash":
+            return x, positions, segment_ids
+        shards = how.placement.shards(("batch", "length", "embed_act"), x.shape)[1]
+        padding = (0, splash_length(length, shards) - length)
+        pad = lambda array: jnp.pad(array, ((0, 0), padding, *[(0, 0)] * (array.ndim - 2)))
+        return pad(x), pad(positions), pad(segment_ids)
 
 
 class TokenTable(nn.Module):

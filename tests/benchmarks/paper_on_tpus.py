@@ -16,6 +16,8 @@ import pathlib
 import subprocess
 import sys
 
+from hovle_jax.aot.report import span
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 MARKS = ("<!-- paper_on_tpus.py writes what follows -->\n", "<!-- as far as here -->\n")
@@ -23,8 +25,8 @@ STAGES, PRESETS = ("distill", "align", "instruct"), ("hovle", "hovle_hd")
 PLACES = (("v5e-16", 1), ("v5e-256", 1), ("v5p-128", 1), ("v6e-256", 1), ("v5e-256", 2))
 LENGTH = 4096  # tokens of a row (HD: of the short stream)
 HEAD = (
-    ("step", "slices", "memory, GB", "attention", "sent / least", "s at peak", "bound by", "model / hardware FLOPs"),
-    (":---", ":---", "---:", ":---", "---:", "---:", ":---", "---:"),
+    ("step", "slices", "memory, GB", "attention", "sent / least", "bound, s", "forecast, s", "MFU"),
+    (":---", ":---", "---:", ":---", "---:", "---:", "---:", "---:"),
 )
 
 
@@ -62,7 +64,7 @@ def row(name, report):
     step, place = name.split("@")
     if "error" in report:
         return (step, place, report["error"], *[""] * 5)
-    memory, made = report["memory"], report["step"]
+    memory, made, forecast = report["memory"], report["step"], report["forecast"]
     attention = ", ".join(f"{stack} {used['implementation']}" for stack, used in report["attention"].items())
     return (
         step,
@@ -70,9 +72,9 @@ def row(name, report):
         f"{memory['peak'] / 1e9:.1f} of {memory['available'] / 1e9:.1f}" + " (too large)" * (not report["fits"]),
         attention,
         f"{made['excess']:.2f}",
-        f"{max(made['seconds'].values()):.2f}",
-        made["bottleneck"],
-        f"{made['flops']['model'] / made['flops']['hardware']:.1%}",
+        f"{made['bound']:.2f}",
+        span((forecast["low"], forecast["high"]), ".2f"),
+        span(report["speed"]["mfu"], ".0%"),
     )
 
 
