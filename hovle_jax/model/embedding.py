@@ -103,9 +103,15 @@ class HolisticEmbedding(nn.Module):
     def encode(self, batch: dict, cache: Any = None) -> tuple[jax.Array, Any]:
         """The raw output of the layers over the stream that they see: [B, L or L_long, D]."""
         stream = self.stream(batch)
-        x = self.embed_text(stream.tokens)
-        if "tiles" in batch:
-            x = scatter_rows(x, self.embed_tiles(batch["tiles"]), stream.image_positions)
+        if "tiles" not in batch:
+            x = self.embed_text(stream.tokens)
+        elif self.config.pixel_shuffle != "post":
+            x = scatter_rows(self.embed_text(stream.tokens), self.embed_tiles(batch["tiles"]), stream.image_positions)
+        else:  # the short stream has the same text among fewer tokens to look up
+            vectors = jnp.concatenate([self.embed_text(batch["tokens"]), self.embed_tiles(batch["tiles"])], axis=1)
+            positions = jnp.concatenate([batch["long_text_positions"], stream.image_positions], axis=1)
+            nothing = jnp.zeros((*stream.tokens.shape, vectors.shape[-1]), vectors.dtype)
+            x = scatter_rows(nothing, vectors, positions)
         return self.stack(x, stream.positions, stream.segment_ids, cache)
 
     def stream(self, batch: dict) -> Stream:
