@@ -86,7 +86,7 @@ def _less(config, target):
 def _matmuls(config, target):
     """No matmul of a layer is made again but that of attention's output, which costs as much as to keep it."""
     names = [name for name in MATMULS.split(",") if name not in (OUTPUT, LOGITS)]
-    return {"execution.remat": ",".join(names)} if config.execution.remat in ("full", "offload") else None
+    return {"execution.remat": ",".join(names)} if config.execution.remat in ("dots", "full", "offload") else None
 
 
 def _rows(config, target):

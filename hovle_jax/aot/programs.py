@@ -79,11 +79,7 @@ def lower(config: RunConfig, run: Run, program: str, given: dict[str, Any]) -> j
 
 
 def beside(config: RunConfig, run: Run, program: str, sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes on a device that a run holds while the program runs, and that are not the program's own: {what: bytes}.
-
-    Args:
-      sizes: bytes of each of its arguments on a device.
-    """
+    """What a run holds while the program runs, beside its arguments of these sizes: {what: bytes of a device}."""
     if program == "train":
         return {"the next batch": sizes["batch"]}
     if program == "evaluation":
@@ -97,8 +93,6 @@ def compile_for(
 ) -> Report:
     """Compiles and reads the program.
 
-    Args:
-      with_forecast: see `report.read`.
     Raises:
       TooLarge: it does not fit; the message has the size and what takes less.
       UserError: see `set_up` and `arguments`.

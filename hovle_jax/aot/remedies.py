@@ -14,21 +14,13 @@ VOCAB_CHUNK = 8448
 
 @dataclasses.dataclass(frozen=True)
 class Excess:
-    """What a program would take, in bytes of a device.
-
-    Attributes:
-      needed: the program.
-      available: what a device has.
-      arguments: of the program, by name.
-      beside: what else a run holds meanwhile.
-      rows: of the arguments and of what lies beside, what grows with data.batch_size.
-    """
+    """What a program would take, in bytes of a device."""
 
     needed: float
-    available: float
+    available: float  # what a device has
     arguments: dict[str, int]
-    beside: int
-    rows: int
+    beside: int  # what else a run holds meanwhile
+    rows: int  # of the arguments and of what lies beside, what grows with data.batch_size
 
     @property
     def too_much(self) -> float:
@@ -43,11 +35,7 @@ class Excess:
 def remedies(config: RunConfig, run: Run, target: Topology, program: str, excess: Excess) -> list[str]:
     """What takes less, each with what it changes; of flags that do not fit by themselves, all together.
 
-    Flags of the execution are named where the arguments alone would fit: how much they save the compiler alone can
-    say.
-
-    Args:
-      run: that the program was lowered for.
+    Flags of the execution are named where the arguments alone would fit: the compiler alone can say what they save.
     """
     flags = _of_a_step(config, run) if program == "train" and excess.held <= excess.available else []
     found = [f"{flag} ({why})" for flag, why in flags]

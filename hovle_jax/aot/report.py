@@ -29,34 +29,21 @@ IN_PARTS = ("train", "evaluation")  # programs that read a batch in microbatches
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A program on a topology.
+    """A program on a topology; bytes are those of a device."""
 
-    Attributes:
-      setting: what was compiled: name, program, topology, slices, devices, mesh, rows, length, tiles, microbatches,
-        remat, and compile_seconds, lowering included.
-      arguments: bytes of each argument on a device.
-      memory: bytes on a device while the program runs: arguments, temporaries, results (those that take no argument's
-        place) and code are the peak, available what it has; host: temporaries in the host's memory.
-      beside: {what else a run holds meanwhile: bytes on a device}.
-      attention: {component: implementation that runs, reason why not what was asked for, kernels that are called}.
-      collectives: {kind: Total}; sent: bytes that a device sends in all.
-      step: of a training step, see `step_of`.
-      hbm_seconds: of prefill and decode: parameters and caches read once at the chip's published bandwidth.
-      forecast: None where none was asked for.
-      speed: of a step at the forecast's high and low seconds: 'mfu', and 'tokens' a second of all devices.
-    """
-
-    setting: dict[str, Any]
+    setting: dict[str, Any]  # what was compiled, and compile_seconds, lowering included
     arguments: dict[str, int]
+    # While it runs: arguments, temporaries, results (those that take no argument's place) and code are the peak,
+    # available is what it has; host: temporaries in the host's memory.
     memory: dict[str, float]
-    beside: dict[str, int]
-    attention: dict[str, dict[str, Any]]
+    beside: dict[str, int]  # what else a run holds meanwhile
+    attention: dict[str, dict[str, Any]]  # {component: implementation that runs, reason, kernels that are called}
     collectives: dict[str, collectives.Total]
     sent: float
-    step: dict[str, Any] | None
-    hbm_seconds: float | None
+    step: dict[str, Any] | None  # of a training step, see `step_of`
+    hbm_seconds: float | None  # of prefill and decode: parameters and caches read once, at the published bandwidth
     forecast: Forecast | None = None
-    speed: dict[str, tuple[float, float]] | None = None
+    speed: dict[str, tuple[float, float]] | None = None  # of a step: MFU, and tokens a second of all devices
 
     @property
     def fits(self) -> bool:
@@ -78,14 +65,7 @@ def read(
     compile_seconds: float,
     with_forecast: bool = True,
 ) -> Report:
-    """Reads a compiled program.
-
-    Args:
-      run: that it was lowered for.
-      arguments: bytes of each of its arguments on a device.
-      beside: see `programs.beside`.
-      with_forecast: kernels that were not seen before are compiled for it, once more and alone.
-    """
+    """Reads a compiled program; for a forecast kernels that were not seen before are compiled once more, alone."""
     text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
     found = collectives.collectives(text, mesh.size // target.slices)
     chip, step, hbm, speed = chip_of(target.generation), None, None, None
@@ -128,12 +108,11 @@ def flops_of(config: RunConfig, run: Run) -> StepFlops:
 
 
 def step_of(flops: StepFlops, least: dict[str, float], target: Topology, found: list) -> dict[str, Any]:
-    """What follows for a training step with these collectives.
+    """Of a training step with these collectives.
 
     Returns:
-      flops, least (see `least_traffic`), excess: all bytes that are sent over the least, None where nothing must be;
-      bound: seconds of the hardware FLOPs at the published bf16 peak, which no step beats; dcn_seconds: of what goes
-      between slices, at the published bandwidth of a chip.
+      flops, least (see `least_traffic`), excess (all that is sent over the least, None where nothing must be), bound:
+      seconds of the hardware FLOPs at the published bf16 peak; dcn_seconds: of what goes between slices, at theirs.
     """
     chip, total = chip_of(target.generation), sum(least.values())
     beyond = sum(c.bytes for c in found if c.crosses_slices) * target.kind.devices_per_chip

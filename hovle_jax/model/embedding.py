@@ -108,7 +108,9 @@ class HolisticEmbedding(nn.Module):
         elif self.config.pixel_shuffle != "post":
             x = scatter_rows(self.embed_text(stream.tokens), self.embed_tiles(batch["tiles"]), stream.image_positions)
         else:  # the short stream has the same text among fewer tokens to look up
-            vectors = jnp.concatenate([self.embed_text(batch["tokens"]), self.embed_tiles(batch["tiles"])], axis=1)
+            rows = lambda x: self.execution.placement.constrain(x, ("batch", None, None))
+            vectors = [rows(self.embed_text(batch["tokens"])), self.embed_tiles(batch["tiles"])]
+            vectors = rows(jnp.concatenate(vectors, axis=1))
             positions = jnp.concatenate([batch["long_text_positions"], stream.image_positions], axis=1)
             nothing = jnp.zeros((*stream.tokens.shape, vectors.shape[-1]), vectors.dtype)
             x = scatter_rows(nothing, vectors, positions)

@@ -22,19 +22,13 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line.
-
-    Attributes:
-      shape: of the result, as text.
-      arguments: what stands between the parentheses: operands, a parameter's number or a constant's value.
-      attributes: all after them.
-    """
+    """One line."""
 
     name: str
-    shape: str
+    shape: str  # of the result
     opcode: str
-    arguments: str
-    attributes: str
+    arguments: str  # what stands between the parentheses: operands, a parameter's number or a constant's value
+    attributes: str  # all after them
 
     @functools.cached_property
     def operands(self) -> list[str]:
