@@ -13,7 +13,7 @@ from hovle_jax.model.config import HoVLEConfig, RopeScaling
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
-from hovle_jax.model.transformer import Stack
+from hovle_jax.model.transformer import Stack, remat_policy
 from tests.public_models import STACK, llm
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -135,3 +135,13 @@ def test_halves_that_a_matmul_moves_are_the_same():
         np.testing.assert_allclose(np.float32(moved), np.float32(plain), rtol=2**-7, atol=2**-8)
     wide = x.astype(jnp.float32)  # a TPU's matmul would round it
     np.testing.assert_array_equal(rotate(wide, *angles, by_matmul=True), rotate(wide, *angles))
+
+
+def test_remat_dots_does_not_keep_the_permutation_of_a_rotation():
+    """In float32 it would take as much memory as both queries and keys do."""
+    x, kernel = jnp.ones((1, 8, 2, 16), jnp.bfloat16), jnp.ones((16, 16), jnp.bfloat16)
+    angles = (jnp.ones((1, 8, 1, 8)), jnp.ones((1, 8, 1, 8)))
+    layer = lambda x: jnp.sin(rotate(x @ kernel, *angles, by_matmul=True)).sum(dtype=jnp.float32)
+    _, backward = jax.vjp(jax.checkpoint(layer, policy=remat_policy("dots")), x)
+    kept = [leaf.dtype for leaf in jax.tree.leaves(backward) if leaf.shape == x.shape]
+    assert kept == [jnp.bfloat16]  # what it is made of

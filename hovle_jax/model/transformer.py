@@ -35,10 +35,17 @@ KEPT = (LAYER_INPUT, QUERY, KEY, VALUE, ATTENTION, OUTPUT, GATE, UP, LOGITS)
 ON_HOST = "@host"
 MATMULS = ",".join(KEPT[1:])  # with these no matmul is made again, and no kernel of attention
 
+
+def _dots(primitive, *operands, **params):
+    """Results of matmuls, but for wider ones: rotary's permutation, in float32, costs next to nothing to make again."""
+    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
+    return saveable and params["preferred_element_type"] in (None, operands[0].dtype)
+
+
 # Words for what is kept: all; results of matmuls; the layer's input; that in the host's memory.
 _POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _dots,
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
