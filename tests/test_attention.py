@@ -71,7 +71,7 @@ def test_splash_is_the_plain_attention(length, mesh, interpreted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stack_pads_its_rows_once(shards, interpreted):
     config = StackConfig(num_layers=2, width=256, num_heads=2, num_kv_heads=1, head_dim=128, mlp_width=256)
     placement = Placement(make_mesh(MeshConfig(data=2, sequence=shards, fsdp=4 // shards)))
