@@ -495,7 +495,8 @@ def test_the_papers_step_on_a_slice_fits_and_is_bound_by_its_matmuls():
     assert status == 0, err
     report = json.loads(out)
     assert report["fits"] and (report["setting"]["rows"], report["setting"]["microbatches"]) == (4096, 256)
-    assert all(used["kernels"] == 3 for used in report["attention"].values())
+    # Forward, again, and two for gradients.
+    assert all(used["kernels"] == 4 for used in report["attention"].values())
     step = report["step"]
     assert 1 <= step["excess"] <= 1.15
     assert step["flops"]["model"] / step["flops"]["hardware"] >= 0.6 and step["bound"] < report["forecast"]["low"]
