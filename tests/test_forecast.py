@@ -14,6 +14,7 @@ import hovle_jax.aot
 from hovle_jax.aot import kernels
 from hovle_jax.aot.forecasting import of_text
 from hovle_jax.aot.hlo import work
+from hovle_jax.aot.hlo.collectives import PALLAS
 from hovle_jax.aot.hlo.text import Instruction
 from hovle_jax.aot.machine import Machine
 from hovle_jax.errors import UserError
@@ -299,7 +300,7 @@ def test_bundles_between_branches_of_a_kernel():
 
 
 KERNEL = f"""  %mask.block_mask_ref = s8[1,2,2]{{2,1,0}} constant({{ {{ {{ 1, 0 }}, {{ 2, 1 }} }} }})
-  %splash_k.1 = (bf16[8,8]{{1,0}}, f32[8]{{0}}) custom-call(%x, MASK), custom_call_target="{kernels.TARGET}", \
+  %splash_k.1 = (bf16[8,8]{{1,0}}, f32[8]{{0}}) custom-call(%x, MASK), custom_call_target="{PALLAS}", \
 backend_config={{"custom_call_config":{{"body":"abc=","debug_locations":"here"}}}}"""
 
 

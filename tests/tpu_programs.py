@@ -1,12 +1,20 @@
 """Runs of the paper's shape with narrow models, whose steps compile for TPUs in seconds."""
 
 import dataclasses
+import functools
 import pathlib
 
+import pytest
+
 from hovle_jax import train
+from hovle_jax.aot.programs import compile_for
+from hovle_jax.hardware import topology
 from hovle_jax.model.config import StackConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed (the extra 'tpu')")
 
 
 def small(stage, preset="hovle", rows=32, length=512, width=256, execution=None, **mesh):
@@ -27,3 +35,10 @@ def small(stage, preset="hovle", rows=32, length=512, width=256, execution=None,
         mesh=replace(config.mesh, **mesh),
         execution=replace(config.execution, vocab_chunk=256, **(execution or {})),
     )
+
+
+@functools.cache
+def compiled(stage="instruct", preset="hovle", place=("v5e-16", 1), execution=(), mesh=(), **sizes):
+    """The report of a small step; `execution` and `mesh` are pairs of names and values."""
+    config = small(stage, preset, execution=dict(execution), **sizes, **dict(mesh))
+    return compile_for(config, topology.find(*place), with_forecast=False)  # which compiles each kernel again

@@ -20,7 +20,7 @@ import numpy as np
 
 from hovle_jax.aot import kernels
 from hovle_jax.aot.hlo import work
-from hovle_jax.aot.hlo.collectives import inside
+from hovle_jax.aot.hlo.collectives import PALLAS, inside
 from hovle_jax.aot.hlo.text import parse
 from hovle_jax.aot.hlo.trip_count import Scope, trip_count, value
 from hovle_jax.aot.machine import Machine
@@ -154,7 +154,7 @@ class _Walk:
             line.start(x.name, seconds if collectives else self._by_bytes(scope, x, times), bool(collectives))
         elif collectives and not chains:
             line.spend(work.NETWORK, part, seconds)
-        elif target == kernels.TARGET:
+        elif target == PALLAS:
             line.spend(work.KERNELS, part, self._kernel(scope, x, times))
         elif target not in work.FREE_CALLS:
             (kind, flops), cycles = work.kind_of(scope, x), work.cycles(x)

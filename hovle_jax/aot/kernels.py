@@ -18,11 +18,11 @@ import sys
 import tempfile
 from typing import Any
 
+from hovle_jax.aot.hlo.collectives import PALLAS
 from hovle_jax.aot.hlo.text import Computation, Instruction
 from hovle_jax.hardware.topology import Topology
 from hovle_jax.system.cache import cache_dir
 
-TARGET = "tpu_custom_call"
 _FLAGS = "LIBTPU_INIT_ARGS"
 _MOST_VMEM_KIB = 96 * 1024
 _DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles --xla_jf_dump_to="
@@ -103,7 +103,7 @@ def _compile_alone(call, generation):
     shapes = lambda arrays, where: [jax.ShapeDtypeStruct(tuple(s), dtype, sharding=where) for dtype, s in arrays]
     operands, results = shapes(call["operands"], sharding), shapes(call["results"], None)
     config = json.dumps({"custom_call_config": call["config"]})
-    kernel = jax.ffi.ffi_call(TARGET, results, custom_call_api_version=1, legacy_backend_config=config)
+    kernel = jax.ffi.ffi_call(PALLAS, results, custom_call_api_version=1, legacy_backend_config=config)
     # Where a program was given less or more of it, the kernel compiled in it has fitted there.
     jax.jit(kernel).lower(*operands).compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": str(_MOST_VMEM_KIB)})
 

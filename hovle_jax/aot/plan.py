@@ -52,8 +52,9 @@ def make(config: RunConfig, target: Topology, say: Callable[[str], None] = print
     set_up(config, target)
     made = [best := _compiled(config, target, {}, say)]
     for change in (_less, _less, _matmuls, _rows, _rows, _logits, _vector_memory, _mesh):
-        before = with_flags(config, best.flags)
-        if (change is _less) is best.fits or (changed := change(before, target)) is None or len(made) == MOST:
+        if best.fits == (change is _less) or len(made) == MOST:  # what fits takes no less, what does not, no more
+            continue
+        if (changed := change(with_flags(config, best.flags), target)) is None:
             continue
         flags, m = best.flags | changed, best.report.memory if best.report else {}
         if change is _rows and m["peak"] + GROWTH * m["temporaries"] > m["available"]:

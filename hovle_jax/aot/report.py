@@ -71,8 +71,9 @@ def read(
     chip, step, hbm, speed = chip_of(target.generation), None, None, None
     predicted = forecast(compiled, PARTS) if with_forecast else None
     if program == "train":
-        step = step_of(flops_of(config, run), least_traffic(find(config.stage), run), target, found)
-        speed = predicted and speed_of(predicted, flops_of(config, run), target, data.batch_size * data.sequence_length)
+        flops = flops_of(config, run)
+        step = step_of(flops, least_traffic(find(config.stage), run), target, found)
+        speed = predicted and speed_of(predicted, flops, target, data.batch_size * data.sequence_length)
     elif "cache" in arguments:
         hbm = (arguments["params"] + arguments["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
     setting = {"name": f"{config.stage}:{config.preset}", "program": program, "topology": target.name}

@@ -81,6 +81,10 @@ class Execution:
     remat: str = "none"
     placement: OneDevice = OneDevice()
 
+    def row_major(self, x: jax.Array) -> jax.Array:
+        """`row_major` where the layers run on TPUs, as splash attention does alone; elsewhere x."""
+        return row_major(x) if self.attention == "splash" else x
+
     def dot_general(self, axes: LogicalAxes) -> Callable:
         """The placement's matmul as the dot_general of a Linen Dense whose kernel has these axes."""
 

@@ -25,7 +25,7 @@ from hovle_jax.model.attention import (
     splash_length,
 )
 from hovle_jax.model.config import StackConfig
-from hovle_jax.model.execution import Execution, LogicalAxes, row_major
+from hovle_jax.model.execution import Execution, LogicalAxes
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
 
 # What the backward pass of a layer can find kept, by the names of the matmuls that make it.
@@ -201,8 +201,7 @@ class DecoderLayer(nn.Module):
         return self.run(x, cache, angles, where)
 
     def run(self, x: jax.Array, cache: Any, angles: tuple[jax.Array, jax.Array], where: Any) -> tuple[jax.Array, Any]:
-        if self.execution.attention == "splash":
-            x = row_major(x)
+        x = self.execution.row_major(x)
         x, cache = self.attention(checkpoint_name(x, LAYER_INPUT), cache, angles, where)
         return self.feed_forward(x), cache
 
@@ -229,9 +228,7 @@ class DecoderLayer(nn.Module):
             out = attend(query, key, value, where, how.attention, how.placement)
         else:
             out, cache = cache.attend(query, key, value, where, how)
-        out = out.reshape(B, L, c.num_heads * c.head_dim)
-        if how.attention == "splash":
-            out = row_major(out)
+        out = how.row_major(out.reshape(B, L, c.num_heads * c.head_dim))
         output = dense(c.width, ("heads", "embed"), "output", how, c.output_bias, branches=2 * c.num_layers)
         return x + checkpoint_name(output(out), OUTPUT), cache
 
@@ -239,8 +236,7 @@ class DecoderLayer(nn.Module):
         """SwiGLU: down(silu(gate x) * up x)."""
         c, how = self.config, self.execution
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        in_order = row_major if how.attention == "splash" else lambda x: x
-        wide = lambda name: in_order(dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias)(y))
+        wide = lambda name: how.row_major(dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias)(y))
         gate, up = (checkpoint_name(wide(name), name) for name in (GATE, UP))
         down = dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, branches=2 * c.num_layers)
         return x + down(nn.silu(gate) * up)

@@ -36,7 +36,7 @@ def chunked_cross_entropy(
     Args:
       x: [B, L, D], normalised.
       kernel: [D, V] with logical axes ('embed', 'vocab'), in the type of the matmul.
-      targets, weights: as above.
+      targets: [B, L] int32; weights: [B, L] float32, 0 where not supervised.
       vocab_size: real tokens; the columns after them are padding.
       chunk: columns.
       sharding: how x @ kernel lies on the mesh (`Placement.matmul_sharding`).

@@ -34,7 +34,7 @@ KINDS = {
     "collective-permute": _once,
     "collective-broadcast": _once,
 }
-_PALLAS = "tpu_custom_call"
+PALLAS = "tpu_custom_call"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def summary(found: list[Collective]) -> dict[str, Total]:
 def kernels(text: str) -> list[str]:
     """The JAX operation of each call of a Pallas kernel in a program for TPUs."""
     instructions = (run.instruction for run in _executions(parse(text)))
-    return [x.attribute("op_name") for x in instructions if x.attribute("custom_call_target") == _PALLAS]
+    return [x.attribute("op_name") for x in instructions if x.attribute("custom_call_target") == PALLAS]
 
 
 class _Execution(NamedTuple):
