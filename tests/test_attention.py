@@ -7,19 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import PartitionSpec
 
 from hovle_jax.config import MeshConfig
-from hovle_jax.model import attention
+from hovle_jax.model import splash
 from hovle_jax.model.attention import (
     AttentionMask,
     attend,
     choose,
     prepare,
-    splash_block,
-    splash_is_fused,
-    splash_length,
 )
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution, OneDevice
@@ -55,20 +53,74 @@ def run(implementation, query, key, value, segments, placement=OneDevice()):
 def interpreted(monkeypatch):
     make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
-    monkeypatch.setattr(attention, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(splash.pl, "pallas_call", functools.partial(splash.pl.pallas_call, interpret=True))
+    monkeypatch.setattr(splash, "MOST_BLOCK", 128)
 
 
 @pytest.mark.parametrize(
     "length, mesh",
     [(256, None), (200, None), (500, None), (256, MeshConfig(data=2, tensor=2, sequence=2))],
-    ids=["fused", "padded", "not fused", "sharded"],
+    ids=["whole", "padded", "long", "sharded"],
 )
 def test_splash_is_the_plain_attention(length, mesh, interpreted):
     wanted = run("xla", *inputs(length))
-    assert splash_is_fused(splash_length(length)) is (length < 500)
     placement = Placement(make_mesh(mesh)) if mesh else OneDevice()
     found = run("splash", *inputs(length), placement)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
+
+
+def test_rows_whose_gradients_do_not_fit_go_in_parts(interpreted, monkeypatch):
+    wanted = run("splash", *inputs(500))
+    monkeypatch.setattr(splash, "_SUMS_BYTES", 128 * (H // K) * C * 4)  # of one block
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run("splash", *inputs(500)), wanted)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("first", [0, 256], ids=["whole", "shard of a row"])
+def test_the_backward_kernel_as_tpus_run_it(first, causal, monkeypatch):
+    """With copies to and from vector memory, and NaN in what was not written; segments in no order."""
+    monkeypatch.setattr(splash, "MOST_BLOCK", 128)
+    monkeypatch.setattr(
+        splash.pl, "pallas_call", functools.partial(splash.pl.pallas_call, interpret=pltpu.InterpretParams())
+    )
+    query, key, value, _ = (x[0].swapaxes(0, 1)[None] if x.ndim == 4 else x for x in inputs(384))
+    query, segments = (
+        query[:, :, first:] * C**-0.5,
+        jnp.asarray(np.random.default_rng(0).integers(0, 3, (1, 384)), jnp.int32),
+    )
+    places = jnp.arange(384, dtype=jnp.int32)
+    d_out = jnp.cos(query)
+
+    def plain(query, key, value):
+        scores = jnp.einsum("bhlc,bhsc->bhls", query, jnp.repeat(key, H // K, axis=1))
+        seen = segments[:, first:, None] == segments[:, None]
+        seen &= (places[None, :] <= places[first:, None]) | (not causal)
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        out = jnp.einsum("bhls,bhsc->bhlc", jax.nn.softmax(scores), jnp.repeat(value, H // K, axis=1))
+        return out, jax.nn.logsumexp(scores, axis=-1)
+
+    (out, log_sum), vjp = jax.vjp(plain, query, key, value)
+    wanted = vjp((d_out, jnp.zeros_like(log_sum)))
+    mean = jnp.sum(out * d_out, axis=-1)
+    queries, keys = splash.Tokens(segments[:, first:], places[first:]), splash.Tokens(segments, places)
+    found = splash.gradients(
+        *(query, d_out, log_sum, mean, queries.codes(causal, 384), key, value, keys.codes(causal, 384)),
+        splash.computed_blocks(query.shape[2], 384, first, causal),
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), tuple(found), wanted)
+
+
+def test_a_query_sees_its_segment_up_to_itself():
+    """By codes alone, for every pair; segments that differ by as much as may be."""
+    length = 1000
+    segments = np.asarray([0, 1, 2, 2**31 // splash.reach(length) - 1, 5, 5, 0])[np.arange(length) % 7]
+    rows = splash.Tokens(jnp.asarray(segments, jnp.int32), jnp.arange(length, dtype=jnp.int32))
+    for causal in (True, False):
+        codes = rows.codes(causal, length)
+        seen = splash._seen(codes[None], codes[:, None], (length, length), splash.reach(length)).T
+        place = np.arange(length)
+        wanted = (segments[:, None] == segments) & ((place <= place[:, None]) | (not causal))
+        np.testing.assert_array_equal(seen, wanted)
 
 
 @pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -96,17 +148,17 @@ def test_what_splash_cannot_do_falls_back_with_the_reason():
 
 
 def test_blocks_divide_the_row():
-    assert splash_block(4096) == 1024 and splash_block(14_080) == 640 and splash_block(128) == 128
+    assert splash.block_of(4096) == 1024 and splash.block_of(14_080) == 640 and splash.block_of(128) == 128
 
 
 def test_rows_are_padded_to_blocks_that_are_large():
     """HD's long stream of 14,080 in 14 blocks of 1,024, each of which has gradients to be summed, not in 22."""
-    assert splash_length(14_080) == 14_336 and splash_block(14_336) == 1024
-    assert [splash_length(length) for length in (100, 600, 4096, 8192)] == [128, 640, 4096, 8192]
-    assert splash_length(1025) == 1152 and splash_length(4224) == 4480  # and not to 2,048 and 5,120
+    assert splash.padded_length(14_080) == 14_336 and splash.block_of(14_336) == 1024
+    assert [splash.padded_length(length) for length in (100, 600, 4096, 8192)] == [128, 640, 4096, 8192]
+    assert splash.padded_length(1025) == 1152 and splash.padded_length(4224) == 4480  # and not to 2,048 and 5,120
     for length in range(1, 9000, 97):
         for shards in (1, 2, 4):
-            padded = splash_length(length, shards)
+            padded = splash.padded_length(length, shards)
             assert (
                 length <= padded <= -(-length // (128 * shards)) * 128 * shards * 1.5 and padded % (128 * shards) == 0
             )

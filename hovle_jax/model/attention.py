@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from hovle_jax.model import splash
 from hovle_jax.model.attention_blocks import SHORTEST, attend_causal
 from hovle_jax.model.execution import OneDevice
 
@@ -18,11 +19,6 @@ IMPLEMENTATIONS = ("auto", "xla", "blocks", "splash", "cudnn")
 
 # What the backward pass may find kept (`transformer.KEPT`): what the kernel reads, and what it leaves.
 QUERY, KEY, VALUE, ATTENTION = "query", "key", "value", "attention"
-
-LANES = 128  # of a TPU's vector registers
-SPLASH_BLOCK = 1024  # most queries and keys of a block of splash attention
-KEY_STEP = 512  # keys of a block that the forward pass takes at a time: from its schedules on v5e, for 1, 2 and 4 steps
-SMALL_BLOCK = 896  # from the compiler's schedules of kernels with blocks of 640 and of 1,024, forward and backward
 
 
 @flax.struct.dataclass
@@ -83,8 +79,8 @@ def choose(
     if implementation == "blocks" and not (masked and whole and causal):
         return "xla", "attention in blocks reads whole causal rows"
     if implementation == "splash":
-        if head_dim % LANES:
-            return "xla", f"splash attention needs heads of a multiple of {LANES} and these have {head_dim}"
+        if head_dim % splash.LANES:
+            return "xla", f"splash attention needs heads of a multiple of {splash.LANES} and these have {head_dim}"
         if not (masked and whole):
             return "xla", "splash attention reads whole rows with segments"
     if implementation == "cudnn" and head_dim % 8:
@@ -165,25 +161,25 @@ def _cudnn(query, key, value, allowed, placement):
 
 
 def _splash(query, key, value, mask: AttentionMask, placement):
-    """The Pallas kernel that skips what lies above the diagonal and never holds [L, S].
+    """The Pallas kernels that skip what lies above the diagonal and never hold [L, S].
 
-    Each device runs it on its own rows and heads. Where rows are sharded along their length, queries stay sharded, and
-    keys and values are gathered: with few kv heads they are small.
+    Each device runs them on its own rows and heads. Where rows are sharded along their length, queries stay sharded,
+    and keys and values are gathered: with few kv heads they are small.
     """
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     query, key, value = _named(*(x.transpose(0, 2, 1, 3) for x in (query, key, value)))  # heads in front
     heads, length = query.shape[1:3]
     of_queries, of_keys = ("batch", "heads", "length", None), ("batch", "kv_heads", None, None)
     _, head_shards, length_shards, _ = placement.shards(of_queries, query.shape)
-    padding = splash_length(length, length_shards) - length
-    rows = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    segments = jnp.pad(mask.query_segments, ((0, 0), (0, padding)))
-    kernel = _splash_kernel(heads, length + padding, mask.causal, head_shards, length_shards)
+    whole = splash.padded_length(length, length_shards)
+    rows = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, whole - length), (0, 0)))
+    segments = jnp.pad(mask.query_segments, ((0, 0), (0, whole - length)))
+    places = jnp.arange(whole, dtype=jnp.int32)
+    kernel = splash.forward_kernel(heads, whole, mask.causal, head_shards, length_shards, ATTENTION)
 
-    def local(kernel, query, key, value, query_segments, key_segments):
-        ids = _splash_module().SegmentIds
-        run = lambda q, k, v, s, t: kernel(q, k, v, segment_ids=ids(s, t))
-        return jax.vmap(run)(query, key, value, query_segments, key_segments)
+    def local(kernel, query, key, value, query_segments, places, key_segments, key_places):
+        queries, keys = splash.Tokens(query_segments, places), splash.Tokens(key_segments, key_places)
+        return splash.attend(kernel, query, key, value, queries, keys, mask.causal, length_shards == 1)
 
     # Where an axis lies is decided by the length without its padding.
     inputs = (
@@ -192,72 +188,12 @@ def _splash(query, key, value, mask: AttentionMask, placement):
         (rows(key), of_keys, key.shape),
         (rows(value), of_keys, value.shape),
         (segments, ("batch", "length"), mask.query_segments.shape),
+        (places, ("length",), (length,)),
         (segments, ("batch", None), mask.query_segments.shape),
+        (places, (None,), (length,)),
     )
     out = placement.per_shard(local, inputs, of_queries, query.shape)
     return out[:, :, :length].transpose(0, 2, 1, 3)
-
-
-def _splash_module():
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel  # slow to import
-
-    return splash_attention_kernel
-
-
-def _splash_kernel(heads, length, causal, head_shards, length_shards):
-    """The kernel for whole rows: as few blocks as fit, each dividing a device's shard of the row."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    kernels = _splash_module()
-    query_block, key_block = splash_block(length // length_shards), splash_block(length)
-    fused = splash_is_fused(length)
-    sizes = kernels.BlockSizes(
-        block_q=query_block,
-        block_kv=key_block,
-        block_kv_compute=KEY_STEP if key_block % KEY_STEP == 0 else key_block,
-        block_q_dkv=query_block,
-        block_kv_dkv=key_block,
-        use_fused_bwd_kernel=fused,
-        block_q_dq=None if fused else query_block,
-        block_kv_dq=None if fused else key_block,
-    )
-    mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
-    mask = masks.MultiHeadMask([mask] * heads)
-    return kernels.make_splash_mha(
-        mask,
-        head_shards=head_shards,
-        q_seq_shards=length_shards,
-        block_sizes=sizes,
-        residual_checkpoint_name=ATTENTION,
-    )
-
-
-def splash_length(length: int, shards: int = 1) -> int:
-    """The length that rows are padded to: of those that blocks of 128 to SPLASH_BLOCK divide, that which costs least.
-
-    A causal row of n tokens meets n (n + block) / 2 pairs, and a block's own work is as much as that of SMALL_BLOCK
-    more of its tokens: 14,080 tokens are faster as 14 blocks of 1,024 than as 22 of 640.
-
-    Args:
-      shards: of the row; each is whole blocks.
-    """
-    padded = lambda block: -(-length // (block * shards)) * block * shards
-    cost = lambda block: padded(block) * (padded(block) + block) * (1 + SMALL_BLOCK / block)
-    return padded(min(range(LANES, SPLASH_BLOCK + 1, LANES), key=cost))
-
-
-def splash_is_fused(length: int) -> bool:
-    """Whether one kernel makes all gradients: 5 matmuls a block instead of 7.
-
-    It writes what queries get from each block of keys, to be summed by XLA. By the schedules, of 4 blocks that costs as
-    much on v5e as the two matmuls, and more on v6e.
-    """
-    return length // splash_block(length) < 4
-
-
-def splash_block(length: int) -> int:
-    """The largest multiple of 128 that divides the length and is at most SPLASH_BLOCK."""
-    return max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
 
 
 _ATTEND = {"xla": _xla, "blocks": _blocks, "cudnn": _cudnn}

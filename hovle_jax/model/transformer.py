@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.errors import UserError
+from hovle_jax.model import splash
 from hovle_jax.model.attention import (
     ATTENTION,
     KEY,
@@ -22,7 +23,6 @@ from hovle_jax.model.attention import (
     attend,
     choose,
     prepare,
-    splash_length,
 )
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution, LogicalAxes
@@ -357,7 +357,7 @@ class Stack(nn.Module):
         if choose(how.attention, self.config.head_dim)[0] != "splash":
             return x, positions, segment_ids
         shards = how.placement.shards(("batch", "length", "embed_act"), x.shape)[1]
-        padding = (0, splash_length(length, shards) - length)
+        padding = (0, splash.padded_length(length, shards) - length)
         pad = lambda array: jnp.pad(array, ((0, 0), padding, *[(0, 0)] * (array.ndim - 2)))
         return pad(x), pad(positions), pad(segment_ids)
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hovle_jax.model.attention import LANES
 from hovle_jax.model.execution import row_major
 from hovle_jax.model.hovle import PADDING_LOGIT
+from hovle_jax.model.splash import LANES
 from hovle_jax.sharding.matmul import MatmulSharding, axis_index, gather, reduce_gradient
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from hovle_jax.config import RunConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.model import flops
-from hovle_jax.model.attention import ATTENTION, KEY, QUERY, VALUE, splash_is_fused, splash_length
+from hovle_jax.model.attention import ATTENTION, KEY, QUERY, VALUE
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.flops import Work
 from hovle_jax.model.transformer import REMATS, kept_names
@@ -33,10 +33,9 @@ class StepFlops:
     parts: dict[str, float]  # model FLOPs by name
 
 
-# Matmuls of the L x L x C kind in the backward pass of an implementation of attention; the forward pass has two. Fused
-# kernels have five: scores and the gradient of the probabilities anew, then what queries, keys and values get. Where
-# splash attention makes the first two for the queries alone once more, it has seven. Both skip blocks of pairs that do
-# not see each other.
+# Matmuls of the L x L x C kind in the backward pass of an implementation of attention; the forward pass has two.
+# Kernels have five: scores and the gradient of the probabilities anew, then what queries, keys and values get. They
+# skip blocks of pairs that do not see each other.
 BACKWARD_MATMULS = {"xla": 4, "splash": 5, "cudnn": 5}
 
 
@@ -50,7 +49,6 @@ class Part:
     layers: bool = False  # whether it is rematerialised
     matmuls: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of `work.dense`, by what remat may keep
     decoder: bool = False  # whether its attention is that of the decoder stacks; towers attend in XLA's plain way
-    backward_matmuls: Mapping[str, int] = dataclasses.field(default_factory=lambda: BACKWARD_MATMULS)
 
     def model(self) -> float:
         return self.work.forward + self._backward(self.work.attention * 2)
@@ -63,7 +61,7 @@ class Part:
         if self.gradient == UNTOUCHED:
             return forward
         repeated = self._repeated(attention, remat, pairs) if self.layers else 0
-        backward = self._backward(pairs * self.backward_matmuls[attention] / 2)
+        backward = self._backward(pairs * BACKWARD_MATMULS[attention] / 2)
         return forward + backward + repeated
 
     def _repeated(self, attention, remat, pairs):
@@ -101,9 +99,8 @@ def step_flops(config: RunConfig, parts: list[Part], attention: str = "xla", log
 def decoder_part(name: str, c: StackConfig, length: int, rows: int, gradient: str) -> Part:
     """The layers of a decoder stack over `rows` rows."""
     matmuls = {name: flop * rows for name, flop in flops.decoder_matmuls(c, length).items()}
-    backward = BACKWARD_MATMULS | ({} if splash_is_fused(splash_length(length)) else {"splash": 7})
     work = flops.decoder_stack(c, length) * rows
-    return Part(name, work, gradient, layers=True, matmuls=matmuls, decoder=True, backward_matmuls=backward)
+    return Part(name, work, gradient, layers=True, matmuls=matmuls, decoder=True)
 
 
 def llm_parts(config: RunConfig, rows: int, gradient: str) -> list[Part]:
