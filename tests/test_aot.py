@@ -21,7 +21,7 @@ from hovle_jax.aot.forecasting import Forecast
 from hovle_jax.aot.hlo.collectives import collectives, summary
 from hovle_jax.aot.least_traffic import least_traffic
 from hovle_jax.aot.programs import TooLarge, compile_for
-from hovle_jax.aot.remedies import Excess, remedies
+from hovle_jax.aot.remedies import remedies
 from hovle_jax.aot.report import gb, text_of
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
@@ -147,7 +147,7 @@ def test_a_step_that_does_not_fit_names_its_size_and_what_takes_less():
     config = small("instruct", rows=16 * 1024, length=2048, execution={"remat": "none", "accumulate": 1})
     with pytest.raises(TooLarge, match=r"needs [\d.]+ GB of 16\.\d GB a device, with .* less: ") as error:
         compile_for(config, topology.find("v5e-16"))
-    assert "--config.execution.accumulate=-1" in str(error.value) and error.value.needed > 16e9
+    assert "--plan (compiles" in str(error.value) and error.value.needed > 16e9
 
 
 def set_up_here(stage="instruct", rows=64, **execution):
@@ -170,24 +170,19 @@ def remedies_of(stage="instruct", rows=64, place="v5e-16", program="train", need
     """What `remedies` says of a program that needs so many GiB of 16."""
     config, run = set_up_here(stage, rows, **execution)
     of_rows = "batch" if program == "train" else "cache"
-    beside = batch * (program == "train")  # the next batch
     sizes = {"state": state * GIB, of_rows: batch * GIB}
-    excess = Excess(needed * GIB, 16 * GIB, sizes, beside * GIB, (batch + beside) * GIB)
-    return remedies(config, run, topology.find(place), program, excess)
+    held = {"the next batch": batch * GIB} if program == "train" else {}
+    return remedies(config, run, topology.find(place), program, needed * GIB, 16 * GIB, sizes, held)
 
 
 def flags_of(said):
     return [sentence.split("--")[1].split(" ")[0].removeprefix("config.") for sentence in said]
 
 
-def test_flags_are_named_that_change_something_and_all_of_them_together():
-    said = remedies_of(remat="dots", zero=1, accumulate=2)
-    both = "--config.execution.accumulate=-1 --config.execution.remat=full"
-    rest = ["execution.accumulate=-1", "plan,", "execution.zero=3", "topology=v5e-256"]
-    assert flags_of(said) == ["execution.accumulate=-1", "execution.remat=full", *rest] and said[2].endswith(both)
-    one, plan_, larger = remedies_of(remat="full", accumulate=8)  # rows of 2 GiB cannot make up for 5
-    assert "remat=offload" in one and plan_.startswith("--plan") and "256 chips a slice instead of 16" in larger
-    # A loss that compares all rows is read at once.
+def test_what_compiles_alone_can_tell_is_left_to_the_plan():
+    assert flags_of(remedies_of(remat="dots", zero=1, accumulate=2)) == ["plan", "execution.zero=3", "topology=v5e-256"]
+    plan_, larger = remedies_of(remat="full", accumulate=8)  # rows of 2 GiB cannot make up for 5
+    assert plan_.startswith("--plan") and "256 chips a slice instead of 16" in larger
     assert flags_of(remedies_of("contrast", remat="offload", place="v5e-256", needed=17)) == []
 
 

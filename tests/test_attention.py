@@ -1,6 +1,7 @@
 """Splash attention, run by the Pallas interpreter, against the plain path."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -139,6 +140,17 @@ def test_a_stack_pads_its_rows_once(shards, interpreted):
 
     wanted, found = outputs("xla", OneDevice()), outputs("splash", placement, remat="query,key,value,attention,gate,up")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found, wanted)
+
+
+@pytest.mark.parametrize("remat, forward", [("full", 2), ("query,key,value,attention,gate,up", 1)])
+def test_the_forward_kernel_runs_once_where_what_it_leaves_is_kept(remat, forward):
+    config = StackConfig(num_layers=1, width=128, num_heads=1, num_kv_heads=1, head_dim=128, mlp_width=128)
+    stack, rows = Stack(config, Execution(attention="splash", remat=remat)), jnp.zeros((1, 128), jnp.int32)
+    x = jnp.zeros((1, 128, 128))
+    params = jax.eval_shape(Stack(config, Execution()).init, jax.random.key(0), x, rows, rows)
+    loss = lambda params, x: jnp.sum(stack.apply(params, x, rows, rows)[0])
+    text = str(jax.make_jaxpr(jax.grad(loss))(nn.unbox(params), x))
+    assert len(re.findall(r"name=splash_mha\w*fwd", text)) == forward and text.count("name=splash_gradients") == 1
 
 
 def test_what_splash_cannot_do_falls_back_with_the_reason():

@@ -16,6 +16,7 @@ from hovle_jax.training.stages import find
 
 MOST = 8  # that are compiled
 COPIES = 4  # of the model in a slice, in the mesh that is tried
+VOCAB_CHUNK = 8448
 GROWTH = 0.75  # of a step's temporaries: what a microbatch of twice the rows needs more, at least
 
 
@@ -77,11 +78,16 @@ def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:
 
 
 def _less(config, target):
-    """For what does not fit: a row of a device at a time, layers made again; then from inputs that the host keeps."""
-    smallest = {"execution.remat": "full", "execution.accumulate": -1}
-    if with_flags(config, smallest) != config and config.execution.remat != "offload":
+    """For what does not fit: a row and few logits at a time, layers made again; then of inputs that the host keeps."""
+    e, stage = config.execution, find(config.stage)
+    smallest: dict[str, Any] = {"execution.remat": "full"}
+    if stage.loss_weights:  # else a loss compares all rows
+        smallest["execution.accumulate"] = -1
+    if "llm" in stage.result and (e.vocab_chunk or config.model.llm.table_rows) > VOCAB_CHUNK:
+        smallest["execution.vocab_chunk"] = VOCAB_CHUNK
+    if with_flags(config, smallest) != config and e.remat != "offload":
         return smallest
-    return {"execution.remat": "offload"} if config.execution.remat == "full" else None
+    return {"execution.remat": "offload"} if e.remat == "full" else None
 
 
 def _matmuls(config, target):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.aot.remedies import Excess, remedies
+from hovle_jax.aot.remedies import remedies
 from hovle_jax.aot.report import Report, read
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
@@ -116,13 +116,11 @@ def compile_for(
 
 def _too_large(config, run, target, program, sizes, held, text):
     needed, available = _sizes(text)
-    known, of_rows = bool(needed and available), "cache" if "cache" in sizes else "batch"
-    available = available or chip_of(target.generation).hbm_bytes / target.kind.devices_per_chip
-    told = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB a device" if known else "more memory than a device has"
+    told = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB a device" if needed else "more memory than a device has"
     told += "".join(f", with {what} of {size / 1e9:.1f} GB beside it" for what, size in held.items())
-    rows = sizes[of_rows] + sum(size for what, size in held.items() if "batch" in what)
-    excess = Excess(needed or math.inf, available, sizes, sum(held.values()), rows)
-    ways = "; ".join(remedies(config, run, target, program, excess)) or "nothing that a flag could change"
+    available = available or chip_of(target.generation).hbm_bytes / target.kind.devices_per_chip
+    ways = remedies(config, run, target, program, needed or math.inf, available, sizes, held)
+    ways = "; ".join(ways) or "nothing that a flag could change"
     what = f"{config.stage}:{config.preset} {program} on {target.name}"
     too_large = TooLarge(f"{what} needs {told}. What takes less: {ways}")
     too_large.needed = needed

@@ -13,12 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 from hovle_jax.model import splash
 from hovle_jax.model.attention_blocks import SHORTEST, attend_causal
 from hovle_jax.model.execution import OneDevice
+from hovle_jax.model.splash import ATTENTION
 
 # 'auto' is resolved by the command from the mesh's devices, before a model is made.
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "splash", "cudnn")
 
 # What the backward pass may find kept (`transformer.KEPT`): what the kernel reads, and what it leaves.
-QUERY, KEY, VALUE, ATTENTION = "query", "key", "value", "attention"
+QUERY, KEY, VALUE = "query", "key", "value"
 
 
 @flax.struct.dataclass
@@ -175,7 +176,7 @@ def _splash(query, key, value, mask: AttentionMask, placement):
     rows = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, whole - length), (0, 0)))
     segments = jnp.pad(mask.query_segments, ((0, 0), (0, whole - length)))
     places = jnp.arange(whole, dtype=jnp.int32)
-    kernel = splash.forward_kernel(heads, whole, mask.causal, head_shards, length_shards, ATTENTION)
+    kernel = splash.forward_kernel(heads, whole, mask.causal, head_shards, length_shards)
 
     def local(kernel, query, key, value, query_segments, places, key_segments, key_places):
         queries, keys = splash.Tokens(query_segments, places), splash.Tokens(key_segments, key_places)

@@ -14,9 +14,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+ATTENTION = "attention"  # what the forward kernel leaves for the backward one, for `jax.checkpoint`'s policies
 LANES = 128  # of a TPU's vector registers
 MOST_BLOCK = 1024  # queries and keys of a block
 KEY_STEP = 512  # keys of a block that the forward pass takes at a time: from its schedules on v5e, for 1, 2 and 4 steps
@@ -74,12 +76,8 @@ def reach(length: int) -> int:
     return 1 << (length - 1).bit_length()
 
 
-def forward_kernel(heads: int, length: int, causal: bool, head_shards: int, length_shards: int, name: str) -> Any:
-    """JAX's kernel for whole rows: as few blocks as fit, each dividing a device's shard of the row.
-
-    Args:
-      name: of what it leaves for the backward pass, for `jax.checkpoint`'s policies.
-    """
+def forward_kernel(heads: int, length: int, causal: bool, head_shards: int, length_shards: int) -> Any:
+    """JAX's kernel for whole rows: as few blocks as fit, each dividing a device's shard of the row."""
     # slow to import
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -96,7 +94,6 @@ def forward_kernel(heads: int, length: int, causal: bool, head_shards: int, leng
         head_shards=head_shards,
         q_seq_shards=length_shards,
         block_sizes=sizes,
-        residual_checkpoint_name=name,
     )
 
 
@@ -126,6 +123,8 @@ def _forward(kernel, query, key, value, queries, keys):
 def _forward_and_kept(kernel, query, key, value, queries, keys, causal, whole):
     saving = type(kernel)(kernel.fwd_mask_info, None, None, **kernel.kwargs | {"save_residuals": True})
     out, (log_sum,) = _forward(saving, query, key, value, queries, keys)
+    # Named here: a policy of `jax.checkpoint` does not look into a function that has a gradient of its own.
+    out, log_sum = checkpoint_name(out, ATTENTION), checkpoint_name(log_sum, ATTENTION)
     return out, (query, key, value, queries, keys, out, log_sum)
 
 

@@ -15,7 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 from hovle_jax.errors import UserError
 from hovle_jax.model import splash
 from hovle_jax.model.attention import (
-    ATTENTION,
     KEY,
     QUERY,
     VALUE,
@@ -27,6 +26,7 @@ from hovle_jax.model.attention import (
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution, LogicalAxes
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
+from hovle_jax.model.splash import ATTENTION
 
 # What the backward pass of a layer can find kept, by the names of the matmuls that make it.
 LAYER_INPUT, OUTPUT, GATE, UP = "layer_input", "output", "gate", "up"

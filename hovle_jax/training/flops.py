@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from hovle_jax.config import RunConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.model import flops
-from hovle_jax.model.attention import ATTENTION, KEY, QUERY, VALUE
+from hovle_jax.model.attention import KEY, QUERY, VALUE
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.flops import Work
+from hovle_jax.model.splash import ATTENTION
 from hovle_jax.model.transformer import REMATS, kept_names
 
 # How gradients treat a part of a step.
