@@ -19,7 +19,7 @@ from hovle_jax.model.config import TeacherConfig
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.training import checks, loop
 from hovle_jax.training.stages import STAGES
-from hovle_jax.training.step import total_loss, train_step
+from hovle_jax.training.step import total_loss
 from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,7 +27,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def a_stage(folder):
     """It is planned, trains, resumes, hands on its result, and is lowered ahead of time; its FLOPs are counted."""
-    from hovle_jax.aot import programs
+    from hovle_jax.aot.program import Program
+    from hovle_jax.hardware import topology
     from hovle_jax.report.metrics import read_metrics
 
     config = train.stage_config(ROOT / "configs", "zloss", "tiny")
@@ -45,7 +46,7 @@ def a_stage(folder):
     )
     assert STAGES["zloss"].step_flops(small).model == STAGES["pretrain"].step_flops(small).model
     run = micro.run(small, make_mesh(MeshConfig(data=1, fsdp=8)))
-    assert "reduce_scatter" in train_step.lower(**programs.arguments(small, run), stage="zloss", run=run).as_text()
+    assert "reduce_scatter" in Program(small, run, topology.find("v5e-8")).lower().as_text()
 
 
 def a_teacher_tower(folder):

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from hovle_jax.aot import plan, programs
+from hovle_jax.aot import plan
 from hovle_jax.aot import report as reports
+from hovle_jax.aot.compiling import TooLarge, compile_for
 from hovle_jax.aot.forecasting import Forecast
 from hovle_jax.aot.hlo.collectives import collectives, summary
 from hovle_jax.aot.least_traffic import least_traffic
-from hovle_jax.aot.programs import TooLarge, compile_for
+from hovle_jax.aot.program import Program
 from hovle_jax.aot.remedies import remedies
 from hovle_jax.aot.report import gb, text_of
 from hovle_jax.config import MeshConfig
@@ -112,7 +113,7 @@ def test_inference(program, rows, length):
 
 @libtpu
 def test_a_kernel_that_the_program_does_not_have_is_not_reported():
-    run = programs.set_up(small("instruct"), topology.find("v5e-4"))
+    run = Program.of(small("instruct"), topology.find("v5e-4")).run
     used = reports._attention(small("instruct"), run, "train", ["jit(step)/LanguageModel/splash_mha_fwd"])
     assert (used["llm"]["implementation"], used["llm"]["kernels"]) == ("splash", 1)
     assert (used["embedding"]["implementation"], used["embedding"]["kernels"]) == ("xla", 0)
@@ -171,8 +172,9 @@ def remedies_of(stage="instruct", rows=64, place="v5e-16", program="train", need
     config, run = set_up_here(stage, rows, **execution)
     of_rows = "batch" if program == "train" else "cache"
     sizes = {"state": state * GIB, of_rows: batch * GIB}
-    held = {"the next batch": batch * GIB} if program == "train" else {}
-    return remedies(config, run, topology.find(place), program, needed * GIB, 16 * GIB, sizes, held)
+    made = Program(config, run, topology.find(place), program)
+    made.__dict__.update(sizes=sizes)  # in place of those of its arguments
+    return remedies(made, needed * GIB, 16 * GIB)
 
 
 def flags_of(said):
@@ -377,9 +379,9 @@ def test_a_program_that_does_not_fit_has_a_status(fits, status):
     """Most of them the compiler refuses; of what it accepts the report may still say so."""
     code = f"""
 import types
-from hovle_jax.aot import __main__ as aot, programs, report
+from hovle_jax.aot import __main__ as aot, compiling, report
 from hovle_jax.system import command_line
-programs.compile_for = lambda *_: types.SimpleNamespace(fits={fits}, to_dict=dict)
+compiling.compile_for = lambda *_: types.SimpleNamespace(fits={fits}, to_dict=dict)
 report.text_of = lambda report: "the report"
 command_line.run(aot.main, memory=lambda: None)
 """

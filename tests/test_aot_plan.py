@@ -6,8 +6,8 @@ import json
 import pytest
 
 from hovle_jax.aot import plan
+from hovle_jax.aot.compiling import TooLarge
 from hovle_jax.aot.forecasting import Forecast
-from hovle_jax.aot.programs import TooLarge
 from hovle_jax.hardware import topology
 from tests.tpu_programs import compiled, libtpu, small
 

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from hovle_jax import train
-from hovle_jax.aot.programs import compile_for
+from hovle_jax.aot.compiling import compile_for
 from hovle_jax.hardware import topology
 from hovle_jax.model.config import StackConfig
 

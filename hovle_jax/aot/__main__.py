@@ -42,7 +42,7 @@ def main() -> None:
     if PLAN.value and PROGRAM.value != "train":
         raise UserError("--plan chooses how to train; leave out --program")
 
-    from hovle_jax.aot import plan, programs
+    from hovle_jax.aot import compiling, plan
     from hovle_jax.aot.report import text_of
     from hovle_jax.hardware import topology
     from hovle_jax.training.checks import check
@@ -57,7 +57,7 @@ def main() -> None:
         made, text, fits = plan.to_dict(found), plan.plan_text(found), plan.recommended(found) is not None
     else:
         with waiting(f"compiling {name} {PROGRAM.value} for {target.name}", say):
-            report = programs.compile_for(config, target, PROGRAM.value, NEW_TOKENS.value)
+            report = compiling.compile_for(config, target, PROGRAM.value, NEW_TOKENS.value)
         made, text, fits = report.to_dict(), text_of(report), report.fits
     print(json.dumps(made, indent=2) if JSON.value else text)
     sys.exit(0 if fits else 1)

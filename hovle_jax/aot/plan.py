@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from hovle_jax.aot.programs import TooLarge, compile_for, set_up
+from hovle_jax.aot.compiling import TooLarge, compile_for
+from hovle_jax.aot.program import Program
 from hovle_jax.aot.report import Report, gb, span, text_of
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.compiler_options import SCOPED_VMEM
@@ -50,7 +51,6 @@ def make(config: RunConfig, target: Topology, say: Callable[[str], None] = print
     Raises:
       UserError: the config cannot run on the target.
     """
-    set_up(config, target)
     made = [best := _compiled(config, target, {}, say)]
     for change in (_less, _less, _matmuls, _rows, _rows, _logits, _vector_memory, _mesh):
         if best.fits == (change is _less) or len(made) == MOST:  # what fits takes no less, what does not, no more
@@ -98,7 +98,7 @@ def _matmuls(config, target):
 
 def _rows(config, target):
     """Twice the rows in a microbatch: half as many gathers and sums over the network, larger matmuls."""
-    count = set_up(config, target).accumulate
+    count = Program.of(config, target).run.accumulate
     return {"execution.accumulate": count // 2} if count % 2 == 0 else None
 
 
@@ -114,7 +114,7 @@ def _vector_memory(config, target):
 
 def _mesh(config, target):
     """Copies of the model: fewer chips gather together, and gradients are summed over copies once a step."""
-    sizes = set_up(config, target).placement.mesh.shape
+    sizes = Program.of(config, target).run.placement.mesh.shape
     is_plain = sizes["fsdp"] == target.chips * target.kind.devices_per_chip >= SMALL_SLICE * COPIES
     return {"mesh.data": COPIES * target.slices, "mesh.fsdp": sizes["fsdp"] // COPIES} if is_plain else None
 

@@ -11,6 +11,7 @@ import jax
 from hovle_jax.aot.forecasting import Forecast, forecast
 from hovle_jax.aot.hlo import collectives, work
 from hovle_jax.aot.least_traffic import least_traffic
+from hovle_jax.aot.program import Program
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.chips import chip_of
 from hovle_jax.hardware.topology import Topology
@@ -54,37 +55,32 @@ class Report:
         return dataclasses.asdict(self) | {"fits": self.fits}
 
 
-def read(
-    compiled: jax.stages.Compiled,
-    config: RunConfig,
-    run: Run,
-    target: Topology,
-    program: str,
-    arguments: dict[str, int],
-    beside: dict[str, int],
-    compile_seconds: float,
-    with_forecast: bool = True,
-) -> Report:
-    """Reads a compiled program; for a forecast kernels that were not seen before are compiled once more, alone."""
-    text, mesh, data = compiled.as_text() or "", run.placement.mesh, config.data
+def read(compiled: jax.stages.Compiled, program: Program, seconds: float, with_forecast: bool = True) -> Report:
+    """Reads a compiled program; for a forecast kernels that were not seen before are compiled once more, alone.
+
+    Args:
+      seconds: that it took to compile.
+    """
+    text, config, run, target = compiled.as_text() or "", program.config, program.run, program.target
+    mesh, data, chip, sizes = run.placement.mesh, config.data, chip_of(target.generation), program.sizes
     found = collectives.collectives(text, mesh.size // target.slices)
-    chip, step, hbm, speed = chip_of(target.generation), None, None, None
     predicted = forecast(compiled, PARTS) if with_forecast else None
-    if program == "train":
+    step, hbm, speed = None, None, None
+    if program.kind == "train":
         flops = flops_of(config, run)
         step = step_of(flops, least_traffic(find(config.stage), run), target, found)
         speed = predicted and speed_of(predicted, flops, target, data.batch_size * data.sequence_length)
-    elif "cache" in arguments:
-        hbm = (arguments["params"] + arguments["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
-    setting = {"name": f"{config.stage}:{config.preset}", "program": program, "topology": target.name}
+    elif "cache" in sizes:
+        hbm = (sizes["params"] + sizes["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth
+    setting = {"name": f"{config.stage}:{config.preset}", "program": program.kind, "topology": target.name}
     setting |= {"slices": target.slices, "devices": mesh.size, "mesh": dict(mesh.shape), "rows": data.batch_size}
     setting |= {"length": data.sequence_length, "tiles": data.tiles, "microbatches": run.accumulate}
     return Report(
-        setting=setting | {"remat": config.execution.remat, "compile_seconds": compile_seconds},
-        arguments=arguments,
+        setting=setting | {"remat": config.execution.remat, "compile_seconds": seconds},
+        arguments=sizes,
         memory=_memory(compiled.memory_analysis(), chip.hbm_bytes / target.kind.devices_per_chip),
-        beside=beside,
-        attention=_attention(config, run, program, collectives.kernels(text)),
+        beside=program.beside,
+        attention=_attention(config, run, program.kind, collectives.kernels(text)),
         collectives=collectives.summary(found),
         sent=sum(c.bytes for c in found),
         step=step,

@@ -111,14 +111,14 @@ def config_of(case, devices):
 
 def compiled(case):
     """-> the case's step, compiled."""
-    from hovle_jax.aot import programs
+    from hovle_jax.aot.program import Program
     from hovle_jax.hardware import topology
 
     target = topology.find(case.topology)
     config = config_of(case, target.chips)
-    run = programs.set_up(config, target)
-    options = run.compiler_options() | dict(flag.removeprefix("--").split("=") for flag in case.flags.split())
-    return programs.lower(config, run, "train", programs.arguments(config, run)).compile(options)
+    program = Program.of(config, target)
+    options = program.options() | dict(flag.removeprefix("--").split("=") for flag in case.flags.split())
+    return program.lower().compile(options)
 
 
 def forecast_of(name):

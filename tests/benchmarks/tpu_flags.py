@@ -14,7 +14,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 
-from hovle_jax.aot import programs  # noqa: E402
+from hovle_jax.aot.program import Program  # noqa: E402
 from hovle_jax.hardware import topology  # noqa: E402
 from tests.tpu_programs import small  # noqa: E402
 
@@ -43,10 +43,10 @@ def main():
     for name in parser.parse_args().topologies:
         target = topology.find(name)
         config = small("instruct", rows=len(target.devices()), width=2048)
-        run = programs.set_up(config, target)
-        lowered = programs.lower(config, run, "train", programs.arguments(config, run))
+        program = Program.of(config, target)
+        lowered = program.lower()
         often, never = (dict.fromkeys(FLAGS, state) for state in ("true", "false"))
-        choices = {"default": {}, "ours": run.compiler_options(), "often set": often, "the same off": never}
+        choices = {"default": {}, "ours": program.options(), "often set": often, "the same off": never}
         for choice, options in choices.items():
             try:
                 said = beside_matmuls(lowered.compile(options).as_text())
