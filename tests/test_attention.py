@@ -105,7 +105,8 @@ def test_the_backward_kernel_as_tpus_run_it(first, causal, monkeypatch):
     mean = jnp.sum(out * d_out, axis=-1)
     queries, keys = splash.Tokens(segments[:, first:], places[first:]), splash.Tokens(segments, places)
     found = splash.gradients(
-        *(query, d_out, log_sum, mean, queries.codes(causal, 384), key, value, keys.codes(causal, 384)),
+        (query, d_out, log_sum, mean, queries.codes(causal, 384)),
+        *(key, value, keys.codes(causal, 384)),
         splash.computed_blocks(query.shape[2], 384, first, causal),
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), tuple(found), wanted)

@@ -1,5 +1,6 @@
 """The fastest way to run a step that fits: one thing is changed at a time, and stays where the forecast falls."""
 
+import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hovle_jax.sharding.matmul import SMALL_SLICE
 from hovle_jax.training.stages import find
 
 MOST = 8  # that are compiled
+AT_ONCE = 2  # a compilation keeps one core busy
 COPIES = 4  # of the model in a slice, in the mesh that is tried
 VOCAB_CHUNK = 8448
 GROWTH = 0.75  # of a step's temporaries: what a microbatch of twice the rows needs more, at least
@@ -46,24 +48,38 @@ class Candidate:
 
 
 def make(config: RunConfig, target: Topology, say: Callable[[str], None] = print) -> list[Candidate]:
-    """Compiles the config as it is, then at most MOST - 1 others: fastest first.
+    """Compiles the config as it is, then at most MOST - 1 others, two at a time: fastest first.
 
     Raises:
       UserError: the config cannot run on the target.
     """
-    made = [best := _compiled(config, target, {}, say)]
-    for change in (_less, _less, _matmuls, _rows, _rows, _logits, _vector_memory, _mesh):
-        if best.fits == (change is _less) or len(made) == MOST:  # what fits takes no less, what does not, no more
-            continue
-        if (changed := change(with_flags(config, best.flags), target)) is None:
-            continue
-        flags, m = best.flags | changed, best.report.memory if best.report else {}
-        if change is _rows and m["peak"] + GROWTH * m["temporaries"] > m["available"]:
-            made.append(Candidate(flags, "not compiled: its rows do not fit"))
-        elif all(c.flags != flags for c in made):
-            made.append(_compiled(with_flags(config, flags), target, flags, say))
-            best = best_first([best, made[-1]])[0] if best.fits else made[-1]
-    return best_first(made)
+    Program.of(config, target)
+    started, left_out = {}, []
+    changes = [_less, _less, _matmuls, _rows, _rows, _logits, _vector_memory, _mesh]
+    after = lambda flags, change: flags | (change(with_flags(config, flags), target) or {})
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+
+        def start(flags):
+            if (key := str(flags)) not in started and len(started) < MOST:
+                started[key] = pool.submit(_compiled, with_flags(config, flags), target, flags, say)
+            return started.get(key)
+
+        as_it_is, _ = start({}), start(after({}, _matmuls))
+        best = as_it_is.result()
+        while changes:
+            change = changes.pop(0)
+            if best.fits == (change is _less):  # what fits takes no less, what does not, no more
+                continue
+            flags, m = after(best.flags, change), best.report.memory if best.report else {}
+            if change is _rows and flags != best.flags and m["peak"] + GROWTH * m["temporaries"] > m["available"]:
+                left_out.append(Candidate(flags, "not compiled: its rows do not fit"))
+            elif flags != best.flags and (tried := start(flags)):
+                # Meanwhile what comes next if this one stays; of more rows it is not known yet whether they fit.
+                following = [each for each in changes if each is not _rows or change is not _rows][:1]
+                if following and change is not _less and following != [_rows]:
+                    start(after(flags, *following))
+                best = best_first([best, tried.result()])[0] if best.fits else tried.result()
+    return best_first([*(each.result() for each in started.values()), *left_out])
 
 
 def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:

@@ -68,7 +68,7 @@ def read(compiled: jax.stages.Compiled, program: Program, seconds: float, with_f
     step, hbm, speed = None, None, None
     if program.kind == "train":
         flops = flops_of(config, run)
-        step = step_of(flops, least_traffic(find(config.stage), run), target, found)
+        step = step_of(flops, least_traffic(config, run), target, found)
         speed = predicted and speed_of(predicted, flops, target, data.batch_size * data.sequence_length)
     elif "cache" in sizes:
         hbm = (sizes["params"] + sizes["cache"]) * target.kind.devices_per_chip / chip.hbm_bandwidth

@@ -8,6 +8,7 @@ Dimension letters: B batch, H heads, K kv heads, G = H / K, L queries, S keys, C
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -139,10 +140,10 @@ def _backward(causal, whole, kept, d_out):
     d_queries, d_keys, d_values = [], [], []
     for first in range(0, query.shape[2], chunk):
         part = lambda x, axis=2: jax.lax.slice_in_dim(x, first, min(first + chunk, query.shape[2]), axis=axis)
-        rows = tuple(map(part, (query, d_out, log_sum, mean)))
-        place = first if whole else queries.places[first]
-        computed = computed_blocks(rows[0].shape[2], length, place, causal)
-        dq, dk, dv = gradients(*rows, part(codes, 1), key, value, key_codes, computed)
+        rows, place = part(query), first if whole else queries.places[first]
+        computed = computed_blocks(rows.shape[2], length, place, causal)
+        of_rows = (rows, part(d_out), part(log_sum), part(mean), part(codes, 1))
+        dq, dk, dv = gradients(of_rows, key, value, key_codes, computed)
         for parts, made in ((d_queries, dq), (d_keys, dk), (d_values, dv)):
             parts.append(made)
     if len(d_queries) == 1:
@@ -157,21 +158,25 @@ attend.defvjp(_forward_and_kept, _backward)
 def computed_blocks(queries: int, keys: int, place: Any, causal: bool) -> Any:
     """[S / block, L / block] int8: which blocks have a query that may see a key; place: of the first query."""
     last, first = np.arange(block_of(queries) - 1, queries, block_of(queries)), np.arange(0, keys, block_of(keys))
-    return ((first[:, None] <= place + last[None]) | (not causal)).astype(np.int8)
+    seen: Any = (first[:, None] <= place + last[None]) | (not causal)
+    return seen.astype(np.int8)
 
 
-def gradients(query, d_out, log_sum, mean, codes, key, value, key_codes, computed):
+def gradients(
+    of_rows: Sequence[jax.Array], key: jax.Array, value: jax.Array, key_codes: jax.Array, computed: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of attention's inputs, by one kernel.
 
     Args:
-      query, d_out: [B, H, L, C].
-      log_sum, mean: [B, H, L] float32, of the exponentials of a query's scores, and of its probabilities' gradients.
-      codes, key_codes: [B, L] and [B, S], see `Tokens.codes`.
+      of_rows: query and d_out, [B, H, L, C]; [B, H, L] float32 of the exponentials of a query's scores the logarithm of
+        the sum, and of its probabilities' gradients the mean; codes, [B, L].
       key, value: [B, K, S, C].
+      key_codes: [B, S], see `Tokens.codes`.
       computed: [S / block, L / block] int8, blocks that are not skipped.
     Returns:
       [B, H, L, C], and twice [B, K, S, C].
     """
+    query, d_out, log_sum, mean, codes = of_rows
     (B, H, L, C), (K, S) = query.shape, key.shape[1:3]
     G, size, key_size = H // K, block_of(L), block_of(S)
     # What a skipped step reads is what the next one that is not needs: nothing is fetched for it.
