@@ -148,7 +148,7 @@ def _backward(causal, whole, kept, d_out):
             parts.append(made)
     if len(d_queries) == 1:
         return None, *d_queries, *d_keys, *d_values, None, None
-    total = lambda parts: sum(x.astype(jnp.float32) for x in parts).astype(parts[0].dtype)
+    total = lambda parts: functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts]).astype(parts[0].dtype)
     return None, jnp.concatenate(d_queries, axis=2), total(d_keys), total(d_values), None, None
 
 
