@@ -120,7 +120,7 @@ class Models:
     @property
     def execution(self) -> Execution:
         e = self.config.execution
-        return Execution(e.dtype, e.attention, e.unroll_layers, e.remat, self.placement)
+        return Execution(e.dtype, e.attention, e.unroll_layers, e.remat, self.placement, e.int8)
 
     def __getitem__(self, component: str) -> Any:
         """The Linen module of a component."""

@@ -12,18 +12,20 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 LogicalAxes = Sequence[str | None]  # one name for each dimension; None: never sharded
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]  # x [..., D] and kernel [D, F] -> [..., F]
 
 
 class OneDevice:
     """All arrays whole on one device."""
 
-    def matmul(self, x: jax.Array, kernel: jax.Array, axes: LogicalAxes) -> jax.Array:
+    def matmul(self, x: jax.Array, kernel: jax.Array, axes: LogicalAxes, multiply: Multiply | None = None) -> jax.Array:
         """x [..., D] @ kernel [D, F] -> [..., F], in the type of x.
 
         Args:
           axes: the kernel's.
+          multiply: what does it on one device in the forward pass, `local_matmul` by default.
         """
-        return local_matmul(x, kernel)
+        return (multiply or local_matmul)(x, kernel)
 
     def constrain(self, x: jax.Array, axes: LogicalAxes) -> jax.Array:
         """x, laid out by its axes."""
@@ -73,6 +75,7 @@ class Execution:
       unroll_layers: write the layers out instead of looping over them.
       remat: of `transformer.REMATS`, or names of `transformer.KEPT`: what the backward pass finds kept.
       placement: where arrays lie.
+      int8: decoder layers multiply in int8 in the forward pass (`model.int8`).
     """
 
     dtype: str = "float32"
@@ -80,16 +83,26 @@ class Execution:
     unroll_layers: bool = False
     remat: str = "none"
     placement: OneDevice = OneDevice()
+    int8: bool = False
 
     def row_major(self, x: jax.Array) -> jax.Array:
         """`row_major` where the layers run on TPUs, as splash attention does alone; elsewhere x."""
         return row_major(x) if self.attention == "splash" else x
 
-    def dot_general(self, axes: LogicalAxes) -> Callable:
+    @property
+    def of_layers(self) -> Multiply:
+        """What multiplies in decoder layers."""
+        if not self.int8:
+            return local_matmul
+        from hovle_jax.model.int8 import int8_matmul  # which imports us
+
+        return int8_matmul
+
+    def dot_general(self, axes: LogicalAxes, multiply: Multiply | None = None) -> Callable:
         """The placement's matmul as the dot_general of a Linen Dense whose kernel has these axes."""
 
         def dot(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
             assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
-            return self.placement.matmul(x, kernel, axes)
+            return self.placement.matmul(x, kernel, axes, multiply)
 
         return dot

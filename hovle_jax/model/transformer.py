@@ -24,7 +24,7 @@ from hovle_jax.model.attention import (
     prepare,
 )
 from hovle_jax.model.config import StackConfig
-from hovle_jax.model.execution import Execution, LogicalAxes
+from hovle_jax.model.execution import Execution, LogicalAxes, Multiply
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
 from hovle_jax.model.splash import ATTENTION
 
@@ -63,7 +63,13 @@ def partitioned(init: Callable, *names) -> Callable:
 
 
 def dense(
-    features: int, axes: LogicalAxes, name: str, execution: Execution, use_bias: bool = False, branches: int = 1
+    features: int,
+    axes: LogicalAxes,
+    name: str,
+    execution: Execution,
+    use_bias: bool = False,
+    branches: int = 1,
+    multiply: Multiply | None = None,
 ) -> nn.Dense:
     """A standard Linen Dense with logical axes on its kernel (and on its bias the output axis).
 
@@ -75,7 +81,7 @@ def dense(
         use_bias=use_bias,
         dtype=execution.dtype,
         name=name,
-        dot_general=execution.dot_general(axes),
+        dot_general=execution.dot_general(axes, multiply),
         kernel_init=partitioned(nn.initializers.variance_scaling(1.0 / branches, "fan_in", "normal"), *axes),
         bias_init=partitioned(nn.initializers.zeros, axes[1]),
     )
@@ -213,7 +219,7 @@ class DecoderLayer(nn.Module):
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
 
         def heads(name, count, axis):
-            projected = dense(count * c.head_dim, ("embed", axis), name, how, use_bias=c.qkv_bias)(y)
+            projected = dense(count * c.head_dim, ("embed", axis), name, how, c.qkv_bias, multiply=how.of_layers)(y)
             if c.qk_norm:  # whose gradient reads it
                 projected = checkpoint_name(projected, name)
             return projected.reshape(B, L, count, c.head_dim)
@@ -229,16 +235,18 @@ class DecoderLayer(nn.Module):
         else:
             out, cache = cache.attend(query, key, value, where, how)
         out = how.row_major(out.reshape(B, L, c.num_heads * c.head_dim))
-        output = dense(c.width, ("heads", "embed"), "output", how, c.output_bias, branches=2 * c.num_layers)
+        output = dense(c.width, ("heads", "embed"), "output", how, c.output_bias, 2 * c.num_layers, how.of_layers)
         return x + checkpoint_name(output(out), OUTPUT), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
         c, how = self.config, self.execution
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        wide = lambda name: how.row_major(dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias)(y))
+        wide = lambda name: how.row_major(
+            dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias, 1, how.of_layers)(y)
+        )
         gate, up = (checkpoint_name(wide(name), name) for name in (GATE, UP))
-        down = dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, branches=2 * c.num_layers)
+        down = dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, 2 * c.num_layers, how.of_layers)
         return x + down(nn.silu(gate) * up)
 
 

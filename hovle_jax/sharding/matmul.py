@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from hovle_jax.model.execution import local_matmul
+from hovle_jax.model.execution import Multiply
 from hovle_jax.sharding.mesh import per_shard, sizes
 from hovle_jax.sharding.rules import FSDP, as_axes, padded
 
@@ -101,21 +101,25 @@ def axis_index(axes: Sequence[str]) -> Any:
     return jax.lax.axis_index(axes) if axes else 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sharded_matmul(sharding: MatmulSharding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] @ kernel [D, F] -> [..., F]; the kernel's shards are all-gathered for the matmul, not kept."""
-    return _forward(sharding, x, kernel)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sharded_matmul(sharding: MatmulSharding, multiply: Multiply, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel [D, F] -> [..., F]; the kernel's shards are all-gathered for the matmul, not kept.
+
+    Args:
+      multiply: by a whole kernel, in the forward pass.
+    """
+    return _forward(sharding, multiply, x, kernel)[0]
 
 
-def _forward(sharding: MatmulSharding, x, kernel):
+def _forward(sharding: MatmulSharding, multiply, x, kernel):
     def local(x, kernel):
-        out = local_matmul(x, gather(kernel, sharding.sharded, sharding.phases))
+        out = multiply(x, gather(kernel, sharding.sharded, sharding.phases))
         return jax.lax.psum(out, sharding.contraction) if sharding.contraction else out
 
     return sharding.per_shard(local, (sharding.x, sharding.kernel), sharding.out)(x, kernel), (x, kernel)
 
 
-def _backward(sharding: MatmulSharding, saved, dy):
+def _backward(sharding: MatmulSharding, multiply, saved, dy):
     def local(x, kernel, dy):
         rows, dy_rows = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
         dx = (dy_rows @ gather(kernel, sharding.sharded, sharding.phases).T).reshape(x.shape)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hovle_jax.errors import UserError
-from hovle_jax.model.execution import LogicalAxes, OneDevice, local_matmul
+from hovle_jax.model.execution import LogicalAxes, Multiply, OneDevice, local_matmul
 from hovle_jax.sharding.matmul import MatmulSharding, sharded_matmul
 from hovle_jax.sharding.mesh import of_a_copy, per_shard, sizes, torus
 from hovle_jax.sharding.rules import Rule, as_axes, padded, partition_spec, rules
@@ -73,10 +73,10 @@ class Placement(OneDevice):
 
     # -- what modules ask for
 
-    def matmul(self, x: jax.Array, kernel: jax.Array, axes: LogicalAxes) -> jax.Array:
+    def matmul(self, x: jax.Array, kernel: jax.Array, axes: LogicalAxes, multiply: Multiply | None = None) -> jax.Array:
         if self.is_one_device:
-            return local_matmul(x, kernel)  # whose gradient is the compiler's own business
-        return sharded_matmul(self.matmul_sharding(x.shape, kernel.shape, axes), x, kernel)
+            return (multiply or local_matmul)(x, kernel)  # whose gradient is the compiler's own business
+        return sharded_matmul(self.matmul_sharding(x.shape, kernel.shape, axes), multiply or local_matmul, x, kernel)
 
     def matmul_sharding(self, x_shape: Sequence[int], kernel_shape: Sequence[int], axes: LogicalAxes) -> MatmulSharding:
         """How x [..., D] @ kernel [D, F] lies on the mesh, the kernel having these axes."""

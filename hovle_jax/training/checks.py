@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def check_execution(execution: ExecutionConfig) -> None:
         if getattr(execution, name) not in allowed:
             raise UserError(f"execution.{name}={getattr(execution, name)!r} is not one of {', '.join(allowed)}")
     remat_policy(execution.remat)
+    if execution.int8 and importlib.util.find_spec("qwix") is None:
+        raise UserError("execution.int8 multiplies by qwix, which is not installed: pip install 'hovle_jax[quantize]'")
     if not 0 <= execution.zero <= 3:
         raise UserError(f"execution.zero={execution.zero} is a level of ZeRO: set it from 0 to 3")
     if execution.vocab_chunk < 0:

@@ -48,10 +48,14 @@ def _all(program, within, x):
 
 
 def _flops(within, x):
-    """[m, k] x [k, n] has 2 mkn, the root of the sizes' product; of a batch of b this is sqrt(b) times more."""
+    """[m, k] x [k, n] has 2 mkn, the root of the sizes' product; of a batch of b this is sqrt(b) times more.
+
+    int8 counts half: v5e, v5p and v6e multiply twice as much of it.
+    """
     shapes = [x.shape, *(within.instructions[name].shape for name in x.operands[:2])]
+    pairs = 1 if shapes[1].startswith("s8[") else 2
     sizes = [math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2].partition("]")[0]))) for shape in shapes]
-    return 2 * math.prod(sizes) ** 0.5
+    return pairs * math.prod(sizes) ** 0.5
 
 
 def part_of(x: Instruction) -> str:
