@@ -10,6 +10,7 @@ from hovle_jax.aot import plan
 from hovle_jax.aot.compiling import TooLarge
 from hovle_jax.aot.forecasting import Forecast
 from hovle_jax.hardware import topology
+from hovle_jax.report.compiled import plan_text
 from tests.tpu_programs import compiled, libtpu, small
 
 
@@ -52,9 +53,9 @@ def test_a_plan_changes_one_thing_at_a_time_and_keeps_what_is_faster(monkeypatch
             (logits, 1, False), (NAMES, 2, True)]  # fmt: skip
     assert sorted(ways) == sorted([*path, (logits, 2, True)])
     best = f"--config.execution.remat={NAMES} --config.execution.accumulate=2 --config.execution.scoped_vmem=True"
-    assert plan.recommended(made) is made[0] and made[0].text == best and made[0].seconds == pytest.approx(6.5)
+    assert made[0].text == best and made[0].seconds == pytest.approx(6.5)
     assert made[-1].outcome == "too large"
-    text = plan.plan_text(made)
+    text = plan_text(plan.to_dict(made))
     assert f"recommended: {best}" in text and "20.00 GB" in text and "6 ... 7  50% ... 60%" in text
     assert "28% less time than the config as it is" in text and "matmul -2.5 s, network +0 s" in text
     assert json.loads(json.dumps(plan.to_dict(made)))["best"] == best
@@ -65,7 +66,7 @@ def test_a_plan_never_recommends_what_is_slower_than_the_config_as_it_is(monkeyp
     is_default = lambda e: (e.remat, e.accumulate, e.scoped_vmem) == ("full", -1, False)
     made, seen = planned(monkeypatch, lambda e: 9.0 if is_default(e) else 10.0)
     assert len(seen) == len(made) < plan.MOST and plan.to_dict(made)["best"] == ""
-    assert "recommended: the config as it is\n  10% less time" in plan.plan_text(made)
+    assert "recommended: the config as it is\n  10% less time" in plan_text(plan.to_dict(made))
 
 
 @libtpu
@@ -85,10 +86,10 @@ def test_a_plan_of_what_does_not_fit_takes_less(monkeypatch):
     made, seen = planned(monkeypatch, lambda e: None, remat="dots", accumulate=1)
     ways = [("dots", 1), (NAMES, 1), ("full", -1), ("offload", -1)]
     assert sorted((c.execution.remat, c.execution.accumulate) for c in seen) == sorted(ways)
-    assert plan.to_dict(made)["best"] is None and "none of these fits" in plan.plan_text(made)
+    assert plan.to_dict(made)["best"] is None and "none of these fits" in plan_text(plan.to_dict(made))
     made, seen = planned(monkeypatch, lambda e: 5.0 if e.remat == "offload" else None, remat="dots", accumulate=1)
-    assert plan.recommended(made).flags["execution.remat"] == "offload"
-    assert "it is the only one that fits" in plan.plan_text(made)
+    assert made[0].flags["execution.remat"] == "offload"
+    assert "it is the only one that fits" in plan_text(plan.to_dict(made))
 
 
 @libtpu

@@ -43,8 +43,8 @@ def main() -> None:
         raise UserError("--plan chooses how to train; leave out --program")
 
     from hovle_jax.aot import compiling, plan
-    from hovle_jax.aot.report import text_of
     from hovle_jax.hardware import topology
+    from hovle_jax.report.compiled import plan_text, text_of
     from hovle_jax.training.checks import check
 
     check(config)
@@ -53,12 +53,12 @@ def main() -> None:
     name = f"{config.stage}:{config.preset}"
     if PLAN.value:
         with waiting(f"planning {name} on {target.name}", say):
-            found = plan.make(config, target, say)
-        made, text, fits = plan.to_dict(found), plan.plan_text(found), plan.recommended(found) is not None
+            made = plan.to_dict(plan.make(config, target, say))
+        text, fits = plan_text(made), made["best"] is not None
     else:
         with waiting(f"compiling {name} {PROGRAM.value} for {target.name}", say):
-            report = compiling.compile_for(config, target, PROGRAM.value, NEW_TOKENS.value)
-        made, text, fits = report.to_dict(), text_of(report), report.fits
+            made = compiling.compile_for(config, target, PROGRAM.value, NEW_TOKENS.value).to_dict()
+        text, fits = text_of(made), made["fits"]
     print(json.dumps(made, indent=2) if JSON.value else text)
     sys.exit(0 if fits else 1)
 

@@ -48,10 +48,11 @@ def _too_large(program, text):
     needed, available = _sizes(text)
     told = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB a device" if needed else "more memory than a device has"
     told += "".join(f", with {what} of {size / 1e9:.1f} GB beside it" for what, size in program.beside.items())
-    target = program.target
+    config, target = program.config, program.target
     available = available or chip_of(target.generation).hbm_bytes / target.kind.devices_per_chip
     ways = "; ".join(remedies(program, needed or math.inf, available)) or "nothing that a flag could change"
-    too_large = TooLarge(f"{program.name} needs {told}. What takes less: {ways}")
+    what = f"{config.stage}:{config.preset} {program.kind} on {target.name}"
+    too_large = TooLarge(f"{what} needs {told}. What takes less: {ways}")
     too_large.needed = needed
     return too_large
 

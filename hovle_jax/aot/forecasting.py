@@ -3,9 +3,7 @@
     compiled = jax.jit(step).lower(*abstract_arguments).compile()      # for a TPU topology, see docs/forecast.md
     forecast(compiled).low, forecast(compiled).high                    # seconds
 
-The program is walked through as the chip would run it: an instruction takes the cycles that libtpu expects of it, a
-kernel those of its own schedule, a collective the time that its links take. What starts and ends in two instructions
-goes on beside those between them. docs/forecast.md has the method, its limits and how far off it is.
+The program is walked through as the chip would run it. docs/forecast.md has the method, its limits, how far off it is.
 """
 
 import collections

@@ -8,7 +8,7 @@ from typing import Any
 
 from hovle_jax.aot.compiling import TooLarge, compile_for
 from hovle_jax.aot.program import Program
-from hovle_jax.aot.report import Report, gb, span, text_of
+from hovle_jax.aot.report import Report
 from hovle_jax.config import RunConfig
 from hovle_jax.hardware.compiler_options import SCOPED_VMEM
 from hovle_jax.hardware.topology import Topology
@@ -135,7 +135,7 @@ def _mesh(config, target):
     return {"mesh.data": COPIES * target.slices, "mesh.fsdp": sizes["fsdp"] // COPIES} if is_plain else None
 
 
-# -- what is said
+# -- what came out
 
 
 def best_first(made: list[Candidate]) -> list[Candidate]:
@@ -143,45 +143,11 @@ def best_first(made: list[Candidate]) -> list[Candidate]:
     return sorted(made, key=lambda candidate: (not candidate.fits, candidate.seconds))
 
 
-def recommended(listed: list[Candidate]) -> Candidate | None:
-    return next((candidate for candidate in best_first(listed) if candidate.fits), None)
-
-
 def to_dict(listed: list[Candidate]) -> dict[str, Any]:
     """For JSON: the recommended flags (None: nothing fits; '': the config as it is), and all candidates."""
-    best, keys = recommended(listed), ("text", "outcome", "memory")
+    best, keys = best_first(listed)[0], ("text", "outcome", "memory")
     rows = [{key: getattr(c, key) for key in keys} | {"report": c.report and c.report.to_dict()} for c in listed]
-    return {"best": None if best is None else best.text, "candidates": rows}
-
-
-def plan_text(listed: list[Candidate]) -> str:
-    """For people: a table, the recommended candidate, why, and its report."""
-    lines = [f"{'seconds':>16} {'MFU':>12} {'memory':>11} {'sent':>11}  flags"]
-    for c in listed:
-        r, memory = c.report, gb(c.memory) if c.memory else ""
-        seconds = span((r.forecast.low, r.forecast.high), ".3g") if r and r.forecast else ""
-        mfu, sent = (span(r.speed["mfu"], ".0%"), gb(r.sent)) if r and r.speed else ("", "")
-        lines.append(f"{seconds:>16} {mfu:>12} {memory:>11} {sent:>11}  {_name(c)} [{c.outcome}]")
-    best = recommended(listed)
-    if best is None or best.report is None:
-        return "\n".join([*lines, "none of these fits: take more chips"])
-    return "\n".join([*lines, f"recommended: {_name(best)}", *_why(best, listed), text_of(best.report)])
-
-
-def _name(candidate):
-    return candidate.text or "the config as it is"
-
-
-def _why(best, listed):
-    """Against the config as it is, or against the next best where it is the best."""
-    other = next((c for c in listed if c is not best and c.fits and (not c.flags or not best.flags)), None)
-    if other is None:
-        return ["  it is the only one that fits" if best.flags else "  nothing else fits"]
-    ours, theirs = best.report.forecast.kinds, other.report.forecast.kinds
-    middle = lambda kinds, name: sum(kinds.get(name, (0, 0))) / 2
-    changes = ", ".join(f"{name} {middle(ours, name) - middle(theirs, name):+.2g} s" for name in ours | theirs)
-    less = f"{1 - best.seconds / other.seconds:.0%} less time than {_name(other)}, by the middle of both"
-    return [f"  {less}", f"  {changes}"]
+    return {"best": best.text if best.fits else None, "candidates": rows}
 
 
 def _compiled(config, target, flags, say):

@@ -42,10 +42,6 @@ class Program:
         check(config)
         return cls(config, build(config, make_mesh(config.mesh, target.devices())), target, kind, new_tokens)
 
-    @property
-    def name(self) -> str:
-        return f"{self.config.stage}:{self.config.preset} {self.kind} on {self.target.name}"
-
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
         """By name, in order: shapes with shardings, as `lower` takes them.

@@ -17,22 +17,11 @@ def remedies(program: Program, needed: float, available: float) -> list[str]:
         found.append("--plan (compiles ways to run the step, and says which fit)")
     if config.execution.zero < 3 and program.run.placement.mesh.shape[FSDP] > 1:
         found.append("--config.execution.zero=3 (parameters and gradients sharded too)")
-    if rows := _fewer_rows(config, program.run, too_much / of_batch if of_batch else 1):
+    unit = program.run.placement.batch_shards * max(config.execution.accumulate, 1)
+    rows = int((1 - too_much / of_batch) * config.data.batch_size) // unit * unit if too_much < of_batch else 0
+    if 0 < rows < config.data.batch_size:
         found.append(f"--config.data.batch_size={rows} (fits: its {of_rows} takes {of_batch / 1e9:.1f} GB of a device)")
-    if more := _larger(target, held, too_much):
+    larger = target.larger()  # over whose chips what is held is sharded
+    for more in [each for each in larger if held * (1 - target.chips / each.chips) >= too_much][:1] or larger[-1:]:
         found.append(f"--topology={more.name.split(' x ')[-1]} ({more.chips} chips a slice instead of {target.chips})")
     return found
-
-
-def _fewer_rows(config, run, share):
-    """The most rows with which this share of the batch is saved; 0: there are none."""
-    unit = run.placement.batch_shards * max(config.execution.accumulate, 1)
-    return int((1 - share) * config.data.batch_size) // unit * unit if 0 < share < 1 else 0
-
-
-def _larger(target, held, too_much):
-    """The smallest larger slice on which what is held, sharded over its chips, takes so much less; else the largest."""
-    more = target.larger()
-    while more and more.larger() and held * (1 - target.chips / more.chips) < too_much:
-        more = more.larger()
-    return more

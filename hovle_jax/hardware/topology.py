@@ -99,10 +99,10 @@ class Topology:
         links = sum(2 if is_ring else 1 for _, is_ring in axes)
         return links / (2 * self.kind.dimensions), sum(n // 2 if is_ring else n - 1 for n, is_ring in axes)
 
-    def larger(self) -> "Topology | None":
-        """The next larger slices of the same generation."""
-        more = min((chips for chips in self.kind.shapes if chips > self.chips), default=None)
-        return None if more is None else Topology(self.generation, self.kind.shapes[more], self.slices)
+    def larger(self) -> "list[Topology]":
+        """The larger slices of the same generation, smallest first."""
+        more = sorted(chips for chips in self.kind.shapes if chips > self.chips)
+        return [Topology(self.generation, self.kind.shapes[chips], self.slices) for chips in more]
 
     def devices(self) -> list:
         """The abstract devices, one slice after the other. Raises UserError where libtpu is not installed."""

@@ -89,15 +89,6 @@ class Execution:
         """`row_major` where the layers run on TPUs, as splash attention does alone; elsewhere x."""
         return row_major(x) if self.attention == "splash" else x
 
-    @property
-    def of_layers(self) -> Multiply:
-        """What multiplies in decoder layers."""
-        if not self.int8:
-            return local_matmul
-        from hovle_jax.model.int8 import int8_matmul  # which imports us
-
-        return int8_matmul
-
     def dot_general(self, axes: LogicalAxes, multiply: Multiply | None = None) -> Callable:
         """The placement's matmul as the dot_general of a Linen Dense whose kernel has these axes."""
 

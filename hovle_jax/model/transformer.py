@@ -25,6 +25,7 @@ from hovle_jax.model.attention import (
 )
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution, LogicalAxes, Multiply
+from hovle_jax.model.int8 import int8_matmul
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
 from hovle_jax.model.splash import ATTENTION
 
@@ -219,7 +220,7 @@ class DecoderLayer(nn.Module):
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
 
         def heads(name, count, axis):
-            projected = dense(count * c.head_dim, ("embed", axis), name, how, c.qkv_bias, multiply=how.of_layers)(y)
+            projected = self.dense(count * c.head_dim, ("embed", axis), name, c.qkv_bias)(y)
             if c.qk_norm:  # whose gradient reads it
                 projected = checkpoint_name(projected, name)
             return projected.reshape(B, L, count, c.head_dim)
@@ -235,18 +236,21 @@ class DecoderLayer(nn.Module):
         else:
             out, cache = cache.attend(query, key, value, where, how)
         out = how.row_major(out.reshape(B, L, c.num_heads * c.head_dim))
-        output = dense(c.width, ("heads", "embed"), "output", how, c.output_bias, 2 * c.num_layers, how.of_layers)
+        output = self.dense(c.width, ("heads", "embed"), "output", c.output_bias, branches=2 * c.num_layers)
         return x + checkpoint_name(output(out), OUTPUT), cache
+
+    def dense(self, features: int, axes: LogicalAxes, name: str, use_bias: bool, branches: int = 1) -> nn.Dense:
+        """A matmul of the layer, see `dense`."""
+        how = self.execution
+        return dense(features, axes, name, how, use_bias, branches, int8_matmul if how.int8 else None)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
         c, how = self.config, self.execution
         y = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        wide = lambda name: how.row_major(
-            dense(c.mlp_width, ("embed", "mlp"), name, how, c.mlp_bias, 1, how.of_layers)(y)
-        )
+        wide = lambda name: how.row_major(self.dense(c.mlp_width, ("embed", "mlp"), name, c.mlp_bias)(y))
         gate, up = (checkpoint_name(wide(name), name) for name in (GATE, UP))
-        down = dense(c.width, ("mlp", "embed"), "down", how, c.mlp_bias, 2 * c.num_layers, how.of_layers)
+        down = self.dense(c.width, ("mlp", "embed"), "down", c.mlp_bias, branches=2 * c.num_layers)
         return x + down(nn.silu(gate) * up)
 
 

@@ -16,7 +16,7 @@ import pathlib
 import subprocess
 import sys
 
-from hovle_jax.aot.report import span
+from hovle_jax.report.compiled import span
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"

@@ -96,7 +96,8 @@ def collectives(text: str, devices_per_slice: int | None = None) -> list[Collect
         mesh (the slices are its outermost axis).
     """
     program = parse(text)
-    return _all(program, _executions(program), devices_per_slice)
+    runs = _executions(program)
+    return [made for run in runs if (made := _collective(program, run, devices_per_slice))]
 
 
 def inside(scope: Scope, x: Instruction, devices_per_slice: int | None = None) -> list[Collective]:
@@ -104,11 +105,7 @@ def inside(scope: Scope, x: Instruction, devices_per_slice: int | None = None) -
     runs = [_Execution(x, scope.computation, 1, False)]
     if x.called and x.opcode in ("fusion", "call-start", "async-start"):
         runs = [run for called in x.called for run in _run(scope.inside(called, x), 1, False)]
-    return _all(scope.program, runs, devices_per_slice)
-
-
-def _all(program, runs, devices_per_slice):
-    return [made for run in runs if (made := _collective(program, run, devices_per_slice)) is not None]
+    return [made for run in runs if (made := _collective(scope.program, run, devices_per_slice))]
 
 
 def summary(found: list[Collective]) -> dict[str, Total]:
