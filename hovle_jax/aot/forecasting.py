@@ -24,8 +24,6 @@ from hovle_jax.aot.hlo.trip_count import Scope, trip_count, value
 from hovle_jax.aot.machine import Machine
 from hovle_jax.errors import UserError
 
-_LEAST_LISTED = 1e-3  # share of the time of what is listed without an estimate
-
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
@@ -67,7 +65,7 @@ def of_text(text: str, machine: Machine, schedule: Callable, parts: Mapping[str,
     low, high = map(float, _total(spent))
     by = lambda index: _sums((names.get(key[index], key[index]), seconds) for key, seconds in spent.items())
     shares = {what: seconds and float(seconds / high) for what, seconds in walk.unknown.items()}
-    listed = {what: share for what, share in shares.items() if share is None or share >= _LEAST_LISTED}
+    listed = {what: share for what, share in shares.items() if share is None or share >= 1e-3}
     return Forecast(low, high, by(0), by(1), listed)
 
 

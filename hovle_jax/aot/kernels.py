@@ -24,7 +24,6 @@ from hovle_jax.hardware.topology import Topology
 from hovle_jax.system.cache import cache_dir
 
 _FLAGS = "LIBTPU_INIT_ARGS"
-_MOST_VMEM_KIB = 96 * 1024
 _DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles --xla_jf_dump_to="
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 _BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(L[HBE]|P[BF]|CT)?\s*:(?: >)*\s*\{", re.MULTILINE)
@@ -105,7 +104,7 @@ def _compile_alone(call, generation):
     config = json.dumps({"custom_call_config": call["config"]})
     kernel = jax.ffi.ffi_call(PALLAS, results, custom_call_api_version=1, legacy_backend_config=config)
     # Where a program was given less or more of it, the kernel compiled in it has fitted there.
-    jax.jit(kernel).lower(*operands).compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": str(_MOST_VMEM_KIB)})
+    jax.jit(kernel).lower(*operands).compile(compiler_options={"xla_tpu_scoped_vmem_limit_kib": str(96 * 1024)})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from hovle_jax.training.stages import find
 
 MOST = 8  # that are compiled
 AT_ONCE = 2  # a compilation keeps one core busy
-COPIES = 4  # of the model in a slice, in the mesh that is tried
+COPIES = 4  # of the model in a slice, in the mesh that is tried where the network takes this share of the time:
+NETWORK = 0.1
 VOCAB_CHUNK = 8448
 GROWTH = 0.75  # of a step's temporaries: what a microbatch of twice the rows needs more, at least
 
@@ -36,6 +37,10 @@ class Candidate:
     def seconds(self) -> float:
         """The middle of its forecast."""
         return self.report.forecast.middle if self.report and self.report.forecast else math.inf
+
+    @property
+    def of_network(self) -> float:  # its share of the forecast; 1 without one
+        return sum(self.report.forecast.kinds.get("network", (0, 0))) / 2 / self.seconds if self.fits else 1.0
 
     @property
     def fits(self) -> bool:
@@ -68,6 +73,8 @@ def make(config: RunConfig, target: Topology, say: Callable[[str], None] = print
         best = as_it_is.result()
         while changes:
             change = changes.pop(0)
+            if best.of_network < NETWORK and _mesh in changes:
+                changes.remove(_mesh)
             if best.fits == (change is _less):  # what fits takes no less, what does not, no more
                 continue
             flags, m = after(best.flags, change), best.report.memory if best.report else {}
@@ -133,9 +140,6 @@ def _mesh(config, target):
     sizes = Program.of(config, target).run.placement.mesh.shape
     is_plain = sizes["fsdp"] == target.chips * target.kind.devices_per_chip >= SMALL_SLICE * COPIES
     return {"mesh.data": COPIES * target.slices, "mesh.fsdp": sizes["fsdp"] // COPIES} if is_plain else None
-
-
-# -- what came out
 
 
 def best_first(made: list[Candidate]) -> list[Candidate]:

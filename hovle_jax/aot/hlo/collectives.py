@@ -22,7 +22,6 @@ from hovle_jax.aot.hlo.text import Computation, Instruction, Program, arrays, pa
 from hovle_jax.aot.hlo.trip_count import Scope, trip_count
 
 _of_all_but_own = lambda n: (n - 1) / n
-_once = lambda n: n > 1
 
 # {kind: bytes that each of n devices sends for a byte that it puts in, by a ring algorithm (Patarasuk and Yuan 2009)}
 KINDS = {
@@ -31,8 +30,8 @@ KINDS = {
     "all-reduce": lambda n: 2 * _of_all_but_own(n),  # a scatter, then a gather
     "all-to-all": _of_all_but_own,
     "ragged-all-to-all": _of_all_but_own,
-    "collective-permute": _once,
-    "collective-broadcast": _once,
+    "collective-permute": lambda n: n > 1,
+    "collective-broadcast": lambda n: n > 1,
 }
 PALLAS = "tpu_custom_call"
 
