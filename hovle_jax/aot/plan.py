@@ -34,8 +34,7 @@ class Candidate:
     report: Report | None = None  # of one that compiles
 
     @property
-    def seconds(self) -> float:
-        """The middle of its forecast."""
+    def seconds(self) -> float:  # the middle of its forecast
         return self.report.forecast.middle if self.report and self.report.forecast else math.inf
 
     @property
@@ -47,8 +46,7 @@ class Candidate:
         return self.outcome == "fits"
 
     @property
-    def text(self) -> str:
-        """The flags as a command takes them."""
+    def text(self) -> str:  # the flags as a command takes them
         return " ".join(f"--config.{key}={value}" for key, value in self.flags.items())
 
 
@@ -155,9 +153,12 @@ def to_dict(listed: list[Candidate]) -> dict[str, Any]:
 
 
 def _compiled(config, target, flags, say):
-    say(f"compiling {' '.join(f'{k}={v}' for k, v in flags.items()) or 'the config as it is'}")
+    name = " ".join(f"{key}={value}" for key, value in flags.items()) or "the config as it is"
+    say(f"compiling {name}")
     try:
         report = compile_for(config, target)
+        made = Candidate(flags, "fits" if report.fits else "too large", report.memory["peak"], report)
     except TooLarge as error:
-        return Candidate(flags, "too large", memory=error.needed)
-    return Candidate(flags, "fits" if report.fits else "too large", report.memory["peak"], report)
+        made = Candidate(flags, "too large", memory=error.needed)
+    say(f"{name}: {made.outcome}" + f", {made.seconds:.3g} s" * made.fits)
+    return made
