@@ -110,7 +110,7 @@ def config_of(case, devices):
 
 
 def attend_by_jax():
-    """Has this process attend as these runs did: by JAX's kernels alone, one for keys and values and one for queries."""
+    """Has this process attend as these runs did: by JAX's kernels alone, those for keys and for queries apart."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
