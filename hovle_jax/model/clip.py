@@ -39,7 +39,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, their projections and the learned temperature."""
+    """Both towers, their projections, the learned temperature and, of a sigmoid loss, the bias of its scores."""
 
     config: CLIPConfig
     execution: Execution
@@ -50,7 +50,10 @@ class CLIP(nn.Module):
         self.text = TextTower(c.text, self.execution)
         self.vision_projection = dense(c.projection_width, ("embed", "embed_out"), "vision_projection", how)
         self.text_projection = dense(c.projection_width, ("embed", "embed_out"), "text_projection", how)
-        self.log_scale = self.param("log_scale", nn.initializers.constant(c.logit_scale_init), ())
+        start = c.sigmoid_scale_init if c.has_bias else c.logit_scale_init
+        self.log_scale = self.param("log_scale", nn.initializers.constant(start), ())
+        if c.has_bias:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.sigmoid_bias_init), ())
 
     def encode_images(self, tiles: jax.Array) -> jax.Array:
         """[N, S, S, 3] -> unit vectors [N, E], float32."""
@@ -61,8 +64,8 @@ class CLIP(nn.Module):
         return normalize(self.text_projection(self.text(tokens)))
 
     def __call__(self, tiles, tokens):
-        """-> (image vectors [N, E], text vectors [N, E], log of the logit scale [])."""
-        return self.encode_images(tiles), self.encode_texts(tokens), self.log_scale
+        """-> (image vectors [N, E], text vectors [N, E])."""
+        return self.encode_images(tiles), self.encode_texts(tokens)
 
 
 def normalize(x: jax.Array) -> jax.Array:

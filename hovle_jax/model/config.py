@@ -292,19 +292,36 @@ class TextTowerConfig:
     activation: str = "gelu"
 
 
+CONTRASTIVE_LOSSES = ("softmax", "sigmoid")
+
+
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
     """Two towers whose projections are compared by their cosine.
 
     Attributes:
       projection_width: of the space that both towers project into.
-      logit_scale_init: the logarithm of the scale (1 / temperature) at the start: ln(1 / 0.07).
+      loss: what it is trained with, of CONTRASTIVE_LOSSES: CLIP's 'softmax', or SigLIP's 'sigmoid' with a learned bias.
+      logit_scale_init: softmax: the logarithm of the scale (1 / temperature) at the start: ln(1 / 0.07).
+      sigmoid_scale_init, sigmoid_bias_init: sigmoid: the logarithm of the scale, and the bias, at the start.
     """
 
     vision: ViTConfig
     text: TextTowerConfig
     projection_width: int
+    loss: str = "softmax"
     logit_scale_init: float = 2.6592600
+    sigmoid_scale_init: float = 2.302585  # ln 10
+    sigmoid_bias_init: float = -10.0
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the scores have a bias: in a softmax it would cancel."""
+        return self.loss == "sigmoid"
+
+    def check(self) -> None:
+        if self.loss not in CONTRASTIVE_LOSSES:
+            raise UserError(f"clip.loss={self.loss!r}: use one of {', '.join(CONTRASTIVE_LOSSES)}")
 
 
 TEACHER_PROJECTORS = ("mlp1", "linear")

@@ -39,6 +39,8 @@ def check(config: RunConfig) -> None:
     if "teacher" in stage.components:
         config.teacher.check(config.model.llm.stack.width)
     stage.batch.check(config)
+    if "clip" in stage.components and config.clip is not None:
+        config.clip.check()
     check_execution(config.execution)
 
 

@@ -54,38 +54,45 @@ def contrastive(
 
 
 class Softmax:
-    """The rows' log-sum-exp is gathered at home, the columns' on the way."""
+    """The rows' log-sum-exp is gathered at home, the columns' on the way.
+
+    Both stay (highest score, sum of exponentials of the others' distances to it): their sum would round what a pair
+    that stands out loses, which is the difference of two scores of up to 100.
+    """
 
     @staticmethod
-    def start(n: int, columns: int) -> tuple[tuple, tuple]:
-        """What is gathered of rows, and of columns, before the first score."""
+    def start(n: int, columns: tuple[int, int]) -> tuple[tuple, tuple]:
+        """What is gathered of n rows, and of columns [chunks, c], before the first score."""
         of = lambda size: (jnp.full(size, LOWEST), jnp.zeros(size))
-        return (*of(n), jnp.float32(0)), of(columns)
+        return (*of(n), jnp.zeros(n)), of(columns)
 
     @staticmethod
     def gather(home: tuple, moving: tuple, z: jax.Array, own: jax.Array, counts: jax.Array) -> tuple[tuple, tuple]:
         """Both with the scores of a chunk [n, c] too."""
         z = jnp.where(counts, z, LOWEST)
-        found = home[2] + jnp.sum(jnp.where(own, z, 0.0))
+        found = home[2] + jnp.sum(jnp.where(own, z, 0.0), axis=1)
         return (*_more(*home[:2], z, axis=1), found), _more(*moving, z, axis=0)
 
     @staticmethod
-    def finish(home: tuple, moving: tuple, counts: jax.Array) -> tuple[jax.Array, tuple]:
-        """-> (the loss's part of this device, (log-sum-exp of its rows, of its columns))."""
-        of_rows, of_columns = (highest + jnp.log(total) for highest, total in (home[:2], moving))
-        return (jnp.sum(of_rows) + jnp.sum(jnp.where(counts, of_columns, 0.0))) / 2 - home[2], (of_rows, of_columns)
+    def finish(home: tuple, moving: tuple) -> tuple[jax.Array, tuple]:
+        """-> (the loss's part of this device, its rows' and its columns' part of what the backward pass needs)."""
+        *of_rows, found = home
+        losses = [highest - found + jnp.log(total) for highest, total in (of_rows, moving)]
+        return jnp.sum(losses[0] + losses[1]) / 2, (tuple(of_rows), moving)
 
     @staticmethod
-    def derivative(z: jax.Array, own: jax.Array, of_rows: jax.Array, of_columns: jax.Array) -> jax.Array:
+    def derivative(z: jax.Array, own: jax.Array, of_rows: tuple, of_columns: tuple) -> jax.Array:
         """Of the loss by the scores: (p_row + p_column) / 2 - 1 where they belong together."""
-        return (jnp.exp(z - of_rows[:, None]) + jnp.exp(z - of_columns)) / 2 - own
+        (highest_row, total_row), (highest_column, total_column) = of_rows, of_columns
+        p_row = jnp.exp(z - highest_row[:, None]) / total_row[:, None]
+        return (p_row + jnp.exp(z - highest_column) / total_column) / 2 - own
 
 
 class Sigmoid:
     """A sum over all pairs, gathered at home."""
 
     @staticmethod
-    def start(n: int, columns: int) -> tuple[tuple, tuple]:
+    def start(n: int, columns: tuple[int, int]) -> tuple[tuple, tuple]:
         return (jnp.float32(0),), ()
 
     @staticmethod
@@ -94,11 +101,11 @@ class Sigmoid:
         return (home[0] + jnp.sum(jnp.where(counts, losses, 0.0)),), ()
 
     @staticmethod
-    def finish(home: tuple, moving: tuple, counts: jax.Array) -> tuple[jax.Array, tuple]:
-        return home[0], ()
+    def finish(home: tuple, moving: tuple) -> tuple[jax.Array, tuple]:
+        return home[0], ((), ())
 
     @staticmethod
-    def derivative(z: jax.Array, own: jax.Array) -> jax.Array:
+    def derivative(z: jax.Array, own: jax.Array, of_rows: tuple, of_columns: tuple) -> jax.Array:
         return jnp.where(own, -jax.nn.sigmoid(-z), jax.nn.sigmoid(z))
 
 
@@ -139,7 +146,7 @@ class _Pairs:
     def over_chunks(self, body, images, scale, bias):
         """A visit of `Ring.around`: body(home, results, chunk, z, own, counts) -> (home, results), chunk after chunk.
 
-        `chunk` is (texts [c, E], *what else travels). Scores are of float32 products: the scale multiplies a rounding
+        `chunk` is (texts [c, E], what else travels of them). Scores are of float32 products: the scale multiplies a rounding
         by up to 100, and the towers' matmuls are a hundred times as many.
         """
         n, index = len(images), self.ring.index()
@@ -173,18 +180,15 @@ def _forward(pairs: _Pairs, images, texts, log_scale, bias):
 
     def local(images, texts, log_scale, bias):
         n, chunks = len(images), pairs.chunked(texts)
-        counts = (pairs.chunked(jnp.ones(n)) > 0).reshape(-1)
-        home, moving = kind.start(n, len(counts))
-        moving = jax.tree.map(lambda leaf: leaf.reshape(chunks.shape[:2]), moving)
+        home, moving = kind.start(n, chunks.shape[:2])
 
         def body(home, moving, chunk, z, own, counts):
             return kind.gather(home, moving, z, own, counts)
 
         visit = pairs.over_chunks(body, images, jnp.exp(log_scale), bias)
-        home, moving = ring.around(visit, home, (chunks,), moving)
-        moving = jax.tree.map(lambda leaf: leaf.reshape(-1), moving)
-        loss, saved = kind.finish(home, moving, counts)
-        return ring.sum(loss), tuple(leaf[:n] for leaf in saved)
+        home, moving = ring.around(visit, home, (chunks, ()), moving)
+        loss, saved = kind.finish(home, jax.tree.map(lambda leaf: leaf.reshape(-1)[:n], moving))
+        return ring.sum(loss), saved
 
     whole = PartitionSpec()
     run = ring.per_shard(local, (ring.rows, ring.rows, whole, whole), (whole, ring.rows))
@@ -198,11 +202,12 @@ def _backward(pairs: _Pairs, kept, g):
 
     def local(images, texts, log_scale, bias, g, saved):
         n, scale = len(images), jnp.exp(log_scale)
-        block = tuple(map(pairs.chunked, (texts, *saved[1:])))
+        of_rows, of_columns = saved
+        block = jax.tree.map(pairs.chunked, (texts, of_columns))
 
         def body(home, dtexts, chunk, z, own, counts):
             dimages, dscale, dbias = home
-            dz = jnp.where(counts, kind.derivative(z, own, *saved[:1], *chunk[1:]), 0.0)
+            dz = jnp.where(counts, kind.derivative(z, own, of_rows, chunk[1]), 0.0)
             dtexts += _product("ij,ie->je", dz, images)
             home = dimages + _product("ij,je->ie", dz, chunk[0]), dscale + jnp.sum(dz * (z - bias)), dbias + jnp.sum(dz)
             return home, dtexts

@@ -89,18 +89,11 @@ def build(config: RunConfig, mesh: Mesh) -> Run:
 
 def accumulation(config: RunConfig, placement: Placement) -> int:
     """How many microbatches a step reads its batch in. Raises UserError where it cannot be read in so many."""
-    asked, shards = config.execution.accumulate, placement.batch_shards
-    can_accumulate = bool(find(config.stage).loss_weights)
-    made = asked
-    if asked == -1:
-        made = max(1, config.data.batch_size // shards) if can_accumulate else 1
+    made, shards = config.execution.accumulate, placement.batch_shards
+    if made == -1:
+        made = max(1, config.data.batch_size // shards)
     if made < 1:
         raise UserError(f"execution.accumulate={made} is a number of microbatches; 1 reads the batch at once")
-    if made > 1 and not can_accumulate:
-        raise UserError(
-            f"execution.accumulate={made}: the {config.stage} loss compares all rows of the batch with each other; "
-            "set it to 1, with a smaller data.batch_size or more devices"
-        )
     if config.data.batch_size % (made * shards):
         raise UserError(
             f"data.batch_size={config.data.batch_size} must divide into execution.accumulate={made} microbatches for "

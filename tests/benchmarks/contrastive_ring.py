@@ -103,11 +103,14 @@ def differences(loss, rows, step, shardings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help=f"compare {LARGE:,} rows too")
+    parser.add_argument("--loss", choices=MOST, help="this one alone")
     options = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
     os.environ.setdefault("NPROC", str(2 * DEVICES))  # a thread for each device, else collectives wait for ever
     print(f"{'loss':8} {'rows':>7} {'temporary MiB':>13} {'at most':>7} {'seconds':>7}  differences: value, " + ", ".join(NAMES))
     for loss, most in MOST.items():
+        if options.loss not in (None, loss):
+            continue
         for rows in (SMALL, LARGE):
             step, shardings = compiled(loss, rows)
             memory = step.memory_analysis().temp_size_in_bytes / 2**20

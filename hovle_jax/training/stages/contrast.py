@@ -1,5 +1,9 @@
-"""CLIP: images and their captions are contrasted over the global batch (Radford et al. 2021)."""
+"""CLIP and SigLIP: images and their captions are contrasted over the global batch (Radford et al. 2021, Zhai et al.
+2023)."""
 
+from typing import cast
+
+import jax
 import jax.numpy as jnp
 
 from hovle_jax.components import Models, Params
@@ -8,15 +12,24 @@ from hovle_jax.data.kinds import CAPTIONS
 from hovle_jax.model import flops
 from hovle_jax.model.clip import MAX_LOG_SCALE
 from hovle_jax.model.flops import Work
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training.contrastive import contrastive
 from hovle_jax.training.flops import TRAINED, Part
-from hovle_jax.training.losses import contrastive
-from hovle_jax.training.stage import Pairs, Stage
+from hovle_jax.training.stage import Compared, Pairs, Stage
 
 
-def losses(models: Models, params: dict, batch: dict) -> Pairs:
-    """The symmetric contrastive loss."""
-    images, texts, log_scale = models["clip"].apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
-    return {"loss": contrastive(images, texts, log_scale)}
+def encode(models: Models, params: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """-> (image vectors, text vectors): [B, E] unit vectors in float32."""
+    return models["clip"].apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
+
+
+def compare(models: Models, params: Params, vectors: tuple[jax.Array, jax.Array]) -> Pairs:
+    """The contrastive loss that the model is trained with."""
+    clip, config, placement = params["clip"], models.config.clip, cast(Placement, models.placement)
+    assert config is not None
+    bias = clip["logit_bias"] if config.has_bias else None
+    ring = placement.ring(len(vectors[0]))
+    return {"loss": contrastive(*vectors, clip["log_scale"], bias, config.loss, ring)}
 
 
 def clamp_scale(trained: Params) -> Params:
@@ -47,7 +60,7 @@ STAGE = Stage(
     components=("clip",),
     trained=(("clip",),),
     batch=CAPTIONS,
-    losses=losses,
+    losses=Compared(encode, compare),
     loss_weights={},
     flops=parts,
     benchmark="easy_vqa_zero_shot",
