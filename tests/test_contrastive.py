@@ -17,6 +17,7 @@ from hovle_jax.training import checks
 from hovle_jax.training.contrastive import contrastive
 from hovle_jax.training.losses import divide
 from hovle_jax.training.optimizer import decay_mask
+from hovle_jax.training.stages.contrast import draw
 from hovle_jax.training.step import eval_step, gradients
 from tests import micro
 from tests.plain_losses import PLAIN
@@ -101,19 +102,26 @@ def test_rows_that_no_mesh_axis_divides_stay_whole():
 # In the train step
 
 
-def config_of(loss="softmax", parts=1, rows=32, **changes):
+def config_of(loss="softmax", parts=1, rows=32, patch_dropout=0.0, frozen="", **changes):
     config = micro.run_config("contrast", data={"batch_size": rows}, **changes)
-    clip = dataclasses.replace(config.clip, loss=loss)
+    clip = dataclasses.replace(config.clip, loss=loss, patch_dropout=patch_dropout, frozen=frozen)
     return dataclasses.replace(config, clip=clip, execution=ExecutionConfig(accumulate=parts))
 
 
-def loss_and_gradients(config, mesh="one device"):
+def begun(config, mesh="one device"):
+    """-> (set-up, first batch on the devices)."""
     run = micro.run(config, mesh_of(mesh))
-    batch = run.placement.put_batch(micro.dataset(config)[0])
-    take = jax.jit(lambda *given: gradients(*given, "contrast", run))
-    (loss, _), grads = take(micro.params(config, run.placement.mesh), {}, batch)
-    pair = eval_step(micro.params(config, run.placement.mesh), batch, stage="contrast", run=run)["loss"]
-    np.testing.assert_allclose(divide(pair), loss, rtol=1e-5)
+    return run, run.placement.put_batch(micro.dataset(config)[0])
+
+
+def loss_and_gradients(config, mesh="one device"):
+    run, batch = begun(config, mesh)
+
+    @jax.jit
+    def take(params, batch):
+        return gradients(params, {}, draw(run.models, batch, jax.random.key(3)), "contrast", run)
+
+    (loss, _), grads = take(micro.params(config, run.placement.mesh), batch)
     return float(loss), host(grads)
 
 
@@ -125,20 +133,64 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "loss, parts, rows, mesh",
+    "loss, parts, rows, mesh, dropout",
     [
-        ("softmax", 4, 32, "one device"),
-        ("sigmoid", 4, 32, "one device"),
-        ("softmax", 2, 32, "data=2,fsdp=4"),
-        ("sigmoid", -1, 32, "data=2,fsdp=2,tensor=2"),
-        pytest.param("softmax", 4, 256, "one device", marks=pytest.mark.slow),
-        pytest.param("sigmoid", 4, 256, "one device", marks=pytest.mark.slow),
+        ("sigmoid", 4, 32, "one device", 0.5),
+        ("softmax", 2, 32, "data=2,fsdp=4", 0.5),
+        pytest.param("softmax", -1, 32, "data=2,fsdp=2,tensor=2", 0, marks=pytest.mark.slow),
+        pytest.param("softmax", 4, 256, "one device", 0.5, marks=pytest.mark.slow),
+        pytest.param("sigmoid", 4, 256, "one device", 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_batch_read_in_microbatches_is_compared_whole(loss, parts, rows, mesh):
-    whole = loss_and_gradients(config_of(loss, rows=rows))
-    assert_same(loss_and_gradients(config_of(loss, parts, rows), mesh), whole)
+def test_a_batch_read_in_microbatches_is_compared_whole(loss, parts, rows, mesh, dropout):
+    """Patches that are left out at random are the same when a microbatch is encoded again, and on any mesh."""
+    whole = loss_and_gradients(config_of(loss, rows=rows, patch_dropout=dropout))
+    assert_same(loss_and_gradients(config_of(loss, parts, rows, patch_dropout=dropout), mesh), whole)
     assert np.abs(whole[1]["clip/log_scale"]) > 1e-4
+
+
+def test_held_out_pairs_are_compared_whole_too():
+    losses = []
+    for parts in (1, 4):
+        config = config_of(parts=parts)
+        run, batch = begun(config)
+        losses.append(divide(eval_step(micro.params(config), batch, stage="contrast", run=run)["loss"]))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_patches_are_drawn_anew_for_each_image_and_step():
+    run, batch = begun(config_of(patch_dropout=0.75))
+    drawn = [np.asarray(draw(run.models, batch, jax.random.key(i))["patches"]) for i in (0, 1, 0)]
+    assert drawn[0].shape == (32, 4)  # of 16
+    assert all(len(set(kept)) == 4 and set(kept) <= set(range(16)) for kept in drawn[0])
+    assert len({tuple(kept) for kept in drawn[0]}) > 16
+    assert (drawn[0] != drawn[1]).any() and (drawn[0] == drawn[2]).all()
+    assert "patches" not in draw(begun(config_of())[0].models, batch, jax.random.key(0))
+
+
+def test_a_tower_sees_the_class_token_and_the_patches_that_are_kept():
+    config = config_of()
+    clip, params = micro.models(config)["clip"], micro.params(config)["clip"]
+    tiles = micro.dataset(config)[0]["tiles"][:2, 0]
+    encode = lambda tiles, patches: clip.apply({"params": params}, tiles, patches, method="encode_images")
+    everything = encode(tiles, np.stack([np.arange(16), np.random.default_rng(0).permutation(16)]))
+    np.testing.assert_allclose(everything, encode(tiles, None), atol=1e-5)  # in any order
+    kept = np.tile(np.asarray([0, 1, 2, 3], np.int32), (2, 1))  # the first row of patches
+    changed = tiles.copy()
+    changed[:, 8:] = 0
+    np.testing.assert_array_equal(encode(changed, kept), encode(tiles, kept))
+
+
+def test_a_locked_tower_stays_as_it_was_loaded():
+    """LiT: no gradient, no moments, no decay."""
+    config = config_of(frozen="vision,log_scale")
+    state, batches, step = micro.start(config)
+    before = host(state.frozen)
+    assert {name.split("/")[1] for name in before} == {"vision", "log_scale"}
+    assert {name.split("/")[1] for name in host(state.trained)} == {"text", "text_projection", "vision_projection"}
+    state, metrics = step(state, batches[0])
+    assert all((leaf == before[name]).all() for name, leaf in host(state.frozen).items())
+    assert metrics["gradient_norm"] > 0
 
 
 def test_a_sigmoid_loss_has_a_bias_that_is_trained():
@@ -157,7 +209,8 @@ def test_gains_biases_and_the_scores_scale_and_bias_are_not_decayed():
     """Without gradients a step moves what is decayed, and nothing else."""
     config = config_of("sigmoid", optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5))
     params, optimizer = micro.params(config), micro.run(config).optimizer
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates = jax.jit(lambda params: optimizer.update(nothing, optimizer.init(params), params)[0])(params)
     moved = {name for name, leaf in host(updates).items() if np.any(leaf)}
     names = set(host(params))
     assert {"clip/log_scale", "clip/logit_bias", "clip/text/final_norm/norm/scale"} <= names - moved
@@ -167,6 +220,16 @@ def test_gains_biases_and_the_scores_scale_and_bias_are_not_decayed():
     assert optax.tree.norm(updates) > 0
 
 
-def test_an_unknown_loss_is_refused():
-    with pytest.raises(UserError, match="clip.loss='cosine': use one of softmax, sigmoid"):
-        checks.check(config_of("cosine"))
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(loss="cosine"), "clip.loss='cosine': use one of softmax, sigmoid"),
+        (dict(patch_dropout=1.0), "clip.patch_dropout=1.0 is a share of patches: from 0 to below 1"),
+        (dict(frozen="vision,head"), "clip.frozen names head: use some of vision,text,"),
+        (dict(frozen="text,vision"), "clip.frozen='text,vision' leaves no tower to be trained"),
+        (dict(frozen="vision"), "clip.frozen='vision' stays as it is loaded: set init.clip"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        checks.check(config_of(**changes))

@@ -55,17 +55,17 @@ class CLIP(nn.Module):
         if c.has_bias:
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.sigmoid_bias_init), ())
 
-    def encode_images(self, tiles: jax.Array) -> jax.Array:
-        """[N, S, S, 3] -> unit vectors [N, E], float32."""
-        return normalize(self.vision_projection(self.vision(tiles)[1]))
+    def encode_images(self, tiles: jax.Array, patches: jax.Array | None = None) -> jax.Array:
+        """[N, S, S, 3] -> unit vectors [N, E], float32; of the patches [N, kept] alone, where they are given."""
+        return normalize(self.vision_projection(self.vision(tiles, patches)[1]))
 
     def encode_texts(self, tokens: jax.Array) -> jax.Array:
         """[N, T] -> unit vectors [N, E], float32."""
         return normalize(self.text_projection(self.text(tokens)))
 
-    def __call__(self, tiles, tokens):
+    def __call__(self, tiles, tokens, patches=None):
         """-> (image vectors [N, E], text vectors [N, E])."""
-        return self.encode_images(tiles), self.encode_texts(tokens)
+        return self.encode_images(tiles, patches), self.encode_texts(tokens)
 
 
 def normalize(x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
-"""A ring of the devices that rows are sharded over: what one holds visits all the others, a block at a time."""
+"""Rings of the devices that rows are sharded over: what one holds visits all the others, a block at a time."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from hovle_jax.sharding.matmul import axis_index
 from hovle_jax.sharding.mesh import per_shard, sizes
 
-# Visits are steps of a loop, so that a program does not grow with the ring.
 Visit = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
 
 
@@ -30,10 +30,7 @@ class Ring:
     @property
     def size(self) -> int:
         """Devices of the ring."""
-        size = 1
-        for axis in self.axes:
-            size *= sizes(self.mesh)[axis] if self.mesh else 1
-        return size
+        return math.prod(sizes(self.mesh)[axis] for axis in self.axes) if self.mesh else 1
 
     @property
     def rows(self) -> PartitionSpec:
@@ -55,25 +52,35 @@ class Ring:
     def around(self, visit: Visit, home: Any, block: Any, results: Any) -> tuple[Any, Any]:
         """Every device's block visits every device, its own first; inside of `per_shard`.
 
+        Rings of the innermost axis within rings of the next: between slices of TPUs, which the outermost axis goes
+        over, each block travels once for each slice.
+
         Args:
           visit: (home, block, results, source) -> (home, results): what a device does with the block of device `source`.
           home: stays on its device.
           block: travels, and never changes; sent size - 1 times.
-          results: travels with its block, changed by every visit, and comes back; sent `size` times.
+          results: travels with its block, changed by every visit, and comes back; sent along each axis once more.
         Returns:
           (home, results) after all visits, the results those of the device's own block.
         """
-        index, size = self.index(), self.size
-        if size == 1:
-            return visit(home, block, results, index)
-        following = [(i, (i + 1) % size) for i in range(size)]
-        send = lambda tree: jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axes, following), tree)
+        return self._along(self.axes, visit, home, block, results, jnp.int32(0))
+
+    def _along(self, axes, visit, home, block, results, source):
+        """`source`: the place of the blocks' devices along the axes before these."""
+        if not axes:
+            return visit(home, block, results, source)
+        axis, size = axes[0], sizes(self.mesh)[axes[0]]
+        index, following = jax.lax.axis_index(axis), [(i, (i + 1) % size) for i in range(size)]
+        send = lambda tree: jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis, following), tree)
+
+        def visits(home, block, results, i):
+            return self._along(axes[1:], visit, home, block, results, source * size + (index - i) % size)
 
         def step(carry, i):
             home, block, results = carry
-            home, results = visit(home, block, results, (index - i) % size)
+            home, results = visits(home, block, results, i)
             return (home, send(block), send(results)), None
 
-        (home, block, results), _ = jax.lax.scan(step, (home, block, results), jnp.arange(size - 1, dtype=jnp.int32))
-        home, results = visit(home, block, results, (index + 1) % size)
+        carry, _ = jax.lax.scan(step, (home, block, results), jnp.arange(size - 1, dtype=jnp.int32))
+        home, results = visits(*carry, size - 1)
         return home, send(results)

@@ -28,6 +28,7 @@ class Run:
       layout: where every parameter that the stage holds lies.
       accumulate: microbatches that a step reads its batch in.
       rules: which updates it leaves out.
+      seed: of what a step draws.
     """
 
     models: Models
@@ -35,6 +36,7 @@ class Run:
     optimizer: optax.GradientTransformationExtraArgs
     accumulate: int = 1
     rules: Rules = Rules()
+    seed: int = 0
 
     @property
     def placement(self) -> Placement:
@@ -84,7 +86,8 @@ def build(config: RunConfig, mesh: Mesh) -> Run:
     boxed = {component: logical_shapes(sizes, component) for component in stage.components_of(sizes)}
     layout = Layout.of(placement, select(boxed, stage.holds))
     optimizer, rules = make_optimizer(config.optimizer, config.steps), Rules.of(config.health)
-    return Run(Models(sizes, placement), layout, optimizer, accumulate, rules)
+    seed = config.seed if stage.draw else 0  # else runs of any seed have one program
+    return Run(Models(sizes, placement), layout, optimizer, accumulate, rules, seed)
 
 
 def accumulation(config: RunConfig, placement: Placement) -> int:

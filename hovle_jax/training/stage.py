@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from hovle_jax.components import COMPONENTS, Models, Params
 from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.data.kinds import Kind
@@ -56,6 +58,9 @@ class Stage:
       has_held_out: whether a corpus' own test split gives held-out losses; later stages have benchmarks.
       metrics: the means of the loss's terms -> what is shown beside the whole loss.
       after_update: applied to the trained parameters after each step.
+      draw: (models, batch, key of the step) -> the batch with what training draws for its rows on the device; None =
+        nothing.
+      frozen: sizes -> path prefixes, of what it trains, that a run leaves as they are.
     """
 
     components: tuple[str, ...]
@@ -70,6 +75,8 @@ class Stage:
     has_held_out: bool
     metrics: Callable[[dict], dict] = term_losses
     after_update: Callable[[Params], Params] = lambda trained: trained
+    draw: Callable[[Models, dict, jax.Array], dict] | None = None
+    frozen: Callable[[ModelConfig], tuple[Path, ...]] = lambda config: ()
 
     def components_of(self, config: ModelConfig) -> tuple[str, ...]:
         """The components that a run with these sizes has."""
@@ -96,7 +103,7 @@ class Stage:
 
     def trains(self, path: Path, config: ModelConfig) -> bool:
         """Whether a parameter is differentiated and updated."""
-        return _under(path, self.trained) and not self.is_unused(path, config)
+        return _under(path, self.trained) and not _under(path, self.frozen(config)) and not self.is_unused(path, config)
 
     def step_flops(self, config: RunConfig, rows: int | None = None, **how) -> StepFlops:
         """The FLOPs of one optimizer step, of which `rows` (None: the config's) are all rows of the global batch.

@@ -73,7 +73,10 @@ def _through_vectors(trained, frozen, batch, stage, run):
 
 def encoded(params: Params, batch: dict, stage: str, run: Run) -> Any:
     """What a stage compares of each row of a batch, made a microbatch at a time: a tree of arrays [B, ...]."""
-    encode = lambda _, i: (None, STAGES[stage].compared.encode(run.models, params, microbatch(batch, i, run.accumulate)))
+    encode = lambda _, i: (
+        None,
+        STAGES[stage].compared.encode(run.models, params, microbatch(batch, i, run.accumulate)),
+    )
     _, parts = jax.lax.scan(encode, None, jnp.arange(run.accumulate))
 
     def joined(leaf):  # the order of `microbatch`
@@ -145,6 +148,8 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
       (new state, metrics: scalars on the device; 'not_finite' is the number of a tensor (`judging.names`), and
       'skipped', where updates may be left out, how many the run has left out so far).
     """
+    if draw := STAGES[stage].draw:
+        batch = draw(run.models, batch, jax.random.fold_in(jax.random.key(run.seed), state.step))
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, run)
     as_moments = lambda tree: run.layout.constrain(tree, "moments")
     bad, good = judging.before_update(loss, grads, state.record, run.rules)

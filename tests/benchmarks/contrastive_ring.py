@@ -107,7 +107,10 @@ def main():
     options = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
     os.environ.setdefault("NPROC", str(2 * DEVICES))  # a thread for each device, else collectives wait for ever
-    print(f"{'loss':8} {'rows':>7} {'temporary MiB':>13} {'at most':>7} {'seconds':>7}  differences: value, " + ", ".join(NAMES))
+    print(
+        f"{'loss':8} {'rows':>7} {'temporary MiB':>13} {'at most':>7} {'seconds':>7}  differences: value, "
+        + ", ".join(NAMES)
+    )
     for loss, most in MOST.items():
         if options.loss not in (None, loss):
             continue
