@@ -146,7 +146,8 @@ def test_a_batch_read_in_microbatches_is_compared_whole(loss, parts, rows, mesh,
     """Patches that are left out at random are the same when a microbatch is encoded again, and on any mesh."""
     whole = loss_and_gradients(config_of(loss, rows=rows, patch_dropout=dropout))
     assert_same(loss_and_gradients(config_of(loss, parts, rows, patch_dropout=dropout), mesh), whole)
-    assert np.abs(whole[1]["clip/log_scale"]) > 1e-4
+    scalars = {name: gradient for name, gradient in whole[1].items() if not gradient.ndim}
+    assert len(scalars) == 1 + (loss == "sigmoid") and all(np.abs(each) > 1e-4 for each in scalars.values())
 
 
 def test_held_out_pairs_are_compared_whole_too():
@@ -193,15 +194,11 @@ def test_a_locked_tower_stays_as_it_was_loaded():
     assert metrics["gradient_norm"] > 0
 
 
-def test_a_sigmoid_loss_has_a_bias_that_is_trained():
+def test_a_sigmoid_loss_has_a_bias():
     config = config_of("sigmoid")
     run = micro.run(config)
     drawn = fresh(run.models.config, "clip", 0, run.abstract_params()["clip"])
     np.testing.assert_allclose([drawn["log_scale"], drawn["logit_bias"]], [np.log(10), -10], rtol=1e-6)
-    state, batches, step = micro.start(config)
-    before = float(state.trained["clip"]["logit_bias"])
-    state, _ = step(state, batches[0])
-    assert float(state.trained["clip"]["logit_bias"]) != before
     assert "logit_bias" not in micro.params(config_of())["clip"]  # a softmax has none
 
 

@@ -56,7 +56,7 @@ class Ring:
         over, each block travels once for each slice.
 
         Args:
-          visit: (home, block, results, source) -> (home, results): what a device does with the block of device `source`.
+          visit: (home, block, results, source) -> (home, results): what a device does with the block of a source.
           home: stays on its device.
           block: travels, and never changes; sent size - 1 times.
           results: travels with its block, changed by every visit, and comes back; sent along each axis once more.

@@ -146,8 +146,8 @@ class _Pairs:
     def over_chunks(self, body, images, scale, bias):
         """A visit of `Ring.around`: body(home, results, chunk, z, own, counts) -> (home, results), chunk after chunk.
 
-        `chunk` is (texts [c, E], what else travels of them). Scores are of float32 products: the scale multiplies a rounding
-        by up to 100, and the towers' matmuls are a hundred times as many.
+        `chunk` is (texts [c, E], what else travels of them). Products are made in whole float32: the scale multiplies
+        what a TPU rounds otherwise by up to 100, and beside the towers' matmuls these are few.
         """
         n, index = len(images), self.ring.index()
         here = index * n + jnp.arange(n)

@@ -68,8 +68,8 @@ def compiled(loss, rows):
     import jax
 
     from hovle_jax.config import MeshConfig
-    from hovle_jax.sharding.placement import Placement
     from hovle_jax.sharding.mesh import make_mesh
+    from hovle_jax.sharding.placement import Placement
     from hovle_jax.training.contrastive import contrastive
     from hovle_jax.training.losses import divide
 
