@@ -132,7 +132,8 @@ class VisionTransformer(nn.Module):
         """[M, S, S, 3] (uint8, or float already normalised) -> (hidden [M, T, D], pooled [M, D] or None).
 
         `kept` [M, P] int32 are the patches of each tile that are seen, with their positions (FLIP, Li et al. 2023);
-        None = all. T = P, or 1 + P with the class token in front. `pooled` is its post-norm, for a tower that has one (CLIP).
+        None = all. T = P, or 1 + P with the class token in front. `pooled` is its post-norm, for a tower that has one
+        (CLIP).
         """
         c = self.config
         M, S = tiles.shape[:2]

@@ -69,6 +69,7 @@ class Ring:
         """`source`: the place of the blocks' devices along the axes before these."""
         if not axes:
             return visit(home, block, results, source)
+        assert self.mesh is not None
         axis, size = axes[0], sizes(self.mesh)[axes[0]]
         index, following = jax.lax.axis_index(axis), [(i, (i + 1) % size) for i in range(size)]
         send = lambda tree: jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis, following), tree)

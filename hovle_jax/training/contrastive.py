@@ -69,9 +69,9 @@ class Softmax:
     @staticmethod
     def gather(home: tuple, moving: tuple, z: jax.Array, own: jax.Array, counts: jax.Array) -> tuple[tuple, tuple]:
         """Both with the scores of a chunk [n, c] too."""
-        z = jnp.where(counts, z, LOWEST)
-        found = home[2] + jnp.sum(jnp.where(own, z, 0.0), axis=1)
-        return (*_more(*home[:2], z, axis=1), found), _more(*moving, z, axis=0)
+        z, (highest, total, found) = jnp.where(counts, z, LOWEST), home
+        found += jnp.sum(jnp.where(own, z, 0.0), axis=1)
+        return (*_more(highest, total, z, axis=1), found), _more(moving[0], moving[1], z, axis=0)
 
     @staticmethod
     def finish(home: tuple, moving: tuple) -> tuple[jax.Array, tuple]:
