@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from hovle_jax.aot.hlo.collectives import collectives
 from hovle_jax.components import fresh
 from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig
 from hovle_jax.errors import UserError
@@ -230,3 +231,19 @@ def test_gains_biases_and_the_scores_scale_and_bias_are_not_decayed():
 def test_settings_that_cannot_be_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         checks.check(config_of(**changes))
+
+
+def test_between_copies_of_the_model_each_block_of_vectors_travels_once_a_pass():
+    """And the sum of the gradients once a step, not once a microbatch: there is the data-centre network."""
+    config, mesh = config_of(parts=2), mesh_of("data=2,fsdp=4")
+    run, batch = begun(config, "data=2,fsdp=4")
+    params = micro.params(config, mesh)
+    compiled = jax.jit(lambda *given: gradients(*given, {}, batch, "contrast", run)).lower(params).compile()
+    beyond = [c for c in collectives(compiled.as_text(), 4) if c.crosses_slices]
+    sent = {kind: sum(c.operand_bytes * c.times for c in beyond if c.kind == kind) for kind in {c.kind for c in beyond}}
+    shards = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+    block = 32 // 8 * config.clip.projection_width * 4
+    assert sent["all-reduce"] <= shards + 64
+    # Texts in both passes, their gradients there and back, and two numbers of each text in each.
+    assert sent["collective-permute"] <= 4 * block + 32 // 8 * 4 * 8
+    assert sent.keys() == {"all-reduce", "collective-permute"}
