@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from hovle_jax.sharding.matmul import axis_index
@@ -28,9 +29,14 @@ class Ring:
     axes: tuple[str, ...] = ()
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Devices along each axis."""
+        return tuple(sizes(self.mesh)[axis] for axis in self.axes) if self.mesh else ()
+
+    @property
     def size(self) -> int:
         """Devices of the ring."""
-        return math.prod(sizes(self.mesh)[axis] for axis in self.axes) if self.mesh else 1
+        return math.prod(self.sizes)
 
     @property
     def rows(self) -> PartitionSpec:
@@ -59,29 +65,44 @@ class Ring:
           visit: (home, block, results, source) -> (home, results): what a device does with the block of a source.
           home: stays on its device.
           block: travels, and never changes; sent size - 1 times.
-          results: travels with its block, changed by every visit, and comes back; sent along each axis once more.
+          results: travels with its block, changed by every visit, and comes back: sent once more.
         Returns:
           (home, results) after all visits, the results those of the device's own block.
         """
-        return self._along(self.axes, visit, home, block, results, jnp.int32(0))
+        moved = jnp.zeros(len(self.axes), jnp.int32)  # how far the blocks have come along each axis
+        home, _, results, _ = self._along(self.axes, visit, (home, block, results, moved))
+        return home, self._back(results)
 
-    def _along(self, axes, visit, home, block, results, source):
-        """`source`: the place of the blocks' devices along the axes before these."""
+    def _along(self, axes, visit, carry):
         if not axes:
-            return visit(home, block, results, source)
-        assert self.mesh is not None
-        axis, size = axes[0], sizes(self.mesh)[axes[0]]
-        index, following = jax.lax.axis_index(axis), [(i, (i + 1) % size) for i in range(size)]
-        send = lambda tree: jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis, following), tree)
+            home, block, results, moved = carry
+            home, results = visit(home, block, results, self._source(moved))
+            return home, block, results, moved
+        axis, level = axes[0], len(self.axes) - len(axes)
+        size = self.sizes[level]
+        following = [(i, (i + 1) % size) for i in range(size)]
+        send = lambda leaf: jax.lax.ppermute(leaf, axis, following)
 
-        def visits(home, block, results, i):
-            return self._along(axes[1:], visit, home, block, results, source * size + (index - i) % size)
+        def step(carry, _):
+            home, block, results, moved = self._along(axes[1:], visit, carry)
+            return (home, *jax.tree.map(send, (block, results)), moved.at[level].add(1)), None
 
-        def step(carry, i):
-            home, block, results = carry
-            home, results = visits(home, block, results, i)
-            return (home, send(block), send(results)), None
+        carry, _ = jax.lax.scan(step, carry, length=size - 1)
+        return self._along(axes[1:], visit, carry)
 
-        carry, _ = jax.lax.scan(step, (home, block, results), jnp.arange(size - 1, dtype=jnp.int32))
-        home, results = visits(*carry, size - 1)
-        return home, send(results)
+    def _source(self, moved):
+        """The place of the device that the block here is from."""
+        source = jnp.int32(0)
+        for level, (axis, size) in enumerate(zip(self.axes, self.sizes)):
+            source = source * size + (jax.lax.axis_index(axis) - moved[level]) % size
+        return source
+
+    def _back(self, results):
+        """From where the last visit was: along an axis a ring of size s goes s - 1 steps, once in each ring outside."""
+        if not self.axes:
+            return results
+        places = np.arange(self.size).reshape(self.sizes)
+        moved = [math.prod(self.sizes[:level]) * (size - 1) for level, size in enumerate(self.sizes)]
+        arrived = np.roll(places, moved, range(len(moved)))  # whose block lies there
+        sends = list(zip(places.flat, arrived.flat))
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axes, sends), results)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from hovle_jax.sharding.ring import Ring
 
-CHUNK_ELEMENTS = 2**20  # scores that a device makes at a time, at most: 4 MiB of each array of them
+CHUNK = 512  # texts that a device makes scores of at a time
 LOWEST = jnp.finfo(jnp.float32).min  # of no score; finite, so that differences are numbers
 
 
@@ -27,7 +27,7 @@ def contrastive(
     bias: jax.Array | None = None,
     loss: str = "softmax",
     ring: Ring = Ring(),
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Of the scores z_ij = exp(log_scale) x_i y_j + bias: row i and column i belong together.
 
@@ -39,12 +39,12 @@ def contrastive(
       images, texts: [N, E] float32 unit vectors, their rows sharded over the ring.
       log_scale, bias: [] float32; no bias is a bias of 0.
       loss: of LOSSES.
-      chunk_elements: scores that a device makes at a time, at most, but no less than a column.
+      chunk: texts that a device makes scores of at a time, at most.
     Returns:
       (sum over pairs, N).
     """
     bias = jnp.float32(0) if bias is None or loss == "softmax" else bias
-    pairs = _Pairs(ring, loss, chunk_elements)
+    pairs = _Pairs(ring, loss, chunk)
     return _contrastive(pairs, images, texts, log_scale, bias), jnp.float32(images.shape[0])
 
 
@@ -128,7 +128,7 @@ class _Pairs:
 
     ring: Ring
     loss: str
-    chunk_elements: int
+    chunk: int
 
     @property
     def kind(self):
@@ -137,8 +137,7 @@ class _Pairs:
     def chunked(self, rows):
         """[n, ...] -> [chunks, c, ...], padded with zeros to whole chunks."""
         n = len(rows)
-        count = -(-n * n // self.chunk_elements)
-        count = min(count, n)
+        count = -(-n // self.chunk)
         c = -(-n // count)
         padding = [(0, count * c - n)] + [(0, 0)] * (rows.ndim - 1)
         return jnp.pad(rows, padding).reshape(count, c, *rows.shape[1:])
