@@ -8,29 +8,32 @@ import numpy as np
 import pytest
 
 from hovle_jax.model.clip import MAX_LOG_SCALE
-from hovle_jax.training.losses import contrastive, cosine, cross_entropy, divide
+from hovle_jax.training.contrastive import contrastive
+from hovle_jax.training.losses import cosine, cross_entropy, divide
 from hovle_jax.training.optimizer import learning_rate
 from hovle_jax.training.stages.contrast import clamp_scale
 from tests import micro
+from tests.plain_losses import PLAIN
 from tests.shared import golden_roots
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("case", range(5))
 @pytest.mark.parametrize("folder", golden_roots("contrastive-loss"))
-def test_contrastive_loss_is_that_of_pytorch_and_open_clip(folder, case):
+def test_contrastive_loss_is_that_of_pytorch_and_open_clip(folder, case, loss):
     arrays = np.load(folder / "expected.npz")
     get = lambda name: arrays[f"case{case}.{name}"]
-
-    def loss(images, texts, log_scale):
-        return divide(contrastive(images, texts, log_scale))
-
-    inputs = [get(n) for n in ("image_features", "text_features", "log_logit_scale")]
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(*inputs)
-    np.testing.assert_allclose(value, get("clip.loss"), rtol=1e-5, atol=1e-6)
-    for name, gradient in zip(("grad_image", "grad_text", "grad_log_logit_scale"), gradients):
-        np.testing.assert_allclose(gradient, get(f"clip.{name}"), rtol=1e-4, atol=2e-6, err_msg=name)
+    inputs = [get(n) for n in ("image_features", "text_features", "log_logit_scale", "logit_bias")]
+    kind = {"softmax": "clip", "sigmoid": "siglip"}[loss]
+    for of in (PLAIN[loss], lambda *inputs: divide(contrastive(*inputs, loss))):
+        value, gradients = jax.value_and_grad(of, argnums=(0, 1, 2, 3))(*inputs)
+        np.testing.assert_allclose(value, get(f"{kind}.loss"), rtol=1e-5, atol=1e-6)
+        for name, gradient in zip(("image", "text", "log_logit_scale", "logit_bias"), gradients):
+            key = f"case{case}.{kind}.grad_{name}"  # a softmax knows of no bias
+            wanted = arrays[key] if key in arrays else 0
+            np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("pairs, log_scale", [(1, 0.0), (2, 0.0), (6, 1.5), (9, np.log(100))])

@@ -101,9 +101,7 @@ def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:
 def _less(config, target):
     """For what does not fit: a row and few logits at a time, layers made again; then of inputs that the host keeps."""
     e, stage = config.execution, find(config.stage)
-    smallest: dict[str, Any] = {"execution.remat": "full"}
-    if stage.loss_weights:  # else a loss compares all rows
-        smallest["execution.accumulate"] = -1
+    smallest: dict[str, Any] = {"execution.remat": "full", "execution.accumulate": -1}
     if "llm" in stage.result and (e.vocab_chunk or config.model.llm.table_rows) > VOCAB_CHUNK:
         smallest["execution.vocab_chunk"] = VOCAB_CHUNK
     if with_flags(config, smallest) != config and e.remat != "offload":

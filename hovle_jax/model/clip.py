@@ -39,7 +39,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, their projections and the learned temperature."""
+    """Both towers, their projections, the learned temperature and, of a sigmoid loss, the bias of its scores."""
 
     config: CLIPConfig
     execution: Execution
@@ -50,19 +50,22 @@ class CLIP(nn.Module):
         self.text = TextTower(c.text, self.execution)
         self.vision_projection = dense(c.projection_width, ("embed", "embed_out"), "vision_projection", how)
         self.text_projection = dense(c.projection_width, ("embed", "embed_out"), "text_projection", how)
-        self.log_scale = self.param("log_scale", nn.initializers.constant(c.logit_scale_init), ())
+        start = c.sigmoid_scale_init if c.has_bias else c.logit_scale_init
+        self.log_scale = self.param("log_scale", nn.initializers.constant(start), ())
+        if c.has_bias:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.sigmoid_bias_init), ())
 
-    def encode_images(self, tiles: jax.Array) -> jax.Array:
-        """[N, S, S, 3] -> unit vectors [N, E], float32."""
-        return normalize(self.vision_projection(self.vision(tiles)[1]))
+    def encode_images(self, tiles: jax.Array, patches: jax.Array | None = None) -> jax.Array:
+        """[N, S, S, 3] -> unit vectors [N, E], float32; of the patches [N, kept] alone, where they are given."""
+        return normalize(self.vision_projection(self.vision(tiles, patches)[1]))
 
     def encode_texts(self, tokens: jax.Array) -> jax.Array:
         """[N, T] -> unit vectors [N, E], float32."""
         return normalize(self.text_projection(self.text(tokens)))
 
-    def __call__(self, tiles, tokens):
-        """-> (image vectors [N, E], text vectors [N, E], log of the logit scale [])."""
-        return self.encode_images(tiles), self.encode_texts(tokens), self.log_scale
+    def __call__(self, tiles, tokens, patches=None):
+        """-> (image vectors [N, E], text vectors [N, E])."""
+        return self.encode_images(tiles, patches), self.encode_texts(tokens)
 
 
 def normalize(x: jax.Array) -> jax.Array:

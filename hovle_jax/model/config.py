@@ -292,19 +292,56 @@ class TextTowerConfig:
     activation: str = "gelu"
 
 
+CONTRASTIVE_LOSSES = ("softmax", "sigmoid")
+CLIP_PARTS = ("vision", "text", "vision_projection", "text_projection", "log_scale", "logit_bias")
+
+
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
     """Two towers whose projections are compared by their cosine.
 
     Attributes:
       projection_width: of the space that both towers project into.
-      logit_scale_init: the logarithm of the scale (1 / temperature) at the start: ln(1 / 0.07).
+      loss: what it is trained with, of CONTRASTIVE_LOSSES: CLIP's 'softmax', or SigLIP's 'sigmoid' with a learned bias.
+      logit_scale_init: softmax: the logarithm of the scale (1 / temperature) at the start: ln(1 / 0.07).
+      sigmoid_scale_init, sigmoid_bias_init: sigmoid: the logarithm of the scale, and the bias, at the start.
+      patch_dropout: training: the share of an image's patches that its tower does not see, 0 to below 1 (FLIP).
+      frozen: training: what stays as it was loaded, of CLIP_PARTS, with commas; 'vision' is LiT's locked tower.
     """
 
     vision: ViTConfig
     text: TextTowerConfig
     projection_width: int
+    loss: str = "softmax"
     logit_scale_init: float = 2.6592600
+    sigmoid_scale_init: float = 2.302585  # ln 10
+    sigmoid_bias_init: float = -10.0
+    patch_dropout: float = 0.0
+    frozen: str = ""
+
+    @property
+    def kept_patches(self) -> int:
+        """Patches of an image that training's image tower sees."""
+        return max(1, round(self.vision.grid**2 * (1 - self.patch_dropout)))
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return tuple(self.frozen.split(",")) if self.frozen else ()
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the scores have a bias: in a softmax it would cancel."""
+        return self.loss == "sigmoid"
+
+    def check(self) -> None:
+        if self.loss not in CONTRASTIVE_LOSSES:
+            raise UserError(f"clip.loss={self.loss!r}: use one of {', '.join(CONTRASTIVE_LOSSES)}")
+        if not 0 <= self.patch_dropout < 1:
+            raise UserError(f"clip.patch_dropout={self.patch_dropout} is a share of patches: from 0 to below 1")
+        if unknown := [part for part in self.frozen_parts if part not in CLIP_PARTS]:
+            raise UserError(f"clip.frozen names {', '.join(unknown)}: use some of {','.join(CLIP_PARTS)}")
+        if {"vision", "text"} <= set(self.frozen_parts):
+            raise UserError(f"clip.frozen={self.frozen!r} leaves no tower to be trained")
 
 
 TEACHER_PROJECTORS = ("mlp1", "linear")

@@ -128,10 +128,12 @@ class VisionTransformer(nn.Module):
     with_post_norm: bool = True
 
     @nn.compact
-    def __call__(self, tiles):
+    def __call__(self, tiles, kept=None):
         """[M, S, S, 3] (uint8, or float already normalised) -> (hidden [M, T, D], pooled [M, D] or None).
 
-        T = P, or 1 + P with the class token in front. `pooled` is its post-norm, for a tower that has one (CLIP).
+        `kept` [M, P] int32 are the patches of each tile that are seen, with their positions (FLIP, Li et al. 2023);
+        None = all. T = P, or 1 + P with the class token in front. `pooled` is its post-norm, for a tower that has one
+        (CLIP).
         """
         c = self.config
         M, S = tiles.shape[:2]
@@ -143,6 +145,8 @@ class VisionTransformer(nn.Module):
         vectors = [self.param(name, init, (1, c.width)) for name in names]
         positions = self.param("position_embedding", init, (c.grid**2, c.width))
         x = x + resize_positions(positions, S // c.patch_size).astype(x.dtype)
+        if kept is not None:
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
         if vectors:
             first = jnp.broadcast_to((vectors[0] + vectors[1]).astype(x.dtype), (M, 1, c.width))
             x = jnp.concatenate([first, x], axis=1)

@@ -13,6 +13,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.model.execution import LogicalAxes, Multiply, OneDevice, local_matmul
 from hovle_jax.sharding.matmul import MatmulSharding, sharded_matmul
 from hovle_jax.sharding.mesh import of_a_copy, per_shard, sizes, torus
+from hovle_jax.sharding.ring import Ring
 from hovle_jax.sharding.rules import Rule, as_axes, padded, partition_spec, rules
 
 # Logical axes of what no module names: a batch's fields are sharded by rows, and what is inside a row by constraints in
@@ -113,6 +114,11 @@ class Placement(OneDevice):
         if not hasattr(array, "manual_sharding_spec"):
             return spec
         return array.manual_sharding_spec(NamedSharding(self.mesh, PartitionSpec(*padded(spec, len(axes)))))
+
+    def ring(self, rows: int) -> Ring:
+        """The devices that so many rows of vectors are sharded over."""
+        axes = as_axes(padded(self.spec(("batch",), (rows,)), 1)[0])
+        return Ring(None if self.is_one_device else self.view, axes)
 
     # -- batches and caches
 

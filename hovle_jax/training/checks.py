@@ -39,6 +39,12 @@ def check(config: RunConfig) -> None:
     if "teacher" in stage.components:
         config.teacher.check(config.model.llm.stack.width)
     stage.batch.check(config)
+    if "clip" in stage.components and config.clip is not None:
+        config.clip.check()
+        if config.clip.frozen and not config.init.clip:
+            raise UserError(
+                f"clip.frozen={config.clip.frozen!r} stays as it is loaded: set init.clip to a trained model"
+            )
     check_execution(config.execution)
 
 

@@ -50,6 +50,7 @@ class Part:
     layers: bool = False  # whether it is rematerialised
     matmuls: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of `work.dense`, by what remat may keep
     decoder: bool = False  # whether its attention is that of the decoder stacks; towers attend in XLA's plain way
+    forwards: int = 1  # how many times the forward pass is made, but for what is rematerialised
 
     def model(self) -> float:
         return self.work.forward + self._backward(self.work.attention * 2)
@@ -58,7 +59,7 @@ class Part:
         """As it is computed; attention: of the decoder stacks, a key of BACKWARD_MATMULS."""
         w, attention = self.work, attention if self.decoder else "xla"
         pairs = w.square if attention == "xla" else w.attention
-        forward = w.dense + w.first + pairs
+        forward = (w.dense + w.first + pairs) * self.forwards
         if self.gradient == UNTOUCHED:
             return forward
         repeated = self._repeated(attention, remat, pairs) if self.layers else 0

@@ -29,7 +29,7 @@ def open_held_out(
     stage, corpus = find(config.stage), _corpus(config, say)
     if corpus is None:
         return None
-    may_fill = bool(stage.loss_weights)  # a loss that compares rows with each other would count the empty ones
+    may_fill = not stage.compared  # a loss that compares rows with each other would count the empty ones
     return pipeline.build_held_out(config, stage.batch, tokenizer, corpus, numbers, may_fill)
 
 

@@ -1,6 +1,6 @@
 """Losses as (sum, weight) pairs in float32: weights depend on the batch alone, and are divided by once, globally.
 
-Dimension letters: B batch, L tokens, T = B L, D width, V vocabulary, N pairs, E their width.
+Dimension letters: B batch, L tokens, T = B L, D width, V vocabulary. Contrastive losses: training/contrastive.py.
 """
 
 from typing import Any, cast
@@ -45,22 +45,6 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return jnp.sum(losses * weights), jnp.sum(weights)
-
-
-def contrastive(images: jax.Array, texts: jax.Array, log_scale: jax.Array) -> Pair:
-    """CLIP's symmetric softmax loss over the global batch (Radford et al. 2021, figure 3).
-
-    Args:
-      images, texts: [N, E] unit vectors; pair i belongs together.
-      log_scale: [] log of the logit scale.
-    Returns:
-      (sum over pairs, N).
-    """
-    logits = jnp.exp(log_scale) * jnp.einsum("ie,je->ij", images, texts, preferred_element_type=jnp.float32)
-    diagonal = jnp.diagonal(logits)
-    rows = jax.nn.logsumexp(logits, axis=1) - diagonal
-    columns = jax.nn.logsumexp(logits, axis=0) - diagonal
-    return jnp.sum(rows + columns) / 2, jnp.float32(logits.shape[0])
 
 
 def token_losses(models: Models, params: dict, hidden: jax.Array, batch: dict) -> dict[str, Pair]:

@@ -9,8 +9,8 @@ import optax
 
 from hovle_jax.config import OptimizerConfig
 
-# Biases, norm gains, layer scales and the temperature are not decayed.
-NO_DECAY = ("bias", "scale", "scale1", "scale2", "log_scale")
+# Biases, norm gains, layer scales, the temperature and the scores' bias are not decayed.
+NO_DECAY = ("bias", "scale", "scale1", "scale2", "log_scale", "logit_bias")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

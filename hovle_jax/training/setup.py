@@ -28,6 +28,7 @@ class Run:
       layout: where every parameter that the stage holds lies.
       accumulate: microbatches that a step reads its batch in.
       rules: which updates it leaves out.
+      seed: of what a step draws.
     """
 
     models: Models
@@ -35,6 +36,7 @@ class Run:
     optimizer: optax.GradientTransformationExtraArgs
     accumulate: int = 1
     rules: Rules = Rules()
+    seed: int = 0
 
     @property
     def placement(self) -> Placement:
@@ -84,23 +86,17 @@ def build(config: RunConfig, mesh: Mesh) -> Run:
     boxed = {component: logical_shapes(sizes, component) for component in stage.components_of(sizes)}
     layout = Layout.of(placement, select(boxed, stage.holds))
     optimizer, rules = make_optimizer(config.optimizer, config.steps), Rules.of(config.health)
-    return Run(Models(sizes, placement), layout, optimizer, accumulate, rules)
+    seed = config.seed if stage.draw else 0  # else runs of any seed have one program
+    return Run(Models(sizes, placement), layout, optimizer, accumulate, rules, seed)
 
 
 def accumulation(config: RunConfig, placement: Placement) -> int:
     """How many microbatches a step reads its batch in. Raises UserError where it cannot be read in so many."""
-    asked, shards = config.execution.accumulate, placement.batch_shards
-    can_accumulate = bool(find(config.stage).loss_weights)
-    made = asked
-    if asked == -1:
-        made = max(1, config.data.batch_size // shards) if can_accumulate else 1
+    made, shards = config.execution.accumulate, placement.batch_shards
+    if made == -1:
+        made = max(1, config.data.batch_size // shards)
     if made < 1:
         raise UserError(f"execution.accumulate={made} is a number of microbatches; 1 reads the batch at once")
-    if made > 1 and not can_accumulate:
-        raise UserError(
-            f"execution.accumulate={made}: the {config.stage} loss compares all rows of the batch with each other; "
-            "set it to 1, with a smaller data.batch_size or more devices"
-        )
     if config.data.batch_size % (made * shards):
         raise UserError(
             f"data.batch_size={config.data.batch_size} must divide into execution.accumulate={made} microbatches for "

@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
+
+import jax
 
 from hovle_jax.components import COMPONENTS, Models, Params
 from hovle_jax.config import ModelConfig, RunConfig
@@ -20,6 +23,24 @@ def term_losses(means: dict) -> dict:
     return {f"{name}_loss": mean for name, mean in means.items() if name != "loss"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """The losses of a stage that compares all rows of a batch with each other, in two halves.
+
+    A batch that is read in microbatches is encoded part by part, and compared whole.
+
+    Attributes:
+      encode: (models, params, batch) -> a tree of arrays [B, ...], what is compared of each row.
+      compare: (models, params, that tree) -> Pairs.
+    """
+
+    encode: Callable[[Models, Params, dict], Any]
+    compare: Callable[[Models, Params, Any], Pairs]
+
+    def __call__(self, models: Models, params: Params, batch: dict) -> Pairs:
+        return self.compare(models, params, self.encode(models, params, batch))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One row: everything that the rest of the project asks of a stage.
@@ -30,14 +51,16 @@ class Stage:
       through: components that are not trained and that gradients pass through on their way to others.
       held: path prefixes of components that it holds in part; of the others it holds everything.
       batch: the kind of its batches.
-      losses: (models, params, batch) -> Pairs; their quotients are added up.
-      loss_weights: {name of a loss: field of the batch whose sum is its weight}. Empty for a loss that compares all
-        rows of a batch with each other, which cannot be read in microbatches.
+      losses: (models, params, batch) -> Pairs; their quotients are added up. `Compared`, if rows are with each other.
+      loss_weights: {name of a loss: field of the batch whose sum is its weight}; empty for `Compared` losses.
       flops: (config, rows) -> the parts of a step's FLOPs.
       benchmark: the benchmark that scores its result (evaluation/benchmarks.py); None: held-out losses alone.
       has_held_out: whether a corpus' own test split gives held-out losses; later stages have benchmarks.
       metrics: the means of the loss's terms -> what is shown beside the whole loss.
       after_update: applied to the trained parameters after each step.
+      draw: (models, batch, key of the step) -> the batch with what training draws for its rows on the device; None =
+        nothing.
+      frozen: sizes -> path prefixes, of what it trains, that a run leaves as they are.
     """
 
     components: tuple[str, ...]
@@ -52,10 +75,17 @@ class Stage:
     has_held_out: bool
     metrics: Callable[[dict], dict] = term_losses
     after_update: Callable[[Params], Params] = lambda trained: trained
+    draw: Callable[[Models, dict, jax.Array], dict] | None = None
+    frozen: Callable[[ModelConfig], tuple[Path, ...]] = lambda config: ()
 
     def components_of(self, config: ModelConfig) -> tuple[str, ...]:
         """The components that a run with these sizes has."""
         return tuple(c for c in self.components if COMPONENTS[c].has_sizes(config))
+
+    @property
+    def compared(self) -> Compared | None:
+        """Its losses in two halves, where they compare rows with each other."""
+        return self.losses if isinstance(self.losses, Compared) else None
 
     @property
     def partial(self) -> set[str]:
@@ -73,7 +103,7 @@ class Stage:
 
     def trains(self, path: Path, config: ModelConfig) -> bool:
         """Whether a parameter is differentiated and updated."""
-        return _under(path, self.trained) and not self.is_unused(path, config)
+        return _under(path, self.trained) and not _under(path, self.frozen(config)) and not self.is_unused(path, config)
 
     def step_flops(self, config: RunConfig, rows: int | None = None, **how) -> StepFlops:
         """The FLOPs of one optimizer step, of which `rows` (None: the config's) are all rows of the global batch.

@@ -20,6 +20,7 @@ from hovle_jax.training.stages import STAGES
 from hovle_jax.training.state import TrainState
 
 Metrics = dict[str, Any]
+COTANGENTS = "cotangents"  # the field of a batch that has the gradients of its rows' vectors
 
 
 def total_loss(
@@ -30,7 +31,10 @@ def total_loss(
     Args:
       totals: {name: weight} of the whole batch, where this one is a microbatch of it.
     """
-    pairs = STAGES[stage].losses(models, merge(trained, frozen), batch)
+    return _divided(STAGES[stage].losses(models, merge(trained, frozen), batch), totals)
+
+
+def _divided(pairs, totals=None):
     means = {name: divide((total, totals[name] if totals else weight)) for name, (total, weight) in pairs.items()}
     return functools.reduce(jnp.add, means.values()), means
 
@@ -44,31 +48,77 @@ def gradients(
     through the data-centre network. With a `tensor` axis they sum once a microbatch.
     """
     if run.accumulate == 1:
-        losses, grads = _loss_and_gradients(trained, frozen, batch, stage, run.models)
+        losses, grads = _gradients_of(total_loss)(trained, frozen, batch, stage, run.models)
         return losses, run.layout.constrain(grads, "gradients")
+    if STAGES[stage].compared:
+        return _through_vectors(trained, frozen, batch, stage, run)
     totals = {name: jnp.sum(batch[field]) for name, field in STAGES[stage].loss_weights.items()}
+    return _over_copies(total_loss, trained, frozen, batch, totals, stage, run)
+
+
+def _through_vectors(trained, frozen, batch, stage, run):
+    """`gradients` of a loss that compares all rows: cached gradients (Gao et al. 2021, section 3.2).
+
+    All microbatches are encoded without gradients; the loss of all vectors gives the gradient of each, which goes on
+    into the parameters as its microbatch is encoded again.
+    """
+    compared, params = STAGES[stage].compared, merge(trained, frozen)
+    vectors = encoded(params, batch, stage, run)
+    loss = lambda trained, vectors: _divided(compared.compare(run.models, merge(trained, frozen), vectors))
+    losses, (grads, cotangents) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(trained, vectors)
+    batch = batch | {COTANGENTS: cotangents}
+    _, passed_on = _over_copies(_as_linear, trained, frozen, batch, {}, stage, run)
+    return losses, jax.tree.map(jnp.add, run.layout.constrain(grads, "gradients"), passed_on)
+
+
+def encoded(params: Params, batch: dict, stage: str, run: Run) -> Any:
+    """What a stage compares of each row of a batch, made a microbatch at a time: a tree of arrays [B, ...]."""
+    encode = lambda _, i: (
+        None,
+        STAGES[stage].compared.encode(run.models, params, microbatch(batch, i, run.accumulate)),
+    )
+    _, parts = jax.lax.scan(encode, None, jnp.arange(run.accumulate))
+
+    def joined(leaf):  # the order of `microbatch`
+        rows = jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
+        return run.placement.constrain(rows, ("batch", *[None] * (rows.ndim - 1)))
+
+    return jax.tree.map(joined, parts)
+
+
+def _as_linear(trained, frozen, rows, stage, models, totals):
+    """A loss with the gradients that the vectors of these rows have in the loss of all."""
+    rows = dict(rows)
+    cotangents = rows.pop(COTANGENTS)
+    vectors = STAGES[stage].compared.encode(models, merge(trained, frozen), rows)
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(jnp.vdot, vectors, cotangents))), {}
+
+
+def _over_copies(loss, trained, frozen, batch, totals, stage, run):
+    """`_accumulated`, on each copy of the model by itself where these sum once."""
     mesh = run.placement.mesh
     if not run.sums_once:
-        return _accumulated(trained, frozen, batch, totals, stage, run)
+        return _accumulated(loss, trained, frozen, batch, totals, stage, run)
 
     def of_a_copy(trained, frozen, batch, totals):
-        return jax.lax.psum(_accumulated(trained, frozen, batch, totals, stage, run.of_a_copy()), DATA)
+        return jax.lax.psum(_accumulated(loss, trained, frozen, batch, totals, stage, run.of_a_copy()), DATA)
 
     whole, rows = PartitionSpec(), PartitionSpec(DATA)
     specs, over = (whole, whole, rows, whole), {"axis_names": {DATA}, "check_vma": False}
     return jax.shard_map(of_a_copy, mesh=mesh, in_specs=specs, out_specs=whole, **over)(trained, frozen, batch, totals)
 
 
-def _loss_and_gradients(trained, frozen, batch, stage, models, totals=None):
-    return jax.value_and_grad(total_loss, has_aux=True)(trained, frozen, batch, stage, models, totals)
+def _gradients_of(loss):
+    return jax.value_and_grad(loss, has_aux=True)
 
 
-def _accumulated(trained, frozen, batch, totals, stage, run):
+def _accumulated(loss, trained, frozen, batch, totals, stage, run):
+    """The sum over microbatches of loss(trained, frozen, rows, stage, models, totals) and of its gradients."""
     constrained = lambda tree: run.layout.constrain(tree, "gradients")
 
     def add(carry, i):
         rows = microbatch(batch, i, run.accumulate)
-        losses, grads = _loss_and_gradients(trained, frozen, rows, stage, run.models, totals)
+        losses, grads = _gradients_of(loss)(trained, frozen, rows, stage, run.models, totals)
         return jax.tree.map(jnp.add, carry, (losses, constrained(grads))), None
 
     zeros = constrained(jax.tree.map(jnp.zeros_like, trained))
@@ -98,6 +148,8 @@ def train_step(state: TrainState, batch: dict, *, stage: str, run: Run) -> tuple
       (new state, metrics: scalars on the device; 'not_finite' is the number of a tensor (`judging.names`), and
       'skipped', where updates may be left out, how many the run has left out so far).
     """
+    if draw := STAGES[stage].draw:
+        batch = draw(run.models, batch, jax.random.fold_in(jax.random.key(run.seed), state.step))
     (loss, means), grads = gradients(state.trained, state.frozen, batch, stage, run)
     as_moments = lambda tree: run.layout.constrain(tree, "moments")
     bad, good = judging.before_update(loss, grads, state.record, run.rules)
@@ -126,6 +178,8 @@ def eval_step(params: Params, batch: dict, *, stage: str, run: Run) -> Pairs:
     losses = lambda rows: STAGES[stage].losses(run.models, params, rows)
     if run.accumulate == 1:
         return losses(batch)
+    if compared := STAGES[stage].compared:
+        return compared.compare(run.models, params, encoded(params, batch, stage, run))
     of_part = lambda i: losses(microbatch(batch, i, run.accumulate))
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, 0))
     add = lambda totals, i: (jax.tree.map(jnp.add, totals, of_part(i)), None)

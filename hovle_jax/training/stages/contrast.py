@@ -1,27 +1,61 @@
-"""CLIP: images and their captions are contrasted over the global batch (Radford et al. 2021)."""
+"""CLIP and SigLIP: images and their captions are contrasted over the global batch (Radford et al. 2021, Zhai et al.
+2023)."""
 
+from typing import cast
+
+import jax
 import jax.numpy as jnp
 
 from hovle_jax.components import Models, Params
-from hovle_jax.config import RunConfig
+from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.data.kinds import CAPTIONS
 from hovle_jax.model import flops
 from hovle_jax.model.clip import MAX_LOG_SCALE
 from hovle_jax.model.flops import Work
-from hovle_jax.training.flops import TRAINED, Part
-from hovle_jax.training.losses import contrastive
-from hovle_jax.training.stage import Pairs, Stage
+from hovle_jax.sharding.layout import Path
+from hovle_jax.sharding.placement import Placement
+from hovle_jax.training.contrastive import contrastive
+from hovle_jax.training.flops import TRAINED, UNTOUCHED, Part
+from hovle_jax.training.stage import Compared, Pairs, Stage
 
 
-def losses(models: Models, params: dict, batch: dict) -> Pairs:
-    """The symmetric contrastive loss."""
-    images, texts, log_scale = models["clip"].apply({"params": params["clip"]}, batch["tiles"][:, 0], batch["tokens"])
-    return {"loss": contrastive(images, texts, log_scale)}
+def encode(models: Models, params: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """-> (image vectors, text vectors): [B, E] unit vectors in float32."""
+    variables = {"params": params["clip"]}
+    return models["clip"].apply(variables, batch["tiles"][:, 0], batch["tokens"], batch.get("patches"))
+
+
+def draw(models: Models, batch: dict, key: jax.Array) -> dict:
+    """The batch with the patches that its images keep, [B, kept] int32: others for each image, as many for all."""
+    config = models.config.clip
+    assert config is not None
+    if not config.patch_dropout:
+        return batch
+    rows, patches = len(batch["tiles"]), config.vision.grid**2
+    order = jnp.argsort(jax.random.uniform(key, (rows, patches)), axis=1)[:, : config.kept_patches]
+    return batch | {"patches": models.placement.constrain(order.astype(jnp.int32), ("batch", None))}
+
+
+def frozen_parts(config: ModelConfig) -> tuple[Path, ...]:
+    """The parts of the towers that the config leaves as they are."""
+    assert config.clip is not None
+    return tuple(("clip", name) for name in config.clip.frozen_parts)
+
+
+def compare(models: Models, params: Params, vectors: tuple[jax.Array, jax.Array]) -> Pairs:
+    """The contrastive loss that the model is trained with."""
+    clip, config, placement = params["clip"], models.config.clip, cast(Placement, models.placement)
+    assert config is not None
+    bias = clip["logit_bias"] if config.has_bias else None
+    ring = placement.ring(len(vectors[0]))
+    return {"loss": contrastive(*vectors, clip["log_scale"], bias, config.loss, ring)}
 
 
 def clamp_scale(trained: Params) -> Params:
     """The logit scale never exceeds 100."""
     clip = trained["clip"]
+    if "log_scale" not in clip:  # frozen
+        return trained
     return trained | {"clip": clip | {"log_scale": jnp.minimum(clip["log_scale"], MAX_LOG_SCALE)}}
 
 
@@ -31,15 +65,18 @@ def parts(config: RunConfig, rows: int) -> list[Part]:
     assert c is not None
     v, t = c.vision, c.text
     vision, text = (
-        flops.encoder_stack(v, v.num_layers, v.num_tokens),
+        flops.encoder_stack(v, v.num_layers, v.num_tokens - v.grid**2 + c.kept_patches),
         flops.encoder_stack(t, t.num_layers, t.context, causal=True),
     )
+    frozen = frozen_parts(config.model_config)
+    treated = lambda name: UNTOUCHED if ("clip", name) in frozen else TRAINED
+    forwards = 1 if config.execution.accumulate == 1 else 2  # vectors first, then their gradients' way back
     return [
-        Part("vision layers", vision * rows, TRAINED, layers=True),
-        Part("vision ends", flops.clip_vision_ends(c) * rows, TRAINED),
-        Part("text layers", text * rows, TRAINED, layers=True),
-        Part("text ends", flops.clip_text_ends(c) * rows, TRAINED),
-        Part("similarities", Work(dense=flops.product(rows, c.projection_width, rows)), TRAINED),
+        Part("vision layers", vision * rows, treated("vision"), layers=True, forwards=forwards),
+        Part("vision ends", flops.clip_vision_ends(c) * rows, treated("vision"), forwards=forwards),
+        Part("text layers", text * rows, treated("text"), layers=True, forwards=forwards),
+        Part("text ends", flops.clip_text_ends(c) * rows, treated("text"), forwards=forwards),
+        Part("similarities", Work(dense=flops.product(rows, c.projection_width, rows)), TRAINED, forwards=2),
     ]
 
 
@@ -47,10 +84,12 @@ STAGE = Stage(
     components=("clip",),
     trained=(("clip",),),
     batch=CAPTIONS,
-    losses=losses,
+    losses=Compared(encode, compare),
     loss_weights={},
     flops=parts,
     benchmark="easy_vqa_zero_shot",
     has_held_out=False,
     after_update=clamp_scale,
+    draw=draw,
+    frozen=frozen_parts,
 )
