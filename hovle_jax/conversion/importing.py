@@ -16,7 +16,7 @@ from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.companions import copy_companions
 from hovle_jax.conversion.tokenizer_files import read_tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.formats import llms
+from hovle_jax.formats import clips, llms
 from hovle_jax.formats.families import Checkpoint, local_path, open_checkpoint
 from hovle_jax.formats.tiling import tiling_from_json
 from hovle_jax.system.files import whole_folder
@@ -68,7 +68,8 @@ def import_checkpoint(
         if tokenizer is not None:
             tokenizer.save(partial)
         if source.is_dir():
-            copy_public_files(source, public_config(checkpoint, kind), partial / PUBLIC, say)
+            name_of_config = clips.layout_of(checkpoint.config).config_file if "clip" in configs else "config.json"
+            copy_public_files(source, public_config(checkpoint, kind), partial / PUBLIC, say, name_of_config)
         dtype = getattr(checkpoint.source, "dtype", "float32")
         (partial / NOTE).write_text(json.dumps({"source": name, "dtype": dtype}) + "\n")
         save_model(partial, config, {component: lambda c=component: tree(c) for component in components})
@@ -87,11 +88,15 @@ def public_config(checkpoint: Checkpoint, kind: str | None) -> dict[str, Any]:
 
 
 def copy_public_files(
-    source: pathlib.Path, config: dict[str, Any], folder: pathlib.Path, say: Callable[[str], object]
+    source: pathlib.Path,
+    config: dict[str, Any],
+    folder: pathlib.Path,
+    say: Callable[[str], object],
+    config_file: str = "config.json",
 ) -> None:
     """Writes `config` and copies the files beside the weights into `folder`; names those that are left out."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / config_file).write_text(json.dumps(config, indent=2) + "\n")
     left_out = copy_companions(source, folder)
     if left_out:
         say(f"left out: {', '.join(left_out)}")
