@@ -269,7 +269,7 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Patches along one side; pixels that are left make none."""
         return self.image_size // self.patch_size
 
     @property
@@ -400,8 +400,9 @@ class CLIPConfig:
         for name, (width, count) in heads.items():
             if width % count:
                 raise UserError(f"clip.{name}: {count} heads do not divide the width {width}")
-        if v.image_size % v.patch_size:
-            raise UserError(f"clip.vision: image_size={v.image_size} must be a multiple of {v.patch_size} pixels")
+        if isinstance(v, ResNetConfig) and v.image_size % v.patch_size or v.image_size < v.patch_size:
+            kind = "a multiple of" if isinstance(v, ResNetConfig) else "at least"
+            raise UserError(f"clip.vision: image_size={v.image_size} must be {kind} {v.patch_size} pixels")
         if isinstance(v, ViTConfig) and v.pooling == "class" and not v.class_token:
             raise UserError("clip.vision.pooling='class' needs class_token=True; else use 'mean' or 'map'")
         if isinstance(v, ViTConfig) and not v.post_norm:

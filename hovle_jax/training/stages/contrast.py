@@ -29,11 +29,8 @@ def parts(config: RunConfig, rows: int) -> list[Part]:
     """Both towers and the similarities of all pairs."""
     c = config.clip
     assert c is not None
-    v, t = c.vision, c.text
-    vision, text = (
-        flops.encoder_stack(v, v.num_layers, v.num_tokens),
-        flops.encoder_stack(t, t.num_layers, t.context, causal=True),
-    )
+    vision = flops.clip_vision_layers(c)
+    text = flops.encoder_stack(c.text, c.text.num_layers, c.text.context, causal=c.text.causal)
     return [
         Part("vision layers", vision * rows, TRAINED, layers=True),
         Part("vision ends", flops.clip_vision_ends(c) * rows, TRAINED),
