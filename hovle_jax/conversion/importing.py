@@ -1,5 +1,6 @@
 """Imports a public checkpoint into a folder that the other commands read like a finished run's."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -63,7 +64,10 @@ def import_checkpoint(
         say(f"{component}: {sum(leaf.size for leaf in leaves.values()):,} parameters")
         return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
-    tokenizer, reason = read_tokenizer(source, checkpoint) if "llm" in components else (None, "")
+    reads_text = {"llm", "clip"} & set(components)
+    tokenizer, reason = read_tokenizer(source, checkpoint) if reads_text else (None, "")
+    if tokenizer is not None and config.clip is not None:
+        config = dataclasses.replace(config, clip=_with_ids(config.clip, tokenizer))
     with whole_folder(folder) as partial:
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -75,6 +79,14 @@ def import_checkpoint(
         save_model(partial, config, {component: lambda c=component: tree(c) for component in components})
     if reason:
         log.warning("%s has no tokenizer, so it cannot answer (%s)", folder, reason)
+
+
+def _with_ids(config, tokenizer):
+    """A CLIP's config with the ids of its tokenizer, where they are not what a text is read by."""
+    changed: dict[str, Any] = {} if tokenizer.pad is None else {"pad_id": tokenizer.pad}
+    if config.text.pooling not in ("end", "highest"):
+        changed["end_id"] = tokenizer.eos
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, **changed))
 
 
 def public_config(checkpoint: Checkpoint, kind: str | None) -> dict[str, Any]:
