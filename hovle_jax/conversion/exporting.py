@@ -63,7 +63,9 @@ def public_format(config: ModelConfig, tokenizer: Tokenizer | None = None) -> tu
         return nested(layout.rules(config.clip), ours="clip"), public
     if config.llm:
         return nested(llms.rules(config.llm), ours="llm"), llms.config_to_json(config.llm)
-    raise UserError("this model has no public format: an LLM, a CLIP, a teacher, or an embedding with its LLM is needed")
+    raise UserError(
+        "this model has no public format: an LLM, a CLIP, a teacher, or an embedding with its LLM is needed"
+    )
 
 
 def make_index(

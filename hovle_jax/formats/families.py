@@ -188,7 +188,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     family = FAMILIES[family_of(public_config, str(config_path))]
     source = SafetensorsFolder(path, without="open_clip_")
     read = lambda: family.config_from_json(_with_bias(public_config, source.shapes), str(config_path))
-    config = _config(read, config_path, source.shapes)
+    config: Any = _config(read, config_path, source.shapes)
     config = _with_stored_head(config, source)
     if family.kind == "clip":
         config = hf_clip.with_preprocessor(config, path / hf_clip.PREPROCESSOR)

@@ -61,10 +61,11 @@ class Family:
     image_std: tuple[float, float, float]
 
 
+HALF = (0.5, 0.5, 0.5)
 BASE = Tower(768, 12, 3072)
 FAMILIES = {
     "clip": Family(Tower(512, 8, 2048), BASE, 1e-5, "quick_gelu", 49408, 77, 32, CLIP_MEAN, CLIP_STD),
-    "siglip": Family(BASE, BASE, 1e-6, "gelu_pytorch_tanh", 32000, 64, 16, (0.5,) * 3, (0.5,) * 3),
+    "siglip": Family(BASE, BASE, 1e-6, "gelu_pytorch_tanh", 32000, 64, 16, HALF, HALF),
 }
 
 
@@ -113,7 +114,9 @@ def _layers(config, default, family, where):
 def _vision(config, family, siglip, where):
     only(config, "num_channels", (3,), 3, where)
     if siglip and not flag(config, "vision_use_head", True, where):
-        raise UserError(f"{where}: vision_use_head=False leaves images without a vector; only towers with a head are read")
+        raise UserError(
+            f"{where}: vision_use_head=False leaves images without a vector; only towers with a head are read"
+        )
     return ViTConfig(
         image_size=count(config, "image_size", 224, where),
         patch_size=count(config, "patch_size", family.patch_size, where),
@@ -150,7 +153,10 @@ def with_preprocessor(config: CLIPConfig, path: pathlib.Path) -> CLIPConfig:
     if not path.is_file():
         return config
     found, v = read_object(path), config.vision
-    mean, std = colours(found, "image_mean", v.image_mean, str(path)), colours(found, "image_std", v.image_std, str(path))
+    mean, std = (
+        colours(found, "image_mean", v.image_mean, str(path)),
+        colours(found, "image_std", v.image_std, str(path)),
+    )
     return dataclasses.replace(config, vision=dataclasses.replace(v, image_mean=mean, image_std=std))
 
 
@@ -250,7 +256,9 @@ def _check_known(config, siglip):
     for name, (value, needed) in wanted.items():
         if value != needed:
             kind = "SigLIP" if siglip else "CLIP"
-            raise UserError(f"clip.{name}={value!r} is not in Hugging Face's layout of {kind}, which has {needed!r}{remedy}")
+            raise UserError(
+                f"clip.{name}={value!r} is not in Hugging Face's layout of {kind}, which has {needed!r}{remedy}"
+            )
 
 
 def layer_rules(num_layers: int) -> list[Rule]:

@@ -29,7 +29,15 @@ STEM = "open_clip_model"  # of the weights' file name
 VISION_POOLINGS = {"tok": "class", "avg": "mean"}
 TEXT_POOLINGS = {"argmax": "highest", "eos": "end", "last": "last", "first": "first"}
 # Keys of options that change the model and are not read; each is off where it is absent, false, 0 or null.
-OTHER_BLOCKS = ("block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+OTHER_BLOCKS = (
+    "block_type",
+    "qk_norm",
+    "scaled_cosine_attn",
+    "scale_heads",
+    "scale_attn_inner",
+    "scale_attn",
+    "scale_fc",
+)
 OTHER_VISION = (*OTHER_BLOCKS, "timm_model_name", "attentional_pool")
 OTHER_TEXT = (*OTHER_BLOCKS, "hf_model_name", "embed_cls", "use_pad_mask")
 
@@ -40,7 +48,9 @@ def config_from_json(config: dict[str, Any], where: str = CONFIG) -> CLIPConfig:
     pixels = table(config, "preprocess_cfg", {}, where)
     _refuse(model, ("multimodal_cfg",), f"{where} model_cfg")
     quick = flag(model, "quick_gelu", False, where)
-    vision_config, text_config = (table(model, f"{part}_cfg", where=f"{where} model_cfg") for part in ("vision", "text"))
+    vision_config, text_config = (
+        table(model, f"{part}_cfg", where=f"{where} model_cfg") for part in ("vision", "text")
+    )
     stats = {
         "image_mean": colours(pixels, "mean", CLIP_MEAN, f"{where} preprocess_cfg"),
         "image_std": colours(pixels, "std", CLIP_STD, f"{where} preprocess_cfg"),
@@ -216,7 +226,9 @@ def _vision_to_json(v, config):
             raise UserError(f"clip.{name}={value!r} is not in open_clip's layout, which has {needed!r}")
     poolings = {ours: public for public, ours in VISION_POOLINGS.items()}
     if v.pooling not in poolings:
-        raise UserError(f"clip.vision.pooling={v.pooling!r} is not in open_clip's own ViT; export with --as huggingface")
+        raise UserError(
+            f"clip.vision.pooling={v.pooling!r} is not in open_clip's own ViT; export with --as huggingface"
+        )
     made = {"image_size": v.image_size, "patch_size": v.patch_size, "head_width": v.width // v.num_heads}
     made |= _layers_to_json(v)
     if not v.pre_norm:

@@ -51,7 +51,7 @@ class TextTower(nn.Module):
         x = TokenTable(c.vocab_size, c.width, self.execution, name="token_embedding")(tokens)
         x = x + positions[:T].astype(x.dtype)
         num_layers = c.num_layers if self.num_layers is None else self.num_layers
-        options = dict(norm="layer_norm", layer_scale=c.layer_scale)
+        options: dict[str, Any] = dict(norm="layer_norm", layer_scale=c.layer_scale)
         x = run_encoder(c, num_layers, self.execution, x, allowed(c, tokens, mask), **options)
         if self.with_norm:
             x = LayerNorm(c.norm_eps, name="final_norm")(x)
@@ -105,9 +105,7 @@ class CLIP(nn.Module):
         hidden, pooled = self.vision(tiles)
         return hidden, pooled, self.vision_projection(pooled)
 
-    def text_states(
-        self, tokens: jax.Array, mask: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def text_states(self, tokens: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[N, T] -> the text tower's (hidden, pooled, projected [N, E])."""
         hidden, pooled = self.text(tokens, mask)
         return hidden, pooled, self.text_projection(pooled)

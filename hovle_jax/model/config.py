@@ -388,7 +388,10 @@ class CLIPConfig:
     def check(self) -> None:
         """Raises UserError where the towers cannot be built, or do not meet in one space."""
         v, t = self.vision, self.text
-        choices = {"text.pooling": (t.pooling, TEXT_POOLINGS), "vision_projection": (self.vision_projection, PROJECTIONS)}
+        choices = {
+            "text.pooling": (t.pooling, TEXT_POOLINGS),
+            "vision_projection": (self.vision_projection, PROJECTIONS),
+        }
         choices |= {"text_projection": (self.text_projection, PROJECTIONS)}
         if isinstance(v, ViTConfig):
             choices |= {"vision.pooling": (v.pooling, VISION_POOLINGS)}

@@ -146,7 +146,7 @@ def attention_pool(tokens: int, width: int) -> Work:
 
 
 def resnet(c: ResNetConfig, features: int) -> Work:
-    """One image through CLIP's ResNet: a convolution of k x k is a product with k^2 inputs at each place it puts out."""
+    """One image through CLIP's ResNet: a convolution of k x k multiplies k^2 inputs at each place that it puts out."""
     places, half = (c.image_size // 2) ** 2, c.width // 2
     dense, inputs = product(places, 9 * half, half) + product(places, 9 * half, c.width), c.width
     for stage, blocks in enumerate(c.layers):

@@ -31,13 +31,17 @@ def tiny_model() -> HoVLEConfig:
     return HoVLEConfig(embedding=embedding, llm=llm)
 
 
-def tiny_clip() -> CLIPConfig:
-    vision = ViTConfig(
+def tiny_tower() -> ViTConfig:
+    """CLIP's image tower for 64-pixel images."""
+    return ViTConfig(
         image_size=64, patch_size=8, width=96, num_layers=5, num_heads=3, mlp_width=384, norm_eps=1e-5,
         layer_scale=False, patch_bias=False, pre_norm=True, post_norm=True,
     )  # fmt: skip
+
+
+def tiny_clip() -> CLIPConfig:
     text = TextTowerConfig(vocab_size=512, width=64, num_layers=2, num_heads=2, mlp_width=256, context=16, end_id=2)
-    return CLIPConfig(vision=vision, text=text, projection_width=64)
+    return CLIPConfig(vision=tiny_tower(), text=text, projection_width=64)
 
 
 def published_clip(patch_size: int, large: bool = False) -> CLIPConfig:
@@ -51,9 +55,7 @@ def published_clip(patch_size: int, large: bool = False) -> CLIPConfig:
         image_size=224, patch_size=patch_size, norm_eps=1e-5, activation="quick_gelu", layer_scale=False,
         patch_bias=False, pre_norm=True, post_norm=True, image_mean=CLIP_MEAN, image_std=CLIP_STD, **widths,
     )  # fmt: skip
-    text = TextTowerConfig(
-        vocab_size=49408, num_layers=12, context=77, end_id=49407, activation="quick_gelu", **texts
-    )
+    text = TextTowerConfig(vocab_size=49408, num_layers=12, context=77, end_id=49407, activation="quick_gelu", **texts)
     return CLIPConfig(vision=vision, text=text, projection_width=text.width)
 
 
@@ -112,6 +114,6 @@ CLIPS = {
     "so400m": so400m,
 }
 TEACHERS = {
-    "tiny": lambda: TeacherConfig(kind="clip", vision=tiny_clip().vision, projector="linear"),
+    "tiny": lambda: TeacherConfig(kind="clip", vision=tiny_tower(), projector="linear"),
     "hovle": lambda: TeacherConfig("internvit", internvit_300m(), projector="mlp1", projector_width=2048),
 }

@@ -4,6 +4,7 @@ Dimension letters: M tiles, T tokens of a tower, D width, H heads, C head dim, P
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -117,7 +118,7 @@ def run_encoder(
 
 
 class MAPHead(nn.Module):
-    """Multihead attention pooling (Zhai et al. 2022): one learned probe attends to all tokens; a residual MLP follows."""
+    """Attention pooling (Zhai et al. 2022): one learned probe attends to all tokens; an MLP with a residual follows."""
 
     config: ViTConfig
     execution: Execution
@@ -178,7 +179,7 @@ class VisionTransformer(nn.Module):
         if c.pre_norm:
             x = LayerNorm(c.norm_eps, name="pre_norm")(x)
         num_layers = c.num_layers if self.num_layers is None else self.num_layers
-        options = dict(norm=c.norm, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale, qk_norm=c.qk_norm)
+        options: dict[str, Any] = dict(norm=c.norm, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale, qk_norm=c.qk_norm)
         x = run_encoder(c, num_layers, self.execution, x, **options)
         if not (c.post_norm and self.with_post_norm):
             return x, None

@@ -75,7 +75,11 @@ def randomize(model):
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.ndim == 1 and name.endswith("weight")
             if "logit_" not in name:
-                parameter.copy_(1 + 0.2 * noise if is_norm else noise * (0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5))
+                parameter.copy_(
+                    1 + 0.2 * noise
+                    if is_norm
+                    else noise * (0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+                )
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))

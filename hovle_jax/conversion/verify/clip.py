@@ -1,6 +1,5 @@
 """CLIP and SigLIP: both towers stage by stage, the common space, the logits, the loss and its gradients."""
 
-import dataclasses
 import re
 from typing import Any
 
@@ -15,7 +14,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats.families import Checkpoint
 from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.clip import CLIP, TextTower, image_tower, normalize
-from hovle_jax.model.config import CLIPConfig, ViTConfig
+from hovle_jax.model.config import CLIPConfig, ResNetConfig
 from hovle_jax.model.vit import VisionTransformer
 
 STAGE = re.compile(r"layer([1-4])")  # of a ResNet
@@ -59,7 +58,7 @@ def verify_clip(checkpoint: Checkpoint, reference: Reference) -> None:
 
 def _tiles(reference, config):
     tiles = reference.tiles(1)  # a ViT leaves pixels out that make no patch
-    if tiles.shape[1] != config.vision.image_size and not isinstance(config.vision, ViTConfig):
+    if tiles.shape[1] != config.vision.image_size and isinstance(config.vision, ResNetConfig):
         raise UserError(
             f"expected.npz: pixel_values have {tiles.shape[1]} pixels a side; the ResNet has positions for "
             f"{config.vision.image_size}"
@@ -113,26 +112,23 @@ def _compare_layers(config, params, inputs, reference):
     """Compares states inside the towers: after some of a transformer's layers, or a ResNet's stages."""
     for name in sorted(reference.arrays):
         hidden, stage = HIDDEN.fullmatch(name), STAGE.fullmatch(name)
-        if stage and "tiles" in inputs and not isinstance(config.vision, ViTConfig):
+        if stage and "tiles" in inputs and isinstance(config.vision, ResNetConfig):
             tower = image_tower(config, EXECUTION)
             apply = jax.jit(lambda params, tiles, tower=tower: tower.apply(params, tiles, mutable=["intermediates"]))
             _, sown = apply({"params": params["vision"]}, inputs["tiles"])
             reference.compare(name, sown["intermediates"][f"stage{stage[1]}"][0].transpose(0, 3, 1, 2))
-        elif hidden and (hidden[1], "tiles" in inputs) != ("vision", False):
+        elif hidden:
             _compare_hidden(config, params, inputs, reference, hidden)
 
 
 def _compare_hidden(config, params, inputs, reference, match):
     side, count = match[1], int(match[2])
-    sizes = config.vision if side == "vision" else config.text
+    sizes: Any = config.vision if side == "vision" else config.text
     given = inputs.get("tiles" if side == "vision" else "tokens")
-    if given is None or count > sizes.num_layers or (side == "vision" and not isinstance(sizes, ViTConfig)):
+    if given is None or count > sizes.num_layers or isinstance(sizes, ResNetConfig):
         return
     first = {"layers": jax.tree.map(lambda leaf: leaf[:count], params[side]["layers"])} if count else {}
     own = {name: leaf for name, leaf in params[side].items() if name != "layers"} | first
-    if side == "vision":
-        tower = VisionTransformer(sizes, EXECUTION, count, with_post_norm=False)
-        reference.compare(match[0], jax.jit(tower.apply)({"params": own}, given)[0])
-    else:
-        tower = TextTower(sizes, EXECUTION, count, with_norm=False)
-        reference.compare(match[0], jax.jit(tower.apply)({"params": own}, given)[0])
+    # Without the norm after the layers.
+    tower = (VisionTransformer if side == "vision" else TextTower)(sizes, EXECUTION, count, False)
+    reference.compare(match[0], jax.jit(tower.apply)({"params": own}, given)[0])

@@ -62,9 +62,7 @@ CLEANERS: dict[str, Callable[[str], str]] = {
     "siglip": _siglip,
     "clip_lower": lambda text: _one_blank(repaired(text)).lower(),
     "clip_whitespace": lambda text: _one_blank(repaired(text)),
-    "clip_canonicalize": lambda text: _one_blank(
-        repaired(text).replace("_", " ").translate(NO_PUNCTUATION).lower()
-    ),
+    "clip_canonicalize": lambda text: _one_blank(repaired(text).replace("_", " ").translate(NO_PUNCTUATION).lower()),
 }  # by the names of open_clip's `clean`, and those of Hugging Face's tokenizers
 
 
@@ -118,8 +116,9 @@ def clip_json(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], is_
         if token not in vocabulary:
             raise UserError(f"the vocabulary lacks {token!r}: it is not CLIP's")
     steps = [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]
-    # In the package regex, case-insensitively, U+0345 is neither a letter (as its capital is) nor anything else.
-    words = PATTERN.replace("[^", "[^\\x{0345}") if is_cleaned else PATTERN
+    # In the package regex, case-insensitively, U+0345 is no character at all, and U+017F an s.
+    of_regex = PATTERN.replace("[^", "[^\\x{0345}").replace("'s", "'[s\u017f]")
+    words = of_regex if is_cleaned else PATTERN
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
