@@ -1,7 +1,7 @@
 """CLIP: an image tower and a text tower, contrasted; its image tower becomes the teacher of `distill`.
 
     python -m hovle_jax.train --config configs/contrast.py
-    python -m hovle_jax.train --config configs/contrast.py:vit_b32 --config.tokenizer.path=FOLDER --config.data.source=...
+    python -m hovle_jax.train --config configs/contrast.py:vit_b32 --config.tokenizer.path=CLIP --config.data.source=...
 
 tiny: 24 captions over 3,578 images of easy-VQA; two and a half minutes on two CPU cores. vit_b32, vit_b16, vit_l14 are
 OpenAI's sizes and recipe (Radford et al. 2021, table 19: 32 epochs of 400 million pairs), so400m is SigLIP's.

@@ -42,7 +42,7 @@ def check_sizes(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) 
 
 
 def _check_tiles(at, config, most):
-    side = math.isqrt(most) * config.patch_size
+    side = (math.isqrt(most) + 1) * config.patch_size - 1  # pixels may be left that make no patch
     reason = f"a patch is {config.patch_size} pixels wide and no tensor has more than {most:,} rows of positions"
     _check(at, "image_size", config.image_size, side, reason)
     limit = MAX_GRID * config.patch_size
