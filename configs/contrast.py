@@ -1,8 +1,10 @@
 """CLIP: an image tower and a text tower, contrasted; its image tower becomes the teacher of `distill`.
 
     python -m hovle_jax.train --config configs/contrast.py
+    python -m hovle_jax.train --config configs/contrast.py:vit_b32 --config.tokenizer.path=CLIP --config.data.source=...
 
-tiny: 24 captions over 3,578 images of easy-VQA; two and a half minutes on two CPU cores.
+tiny: 24 captions over 3,578 images of easy-VQA; two and a half minutes on two CPU cores. vit_b32, vit_b16, vit_l14 are
+OpenAI's sizes and recipe (Radford et al. 2021, table 19: 32 epochs of 400 million pairs), so400m is SigLIP's.
 """
 
 from hovle_jax import recipes
@@ -10,6 +12,8 @@ from hovle_jax import recipes
 
 def get_config(preset="tiny"):
     config = recipes.base("contrast", preset, makes="clip")
+    if recipes.PRESETS[preset].only:
+        return published(config, preset)
     config.data.batch_size = 64
     config.data.augment = True
     config.steps = 400
@@ -17,4 +21,15 @@ def get_config(preset="tiny"):
     config.optimizer.warmup_steps = 30
     config.optimizer.weight_decay = 0.1
     config.optimizer.b2 = 0.98
+    return config
+
+
+def published(config, preset):
+    siglip = preset == "so400m"
+    config.steps = 390_625
+    config.optimizer.learning_rate = {"so400m": 1e-3, "vit_l14": 4e-4}.get(preset, 5e-4)
+    config.optimizer.warmup_steps = 2000
+    config.optimizer.weight_decay = 1e-4 if siglip else 0.2
+    config.optimizer.b2 = 0.95 if siglip else 0.98
+    config.optimizer.eps = 1e-8 if siglip else 1e-6
     return config

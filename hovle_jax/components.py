@@ -37,6 +37,7 @@ class Component:
       handed_on: whether it is a part of a stage's result; the others are dropped with the stage.
       vocabulary: {path of a leaf: its axis of token ids}.
       unused: paths that public checkpoints have and nothing reads: never trained, decayed or changed.
+      statistics: names of leaves that were counted, not learned: the same holds for them.
     """
 
     module: Callable[[Any, Execution], Any]
@@ -45,6 +46,7 @@ class Component:
     handed_on: bool = False
     vocabulary: dict[Path, int] = dataclasses.field(default_factory=dict)
     unused: tuple[Path, ...] = ()
+    statistics: tuple[str, ...] = ()
 
 
 def _token(images: int | None = None) -> Stream:
@@ -90,6 +92,7 @@ COMPONENTS = {
         inputs=lambda config: (_tile(config.clip.vision.image_size), np.zeros((1, 1), np.int32)),
         has_sizes=lambda config: config.clip is not None,
         handed_on=True,
+        statistics=("mean", "variance", "batches"),  # of a ResNet's batch norm
     ),
     "teacher": Component(
         module=lambda config, execution: VisionTeacher(config.teacher, execution),

@@ -414,7 +414,7 @@ def _convert(hint, value, path):
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        hint = _fitting([h for h in typing.get_args(hint) if h is not type(None)], value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, typing.cast(type, hint)) else from_dict(typing.cast(type, hint), value, path)
     if typing.get_origin(hint) is tuple:
@@ -426,6 +426,13 @@ def _convert(hint, value, path):
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{path}={value!r} should be of type {hint.__name__}")
     return value
+
+
+def _fitting(hints, value):
+    """Of several dataclasses the first that has all keys of a mapping; else the first of all."""
+    keys = set(value) if hasattr(value, "keys") else None
+    fits = lambda hint: keys is not None and keys <= {f.name for f in dataclasses.fields(hint)}
+    return hints[0] if len(hints) == 1 else next((h for h in hints if isinstance(value, h) or fits(h)), hints[0])
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -1,20 +1,23 @@
 """Public checkpoints in and out, and whether our numbers are those of the reference.
 
     python -m hovle_jax.convert import SRC DST [--as hovle|llm|teacher]
-    python -m hovle_jax.convert export SRC DST [--as llama|gguf] [--dtype float32|bfloat16|float16]
+    python -m hovle_jax.convert export SRC DST [--as llama|gguf|huggingface|open_clip]
+                                               [--dtype float32|bfloat16|float16]
     python -m hovle_jax.convert verify DIR [--json]
 
-import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3), a .gguf file
-or hf:ORG/NAME[@REVISION]; DST can then stand where a run's folder can.
+import: SRC is a folder in Hugging Face layout (InternLM2, InternVL2, HoVLE, Llama, Qwen2, Qwen3, CLIP, SigLIP) or
+open_clip's, a .gguf file or hf:ORG/NAME[@REVISION]; DST can then stand where a run's folder can.
 
 export: SRC is a finished run, an import or smol-llm; DST has the public names, shapes and config.json. With --as llama
 a base HoVLE becomes a plain Llama, which engines load without HoVLE's code, with vision.safetensors beside it. With
---as gguf a base HoVLE or an LLM becomes one file for llama.cpp, whose name ends in .gguf, for text.
+--as gguf a base HoVLE or an LLM becomes one file for llama.cpp, whose name ends in .gguf, for text. A CLIP is written
+in the layout that it came in, a trained one in Hugging Face's; --as huggingface or open_clip chooses.
 
 verify: runs the inputs of DIR/expected.npz through the checkpoint in DIR (Hugging Face layout, or .gguf files) and
 compares every array that it knows: logits, features, loss, gradients, greedy tokens.
 """
 
+import functools
 import json
 
 from absl import flags
@@ -23,12 +26,14 @@ from hovle_jax.errors import UserError
 from hovle_jax.system import command_line, malloc
 
 USAGE = "import SRC DST | export SRC DST | verify DIR"
-PARTS, FORMATS = ("hovle", "llm", "teacher"), ("llama", "gguf")  # of --as, for import and for export
+PARTS, CLIP_LAYOUTS = ("hovle", "llm", "teacher"), ("huggingface", "open_clip")
+FORMATS = ("llama", "gguf", *CLIP_LAYOUTS)  # of --as, for export; PARTS are for import
 AS = flags.DEFINE_enum(
     "as",
     None,
     [*PARTS, *FORMATS],
-    "import: the part to take (default: all); export: llama = HoVLE as one plain Llama, gguf = a file for llama.cpp",
+    "import: the part to take (default: all); export: llama = HoVLE as one plain Llama, gguf = a file for llama.cpp, "
+    "huggingface or open_clip = the layout of a CLIP",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -58,6 +63,8 @@ def export(source: str, folder: str) -> None:
     from hovle_jax.conversion.llama_folder import export_as_llama
 
     write = {"llama": export_as_llama, "gguf": export_as_gguf}.get(AS.value or "", export_model)
+    if AS.value in CLIP_LAYOUTS:
+        write = functools.partial(export_model, layout=AS.value)
     write(resolve(source), folder, DTYPE.value)
     print(f"exported to {folder}")
 

@@ -26,12 +26,14 @@ class Preset:
     Attributes:
       clip: None = the teacher is a public tower.
       public: components that come as public weights, so that no stage makes them.
+      only: the one stage that it is for; empty = all.
     """
 
     model: str
     clip: str | None
     teacher: str
     public: tuple[str, ...] = ()
+    only: str = ""
 
 
 PRESETS = {
@@ -40,6 +42,7 @@ PRESETS = {
     "smol": Preset("smol", "tiny", "tiny", public=("llm",)),
     "hovle": Preset("hovle", None, "hovle", public=("llm", "clip")),
     "hovle_hd": Preset("hovle_hd", None, "hovle", public=("llm", "clip")),
+    **{name: Preset("tiny", name, "tiny", only="contrast") for name in ("vit_b32", "vit_b16", "vit_l14", "so400m")},
 }
 TINY_SYSTEM = "Answer."
 
@@ -60,6 +63,11 @@ def base(stage: str, preset: str, makes: str = "") -> ConfigDict:
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
     sizes = PRESETS[preset]
+    if sizes.only and stage != sizes.only:
+        raise UserError(
+            f"the preset {preset!r} has no {stage} stage: it is a CLIP, which {sizes.only} trains; use "
+            f"configs/{sizes.only}.py, or another preset"
+        )
     if makes in sizes.public:
         raise UserError(
             f"the preset {preset!r} has no {stage} stage: it starts from public weights; "
@@ -83,6 +91,15 @@ def base(stage: str, preset: str, makes: str = "") -> ConfigDict:
         # Written-out layers are faster on the CPU; a loop compiles in the same time at any depth.
         execution=ExecutionConfig(dtype="auto", attention="auto", unroll_layers=preset.startswith("tiny")),
     )
+    if sizes.only:
+        config = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, batch_size=32768),
+            execution=dataclasses.replace(config.execution, remat="full"),
+            mesh=MeshConfig(data=-1, fsdp=1),
+            tokenizer=dataclasses.replace(config.tokenizer, path="required"),
+            log_every=10,
+        )
     if is_paper(preset):
         data = dataclasses.replace(config.data, batch_size=4096)
         execution = dataclasses.replace(config.execution, remat="full", vocab_chunk=8448, accumulate=-1)

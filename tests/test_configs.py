@@ -31,13 +31,14 @@ def test_each_stage_has_a_config_file():
 
 @pytest.mark.parametrize("stage, preset", [*itertools.product(STAGE_FILES, PRESETS)])
 def test_each_config_resolves(stage, preset):
-    if {"pretrain": "llm", "contrast": "clip"}.get(stage) in PRESETS[preset].public:
+    sizes = PRESETS[preset]
+    if {"pretrain": "llm", "contrast": "clip"}.get(stage) in sizes.public or sizes.only not in ("", stage):
         with pytest.raises(UserError, match=f"'{preset}' has no {stage} stage"):
             train.stage_config(CONFIGS, stage, preset)
         return
     config = train.stage_config(CONFIGS, stage, preset)
     assert (config.stage, config.preset) == (stage, preset)
-    if preset.startswith("hovle"):
+    if preset.startswith("hovle") or sizes.only:
         with pytest.raises(UserError, match="--config.tokenizer.path=FILE"):
             choose_tokenizer(config, [CONFIGS], [], [])
     checks.check(config)

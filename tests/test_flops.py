@@ -12,9 +12,10 @@ from hovle_jax.components import select, unboxed
 from hovle_jax.config import ExecutionConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.model import flops, presets
-from hovle_jax.model.config import StackConfig
+from hovle_jax.model.config import ResNetConfig, StackConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import LanguageModel
+from hovle_jax.model.resnet import ModifiedResNet
 from hovle_jax.model.transformer import MATMULS, Stack
 from hovle_jax.model.vit import VisionTransformer
 from hovle_jax.training.stages import STAGES
@@ -172,3 +173,19 @@ def test_a_step_grows_with_its_rows_and_with_the_long_stream_of_hd():
     # 2 tiles of 16 tokens in the short stream and 64 in the long one.
     layers = flops.decoder_stack(STACK, 128 + 2 * 48)
     assert step_flops(config).parts["embedding layers"] == 3 * layers.forward * ROWS
+
+
+def test_the_towers_of_clip():
+    """Every product of a tower with a MAP head, and of a ResNet, beside XLA's count."""
+    clip = wide("contrast").clip
+    tower = dataclasses.replace(
+        clip.vision, class_token=False, pre_norm=False, norm_tokens=True, pooling="map", activation="quick_gelu"
+    )
+    with_head = dataclasses.replace(clip, vision=tower, projection_width=384, vision_projection="none")
+    work = flops.clip_vision_layers(with_head) + flops.clip_vision_ends(with_head)
+    found = forward(VisionTransformer(tower, Execution(unroll_layers=True)), ((1, 64, 64, 3), jnp.uint8))
+    assert found == pytest.approx(work.forward, rel=0.02)
+    tower = ResNetConfig(image_size=96, width=32, layers=(2, 1, 1, 2), num_heads=16)
+    work = flops.clip_vision_ends(dataclasses.replace(with_head, vision=tower, projection_width=128))
+    found = forward(ModifiedResNet(tower, 128, Execution()), ((1, 96, 96, 3), jnp.uint8))
+    assert found == pytest.approx(work.forward, rel=0.06)  # XLA leaves out what convolutions take from the padding

@@ -51,7 +51,7 @@ OF_DEVICES = {
 MESH_AXES = {field.name for field in dataclasses.fields(MeshConfig)}
 # Imported in functions alone: extras, and what takes seconds.
 LAZY = {
-    "gguf", "jinja2", "matplotlib", "openpyxl", "pyarrow", "resvg_py", "tensorboardX", "tensorflow",
+    "ftfy", "gguf", "jinja2", "matplotlib", "openpyxl", "pyarrow", "resvg_py", "tensorboardX", "tensorflow",
     "tensorflow_datasets", "tokenizers", "torch", "trackio", "transformers", "wandb", "xllamacpp",
 }  # fmt: skip
 

@@ -132,7 +132,7 @@ def test_the_command_and_what_it_writes(tmp_path):
 @pytest.mark.parametrize(
     ("action", "part", "message"),
     [
-        ("export", "llm", "export has no --as llm: give llama or gguf, or leave --as out"),
+        ("export", "llm", "export has no --as llm: give llama or gguf or huggingface or open_clip, or leave --as out"),
         ("import", "llama", "import has no --as llama: give hovle or llm or teacher, or leave --as out"),
         ("verify", "llama", "verify has no --as llama: leave it out"),
     ],

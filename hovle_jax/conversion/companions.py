@@ -14,6 +14,7 @@ from hovle_jax.formats.fields import read_object
 from hovle_jax.formats.source import INDEX, PICKLES
 
 COPIED = (*TOKENIZER_FILES, "*.py", "preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt")
+CONFIGS = ("config.json", "open_clip_config.json")  # written anew
 WEIGHTS = ("*.safetensors", INDEX, "pytorch_model.bin.index.json", *PICKLES)
 # Model types that transformers loads only with code from a repository, and a repository that has the code.
 CODE = {
@@ -30,7 +31,7 @@ def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
     for path in sorted(source.iterdir()):
         if any(path.match(pattern) for pattern in COPIED) and path.is_file():
             shutil.copyfile(path, folder / path.name)
-        elif path.name != "config.json" and path.name[0] != "." and not any(path.match(p) for p in WEIGHTS):
+        elif path.name not in CONFIGS and path.name[0] != "." and not any(path.match(p) for p in WEIGHTS):
             left_out.append(path.name + "/" * path.is_dir())
     return left_out
 

@@ -17,7 +17,7 @@ from hovle_jax.formats.families import local_path
 from hovle_jax.inference.folders import check_model_folder, is_hub_id, is_public
 from hovle_jax.system.cache import cache_dir, locked
 
-READ = {".safetensors", ".json", ".model", ".jinja", ".txt"}  # what an import of a folder depends on
+READ = {".safetensors", ".json", ".model", ".jinja", ".txt", ".gz"}  # what an import of a folder depends on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,15 +21,17 @@ from hovle_jax.conversion.importing import NOTE, PUBLIC
 from hovle_jax.conversion.tokenizer_files import BUILT_IN, OTHER, write_tokenizer
 from hovle_jax.data.text.tokenizer import IMAGE_TOKEN, Tokenizer, has_tokenizer, load_tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.formats import hovle, internvl, llms
+from hovle_jax.formats import clips, hf_clip, hovle, internvl, llms
 from hovle_jax.formats.mapping import Array, Rule, nested, public_shapes, public_tensors
-from hovle_jax.formats.source import INDEX
+from hovle_jax.formats.source import INDEX, is_counter
 from hovle_jax.formats.tiling import tiling_to_json
 from hovle_jax.model.config import HoVLEConfig
-from hovle_jax.system.files import read_json, whole_folder
+from hovle_jax.system.files import read_json, whole_folder, write_json
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}  # in a safetensors header
+COUNTED = np.dtype(np.int64)
+NAMES = {DTYPES["float32"]: "F32", DTYPES["bfloat16"]: "BF16", COUNTED: "I64"}  # in a safetensors header
+LAYOUTS = {"huggingface": clips.HUGGING_FACE, "open_clip": clips.OPEN_CLIP}  # of a CLIP, by --as
 SHARD_BYTES = 5 * 10**9  # what transformers writes by default
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of public tensors, by name
 
@@ -55,9 +57,15 @@ def public_format(config: ModelConfig, tokenizer: Tokenizer | None = None) -> tu
             return internvl.tower_rules(config.teacher.vision), internvl.vision_to_json(config.teacher.vision)
         whole = internvl.InternVLConfig(config.teacher.vision, config.llm)
         return internvl.rules(whole), internvl.config_to_json(whole)
+    if config.clip:
+        layout = clips.layout_of(config.clip)
+        public = layout.config_to_json(config.clip)
+        return nested(layout.rules(config.clip), ours="clip"), public
     if config.llm:
         return nested(llms.rules(config.llm), ours="llm"), llms.config_to_json(config.llm)
-    raise UserError("this model has no public format: an LLM, a teacher, or an embedding with its LLM is needed")
+    raise UserError(
+        "this model has no public format: an LLM, a CLIP, a teacher, or an embedding with its LLM is needed"
+    )
 
 
 def make_index(
@@ -73,7 +81,7 @@ def make_index(
     Returns:
       The index as transformers writes it: {"metadata": {"total_size"}, "weight_map": {name: file}}.
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * type_of(name, dtype).itemsize for name, shape in shapes.items()}
     shards, room = [], 0
     for name, size in sizes.items():
         if not shards or size > room:
@@ -94,6 +102,7 @@ def export_model(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], object] = print,
+    layout: str | None = None,
 ) -> None:
     """Writes the model of a finished run or an import as a public checkpoint; `folder` appears when it is complete.
 
@@ -101,11 +110,19 @@ def export_model(
 
     Args:
       dtype: 'float32' or 'bfloat16'; None = the type of the imported tensors, or float32 for a trained model.
+      layout: of `LAYOUTS`, for a CLIP; None = the one that it came in, or Hugging Face's for a trained one.
     Raises:
       UserError: there is no finished model, it has no public format, the folder exists, or the disk is full.
     """
     source = pathlib.Path(source)
-    config = stored_config(source)
+    config, form = stored_config(source), clips.HUGGING_FACE
+    own_form = form
+    if config.clip:
+        own_form = clips.layout_of(config.clip)
+        form = LAYOUTS[layout] if layout else own_form
+        config = dataclasses.replace(config, clip=clips.in_layout(config.clip, form))
+    elif layout:
+        raise UserError(f"--as {layout} is for a CLIP, and {source} holds none: leave it out")
     dtype = dtype or own_dtype(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     rules, public_config = public_format(config, tokenizer)
@@ -126,16 +143,24 @@ def export_model(
             DTYPES[dtype],
             shard_bytes,
             say,
+            form.stem,
         )
         public = source / PUBLIC
         if public.is_dir():
-            shutil.copytree(public, partial, dirs_exist_ok=True)
-            public_config = json.loads((public / "config.json").read_text())  # with the keys that we do not read
+            # Of another layout's files those that both have, such as the tokenizer's.
+            others = () if form is own_form else (own_form.config_file, hf_clip.PREPROCESSOR)
+            shutil.copytree(public, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*others))
+            if form is own_form:
+                public_config = json.loads((public / form.config_file).read_text())  # with the keys that we do not read
         elif tokenizer is not None:
             write_tokenizer(tokenizer, partial)
-        text = json.dumps(with_dtype(public_config | {"torch_dtype": dtype}, dtype), indent=2)
-        (partial / "config.json").write_text(text + "\n")
-        drop_missing_code(partial, say)
+        if config.clip and form is clips.HUGGING_FACE and not (partial / hf_clip.PREPROCESSOR).is_file():
+            write_json(partial / hf_clip.PREPROCESSOR, hf_clip.preprocessor_to_json(config.clip))
+        if form is clips.HUGGING_FACE:
+            public_config = with_dtype(public_config | {"torch_dtype": dtype}, dtype)
+        (partial / form.config_file).write_text(json.dumps(public_config, indent=2) + "\n")
+        if form is clips.HUGGING_FACE:
+            drop_missing_code(partial, say)
 
 
 def stored_config(source: pathlib.Path) -> ModelConfig:
@@ -205,10 +230,16 @@ def write_tensors(
             for expected in names:
                 name, tensor = next(tensors)
                 assert (name, tensor.shape) == (expected, shapes[expected])
-                stream.write(np.ascontiguousarray(tensor.astype(dtype, copy=False)).view(np.uint8).data)
+                tensor = np.ascontiguousarray(tensor.astype(type_of(name, dtype), copy=False))
+                stream.write(tensor.reshape(-1).view(np.uint8).data)
         say(f"{file}: {len(names)} tensors, {(folder / file).stat().st_size:,} bytes")
     if has_index or len(files) > 1:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def type_of(name: str, dtype: np.dtype) -> np.dtype:
+    """In which a tensor of an export is written: counters are never rounded."""
+    return COUNTED if is_counter(name) else dtype
 
 
 def safetensors_header(shapes: Shapes, dtype: np.dtype) -> bytes:
@@ -220,8 +251,9 @@ def safetensors_header(shapes: Shapes, dtype: np.dtype) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in shapes.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        kind = type_of(name, dtype)
+        end = at + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": NAMES[kind], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

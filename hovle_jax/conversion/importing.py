@@ -1,5 +1,6 @@
 """Imports a public checkpoint into a folder that the other commands read like a finished run's."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.companions import copy_companions
 from hovle_jax.conversion.tokenizer_files import read_tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.formats import llms
+from hovle_jax.formats import clips, llms
 from hovle_jax.formats.families import Checkpoint, local_path, open_checkpoint
 from hovle_jax.formats.tiling import tiling_from_json
 from hovle_jax.system.files import whole_folder
@@ -63,17 +64,29 @@ def import_checkpoint(
         say(f"{component}: {sum(leaf.size for leaf in leaves.values()):,} parameters")
         return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
-    tokenizer, reason = read_tokenizer(source, checkpoint) if "llm" in components else (None, "")
+    reads_text = {"llm", "clip"} & set(components)
+    tokenizer, reason = read_tokenizer(source, checkpoint) if reads_text else (None, "")
+    if tokenizer is not None and config.clip is not None:
+        config = dataclasses.replace(config, clip=_with_ids(config.clip, tokenizer))
     with whole_folder(folder) as partial:
         if tokenizer is not None:
             tokenizer.save(partial)
         if source.is_dir():
-            copy_public_files(source, public_config(checkpoint, kind), partial / PUBLIC, say)
+            name_of_config = clips.layout_of(checkpoint.config).config_file if "clip" in configs else "config.json"
+            copy_public_files(source, public_config(checkpoint, kind), partial / PUBLIC, say, name_of_config)
         dtype = getattr(checkpoint.source, "dtype", "float32")
         (partial / NOTE).write_text(json.dumps({"source": name, "dtype": dtype}) + "\n")
         save_model(partial, config, {component: lambda c=component: tree(c) for component in components})
     if reason:
         log.warning("%s has no tokenizer, so it cannot answer (%s)", folder, reason)
+
+
+def _with_ids(config, tokenizer):
+    """A CLIP's config with the ids of its tokenizer, where they are not what a text is read by."""
+    changed: dict[str, Any] = {} if tokenizer.pad is None else {"pad_id": tokenizer.pad}
+    if config.text.pooling not in ("end", "highest"):
+        changed["end_id"] = tokenizer.eos
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, **changed))
 
 
 def public_config(checkpoint: Checkpoint, kind: str | None) -> dict[str, Any]:
@@ -87,11 +100,15 @@ def public_config(checkpoint: Checkpoint, kind: str | None) -> dict[str, Any]:
 
 
 def copy_public_files(
-    source: pathlib.Path, config: dict[str, Any], folder: pathlib.Path, say: Callable[[str], object]
+    source: pathlib.Path,
+    config: dict[str, Any],
+    folder: pathlib.Path,
+    say: Callable[[str], object],
+    config_file: str = "config.json",
 ) -> None:
     """Writes `config` and copies the files beside the weights into `folder`; names those that are left out."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / config_file).write_text(json.dumps(config, indent=2) + "\n")
     left_out = copy_companions(source, folder)
     if left_out:
         say(f"left out: {', '.join(left_out)}")

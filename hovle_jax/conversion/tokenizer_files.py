@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from hovle_jax.conversion import caption_tokenizers
 from hovle_jax.data.text import chat_template
 from hovle_jax.data.text.broken import readable
 from hovle_jax.data.text.fit import check_fit
@@ -27,7 +28,7 @@ BUILT_IN = ("internlm2-chat", "Hermes-2")
 OTHER = "chat_template"  # our name for "the tokenizer's own"
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
-    "generation_config.json", CHAT_TEMPLATE,
+    "generation_config.json", CHAT_TEMPLATE, caption_tokenizers.CAPTION_PIECES, caption_tokenizers.OPENAI,
 )  # fmt: skip
 
 
@@ -57,6 +58,9 @@ REMEDY = "put the model's own files there, or remove them to import the weights 
 def _found(source, checkpoint):
     """-> (Tokenizer, "") or (None, the reason)."""
     try:
+        if checkpoint.kind == "clip":
+            found = caption_tokenizers.read_caption_tokenizer(source, checkpoint)
+            return found, "" if found else f"{source} has none of {', '.join(caption_tokenizers.FILES)}"
         if not source.is_dir():
             return _from_gguf(checkpoint), ""
         if has_tokenizer(source):
@@ -73,6 +77,9 @@ class Unsupported(UserError):
 def _check_fit(tokenizer, checkpoint, where):
     """Raises UserError where the tokenizer's ids are not the model's."""
     configs = checkpoint.components()
+    if checkpoint.kind == "clip":
+        check_fit(tokenizer, checkpoint.config.text.vocab_size, where, sees_images=False)
+        return
     embedding, public = configs.get("embedding"), checkpoint.public_config.get("embedding_config") or {}
     known = embedding.num_tokens if embedding else configs["llm"].vocab_size
     check_fit(tokenizer, known, where, sees_images=embedding is not None)

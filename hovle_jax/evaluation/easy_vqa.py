@@ -58,7 +58,7 @@ def caption_vectors(loaded: Loaded, captions: Sequence[str]) -> Any:
     clip = loaded.models["clip"]
     text, tokenizer = clip.config.text, loaded.tokenizer
     ids = [[tokenizer.bos, *tokenizer.encode(caption), text.end_id] for caption in captions]
-    tokens = np.stack([caption_tokens(one, text.context, text.end_id) for one in ids])
+    tokens = np.stack([caption_tokens(one, text.context, text.padding_id) for one in ids])
     return clip.apply({"params": loaded.params["clip"]}, tokens, method="encode_texts")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from hovle_jax.components import Params
 from hovle_jax.errors import UserError
-from hovle_jax.formats import gguf, hovle, internvl, llms
+from hovle_jax.formats import clips, gguf, hf_clip, hovle, internvl, llms, open_clip
 from hovle_jax.formats.fields import read_object
 from hovle_jax.formats.mapping import DeferredLeaf, Rule, check, deferred, load, nested
 from hovle_jax.formats.sizes import check_sizes
@@ -25,7 +25,8 @@ class Checkpoint:
     """A public checkpoint: its kind, its config, its tensors, and what these become.
 
     Attributes:
-      kind: 'llm' (LLMConfig), 'teacher' (ViTConfig), 'internvl' (InternVLConfig) or 'hovle' (HoVLEConfig).
+      kind: 'llm' (LLMConfig), 'teacher' (ViTConfig), 'internvl' (InternVLConfig), 'hovle' (HoVLEConfig) or 'clip'
+        (CLIPConfig).
       config: ours, read from the checkpoint's own.
       public_config: config.json, or a GGUF file's metadata.
       rules: public names <-> our paths.
@@ -44,8 +45,8 @@ class Checkpoint:
 
     def components(self) -> dict[str, Any]:
         """{our component: its config}."""
-        if self.kind == "llm":
-            return {"llm": self.config}
+        if self.kind in ("llm", "clip"):
+            return {self.kind: self.config}
         if self.kind == "teacher":
             return {"teacher": TeacherConfig("internvit", self.config, projector="linear")}
         if self.kind == "internvl":
@@ -54,7 +55,7 @@ class Checkpoint:
 
     def component_rules(self) -> list[Rule]:
         """The rules, with our paths starting at a component's name."""
-        return nested(self.rules, ours="llm") if self.kind == "llm" else self.rules
+        return nested(self.rules, ours=self.kind) if self.kind in ("llm", "clip") else self.rules
 
     def check(self, abstract: Params) -> None:
         """Raises UserError where names or shapes of the tensors do not fit our parameters' {component: shapes}."""
@@ -106,6 +107,7 @@ FAMILIES = {
     "intern_vit_6b": Family("teacher", internvl.vision_from_json, internvl.tower_rules),
     "internvl": Family("internvl", internvl.config_from_json, internvl.rules),
     "hovle": Family("hovle", hovle.config_from_json, hovle.rules),
+    **dict.fromkeys(hf_clip.FAMILIES, Family("clip", hf_clip.config_from_json, hf_clip.rules)),
 }
 
 
@@ -120,7 +122,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> str:
     return kind
 
 
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.py", "merges.txt")
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.jinja", "*.py", "merges.txt", "*.txt.gz")
 
 
 HUB_ID = re.compile(r"hf:(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -175,18 +177,38 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if path.suffix == ".gguf":
         return _open_gguf(path)
     config_path = path / "config.json"
+    if _is_open_clip(path):
+        return _open_open_clip(path)
     if not config_path.is_file():
         raise UserError(
-            f"{config_path} does not exist; a public checkpoint is a folder with config.json and .safetensors files, "
-            "or one .gguf file"
+            f"{config_path} does not exist; a public checkpoint is a folder with config.json (of open_clip: "
+            f"{open_clip.CONFIG}) and .safetensors files, or one .gguf file"
         )
     public_config = read_object(config_path)
     family = FAMILIES[family_of(public_config, str(config_path))]
-    source = SafetensorsFolder(path)
+    source = SafetensorsFolder(path, without="open_clip_")
     read = lambda: family.config_from_json(_with_bias(public_config, source.shapes), str(config_path))
-    config = _config(read, config_path, source.shapes)
+    config: Any = _config(read, config_path, source.shapes)
     config = _with_stored_head(config, source)
+    if family.kind == "clip":
+        config = hf_clip.with_preprocessor(config, path / hf_clip.PREPROCESSOR)
     return Checkpoint(family.kind, config, public_config, family.rules(config), source)
+
+
+def _is_open_clip(path):
+    """Whether a folder holds open_clip's layout, and no config.json of a family that is known here."""
+    if not (path / open_clip.CONFIG).is_file():
+        return False
+    other = path / "config.json"
+    return not other.is_file() or read_object(other).get("model_type") not in hf_clip.FAMILIES
+
+
+def _open_open_clip(path):
+    where = path / open_clip.CONFIG
+    public_config = read_object(where)
+    source = SafetensorsFolder(path, stem="open_clip_")
+    config = _config(lambda: open_clip.config_from_json(public_config, str(where)), where, source.shapes)
+    return Checkpoint("clip", config, public_config, clips.rules(config), source)
 
 
 def _config(read, where, shapes):

@@ -57,6 +57,19 @@ def number(config: Mapping[str, Any], key: str, default: Any = REQUIRED, where: 
     return float(value)
 
 
+def colours(
+    config: Mapping[str, Any], key: str, default: tuple[float, float, float], where: str = "config.json"
+) -> tuple[float, float, float]:
+    """config[key], a number for each of red, green and blue; null counts as absent."""
+    value = config.get(key)
+    value = default if value is None else value
+    is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(is_number, value)):
+        raise UserError(f"{where}: {key}={value!r} must be three numbers")
+    red, green, blue = map(float, value)
+    return red, green, blue
+
+
 def flag(config: Mapping[str, Any], key: str, default: Any = REQUIRED, where: str = "config.json") -> bool:
     """config[key], true or false; null counts as false, and strings and numbers are refused."""
     value = field(config, key, default, where)

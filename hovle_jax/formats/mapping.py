@@ -235,6 +235,9 @@ def _namespace(array):
 
 SAME = Transform(lambda x: (x,), lambda x: x)
 LINEAR = Transform(lambda x: (x.T,), lambda x: x.T)
+ROW = Transform(lambda x: (x[None],), lambda x: x[0])  # [D] <-> [1, D]
+SCALAR = Transform(lambda x: (x.reshape(()),), lambda x: x.reshape(1))  # [1] <-> []
+CONVOLUTION = Transform(lambda x: (x.transpose(2, 3, 1, 0),), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
 CLASS_TOKEN = Transform(lambda x: (x.reshape(1, -1),), lambda x: x[None])  # [1, 1, D] <-> [1, D]
 
 
@@ -258,6 +261,10 @@ def _join_positions(first, rest):
 
 # [1, 1 + P, D] <-> row 0, the class token's, [1, D] and the patches' [P, D]
 POSITIONS = Transform(lambda x: (x[0, :1], x[0, 1:]), _join_positions)
+
+
+# The same without the axis in front: [1 + P, D].
+POSITION_ROWS = Transform(lambda x: (x[:1], x[1:]), lambda first, rest: _join_positions(first, rest)[0])
 
 
 def patch_kernel(patch_size: int, channels: int = 3) -> Transform:

@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from hovle_jax.errors import UserError
+from hovle_jax.model.config import ResNetConfig
 
-DIMENSIONS = ("width", "mlp_width", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "patch_size")
+DIMENSIONS = (
+    "width", "mlp_width", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "patch_size", "context",
+    "projection_width",
+)  # fmt: skip
 MAX_POSITIONS = 2**31 - 1  # of int32
 MAX_GRID = 1024  # patches along a side of a tile whose learned positions are resized
 
@@ -27,6 +31,8 @@ def check_sizes(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) 
     for path, piece in _nested(config):
         at = f"{where}: {path}" if path else where
         for name in DIMENSIONS:
+            if name == "patch_size" and isinstance(piece, ResNetConfig):
+                continue  # fixed, and no tensor's
             _check(at, name, getattr(piece, name, 0), most, f"no dimension of any tensor exceeds {most:,}")
         layers = getattr(piece, "num_layers", 0)
         _check(at, "num_layers", layers, len(shapes), f"the checkpoint has {len(shapes):,} tensors in all")
@@ -36,7 +42,7 @@ def check_sizes(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) 
 
 
 def _check_tiles(at, config, most):
-    side = math.isqrt(most) * config.patch_size
+    side = (math.isqrt(most) + 1) * config.patch_size - 1  # pixels may be left that make no patch
     reason = f"a patch is {config.patch_size} pixels wide and no tensor has more than {most:,} rows of positions"
     _check(at, "image_size", config.image_size, side, reason)
     limit = MAX_GRID * config.patch_size

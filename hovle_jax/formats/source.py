@@ -15,7 +15,9 @@ from hovle_jax.formats.fields import read_object
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")  # which float32 holds exactly
-NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # in old Llama checkpoints: computed, and ignored by public code too
+# In old checkpoints of Llama and of CLIP: computed, and ignored by public code too.
+NOT_WEIGHTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+COUNTERS = ("num_batches_tracked",)  # of batch norm, int64; float32 holds them up to 2^24
 MOST_HEADER = 2**24  # bytes; a shard of the largest models has a hundredth of it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -39,8 +41,19 @@ class TensorSource(Protocol):
         ...
 
 
+def is_counter(name: str) -> bool:
+    """Whether a tensor counts: it is int64 in files, and float32 here."""
+    return name.endswith(COUNTERS)
+
+
 class SafetensorsFolder:
     """One .safetensors file, or several with or without an index.
+
+    A folder may hold one model in two layouts; `stem` names the files of one of them.
+
+    Args:
+      stem: what the names of its files begin with, where there are such files.
+      without: what they do not begin with.
 
     Attributes:
       shapes: {tensor name: shape}, from the headers alone.
@@ -51,8 +64,8 @@ class SafetensorsFolder:
         file, a tensor in two files.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = pathlib.Path(folder)
+    def __init__(self, folder: str | os.PathLike, stem: str = "", without: str = ""):
+        self.folder, self._stem, self._without = pathlib.Path(folder), stem, without
         index = self._index()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, pathlib.Path] = {}
@@ -67,13 +80,14 @@ class SafetensorsFolder:
                             f"{self.folder}: tensor {name} is in {self._files[name].name} and in {path.name}"
                         )
                     tensor = file.get_slice(name)
-                    if tensor.get_dtype() not in DTYPES:
-                        kinds = ", ".join(DTYPES)
+                    known = ("I64",) if is_counter(name) else DTYPES
+                    if tensor.get_dtype() not in known:
+                        kinds = ", ".join(known)
                         raise UserError(f"{path}: {name} has the type {tensor.get_dtype()}; supported: {kinds}")
                     dtypes.add(tensor.get_dtype())
                     self._files[name] = path
                     self.shapes[name] = tuple(tensor.get_shape())
-        self.dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
+        self.dtype = "bfloat16" if dtypes - {"I64"} == {"BF16"} else "float32"
         missing = sorted(name for name in set(index) - set(self.shapes) if not name.endswith(NOT_WEIGHTS))
         if missing:
             raise UserError(f"{self.folder}: the files lack tensors that {INDEX} lists: {', '.join(missing)}")
@@ -89,7 +103,7 @@ class SafetensorsFolder:
     def _index(self):
         """{tensor name: file name}; empty without an index."""
         path = self.folder / INDEX
-        if not path.is_file():
+        if self._stem or not path.is_file():
             return {}
         files = read_object(path).get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
@@ -111,6 +125,8 @@ class SafetensorsFolder:
                 raise UserError(f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names")
         else:
             paths = sorted(self.folder.glob("*.safetensors"))
+            named = [path for path in paths if path.name.startswith(self._stem)]
+            paths = [path for path in named or paths if not (self._without and path.name.startswith(self._without))]
         for path in paths:
             check_regular(path)
         if not paths:

@@ -37,7 +37,8 @@ def is_public(folder: str | pathlib.Path) -> bool:
     path = pathlib.Path(folder)
     if (path / "model" / "config.json").is_file():
         return False
-    return path.suffix == ".gguf" or (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    has_config = any((path / name).is_file() for name in ("config.json", "open_clip_config.json"))
+    return path.suffix == ".gguf" or has_config and any(path.glob("*.safetensors"))
 
 
 def is_hub_id(name: str) -> bool:

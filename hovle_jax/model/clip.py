@@ -1,15 +1,20 @@
-"""CLIP: an image tower and a text tower that meet in one normalised space (Radford et al. 2021).
+"""CLIP and SigLIP: an image tower and a text tower that meet in one normalised space.
+
+Radford et al. 2021; Zhai et al. 2023, whose text tower is bidirectional and whose logits have a bias.
 
 Dimension letters: N images or texts, T text tokens, D width, E projection width.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.attention import AttentionMask
-from hovle_jax.model.config import CLIPConfig, TextTowerConfig
+from hovle_jax.model.config import CLIPConfig, ResNetConfig, TextTowerConfig
 from hovle_jax.model.execution import Execution
+from hovle_jax.model.resnet import ModifiedResNet
 from hovle_jax.model.transformer import TokenTable, dense, partitioned
 from hovle_jax.model.vit import LayerNorm, VisionTransformer, run_encoder
 
@@ -17,25 +22,57 @@ MAX_LOG_SCALE = 4.605170185988092  # ln 100: the logit scale is clamped to it af
 
 
 class TextTower(nn.Module):
-    """A causal transformer over text, read at the first end token."""
+    """A transformer over text, read at one of its positions.
+
+    Attributes:
+      num_layers: how many of the config's layers to run; None = all.
+      with_norm: whether the final norm exists.
+    """
 
     config: TextTowerConfig
     execution: Execution
+    num_layers: int | None = None
+    with_norm: bool = True
 
     @nn.compact
-    def __call__(self, tokens):
-        """[N, T] ids that contain `end_id` -> the final-norm state [N, D] at the first end token."""
+    def __call__(self, tokens, mask=None):
+        """The states of texts.
+
+        Args:
+          tokens: [N, T] ids.
+          mask: [N, T], 1 for what may be seen, 0 for padding; None = all. A row's first token may be seen.
+        Returns:
+          (the final-norm states [N, T, D], those [N, D] at the positions that `config.pooling` names).
+        """
         c = self.config
         T = tokens.shape[1]
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
         positions = self.param("position_embedding", init, (c.context, c.width))
         x = TokenTable(c.vocab_size, c.width, self.execution, name="token_embedding")(tokens)
         x = x + positions[:T].astype(x.dtype)
-        allowed = AttentionMask.for_rows(jnp.ones_like(tokens)).dense()
-        x = run_encoder(c, c.num_layers, self.execution, x, allowed, norm="layer_norm")
-        x = LayerNorm(c.norm_eps, name="final_norm")(x)
-        end = jnp.argmax(tokens == c.end_id, axis=1)
-        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        num_layers = c.num_layers if self.num_layers is None else self.num_layers
+        options: dict[str, Any] = dict(norm="layer_norm", layer_scale=c.layer_scale)
+        x = run_encoder(c, num_layers, self.execution, x, allowed(c, tokens, mask), **options)
+        if self.with_norm:
+            x = LayerNorm(c.norm_eps, name="final_norm")(x)
+        return x, jnp.take_along_axis(x, read_at(c, tokens)[:, None, None], axis=1)[:, 0]
+
+
+def allowed(config: TextTowerConfig, tokens: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+    """Who may look at whom, [N, T, T] bool; None = everyone at everyone."""
+    if mask is None and not config.causal:
+        return None
+    pairs = AttentionMask.for_rows(jnp.ones_like(tokens), config.causal).dense()
+    return pairs if mask is None else pairs & mask.astype(bool)[:, None, :]
+
+
+def read_at(config: TextTowerConfig, tokens: jax.Array) -> jax.Array:
+    """[N, T] ids -> the position [N] at which a text is read."""
+    if config.pooling == "end":
+        return jnp.argmax(tokens == config.end_id, axis=1)
+    if config.pooling == "highest":
+        return jnp.argmax(tokens, axis=1)
+    return jnp.full(len(tokens), tokens.shape[1] - 1 if config.pooling == "last" else 0)
 
 
 class CLIP(nn.Module):
@@ -45,27 +82,64 @@ class CLIP(nn.Module):
     execution: Execution
 
     def setup(self) -> None:
-        c, how = self.config, self.execution
-        self.vision = VisionTransformer(c.vision, self.execution)
+        c = self.config
+        self.vision = image_tower(c, self.execution)
         self.text = TextTower(c.text, self.execution)
-        self.vision_projection = dense(c.projection_width, ("embed", "embed_out"), "vision_projection", how)
-        self.text_projection = dense(c.projection_width, ("embed", "embed_out"), "text_projection", how)
+        # A ResNet projects where it pools.
+        has_own = isinstance(c.vision, ResNetConfig)
+        self.vision_projection = self.projection("none" if has_own else c.vision_projection, "vision_projection")
+        self.text_projection = self.projection(c.text_projection, "text_projection")
         start = c.sigmoid_scale_init if c.has_bias else c.logit_scale_init
         self.log_scale = self.param("log_scale", nn.initializers.constant(start), ())
         if c.has_bias:
-            self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.sigmoid_bias_init), ())
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.logit_bias_init), ())
+
+    def projection(self, kind: str, name: str) -> Any:
+        """A tower's way into the common space."""
+        if kind == "none":
+            return lambda x: x
+        axes = ("embed", "embed_out")
+        return dense(self.config.projection_width, axes, name, self.execution, use_bias=kind == "bias")
+
+    def image_states(
+        self, tiles: jax.Array, patches: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[N, S, S, 3] -> the image tower's (hidden, pooled, projected [N, E]).
+
+        Args:
+          patches: [N, kept], those that the tower sees; None = all.
+        """
+        hidden, pooled = self.vision(tiles) if patches is None else self.vision(tiles, patches)
+        return hidden, pooled, self.vision_projection(pooled)
+
+    def text_states(self, tokens: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[N, T] -> the text tower's (hidden, pooled, projected [N, E])."""
+        hidden, pooled = self.text(tokens, mask)
+        return hidden, pooled, self.text_projection(pooled)
 
     def encode_images(self, tiles: jax.Array, patches: jax.Array | None = None) -> jax.Array:
-        """[N, S, S, 3] -> unit vectors [N, E], float32; of the patches [N, kept] alone, where they are given."""
-        return normalize(self.vision_projection(self.vision(tiles, patches)[1]))
+        """[N, S, S, 3] -> unit vectors [N, E], float32; patches: see `image_states`."""
+        return normalize(self.image_states(tiles, patches)[2])
 
-    def encode_texts(self, tokens: jax.Array) -> jax.Array:
+    def encode_texts(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """[N, T] -> unit vectors [N, E], float32."""
-        return normalize(self.text_projection(self.text(tokens)))
+        return normalize(self.text_states(tokens, mask)[2])
+
+    def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
+        """Unit vectors [N, E] and [K, E] -> exp(log_scale) * cosines + bias, [N, K], float32."""
+        logits = jnp.exp(self.log_scale) * jnp.einsum("ne,ke->nk", images, texts)
+        return logits + self.logit_bias if self.config.has_bias else logits
 
     def __call__(self, tiles, tokens, patches=None):
         """-> (image vectors [N, E], text vectors [N, E])."""
         return self.encode_images(tiles, patches), self.encode_texts(tokens)
+
+
+def image_tower(config: CLIPConfig, execution: Execution) -> Any:
+    """The module that makes (hidden, pooled) of images."""
+    if isinstance(config.vision, ResNetConfig):
+        return ModifiedResNet(config.vision, config.projection_width, execution)
+    return VisionTransformer(config.vision, execution)
 
 
 def normalize(x: jax.Array) -> jax.Array:

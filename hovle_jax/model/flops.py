@@ -14,6 +14,7 @@ from hovle_jax.model.config import (
     CLIPConfig,
     EmbeddingConfig,
     LLMConfig,
+    ResNetConfig,
     StackConfig,
     TeacherConfig,
     TextTowerConfig,
@@ -116,12 +117,47 @@ def teacher(c: TeacherConfig, tokens_per_tile: int) -> Work:
     return work + projector(tokens_per_tile, 4 * v.width, c.projector_width)
 
 
-def clip_vision_ends(c: CLIPConfig) -> Work:
-    """Of one image, besides the layers: patches and the projection of the class token."""
+def clip_vision_layers(c: CLIPConfig) -> Work:
+    """Of one image, the layers of a transformer; a ResNet counts as an end."""
     v = c.vision
-    return patch_embedding(v.grid**2, v.patch_size, v.width) + Work(dense=product(1, v.width, c.projection_width))
+    if isinstance(v, ResNetConfig):
+        return Work()
+    return encoder_stack(v, v.num_layers, v.num_tokens - v.grid**2 + c.kept_patches)
+
+
+def clip_vision_ends(c: CLIPConfig) -> Work:
+    """Of one image, besides the layers: patches, a MAP head, and the projection of what is pooled."""
+    v = c.vision
+    if isinstance(v, ResNetConfig):
+        return resnet(v, c.projection_width)
+    work = patch_embedding(v.grid**2, v.patch_size, v.width)
+    if v.pooling == "map":
+        work += attention_pool(v.num_tokens, v.width) + Work(dense=2 * product(1, v.width, v.mlp_width))
+    return work if c.vision_projection == "none" else work + Work(dense=product(1, v.width, c.projection_width))
 
 
 def clip_text_ends(c: CLIPConfig) -> Work:
     """Of one text, besides the layers: its projection."""
-    return Work(dense=product(1, c.text.width, c.projection_width))
+    return Work() if c.text_projection == "none" else Work(dense=product(1, c.text.width, c.projection_width))
+
+
+def attention_pool(tokens: int, width: int) -> Work:
+    """One query over so many tokens, and its output."""
+    dense = 2 * product(tokens, width, width) + 2 * product(1, width, width)
+    return Work(dense=dense, attention=2 * product(tokens, 1, width), square=2 * product(tokens, 1, width))
+
+
+def resnet(c: ResNetConfig, features: int) -> Work:
+    """One image through CLIP's ResNet: a convolution of k x k multiplies k^2 inputs at each place that it puts out."""
+    places, half = (c.image_size // 2) ** 2, c.width // 2
+    dense, inputs = product(places, 9 * half, half) + product(places, 9 * half, c.width), c.width
+    for stage, blocks in enumerate(c.layers):
+        places, width = (c.image_size // 2 ** (stage + 2)) ** 2, c.width * 2**stage
+        for i in range(blocks):
+            before = places * 4 if stage and not i else places  # the stride comes after the second convolution
+            dense += product(before, inputs, width) + product(before, 9 * width, width)
+            dense += product(places, width, 4 * width) + (0 if i else product(places, inputs, 4 * width))
+            inputs = 4 * width
+    tokens, last = c.grid**2 + 1, product(1, c.channels, features) - product(1, c.channels, c.channels)
+    first = Work(first=product((c.image_size // 2) ** 2, 27, half), dense=dense + last)
+    return first + attention_pool(tokens, c.channels)

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 from hovle_jax.model.config import (
+    CLIP_MEAN,
+    CLIP_STD,
     CLIPConfig,
     EmbeddingConfig,
     HoVLEConfig,
@@ -28,13 +30,48 @@ def tiny_model() -> HoVLEConfig:
     return HoVLEConfig(embedding=embedding, llm=llm)
 
 
-def tiny_clip() -> CLIPConfig:
-    vision = ViTConfig(
+def tiny_tower() -> ViTConfig:
+    """CLIP's image tower for 64-pixel images."""
+    return ViTConfig(
         image_size=64, patch_size=8, width=96, num_layers=5, num_heads=3, mlp_width=384, norm_eps=1e-5,
         layer_scale=False, patch_bias=False, pre_norm=True, post_norm=True,
     )  # fmt: skip
+
+
+def tiny_clip() -> CLIPConfig:
     text = TextTowerConfig(vocab_size=512, width=64, num_layers=2, num_heads=2, mlp_width=256, context=16, end_id=2)
-    return CLIPConfig(vision=vision, text=text, projection_width=64)
+    return CLIPConfig(vision=tiny_tower(), text=text, projection_width=64)
+
+
+def published_clip(patch_size: int, large: bool = False) -> CLIPConfig:
+    """OpenAI's CLIP of 224 pixels: ViT-B/32, B/16 or, `large`, L/14 (Radford et al. 2021, table 20)."""
+    widths: dict[str, Any] = dict(width=1024, num_layers=24, num_heads=16, mlp_width=4096)
+    texts: dict[str, Any] = dict(width=768, num_heads=12, mlp_width=3072)
+    if not large:
+        widths = dict(width=768, num_layers=12, num_heads=12, mlp_width=3072)
+        texts = dict(width=512, num_heads=8, mlp_width=2048)
+    vision = ViTConfig(
+        image_size=224, patch_size=patch_size, norm_eps=1e-5, activation="quick_gelu", layer_scale=False,
+        patch_bias=False, pre_norm=True, post_norm=True, image_mean=CLIP_MEAN, image_std=CLIP_STD, **widths,
+    )  # fmt: skip
+    text = TextTowerConfig(vocab_size=49408, num_layers=12, context=77, end_id=49407, activation="quick_gelu", **texts)
+    return CLIPConfig(vision=vision, text=text, projection_width=text.width)
+
+
+def so400m() -> CLIPConfig:
+    """SigLIP-so400m/14 of 224 pixels (Zhai et al. 2023; Alabdulmohsin et al. 2023 for its shape)."""
+    sizes: dict[str, Any] = dict(
+        width=1152, num_layers=27, num_heads=16, mlp_width=4304, norm_eps=1e-6, activation="gelu_tanh"
+    )
+    vision = ViTConfig(
+        image_size=224, patch_size=14, layer_scale=False, post_norm=True, norm_tokens=True, pooling="map",
+        class_token=False, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5), **sizes,
+    )  # fmt: skip
+    text = TextTowerConfig(vocab_size=32000, context=64, end_id=1, causal=False, pooling="last", pad_id=1, **sizes)
+    return CLIPConfig(
+        vision=vision, text=text, projection_width=1152, loss="sigmoid",
+        vision_projection="none", text_projection="bias", family="siglip", scalar_scale=False,
+    )  # fmt: skip
 
 
 def smol_model() -> HoVLEConfig:
@@ -68,8 +105,14 @@ def internvit_300m() -> ViTConfig:
 
 
 MODELS = {"tiny": tiny_model, "smol": smol_model, "hovle": hovle_model, "hovle_hd": lambda: hovle_model("post")}
-CLIPS = {"tiny": tiny_clip}
+CLIPS = {
+    "tiny": tiny_clip,
+    "vit_b32": lambda: published_clip(32),
+    "vit_b16": lambda: published_clip(16),
+    "vit_l14": lambda: published_clip(14, large=True),
+    "so400m": so400m,
+}
 TEACHERS = {
-    "tiny": lambda: TeacherConfig(kind="clip", vision=tiny_clip().vision, projector="linear"),
+    "tiny": lambda: TeacherConfig(kind="clip", vision=tiny_tower(), projector="linear"),
     "hovle": lambda: TeacherConfig("internvit", internvit_300m(), projector="mlp1", projector_width=2048),
 }

@@ -99,7 +99,16 @@ def forward_kernel(heads: int, length: int, causal: bool, head_shards: int, leng
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def attend(kernel: Any, query, key, value, queries: Tokens, keys: Tokens, causal: bool, whole: bool) -> jax.Array:
+def attend(
+    kernel: Any,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    causal: bool,
+    whole: bool,
+) -> jax.Array:
     """Attention of a device's shard of rows.
 
     Args:

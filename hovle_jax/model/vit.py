@@ -4,6 +4,7 @@ Dimension letters: M tiles, T tokens of a tower, D width, H heads, C head dim, P
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -99,6 +100,8 @@ def run_encoder(
     **options,
 ) -> jax.Array:
     """Runs `num_layers` scanned encoder layers named 'layers' over x [M, T, D]; call inside a compact method."""
+    if num_layers == 0:
+        return x
     layer = scanned(EncoderLayer, execution, num_layers, broadcast=1)(
         width=config.width,
         num_heads=config.num_heads,
@@ -114,12 +117,36 @@ def run_encoder(
     return x
 
 
+class MAPHead(nn.Module):
+    """Attention pooling (Zhai et al. 2022): one learned probe attends to all tokens; an MLP with a residual follows."""
+
+    config: ViTConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x):
+        """[M, T, D] -> [M, D]."""
+        c, how = self.config, self.execution
+        M, D = x.shape[0], c.width
+        probe = self.param("probe", partitioned(nn.initializers.normal(D**-0.5), "positions", "embed"), (1, D))
+
+        def heads(name, y):
+            y = dense(D, ("embed", "heads"), name, how, use_bias=True)(y)
+            return y.reshape(*y.shape[:2], c.num_heads, D // c.num_heads)
+
+        query = heads("query", jnp.broadcast_to(probe.astype(x.dtype), (M, 1, D)))
+        y = attend(query, heads("key", x), heads("value", x), None, how.attention, how.placement)
+        y = dense(D, ("heads", "embed"), "output", how, use_bias=True)(y.reshape(M, D))
+        z = dense(c.mlp_width, ("embed", "mlp"), "up", how, use_bias=True)(LayerNorm(c.norm_eps, name="norm")(y))
+        return y + dense(D, ("mlp", "embed"), "down", how, use_bias=True)(ACTIVATIONS[c.activation](z))
+
+
 class VisionTransformer(nn.Module):
-    """Patches, class token, learned positions, encoder layers; no final norm over the sequence.
+    """Patches, class token, learned positions, encoder layers, and what pools their tokens.
 
     Attributes:
       num_layers: how many of the config's layers to run (a CLIP teacher leaves the last one out); None = all.
-      with_post_norm: whether the class token's `post_norm` exists (a teacher never pools).
+      with_post_norm: whether the tower's `post_norm` and pooling exist (a teacher never pools).
     """
 
     config: ViTConfig
@@ -132,11 +159,13 @@ class VisionTransformer(nn.Module):
         """[M, S, S, 3] (uint8, or float already normalised) -> (hidden [M, T, D], pooled [M, D] or None).
 
         `kept` [M, P] int32 are the patches of each tile that are seen, with their positions (FLIP, Li et al. 2023);
-        None = all. T = P, or 1 + P with the class token in front. `pooled` is its post-norm, for a tower that has one
-        (CLIP).
+        None = all. T = P, or 1 + P with the class token in front. `pooled` is for a tower that has a post-norm (CLIP,
+        SigLIP); `hidden` is after that norm where it is of all tokens.
         """
         c = self.config
         M, S = tiles.shape[:2]
+        whole = S - S % c.patch_size  # SigLIP's 384 pixels are 27 patches of 14
+        tiles = tiles[:, :whole, :whole]
         patches = normalized_patches(tiles, c.patch_size, c.image_mean, c.image_std)
         x = dense(c.width, ("patch", "embed"), "patch_embedding", self.execution, use_bias=c.patch_bias)(patches)
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")
@@ -152,16 +181,22 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([first, x], axis=1)
         if c.pre_norm:
             x = LayerNorm(c.norm_eps, name="pre_norm")(x)
-        x = run_encoder(
-            c,
-            c.num_layers if self.num_layers is None else self.num_layers,
-            self.execution,
-            x,
-            norm=c.norm,
-            qkv_bias=c.qkv_bias,
-            layer_scale=c.layer_scale,
-            qk_norm=c.qk_norm,
-        )
+        num_layers = c.num_layers if self.num_layers is None else self.num_layers
+        options: dict[str, Any] = dict(norm=c.norm, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale, qk_norm=c.qk_norm)
+        x = run_encoder(c, num_layers, self.execution, x, **options)
         if not (c.post_norm and self.with_post_norm):
             return x, None
-        return x, LayerNorm(c.norm_eps, name="post_norm")(x[:, 0])
+        norm = LayerNorm(c.norm_eps, name="post_norm")
+        if c.norm_tokens:
+            x = norm(x)
+            return x, self.pooled(x)
+        return x, norm(self.pooled(x))
+
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """Tokens [M, T, D] -> [M, D]."""
+        c = self.config
+        if c.pooling == "map":
+            return MAPHead(c, self.execution, name="head")(x)
+        if c.pooling == "mean":
+            return jnp.mean(x[:, c.class_token :], axis=1, dtype=jnp.float32).astype(x.dtype)
+        return x[:, 0]

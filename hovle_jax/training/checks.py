@@ -35,6 +35,8 @@ def check(config: RunConfig) -> None:
     if config.data.split != "train":
         raise UserError(f"data.split={config.data.split!r}: training reads the 'train' split alone")
     config.easy_vqa.check()
+    if config.clip is not None and "clip" in stage.components:
+        config.clip.check()
     check_data(config)
     if "teacher" in stage.components:
         config.teacher.check(config.model.llm.stack.width)

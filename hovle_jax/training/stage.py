@@ -114,8 +114,9 @@ class Stage:
         return step_flops(config, self.flops(config, config.data.batch_size if rows is None else rows), **how)
 
     def is_unused(self, path: Path, config: ModelConfig) -> bool:
-        """Whether the stage holds a parameter that its losses do not read."""
-        if _under(path[1:], COMPONENTS[path[0]].unused):
+        """Whether the stage holds a parameter that its losses do not read, or that is none but a statistic."""
+        component = COMPONENTS[path[0]]
+        if _under(path[1:], component.unused) or path[-1] in component.statistics:
             return True
         return "embedding" in self.components and not self.held and not config.llm.tied and _under(path, (LLM_TABLE,))
 

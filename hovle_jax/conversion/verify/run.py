@@ -6,16 +6,19 @@ import zipfile
 
 import numpy as np
 
+from hovle_jax.conversion.verify.clip import verify_clip
 from hovle_jax.conversion.verify.gguf import verify_gguf
 from hovle_jax.conversion.verify.hovle import verify_hovle
 from hovle_jax.conversion.verify.llm import verify_llm
 from hovle_jax.conversion.verify.reference import Reference
 from hovle_jax.conversion.verify.vision import verify_internvl, verify_tower
 from hovle_jax.errors import UserError
+from hovle_jax.formats import open_clip
 from hovle_jax.formats.families import open_checkpoint
 
 MOST_EXPANSION = 100  # of a compressed array; random numbers and logits hardly shrink
 VERIFIERS = {"llm": verify_llm, "teacher": verify_tower, "internvl": verify_internvl, "hovle": verify_hovle}
+VERIFIERS |= {"clip": verify_clip}
 
 
 def verify(folder: str | pathlib.Path) -> Reference:
@@ -27,7 +30,7 @@ def verify(folder: str | pathlib.Path) -> Reference:
     folder = pathlib.Path(folder)
     reference = read_reference(folder / "expected.npz")
     files = sorted(folder.glob("*.gguf"))
-    if files and not (folder / "config.json").is_file():
+    if files and not any((folder / name).is_file() for name in ("config.json", open_clip.CONFIG)):
         for file in files:
             verify_gguf(file, reference)
     else:

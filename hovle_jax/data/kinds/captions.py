@@ -19,11 +19,12 @@ from hovle_jax.model.config import CLIPConfig
 
 
 class PairShape(NamedTuple):
-    """Shapes of the towers' inputs: side of the image, tokens of the text, and the id that ends and pads the text."""
+    """Shapes of the towers' inputs: side of the image, tokens of the text, and the ids that end and pad the text."""
 
     image_size: int
     context: int
     end_id: int
+    pad_id: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +84,11 @@ def pair(tiles: np.ndarray, ids: list) -> Sample:
     return Sample(np.asarray(ids, np.int32), np.zeros(len(ids), bool), tiles)
 
 
-def caption_tokens(ids: np.ndarray | list, context: int, end_id: int) -> np.ndarray:
-    """A caption's ids -> [context] int32, padded with the end token. Raises UserError if it is longer."""
+def caption_tokens(ids: np.ndarray | list, context: int, pad_id: int) -> np.ndarray:
+    """A caption's ids -> [context] int32, padded with `pad_id`. Raises UserError if it is longer."""
     if len(ids) > context:
         raise UserError(f"a caption has {len(ids)} tokens and the text tower's context is {context}")
-    tokens = np.full(context, end_id, np.int32)
+    tokens = np.full(context, pad_id, np.int32)
     tokens[: len(ids)] = ids
     return tokens
 
@@ -113,12 +114,13 @@ class Captions(Kind):
 
     def shape(self, config: RunConfig, tokenizer: Tokenizer | None = None) -> PairShape:
         towers = self._towers(config)
-        return PairShape(towers.vision.image_size, towers.text.context, towers.text.end_id)
+        text = towers.text
+        return PairShape(towers.vision.image_size, text.context, text.end_id, text.padding_id)
 
     def row(self, samples: list[Sample], shape: PairShape) -> dict:
         if not samples:
             raise UserError("no image could be read in place of a bad one; see the source's files")
-        return {"tiles": samples[0].tiles, "tokens": caption_tokens(samples[0].tokens, shape.context, shape.end_id)}
+        return {"tiles": samples[0].tiles, "tokens": caption_tokens(samples[0].tokens, shape.context, shape.pad_id)}
 
     def fits(self, sample: Sample, tokens: int, tiles: int) -> bool:
         return True

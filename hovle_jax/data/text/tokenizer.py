@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from hovle_jax.data.text.broken import check_growth, check_ids, readable
+from hovle_jax.data.text.cleaning import CLEANERS
 from hovle_jax.errors import UserError
 from hovle_jax.system.files import reason_of, write_json, write_whole
 
@@ -34,6 +35,8 @@ CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
     (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
+CAPTION_PIECES = "spiece.model"  # the file of `CaptionPieces`
+FILES = (CAPTION_PIECES, "tokenizer.model", "tokenizer.json")  # one of which a folder with a tokenizer has
 BRING_BACK = "bring its files back, as from the run or the model that this one started from"
 CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer: its chat template; without this file, InternLM2's is used
 
@@ -48,6 +51,7 @@ class Tokenizer:
       stop_ids: the ids that end an answer.
       chat_template: Jinja source; None = InternLM2's, which is built in.
       clean_up: whether decoding removes blanks before punctuation, as some public tokenizers do.
+      pad: the id that fills a row after a caption; None = the model's config says it.
     """
 
     vocab_size: int
@@ -57,6 +61,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     chat_template: str | None = None
     clean_up: bool = False
+    pad: int | None = None
 
     def __init__(self, special: Mapping[str, int]):
         """special: {token: id}."""
@@ -278,6 +283,36 @@ class SentencePieceTokenizer(Tokenizer):
             write_json(folder / "added_tokens.json", self.added)
 
 
+class CaptionPieces(SentencePieceTokenizer):
+    """SigLIP's SentencePiece model: captions are cleaned first, and end with its own end token; nothing begins them.
+
+    Args:
+      model: the model file's bytes.
+    """
+
+    def __init__(self, model: bytes):
+        super().__init__(model, {})
+        self.bos, self.eos = None, self._pieces.eos_id()
+        if self.eos < 0:
+            raise UserError("the SentencePiece model has no end token: it is not SigLIP's")
+        self._special = {self._pieces.id_to_piece(self.eos): self.eos}
+        self._names = {i: token for token, i in self._special.items()}
+        self.vocab_size = self.first_special = self._pieces.vocab_size()
+        self.stop_ids, self.pad = (self.eos,), self.eos
+
+    def encode(self, text: str) -> list[int]:
+        return [i for i in self._pieces.encode(CLEANERS["siglip"](text)) if i != self.eos]
+
+    def _encode_with_ends(self, text):
+        return self.encode(text), None
+
+    def _with_special(self, tokens):
+        raise UserError("a tokenizer of captions has no tokens of images")
+
+    def _save(self, folder):
+        write_whole(folder / CAPTION_PIECES, self.model)
+
+
 def _coverage(lines, most):
     """The share of the text that its `most` frequent characters make up; the others are encoded as bytes."""
     counts = collections.Counter(itertools.chain.from_iterable(lines))
@@ -293,11 +328,12 @@ class HuggingFaceTokenizer(Tokenizer):
       text: the file's content.
       bos: a token's name or None.
       stops: names of the tokens that end an answer, the end-of-sequence token first.
+      clean: of `cleaning.CLEANERS`: what is done to a text first.
     Raises:
       UserError: an id that no vocabulary of so many tokens has; the library raises anything where the file is broken.
     """
 
-    def __init__(self, text: str, bos: str | None = None, stops: Sequence[str] = ()):
+    def __init__(self, text: str, bos: str | None = None, stops: Sequence[str] = (), clean: str = ""):
         try:
             import tokenizers
         except ModuleNotFoundError:
@@ -305,7 +341,10 @@ class HuggingFaceTokenizer(Tokenizer):
                 'reading tokenizer.json needs the package tokenizers; run: pip install "hovle_jax[convert]"'
             ) from None
         check_growth(text)
-        self.text, self.settings = text, {"bos": bos, "stops": list(stops)}
+        self.text, self.settings = text, {"bos": bos, "stops": list(stops)} | ({"clean": clean} if clean else {})
+        if clean not in CLEANERS:
+            raise UserError(f"{clean!r} is no way to clean a text; there are {', '.join(filter(None, CLEANERS))}")
+        self._clean = CLEANERS[clean]
         self._model = tokenizers.Tokenizer.from_str(text)
         # A file may ask for texts of a fixed number of ids, such as 2^40.
         self._model.no_padding()
@@ -323,14 +362,20 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos = self.stop_ids[0] if self.stop_ids else -1
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+        return self._model.encode(self._clean(text), add_special_tokens=False).ids
 
     def _encode_with_ends(self, text):
+        if self._clean is not CLEANERS[""]:
+            return self.encode(text), None
         encoded = self._model.encode(text, add_special_tokens=False)
         return encoded.ids, [end for _, end in encoded.offsets]
 
     def _decode_text(self, ids):
         return self._model.decode(ids, skip_special_tokens=False)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of any token, special or not; None if there is none."""
+        return self._model.token_to_id(token)
 
     def _piece(self, index):
         return self._model.id_to_token(index) or f"<id {index}>"
@@ -367,7 +412,10 @@ def load_tokenizer(place: str | os.PathLike) -> Tokenizer:
 def _load_folder(place):
     settings = _object(place / SETTINGS) or {}
     clean_up = settings.pop("clean_up", False)
-    if (place / "tokenizer.model").is_file():
+    if (place / CAPTION_PIECES).is_file():
+        with _naming(place / CAPTION_PIECES) as path:
+            tokenizer = CaptionPieces(path.read_bytes())
+    elif (place / "tokenizer.model").is_file():
         tokenizer = _sentence_pieces(place / "tokenizer.model", _object(place / "added_tokens.json"))
     else:
         with _naming(place / "tokenizer.json") as path:
@@ -415,4 +463,4 @@ def _naming(path):
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:
     """Whether `load_tokenizer` finds one in this folder."""
-    return any((pathlib.Path(folder) / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    return any((pathlib.Path(folder) / name).is_file() for name in FILES)

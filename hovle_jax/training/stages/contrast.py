@@ -63,11 +63,8 @@ def parts(config: RunConfig, rows: int) -> list[Part]:
     """Both towers and the similarities of all pairs."""
     c = config.clip
     assert c is not None
-    v, t = c.vision, c.text
-    vision, text = (
-        flops.encoder_stack(v, v.num_layers, v.num_tokens - v.grid**2 + c.kept_patches),
-        flops.encoder_stack(t, t.num_layers, t.context, causal=True),
-    )
+    vision = flops.clip_vision_layers(c)
+    text = flops.encoder_stack(c.text, c.text.num_layers, c.text.context, causal=c.text.causal)
     frozen = frozen_parts(config.model_config)
     treated = lambda name: UNTOUCHED if ("clip", name) in frozen else TRAINED
     forwards = 1 if config.execution.accumulate == 1 else 2  # vectors first, then their gradients' way back
