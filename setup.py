@@ -15,7 +15,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").r
 
 # protobuf is what sentencepiece describes its models with, and does not ask for.
 # jinja2 before 3.1.6 let a template out of its sandbox, pyarrow before 14.0.1 ran code of a Parquet file.
-CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1.6", "protobuf>=4"]
+CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1.6", "protobuf>=4", "ftfy>=6.2"]
 QUANTIZE = ["qwix>=0.1.8"]  # execution.int8
 LLAMA_CPP = ["xllamacpp>=2026.10"]  # llama.cpp itself, already compiled
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
@@ -59,7 +59,7 @@ setup(
         # jax's own extra picks the libtpu that belongs to it.
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
-        # GGUF files; tokenizer.json; the chat templates of other LLMs.
+        # GGUF files; tokenizer.json; the chat templates of other LLMs; captions as open_clip mends them.
         "convert": CONVERT,
         "llama_cpp": LLAMA_CPP,  # runs what convert export --as gguf writes
         "data": ["pyarrow>=17", "gcsfs"],  # Parquet files; gs:// URLs
