@@ -29,6 +29,7 @@ MASKED = -0.7 * float(np.finfo(np.float32).max)  # a score whose exponential is 
 _SUMS_BYTES = 15 * 2**20  # most that the gradients of a kv head's queries take in vector memory
 _BLOCKS_BYTES = 20 * 2**20  # what the rest of the backward kernel takes: blocks of scores, inputs and results
 
+# Dimension numbers of a @ b.T, a @ b and a.T @ b.
 _ROWS, _COLUMNS, _BY_ROW = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -57,14 +58,15 @@ class Tokens:
     """Segments and places of a row's queries or keys; a place is where a token lies in its whole row.
 
     Attributes:
-      segments, places: [L] int32.
+      segments: [B, L] int32, or [L] of one row.
+      places: [L] int32.
     """
 
     segments: jax.Array
     places: jax.Array
 
     def codes(self, causal: bool, length: int) -> jax.Array:
-        """[L] int32; a query sees a key where its code less the key's, modulo 2^32, lies in [0, reach) (`_seen`).
+        """As the segments; a query sees a key where its code less the key's, modulo 2^32, lies in [0, reach) (`_seen`).
 
         The difference of two segments is at least twice the reach, of two places less than it. Segments may differ by
         2^31 / reach: as many as the tokens of any row of less than 32,768.
@@ -116,6 +118,7 @@ def attend(
       query: [B, H, L, C], scaled.
       key, value: [B, K, S, C].
       queries, keys: [B, L] and [B, S] segments, [L] and [S] places.
+      causal: whether a query sees no later key.
       whole: whether the queries are whole rows, too; else they are a shard of their length.
     Returns:
       [B, H, L, C].
