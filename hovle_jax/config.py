@@ -12,13 +12,8 @@ from collections.abc import Collection
 from typing import Any
 
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import (
-    CLIPConfig,
-    EmbeddingConfig,
-    HoVLEConfig,
-    LLMConfig,
-    TeacherConfig,
-)
+from hovle_jax.model.clip_config import CLIPConfig
+from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig, TeacherConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from hovle_jax.components import select, unboxed
 from hovle_jax.config import ExecutionConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.model import flops, presets
-from hovle_jax.model.config import ResNetConfig, StackConfig
+from hovle_jax.model.clip_config import ResNetConfig
+from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.resnet import ModifiedResNet

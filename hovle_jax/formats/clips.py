@@ -6,7 +6,7 @@ from typing import Any
 
 from hovle_jax.formats import hf_clip, open_clip
 from hovle_jax.formats.mapping import Rule
-from hovle_jax.model.config import CLIPConfig
+from hovle_jax.model.clip_config import CLIPConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ from hovle_jax.formats.mapping import (
     patch_kernel,
     rule,
 )
-from hovle_jax.model.config import CLIP_MEAN, CLIP_STD, CLIPConfig, ResNetConfig, TextTowerConfig, ViTConfig
+from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig, TextTowerConfig
+from hovle_jax.model.config import CLIP_MEAN, CLIP_STD, ViTConfig
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 PREPROCESSOR = "preprocessor_config.json"

@@ -22,7 +22,8 @@ from hovle_jax.formats.mapping import (
     patch_kernel,
     rule,
 )
-from hovle_jax.model.config import CLIP_MEAN, CLIP_STD, CLIPConfig, ResNetConfig, TextTowerConfig, ViTConfig
+from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig, TextTowerConfig
+from hovle_jax.model.config import CLIP_MEAN, CLIP_STD, ViTConfig
 
 CONFIG = "open_clip_config.json"
 STEM = "open_clip_model"  # of the weights' file name

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import ResNetConfig
+from hovle_jax.model.clip_config import ResNetConfig
 
 DIMENSIONS = (
     "width", "mlp_width", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "patch_size", "context",

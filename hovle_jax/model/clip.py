@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.attention import AttentionMask
-from hovle_jax.model.config import CLIPConfig, ResNetConfig, TextTowerConfig
+from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig, TextTowerConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.resnet import ModifiedResNet
 from hovle_jax.model.transformer import TokenTable, dense, partitioned

@@ -10,16 +10,8 @@ Letters: L tokens, D width, H heads, K kv heads, C head dim, F ffn width, P patc
 
 import dataclasses
 
-from hovle_jax.model.config import (
-    CLIPConfig,
-    EmbeddingConfig,
-    LLMConfig,
-    ResNetConfig,
-    StackConfig,
-    TeacherConfig,
-    TextTowerConfig,
-    ViTConfig,
-)
+from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig, TextTowerConfig
+from hovle_jax.model.config import EmbeddingConfig, LLMConfig, StackConfig, TeacherConfig, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)

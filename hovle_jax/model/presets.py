@@ -3,17 +3,16 @@
 import dataclasses
 from typing import Any
 
+from hovle_jax.model.clip_config import CLIPConfig, TextTowerConfig
 from hovle_jax.model.config import (
     CLIP_MEAN,
     CLIP_STD,
-    CLIPConfig,
     EmbeddingConfig,
     HoVLEConfig,
     LLMConfig,
     RopeScaling,
     StackConfig,
     TeacherConfig,
-    TextTowerConfig,
     ViTConfig,
 )
 

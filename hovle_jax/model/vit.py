@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.attention import attend
-from hovle_jax.model.config import TextTowerConfig, ViTConfig
+from hovle_jax.model.clip_config import TextTowerConfig
+from hovle_jax.model.config import ViTConfig
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.transformer import RMSNorm, dense, partitioned, scanned
 from hovle_jax.model.vision import normalized_patches, resize_positions

@@ -14,7 +14,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.formats.families import Checkpoint
 from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.clip import CLIP, TextTower, image_tower, normalize
-from hovle_jax.model.config import CLIPConfig, ResNetConfig
+from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig
 from hovle_jax.model.vit import VisionTransformer
 
 STAGE = re.compile(r"layer([1-4])")  # of a ResNet

@@ -15,7 +15,7 @@ from hovle_jax.data.kinds.needs import Costs, Needs
 from hovle_jax.data.processor import Processor
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import CLIPConfig
+from hovle_jax.model.clip_config import CLIPConfig
 
 
 class PairShape(NamedTuple):
