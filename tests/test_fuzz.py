@@ -30,11 +30,13 @@ def test_mutated_files_are_read_or_refused(name, tmp_path):
 
 
 def misbehave(files, _):
-    """Hangs, ends, takes memory or raises, as the input's content says."""
+    """Computes or waits without end, ends, takes memory or raises, as the input's content says."""
     content = files["file"]
     if content[0] % 8 == 5:
         return
-    if content[0] % 8 == 0:
+    while content[0] % 8 == 0:
+        pass
+    if content[0] % 8 == 7:
         time.sleep(60)
     if content[0] % 8 == 1:
         run.os._exit(7)
@@ -52,19 +54,29 @@ def misbehave(files, _):
 
 @pytest.fixture
 def bad(monkeypatch):
-    monkeypatch.setitem(READERS, "bad", Reader(lambda: [{"file": b"5"}], misbehave, seconds=0.1))
+    """-> a fuzzer of inputs with these contents, each with so many seconds of the processor."""
     monkeypatch.setattr(run, "MEMORY", 2**25)
+
+    def fuzz(contents, seconds, kept):
+        monkeypatch.setitem(READERS, "bad", Reader(lambda: [{"file": b"5"}], misbehave, seconds))
+        monkeypatch.setattr(run, "make_input", lambda _name, _seed, index, _seeds: {"file": contents[index]})
+        return run.fuzz("bad", len(contents), 0, kept)
+
+    return fuzz
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")
-def test_what_is_wrong_is_found_and_kept(bad, tmp_path, monkeypatch):
-    contents = [b"0", b"1", b"2", b"3", b"4", b"5", b"6"]
-    monkeypatch.setattr(run, "make_input", lambda _name, _seed, index, _seeds: {"file": contents[index]})
-    found = run.fuzz("bad", len(contents), 0, tmp_path)
+def test_what_waits_ends_by_the_clock(bad, tmp_path):
+    found = bad([b"7", b"5"], 0.05, tmp_path)
+    assert found.findings == {"hang": 1} and found.inputs == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_what_is_wrong_is_found_and_kept(bad, tmp_path):
+    # Far more time than the memory takes, for a busy machine.
+    found = bad([b"0", b"1", b"2", b"3", b"4", b"5", b"6"], 2, tmp_path)
     kinds = collections.Counter(kind.split(" at ")[0] for kind in found.findings.elements())
-    # On a busy machine the time may end before the memory does.
-    assert kinds.keys() == {"hang", "ended with 7", "memory", "KeyError"} and kinds["hang"] + kinds["memory"] == 3
-    assert kinds["ended with 7"] == kinds["KeyError"] == 1
+    assert kinds == {"hang": 1, "ended with 7": 1, "memory": 2, "KeyError": 1}
     assert (found.inputs, found.refused) == (7, 3)
     kept = sorted(tmp_path.glob("bad/*/input-*"))
     assert len(kept) == 5 and {path.name for path in kept} == {f"input-{i}" for i in range(5)}
