@@ -182,7 +182,17 @@ def finished_run(folder):
     weights = params(config)
     kernel = weights["llm"]["head"]["kernel"]
     weights["llm"]["head"]["kernel"] = kernel.at[:, tokenizer().image_id].set(0)  # no image without one
-    components = ("embedding", "llm")
+    return _finished(folder, config, weights)
+
+
+def finished_clip(folder):
+    """The same of a contrast run."""
+    config = run_config("contrast")
+    return _finished(folder, config, params(config))
+
+
+def _finished(folder, config, weights):
+    components = STAGES[config.stage].result
     save_model(folder, config.model_config.only(components), {c: lambda c=c: weights[c] for c in components})
     tokenizer().save(folder)
     return folder

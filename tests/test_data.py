@@ -10,7 +10,7 @@ from hovle_jax.corpora import easy_vqa
 from hovle_jax.corpora.in_memory import MORE_WORDS, InMemoryCorpus, SampleMaker
 from hovle_jax.data import pipeline
 from hovle_jax.data.batch import BatchShape, Sample, pack_row, stack
-from hovle_jax.data.images import augment, load_image, single_tile
+from hovle_jax.data.images import augment, load_image
 from hovle_jax.data.kinds import CONVERSATIONS, RANDOM_TEXT, TEXT
 from hovle_jax.data.text.tokenizer import ADDED_TOKENS
 from hovle_jax.errors import UserError
@@ -267,7 +267,7 @@ def test_images_become_square_tiles(tmp_path):
 
     Image.fromarray(micro.draw("blue", "circle")[:16]).save(tmp_path / "wide.png")
     image = load_image(tmp_path / "wide.png")
-    assert image.size == (32, 16) and single_tile(image, 24).shape == (1, 24, 24, 3)
+    assert image.size == (32, 16)
     with pytest.raises(UserError, match="no image at .*absent.png"):
         load_image(tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("no image")

@@ -14,7 +14,7 @@ import numpy as np
 from hovle_jax.config import RunConfig
 from hovle_jax.corpora import easy_vqa
 from hovle_jax.data.batch import HELD_OUT_SEED, CorpusSummary, Row, Sample
-from hovle_jax.data.images import augment, single_tile
+from hovle_jax.data.images import augment
 from hovle_jax.data.kinds import CAPTIONS, CONVERSATIONS, RANDOM_TEXT, TEXT, Kind
 from hovle_jax.data.kinds.captions import pair
 from hovle_jax.data.processor import Processor
@@ -90,8 +90,8 @@ class SampleMaker:
     def caption_pair(self, example: easy_vqa.Example, rng: np.random.Generator) -> Sample:
         """The image and the ids of its caption."""
         shape = CAPTIONS.shape(self.config)
-        ids = [self.tokenizer.bos, *self.tokenizer.encode(example.caption), shape.end_id]
-        return pair(single_tile(self.image(example, rng), shape.image_size), ids)
+        tile = shape.resizing.tile(self.image(example, rng))
+        return pair(tile[None], shape.ids(self.tokenizer, example.caption))
 
     def random_text(self, example: easy_vqa.Example, rng: np.random.Generator) -> Sample:
         """The image, others up to `data.tiles` in all, and text of random ids.

@@ -260,11 +260,6 @@ def as_image(image: "Image.Image | np.ndarray") -> "Image.Image":
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
-def single_tile(image: "Image.Image | np.ndarray", size: int) -> np.ndarray:
-    """[1, size, size, 3] uint8: the whole image as one tile, resized bicubically if it has another size."""
-    return Tiling(size, 1, 1).cut(as_image(image))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentations
 

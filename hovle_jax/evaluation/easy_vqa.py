@@ -1,19 +1,15 @@
 """easy-VQA's official test split: questions, captions, and zero-shot classification with CLIP."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.corpora import easy_vqa
-from hovle_jax.data.images import single_tile
-from hovle_jax.data.kinds.captions import caption_tokens
 from hovle_jax.data.text.conversation import CAPTION_REQUEST
-from hovle_jax.evaluation.asking import Ask, batched
+from hovle_jax.evaluation.asking import Ask
 from hovle_jax.evaluation.benchmark import Benchmark, Item
+from hovle_jax.inference.encoder import Encoder
 from hovle_jax.inference.load import Loaded
 
 SOURCE = "easy_vqa"
@@ -48,31 +44,16 @@ def word(index: int, caption: str) -> str:
     return "".join(caption.split()[index : index + 1])
 
 
-@functools.partial(jax.jit, static_argnames="clip")
-def _image_vectors(params, tiles, *, clip):
-    return clip.apply({"params": params}, tiles, method="encode_images")
-
-
-def caption_vectors(loaded: Loaded, captions: Sequence[str]) -> Any:
-    """Unit vectors [N, E] of captions."""
-    clip = loaded.models["clip"]
-    text, tokenizer = clip.config.text, loaded.tokenizer
-    ids = [[tokenizer.bos, *tokenizer.encode(caption), text.end_id] for caption in captions]
-    tokens = np.stack([caption_tokens(one, text.context, text.padding_id) for one in ids])
-    return clip.apply({"params": loaded.params["clip"]}, tokens, method="encode_texts")
-
-
 def classified(loaded: Loaded, prompt: Callable, max_new_tokens: int, batch_size: int) -> Ask:
     """What gives an image the one of the 24 colour x shape captions whose vector is nearest."""
-    classes, clip = caption_vectors(loaded, easy_vqa.CAPTIONS), loaded.models["clip"]
+    encoder = Encoder(loaded, batch_size)
+    classes = encoder.texts(easy_vqa.CAPTIONS)
 
-    def best(items):
-        tiles = np.concatenate([single_tile(item.images[0], clip.config.vision.image_size) for item in items])
-        padded = np.concatenate([tiles, np.zeros((batch_size - len(tiles), *tiles.shape[1:]), np.uint8)])
-        vectors = _image_vectors(loaded.params["clip"], padded, clip=clip)
-        return np.asarray(jnp.argmax(vectors[: len(tiles)] @ classes.T, axis=1))
+    def answers(items):
+        for vectors in encoder.image_batches(item.images[0] for item in items):
+            yield from (easy_vqa.CAPTIONS[i] for i in np.argmax(vectors @ classes.T, axis=1))
 
-    return lambda items: (easy_vqa.CAPTIONS[i] for part in batched(items, batch_size) for i in best(part))
+    return answers
 
 
 QUESTIONS = Benchmark(items=questions, max_new_tokens=8, batch_size=256, source=SOURCE)

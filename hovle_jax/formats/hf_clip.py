@@ -28,6 +28,7 @@ from hovle_jax.model.config import CLIP_MEAN, CLIP_STD, ViTConfig
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 PREPROCESSOR = "preprocessor_config.json"
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 HIGHEST = 2  # as eos_token_id: texts are read at their highest id, as old configs had this 2 whatever the tokenizer's
 
 
@@ -90,6 +91,7 @@ def config_from_json(config: dict[str, Any], where: str = "config.json") -> CLIP
         loss="sigmoid" if siglip else "softmax",
         vision_projection="none" if siglip else "linear",
         text_projection="bias" if siglip else "linear",
+        resize="squash" if siglip else "shortest",
         family=kind,
         scalar_scale=not siglip,
     )
@@ -150,27 +152,51 @@ def _text(config, family, siglip, where):
 
 
 def with_preprocessor(config: CLIPConfig, path: pathlib.Path) -> CLIPConfig:
-    """The config with the pixels' mean and deviation of a preprocessor_config.json, where there is one."""
+    """The config with what a preprocessor_config.json says of the pixels, where there is one: how an image is resized,
+    mean and deviation.
+
+    Raises:
+      UserError: it resizes to another size than the tower's, or in a way that is not known.
+    """
     if not path.is_file():
         return config
-    found, v = read_object(path), config.vision
-    mean, std = (
-        colours(found, "image_mean", v.image_mean, str(path)),
-        colours(found, "image_std", v.image_std, str(path)),
+    found, v, where = read_object(path), config.vision, str(path)
+    mean, std = colours(found, "image_mean", v.image_mean, where), colours(found, "image_std", v.image_std, where)
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(v, image_mean=mean, image_std=std),
+        resize=_resize(found, config, where),
+        interpolation=RESAMPLE[only(found, "resample", tuple(RESAMPLE), 3, where)],
     )
-    return dataclasses.replace(config, vision=dataclasses.replace(v, image_mean=mean, image_std=std))
+
+
+def _resize(found, config, where):
+    """Of RESIZE_MODES, by 'size': {'shortest_edge'} or a number, or {'height', 'width'}."""
+    size, side = found.get("size"), config.vision.image_size
+    if size is None or not flag(found, "do_resize", True, where):
+        return config.resize
+    given = size if isinstance(size, dict) else {"shortest_edge": size}
+    if set(given.values()) != {side} or not set(given) <= {"shortest_edge", "height", "width"}:
+        raise UserError(f"{where}: size={size!r} is not supported; images are resized to the tower's {side} pixels")
+    return "shortest" if "shortest_edge" in given else "squash"
 
 
 def preprocessor_to_json(config: CLIPConfig) -> dict[str, Any]:
-    """A preprocessor_config.json: CLIP's images are resized by the shorter side and cropped, SigLIP's squashed."""
+    """A preprocessor_config.json.
+
+    Raises:
+      UserError: images are padded, which these processors do not do.
+    """
     v, siglip = config.vision, config.family == "siglip"
+    if config.resize == "longest":
+        raise UserError("clip.resize='longest' has no form in Hugging Face's layout; export as open_clip")
     square = {"height": v.image_size, "width": v.image_size}
     made = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": v.image_size}}
     return {
         "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
         "do_resize": True,
-        "resample": 3,  # bicubic
-        **({"size": square} if siglip else made),
+        "resample": next(number for number, name in RESAMPLE.items() if name == config.interpolation),
+        **(made if config.resize == "shortest" else {"do_center_crop": False, "size": square}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -22,7 +22,7 @@ from hovle_jax.formats.mapping import (
     patch_kernel,
     rule,
 )
-from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig, TextTowerConfig
+from hovle_jax.model.clip_config import INTERPOLATIONS, RESIZE_MODES, CLIPConfig, ResNetConfig, TextTowerConfig
 from hovle_jax.model.config import CLIP_MEAN, CLIP_STD, ViTConfig
 
 CONFIG = "open_clip_config.json"
@@ -63,6 +63,8 @@ def config_from_json(config: dict[str, Any], where: str = CONFIG) -> CLIPConfig:
         projection_width=count(model, "embed_dim", where=f"{where} model_cfg"),
         loss="softmax" if model.get("init_logit_bias") is None else "sigmoid",
         text_projection=_text_projection(text_config, f"{where} text_cfg"),
+        resize=only(pixels, "resize_mode", RESIZE_MODES, "shortest", f"{where} preprocess_cfg"),
+        interpolation=only(pixels, "interpolation", INTERPOLATIONS, "bicubic", f"{where} preprocess_cfg"),
         family="open_clip_custom" if flag(model, "custom_text", False, where) else "open_clip",
         scalar_scale=not flag(model, "nonscalar_logit_scale", False, where),
     )
@@ -181,8 +183,8 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         "preprocess_cfg": {
             "mean": list(v.image_mean),
             "std": list(v.image_std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
+            "interpolation": config.interpolation,
+            "resize_mode": config.resize,
         },
     }
 

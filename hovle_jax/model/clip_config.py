@@ -7,6 +7,7 @@ from hovle_jax.model.config import CLIP_MEAN, CLIP_STD, VISION_POOLINGS, ViTConf
 
 TEXT_POOLINGS = ("end", "highest", "last", "first")
 PROJECTIONS = ("linear", "bias", "none")  # 'bias': with a bias
+RESIZE_MODES, INTERPOLATIONS = ("squash", "shortest", "longest"), ("bicubic", "bilinear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,7 @@ class CLIPConfig:
       vision_projection, text_projection: of PROJECTIONS; a tower without one has the width of the space itself.
       family: whose names and layout its public checkpoint has: 'clip' and 'siglip' are Hugging Face's, 'open_clip' and
         'open_clip_custom' (whose text tower has a prefix) open_clip's.
+      resize, interpolation: how an image becomes the square that its tower sees, of RESIZE_MODES and INTERPOLATIONS.
       scalar_scale: whether the public checkpoint has scale and bias of shape [], or else [1].
     """
 
@@ -122,6 +124,8 @@ class CLIPConfig:
     frozen: str = ""
     vision_projection: str = "linear"
     text_projection: str = "linear"
+    resize: str = "squash"
+    interpolation: str = "bicubic"
     family: str = "clip"
     scalar_scale: bool = True
 
@@ -157,6 +161,7 @@ class CLIPConfig:
             "vision_projection": (self.vision_projection, PROJECTIONS),
         }
         choices |= {"text_projection": (self.text_projection, PROJECTIONS)}
+        choices |= {"resize": (self.resize, RESIZE_MODES), "interpolation": (self.interpolation, INTERPOLATIONS)}
         if isinstance(v, ViTConfig):
             choices |= {"vision.pooling": (v.pooling, VISION_POOLINGS)}
         for name, (value, allowed) in choices.items():

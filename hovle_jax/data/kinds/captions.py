@@ -9,22 +9,34 @@ from hovle_jax.config import RunConfig
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.records import Record, sizes_of
-from hovle_jax.data.images import MAX_PIXELS, decoded_image, single_tile
+from hovle_jax.data.images import MAX_PIXELS, decoded_image
 from hovle_jax.data.kinds.base import Kind, Reader, Room, RowLimits
 from hovle_jax.data.kinds.needs import Costs, Needs
 from hovle_jax.data.processor import Processor
+from hovle_jax.data.resizing import Resizing
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.model.clip_config import CLIPConfig
 
 
 class PairShape(NamedTuple):
-    """Shapes of the towers' inputs: side of the image, tokens of the text, and the ids that end and pad the text."""
+    """What the towers read: how an image becomes their square, tokens of the text, and the ids that end and pad it."""
 
-    image_size: int
+    resizing: Resizing
     context: int
     end_id: int
     pad_id: int
+
+    @classmethod
+    def of(cls, towers: CLIPConfig) -> "PairShape":
+        """What the towers of a model read."""
+        text = towers.text
+        return cls(Resizing.of(towers), text.context, text.end_id, text.padding_id)
+
+    def ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """The ids of a text: between the tokenizer's start, if it has one, and the end; a longer text is cut off."""
+        begin = [] if tokenizer.bos is None else [tokenizer.bos]
+        return [*[*begin, *tokenizer.encode(text)][: self.context - 1], self.end_id]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +69,8 @@ class PairReader(Reader):
     ) -> Sample:
         _check_image(record)
         with decoded_image(record.image_bytes(0), self.upright, self.max_pixels) as image:
-            tiles = single_tile(image, self.shape.image_size)
-        ids = [*self._begin, *self.tokenizer.encode(_description(record))][: self.shape.context - 1]
-        return pair(tiles, [*ids, self.shape.end_id])
+            tile = self.shape.resizing.tile(image)
+        return pair(tile[None], self.shape.ids(self.tokenizer, _description(record)))
 
     def room(self, costs: Costs, max_tiles: int | None = None) -> Room:
         one = np.minimum(np.asarray(costs.text, np.int64), 1)
@@ -113,9 +124,7 @@ class Captions(Kind):
         return PairReader(self, processor, self.shape(config), data.upright, data.max_pixels)
 
     def shape(self, config: RunConfig, tokenizer: Tokenizer | None = None) -> PairShape:
-        towers = self._towers(config)
-        text = towers.text
-        return PairShape(towers.vision.image_size, text.context, text.end_id, text.padding_id)
+        return PairShape.of(self._towers(config))
 
     def row(self, samples: list[Sample], shape: PairShape) -> dict:
         if not samples:
@@ -126,7 +135,7 @@ class Captions(Kind):
         return True
 
     def empty_row(self, config: RunConfig) -> dict:
-        size = self.shape(config).image_size
+        size = self.shape(config).resizing.size
         return self.row([pair(np.zeros((1, size, size, 3), np.uint8), [])], self.shape(config))
 
 
