@@ -46,7 +46,8 @@ class DataConfig:
       tiles: M, image tiles of a row, at most.
       samples_per_row: how many samples a row has at most, as segments; 0 = as many as fit (easy_vqa: 1, and always as
         many as are asked for).
-      augment: flips and shifts of the images, of an indexed source one JPEG compression; from (seed, step) alone.
+      augment: flips and shifts of the images, of an indexed source one JPEG compression, of pairs what `pairs` says;
+        from (seed, step) alone.
       min_tiles, max_tiles, thumbnail: the grid of tiles of an image (several images of a sample share max_tiles; a
         row's `tiles` limit it too), and whether the whole image follows a grid of more than one.
       upright: turn images as their EXIF orientation says.
@@ -83,6 +84,31 @@ def grid_within(fewest: int, most: int, thumbnail: bool, tiles: int) -> tuple[in
     """(fewest, most) tiles of a grid of which no image has more than `tiles`, its thumbnail included."""
     most = min(most, tiles - 1 if thumbnail and tiles > 1 else max(tiles, 1))
     return min(fewest, most), most
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """With data.augment, how the image of a pair of image and text changes (easy_vqa is flipped and shifted instead).
+
+    Attributes:
+      crop_area: a random part of the image is taken, of this share of its area at least; 1 = nearly all of it.
+      flip: half of the images are mirrored.
+      color_jitter: brightness, contrast and saturation are multiplied by up to 1 - and 1 + this.
+      grayscale: the share of images without colours.
+    """
+
+    crop_area: float = 0.9
+    flip: bool = False
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+
+    def check(self) -> None:
+        """Raises UserError for what is no share."""
+        if not 0 < self.crop_area <= 1:
+            raise UserError(f"pairs.crop_area={self.crop_area} is a share of the image; set it above 0, to 1 at most")
+        for name in ("color_jitter", "grayscale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"pairs.{name}={getattr(self, name)} is a share; set it between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +285,7 @@ class RunConfig:
     seed: int = 0  # of weights, order and augmentation
     steps: int = 1000  # optimizer steps, and the length of the learning rate's schedule
     easy_vqa: EasyVQAConfig = EasyVQAConfig()
+    pairs: PairsConfig = PairsConfig()
     stop_at_step: int = 0  # end early (0: never); the schedule keeps its length
     log_every: int = 20  # steps between two lines and two rows of metrics
     eval_every: int = 0  # held-out metrics between the first and the last step (0: only at both ends)

@@ -9,8 +9,9 @@ from hovle_jax.config import EasyVQAConfig
 from hovle_jax.corpora import easy_vqa
 from hovle_jax.corpora.in_memory import MORE_WORDS, InMemoryCorpus, SampleMaker
 from hovle_jax.data import pipeline
+from hovle_jax.data.augmentation import shifted
 from hovle_jax.data.batch import BatchShape, Sample, pack_row, stack
-from hovle_jax.data.images import augment, load_image
+from hovle_jax.data.images import load_image
 from hovle_jax.data.kinds import CONVERSATIONS, RANDOM_TEXT, TEXT
 from hovle_jax.data.text.tokenizer import ADDED_TOKENS
 from hovle_jax.errors import UserError
@@ -252,10 +253,10 @@ def test_held_out_data_is_not_augmented():
 
 def test_augment():
     image = micro.draw("red", "triangle")
-    copies = [augment(image, np.random.default_rng(seed), 4) for seed in range(16)]
+    copies = [shifted(image, np.random.default_rng(seed), 4) for seed in range(16)]
     for seed, copy in enumerate(copies):
         assert copy.shape == image.shape and copy.dtype == np.uint8
-        np.testing.assert_array_equal(copy, augment(image, np.random.default_rng(seed), 4))
+        np.testing.assert_array_equal(copy, shifted(image, np.random.default_rng(seed), 4))
         # The shape lies inside, so moving it neither cuts it off nor adds to it.
         assert (copy != 255).any(-1).sum() == (image != 255).any(-1).sum()
     assert sum((copy != image).any() for copy in copies) >= 14

@@ -104,7 +104,7 @@ def random_record(rng, files):
         for _ in images:
             questions[rng.integers(count)].append(IMAGE_MARK + words(4))
     turns = tuple((" ".join(q), f"a{i} " + words(12)) for i, q in enumerate(questions))
-    return Record(tuple(images), (), turns, "", "")
+    return Record(tuple(images), (), turns)
 
 
 def test_what_is_cut_is_never_an_image_and_never_all_that_is_learned():

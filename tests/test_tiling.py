@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hovle_jax.data.images import Tiling, recompress
+from hovle_jax.data.augmentation import recompress
+from hovle_jax.data.images import Tiling
 from hovle_jax.model.vision import normalize_tiles
 from tests.shared import golden_roots
 

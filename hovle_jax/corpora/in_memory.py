@@ -13,8 +13,8 @@ import numpy as np
 
 from hovle_jax.config import RunConfig
 from hovle_jax.corpora import easy_vqa
+from hovle_jax.data.augmentation import shifted
 from hovle_jax.data.batch import HELD_OUT_SEED, CorpusSummary, Row, Sample
-from hovle_jax.data.images import augment
 from hovle_jax.data.kinds import CAPTIONS, CONVERSATIONS, RANDOM_TEXT, TEXT, Kind
 from hovle_jax.data.kinds.captions import pair
 from hovle_jax.data.processor import Processor
@@ -43,7 +43,7 @@ class SampleMaker:
 
     def image(self, example: easy_vqa.Example, rng: np.random.Generator) -> np.ndarray:
         """[64, 64, 3] uint8, flipped and shifted at random if `augmented`."""
-        return augment(example.image, rng, max_shift=len(example.image) // 8) if self.augmented else example.image
+        return shifted(example.image, rng, max_shift=len(example.image) // 8) if self.augmented else example.image
 
     def questions(self, example: easy_vqa.Example, rng: np.random.Generator) -> list[tuple[str, str]]:
         """Up to `easy_vqa.turns` different questions of an example with their answers, in random order.

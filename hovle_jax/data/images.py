@@ -1,4 +1,4 @@
-"""Images: from files to square tiles, and the augmentations.
+"""Images: from files to square tiles.
 
 Letters: S side of a tile, n number of tiles.
 """
@@ -29,7 +29,6 @@ MAX_PIXELS = 2**26  # of an image, unless data.max_pixels says otherwise: half a
 BYTES_PER_PIXEL = {"JPEG2000": 24, "WEBP": 16, "AVIF": 16}
 LARGE = 2**22  # pixels; decoding fewer takes no share of the budget, as 16 threads' take half of it at most
 MAX_SIDE = 65_535  # JPEG's limit; libwebp takes minutes for an animation of a million columns, in 3 KB
-JPEG_QUALITIES = (75, 100)  # of InternVL's augmentation, inclusive
 # Formats that people keep images in. Pillow also reads documents, for which it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 swap width and height
@@ -258,35 +257,3 @@ def as_image(image: "Image.Image | np.ndarray") -> "Image.Image":
     from PIL import Image
 
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentations
-
-
-def recompress(tiles: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each tile after a JPEG compression of random quality (InternVL's `data_augment`): [n, S, S, 3] uint8."""
-    from PIL import Image
-
-    low, high = JPEG_QUALITIES
-    recompressed = np.empty_like(tiles)
-    for i, quality in enumerate(rng.integers(low, high + 1, len(tiles))):
-        buffer = io.BytesIO()
-        Image.fromarray(tiles[i]).save(buffer, "JPEG", quality=int(quality))
-        recompressed[i] = np.asarray(Image.open(buffer))
-    return recompressed
-
-
-def augment(tile: np.ndarray, rng: np.random.Generator, max_shift: int = 8) -> np.ndarray:
-    """A copy of a tile [S, S, 3], mirrored and shifted at random; uncovered pixels get the border's median colour."""
-    if rng.random() < 0.5:
-        tile = tile[:, ::-1]
-    down, right = rng.integers(-max_shift, max_shift + 1, 2)
-    border = np.concatenate([tile[0], tile[-1], tile[:, 0], tile[:, -1]])
-    shifted = np.empty_like(tile)
-    shifted[:] = np.median(border, axis=0).astype(np.uint8)
-    height, width = tile.shape[:2]
-    target = np.s_[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
-    source = np.s_[max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)]
-    shifted[target] = tile[source]
-    return shifted

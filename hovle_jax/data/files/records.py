@@ -12,7 +12,7 @@ from hovle_jax.data.text.chat_template import IMAGE_MARK
 
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "model")
 IMAGE_KEYS = ("image", "images", "jpg", "png", "webp", "img")
-CAPTION_KEYS = ("caption", "captions", "text", "txt", "TEXT", "prompt")
+CAPTION_KEYS = ("captions", "caption", "text", "txt", "TEXT", "prompt")
 UNSUPPORTED = ("video", "videos", "audio")
 
 
@@ -25,7 +25,7 @@ class Record:
       sizes: ((width, height), ...) if the row states them; empty = read them from the images.
       turns: ((question, answer), ...); empty if there is no conversation.
       system: the system message; empty = the run's own.
-      caption: a description of the first image.
+      captions: descriptions of the first image.
       text: plain text.
       references: for each turn all answers that are right, the learned one among them.
       options: the texts of a multiple choice, A first.
@@ -36,12 +36,17 @@ class Record:
     sizes: tuple = ()
     turns: tuple = ()
     system: str = ""
-    caption: str = ""
+    captions: tuple[str, ...] = ()
     text: str = ""
     references: tuple = ()
     options: tuple = ()
     root: str = ""
     outside_root: bool = False
+
+    @property
+    def caption(self) -> str:
+        """The first description; empty where there is none."""
+        return self.captions[0] if self.captions else ""
 
     def image_bytes(self, index: int) -> bytes:
         """An encoded image. Raises BadSample if its file is missing or cannot be read."""
@@ -69,7 +74,7 @@ def parse(row: object, root: str = "", outside_root: bool = False) -> Record:
         if row.get(key):
             raise BadSample("unsupported", f"it has {key!r}, which is not read")
     encoded = _images(row, root, outside_root)
-    caption = _caption(row, bool(encoded))
+    captions = _captions(row, bool(encoded))
     if row.get("conversations") is not None:
         system, turns = _turns(row["conversations"], "from", "value")
     elif row.get("messages") is not None:
@@ -83,7 +88,7 @@ def parse(row: object, root: str = "", outside_root: bool = False) -> Record:
     if text is not None and not isinstance(text, str):
         raise BadSample("not_text", f"'text' is a {type(text).__name__}")
     sizes = _sizes(row, len(encoded))
-    said = (turns, system, caption, _valid(text or ""), _references(row, turns), _options(row))
+    said = (turns, system, captions, _valid(text or ""), _references(row, turns), _options(row))
     record = Record(encoded, sizes, *said, root, outside_root)
     if not (record.images or record.turns or record.caption or record.text.strip()):
         raise BadSample(
@@ -129,12 +134,16 @@ def _valid(text):
     return text
 
 
-def _caption(row, has_images):
+def _captions(row, has_images):
     keys = CAPTION_KEYS if has_images else ("caption",)
-    value = next((row[key] for key in keys if isinstance(row.get(key), (str, list)) and row[key]), "")
-    if isinstance(value, list):
-        value = value[0]
-    return _valid(value).strip() if isinstance(value, str) else ""
+    found = (_texts(row.get(key)) for key in keys)
+    return next((texts for texts in found if texts), ())
+
+
+def _texts(value):
+    """The texts of a field that is one, or a list of them; what is no text counts as absent."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(text for text in (_valid(v).strip() for v in values if isinstance(v, str)) if text)
 
 
 def _turns(messages, role_key, text_key):

@@ -79,7 +79,7 @@ class Reader(abc.ABC):
           rng: a generator for this sample alone.
           piece: which piece, of a text that is split over several rows.
           max_tiles: of an image's grid, if its source has a limit of its own.
-          augment: one JPEG compression of each tile.
+          augment: one JPEG compression of each tile, or what the kind does instead.
         Raises:
           BadSample: it cannot be made, or nothing of it would be learned.
         """

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hovle_jax.config import RunConfig
+from hovle_jax.config import PairsConfig, RunConfig
+from hovle_jax.data.augmentation import PairAugmentation
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.records import Record, sizes_of
@@ -47,15 +48,17 @@ class PairReader(Reader):
       shape: of the towers' inputs.
       upright: rotate images as their EXIF orientation says.
       max_pixels: an image of more is a bad sample.
+      augmentation: what changes images where they are to be changed.
     """
 
     shape: PairShape
     upright: bool
     max_pixels: int = MAX_PIXELS
+    augmentation: PairAugmentation = PairAugmentation(PairsConfig())
 
     def needs(self, record: Record) -> Needs:
         _check_image(record)
-        if not _description(record):
+        if not _descriptions(record):
             raise BadSample("no_caption", "a pair is an image with a text about it")
         return Needs(1, 1, 1, sizes_of(record, self.upright, self.max_pixels)[:1])
 
@@ -69,8 +72,11 @@ class PairReader(Reader):
     ) -> Sample:
         _check_image(record)
         with decoded_image(record.image_bytes(0), self.upright, self.max_pixels) as image:
-            tile = self.shape.resizing.tile(image)
-        return pair(tile[None], self.shape.ids(self.tokenizer, _description(record)))
+            resizing = self.shape.resizing
+            tile = self.augmentation.tile(image, resizing, rng) if augment else resizing.tile(image)
+        texts = _descriptions(record)
+        text = texts[int(rng.integers(len(texts)))]
+        return pair(tile[None], self.shape.ids(self.tokenizer, text))
 
     def room(self, costs: Costs, max_tiles: int | None = None) -> Room:
         one = np.minimum(np.asarray(costs.text, np.int64), 1)
@@ -85,9 +91,9 @@ def _check_image(record):
         raise BadSample("no_image", "a pair has an image")
 
 
-def _description(record):
-    """A text about the image: its caption, or the first answer about it."""
-    return record.caption or (record.turns[0][1].strip() if record.turns else "")
+def _descriptions(record) -> tuple[str, ...]:
+    """Texts about the image, of which a sample has one: its captions, or the first answer about it."""
+    return record.captions or ((record.turns[0][1].strip(),) if record.turns else ())
 
 
 def pair(tiles: np.ndarray, ids: list) -> Sample:
@@ -110,6 +116,7 @@ class Captions(Kind):
 
     def check(self, config: RunConfig) -> None:
         self._towers(config)
+        config.pairs.check()
 
     def _towers(self, config) -> CLIPConfig:
         if config.clip is None:
@@ -121,7 +128,8 @@ class Captions(Kind):
 
     def reader(self, config: RunConfig, tokenizer: Tokenizer) -> PairReader:
         data, processor = config.data, Processor.of_run(config, tokenizer)
-        return PairReader(self, processor, self.shape(config), data.upright, data.max_pixels)
+        augmentation = PairAugmentation(config.pairs)
+        return PairReader(self, processor, self.shape(config), data.upright, data.max_pixels, augmentation)
 
     def shape(self, config: RunConfig, tokenizer: Tokenizer | None = None) -> PairShape:
         return PairShape.of(self._towers(config))

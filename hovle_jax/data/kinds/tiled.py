@@ -6,10 +6,11 @@ import dataclasses
 
 import numpy as np
 
+from hovle_jax.data.augmentation import recompress
 from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.batch import Sample
 from hovle_jax.data.files.records import Record, sizes_of
-from hovle_jax.data.images import Tiling, decoded_image, recompress
+from hovle_jax.data.images import Tiling, decoded_image
 from hovle_jax.data.kinds.base import Reader, Room
 from hovle_jax.data.kinds.needs import Costs, Needs
 from hovle_jax.data.text.conversation import Encoded

@@ -191,7 +191,7 @@ class IndexedCorpus:
 
 
 def _texts_of(record):
-    yield from (record.caption, *record.text.splitlines())
+    yield from (*record.captions, *record.text.splitlines())
     for turn in record.turns:
         yield from turn
 
