@@ -71,6 +71,7 @@ def _tile(size):
     return np.zeros((1, size, size, 3), np.uint8)
 
 
+STATISTICS = ("mean", "variance", "batches")  # of a ResNet's batch norm
 COMPONENTS = {
     "llm": Component(
         module=lambda config, execution: LanguageModel(config.llm, execution),
@@ -92,16 +93,17 @@ COMPONENTS = {
         inputs=lambda config: (_tile(config.clip.vision.image_size), np.zeros((1, 1), np.int32)),
         has_sizes=lambda config: config.clip is not None,
         handed_on=True,
-        statistics=("mean", "variance", "batches"),  # of a ResNet's batch norm
+        statistics=STATISTICS,
     ),
     "teacher": Component(
         module=lambda config, execution: VisionTeacher(config.teacher, execution),
         inputs=lambda config: (_tile(config.teacher.vision.image_size), (config.teacher.vision.grid // 2) ** 2),
         has_sizes=lambda config: config.teacher is not None,
+        statistics=STATISTICS,
     ),
     # A student needs no head for a teacher that has a projector.
     "head": Component(
-        module=lambda config, execution: StudentHead(4 * config.teacher.vision.width, execution),
+        module=lambda config, execution: StudentHead(4 * config.teacher.width, execution),
         inputs=lambda config: (np.zeros((1, 1, config.embedding.stack.width), np.float32),),
         has_sizes=lambda config: config.teacher is not None and config.teacher.projector == "linear",
     ),

@@ -13,7 +13,8 @@ from typing import Any
 
 from hovle_jax.errors import UserError
 from hovle_jax.model.clip_config import CLIPConfig
-from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig, TeacherConfig
+from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig
+from hovle_jax.model.teacher_config import TeacherConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +234,8 @@ class InitConfig:
     Attributes:
       llm, embedding, clip, teacher: a stage's name, the folder of a run or an import, 'smol-llm' (which is fetched),
         or empty for fresh random weights.
+      clip_parts: what of init.clip is taken, of vision, text, vision_projection, text_projection, log_scale and
+        logit_bias, with commas: 'vision' for a fresh text tower beside a trained image tower. Empty = all.
       pass_through: the layers of a fresh embedding start by adding nothing, so that a trained LLM reads text through
         them as it did without them.
     """
@@ -241,7 +244,13 @@ class InitConfig:
     embedding: str = ""
     clip: str = ""
     teacher: str = ""
+    clip_parts: str = ""
     pass_through: bool = False
+
+    @property
+    def parts_of_clip(self) -> tuple[str, ...]:
+        """The parts of `init.clip` that are taken; empty = all."""
+        return tuple(self.clip_parts.split(",")) if self.clip_parts else ()
 
 
 @dataclasses.dataclass(frozen=True)

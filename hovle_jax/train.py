@@ -103,13 +103,14 @@ def plan(config: RunConfig, config_folder: pathlib.Path, workdir: pathlib.Path, 
 def chain(config: RunConfig, config_folder: pathlib.Path, workdir: pathlib.Path, seed: int | None = None) -> list:
     """`plan`, and the finished runs that it builds on, with None in the place of their sources."""
     from hovle_jax.checkpoints import is_finished
+    from hovle_jax.training.adopting import with_sizes_of_sources
     from hovle_jax.training.run_folder import check_same_config
     from hovle_jax.training.stages import STAGES, find
 
     runs, planned = [], set()
 
     def visit(config):
-        config = config if seed is None else dataclasses.replace(config, seed=seed)
+        config = with_sizes_of_sources(config if seed is None else dataclasses.replace(config, seed=seed))
         components = find(config.stage).components_of(config.model_config)
         folder, sources = workdir / config.stage, {}
         if config.stage in planned:
@@ -229,8 +230,10 @@ def train(
     from hovle_jax.hosts import distributed
     from hovle_jax.system.progress import format_duration
     from hovle_jax.training import checks, run_folder
+    from hovle_jax.training.adopting import with_sizes_of_sources
 
     say = print if distributed.is_leader() else lambda line: None
+    config = with_sizes_of_sources(config)
     run_folder.open_run_folder(workdir)
     folder = workdir / config.stage
     if is_finished(folder):

@@ -15,7 +15,7 @@ import numpy as np
 from hovle_jax import train
 from hovle_jax.config import MeshConfig, ModelConfig
 from hovle_jax.corpora import loading
-from hovle_jax.model.config import TeacherConfig
+from hovle_jax.model.teacher_config import TeacherConfig
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.training import checks, loop
 from hovle_jax.training.stages import STAGES

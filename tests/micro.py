@@ -14,7 +14,8 @@ from hovle_jax.corpora.in_memory import InMemoryCorpus
 from hovle_jax.data import pipeline
 from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.model.clip_config import CLIPConfig, TextTowerConfig
-from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig, StackConfig, TeacherConfig, ViTConfig
+from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig, StackConfig, ViTConfig
+from hovle_jax.model.teacher_config import TeacherConfig
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.training.setup import Run, build
 from hovle_jax.training.stages import STAGES

@@ -16,7 +16,8 @@ from hovle_jax.checkpoints import save_model
 from hovle_jax.components import shapes
 from hovle_jax.config import ModelConfig
 from hovle_jax.conversion.exporting import export_model
-from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig, TeacherConfig, ViTConfig
+from hovle_jax.model.config import LLMConfig, RopeScaling, StackConfig, ViTConfig
+from hovle_jax.model.teacher_config import TeacherConfig
 from tests import micro
 
 STACK = StackConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, rope_theta=1e4)

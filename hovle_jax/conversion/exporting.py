@@ -25,7 +25,7 @@ from hovle_jax.formats import clips, hf_clip, hovle, internvl, llms
 from hovle_jax.formats.mapping import Array, Rule, nested, public_shapes, public_tensors
 from hovle_jax.formats.source import INDEX, is_counter
 from hovle_jax.formats.tiling import tiling_to_json
-from hovle_jax.model.config import HoVLEConfig
+from hovle_jax.model.config import HoVLEConfig, ViTConfig
 from hovle_jax.system.files import read_json, whole_folder, write_json
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -53,9 +53,11 @@ def public_format(config: ModelConfig, tokenizer: Tokenizer | None = None) -> tu
     if config.teacher:
         if config.teacher.kind != "internvit":
             raise UserError("a CLIP teacher cannot be exported; export the LLM or the HoVLE of this model")
+        vision = config.teacher.vision
+        assert isinstance(vision, ViTConfig), "a ResNet is a CLIP's"
         if config.teacher.projector != "mlp1" or not config.llm:
-            return internvl.tower_rules(config.teacher.vision), internvl.vision_to_json(config.teacher.vision)
-        whole = internvl.InternVLConfig(config.teacher.vision, config.llm)
+            return internvl.tower_rules(vision), internvl.vision_to_json(vision)
+        whole = internvl.InternVLConfig(vision, config.llm)
         return internvl.rules(whole), internvl.config_to_json(whole)
     if config.clip:
         layout = clips.layout_of(config.clip)

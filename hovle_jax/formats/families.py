@@ -16,7 +16,8 @@ from hovle_jax.formats.fields import read_object
 from hovle_jax.formats.mapping import DeferredLeaf, Rule, check, deferred, load, nested
 from hovle_jax.formats.sizes import check_sizes
 from hovle_jax.formats.source import SafetensorsFolder, TensorSource
-from hovle_jax.model.config import LLMConfig, TeacherConfig
+from hovle_jax.model.config import LLMConfig
+from hovle_jax.model.teacher_config import TeacherConfig
 from hovle_jax.system.cache import cache_dir
 
 

@@ -18,7 +18,8 @@ from hovle_jax.formats.mapping import (
     patch_kernel,
     rule,
 )
-from hovle_jax.model.config import LLMConfig, TeacherConfig, ViTConfig
+from hovle_jax.model.config import LLMConfig, ViTConfig
+from hovle_jax.model.teacher_config import TeacherConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ Letters: L tokens, D width, H heads, K kv heads, C head dim, F ffn width, P patc
 import dataclasses
 
 from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig, TextTowerConfig
-from hovle_jax.model.config import EmbeddingConfig, LLMConfig, StackConfig, TeacherConfig, ViTConfig
+from hovle_jax.model.config import EmbeddingConfig, LLMConfig, StackConfig, ViTConfig
+from hovle_jax.model.teacher_config import TeacherConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,8 @@ def llm_head(c: LLMConfig, tokens: int) -> Work:
 def teacher(c: TeacherConfig, tokens_per_tile: int) -> Work:
     """One tile through the tower and, where it has one, InternVL2's projector."""
     v = c.vision
+    if isinstance(v, ResNetConfig):
+        return resnet(v, c.num_layers)
     work = patch_embedding(v.grid**2, v.patch_size, v.width) + encoder_stack(v, c.num_layers, v.num_tokens)
     if c.projector != "mlp1":
         return work
@@ -121,7 +124,7 @@ def clip_vision_ends(c: CLIPConfig) -> Work:
     """Of one image, besides the layers: patches, a MAP head, and the projection of what is pooled."""
     v = c.vision
     if isinstance(v, ResNetConfig):
-        return resnet(v, c.projection_width)
+        return resnet(v) + resnet_pool(v, c.projection_width)
     work = patch_embedding(v.grid**2, v.patch_size, v.width)
     if v.pooling == "map":
         work += attention_pool(v.num_tokens, v.width) + Work(dense=2 * product(1, v.width, v.mlp_width))
@@ -139,17 +142,24 @@ def attention_pool(tokens: int, width: int) -> Work:
     return Work(dense=dense, attention=2 * product(tokens, 1, width), square=2 * product(tokens, 1, width))
 
 
-def resnet(c: ResNetConfig, features: int) -> Work:
-    """One image through CLIP's ResNet: a convolution of k x k multiplies k^2 inputs at each place that it puts out."""
+def resnet(c: ResNetConfig, stages: int = 4) -> Work:
+    """One image through so many stages of CLIP's ResNet, without its pooling.
+
+    A convolution of k x k multiplies k^2 inputs at each place that it puts out.
+    """
     places, half = (c.image_size // 2) ** 2, c.width // 2
     dense, inputs = product(places, 9 * half, half) + product(places, 9 * half, c.width), c.width
-    for stage, blocks in enumerate(c.layers):
+    for stage, blocks in enumerate(c.layers[:stages]):
         places, width = (c.image_size // 2 ** (stage + 2)) ** 2, c.width * 2**stage
         for i in range(blocks):
             before = places * 4 if stage and not i else places  # the stride comes after the second convolution
             dense += product(before, inputs, width) + product(before, 9 * width, width)
             dense += product(places, width, 4 * width) + (0 if i else product(places, inputs, 4 * width))
             inputs = 4 * width
-    tokens, last = c.grid**2 + 1, product(1, c.channels, features) - product(1, c.channels, c.channels)
-    first = Work(first=product((c.image_size // 2) ** 2, 27, half), dense=dense + last)
-    return first + attention_pool(tokens, c.channels)
+    return Work(first=product((c.image_size // 2) ** 2, 27, half), dense=dense)
+
+
+def resnet_pool(c: ResNetConfig, features: int) -> Work:
+    """Its attention over the last feature map, whose output is the projection."""
+    other = product(1, c.channels, features) - product(1, c.channels, c.channels)
+    return Work(dense=other) + attention_pool(c.grid**2 + 1, c.channels)

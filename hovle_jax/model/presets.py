@@ -12,9 +12,9 @@ from hovle_jax.model.config import (
     LLMConfig,
     RopeScaling,
     StackConfig,
-    TeacherConfig,
     ViTConfig,
 )
+from hovle_jax.model.teacher_config import TeacherConfig
 
 
 def tiny_model() -> HoVLEConfig:

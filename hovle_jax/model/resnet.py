@@ -107,16 +107,19 @@ class ModifiedResNet(nn.Module):
     """Stem, four stages of blocks, attention pooling.
 
     Attributes:
-      features: E, of what it pools: the projection is a part of the pooling.
+      features: E, of what it pools: the projection is a part of the pooling; 0 = it does not pool.
+      stages: how many of the four stages to run; fewer than all are not pooled.
     """
 
     config: ResNetConfig
     features: int
     execution: Execution
+    stages: int = 4
 
     @nn.compact
     def __call__(self, tiles):
-        """[M, S, S, 3] (uint8, or float already normalised) -> (last feature map [M, P, C], pooled [M, features]).
+        """[M, S, S, 3] (uint8, or float already normalised) -> (last feature map [M, P, C], pooled [M, features] or
+        None).
 
         The stages' feature maps [M, H, W, C] are sown as `intermediates`: stage1 to stage4.
         """
@@ -126,10 +129,12 @@ class ModifiedResNet(nn.Module):
             y = convolution(width, 3, f"conv{i}", how, stride)(x)
             x = nn.relu(BatchNorm(c.norm_eps, name=f"norm{i}")(y))
         x = pooled(x, 2)
-        for stage, blocks in enumerate(c.layers):
+        for stage, blocks in enumerate(c.layers[: self.stages]):
             for i in range(blocks):
                 stride = 2 if stage and not i else 1
                 x = Block(c.width * 2**stage, stride, c.norm_eps, how, name=f"stage{stage + 1}_block{i}")(x)
             self.sow("intermediates", f"stage{stage + 1}", x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if not self.features:
+            return x, None
         return x, AttentionPool(c.num_heads, self.features, how, name="pool")(x)

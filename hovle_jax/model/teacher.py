@@ -6,8 +6,10 @@ Dimension letters: M tiles, P patches, D tower width.
 import flax.linen as nn
 import jax
 
-from hovle_jax.model.config import TeacherConfig
+from hovle_jax.model.clip_config import ResNetConfig
 from hovle_jax.model.execution import Execution
+from hovle_jax.model.resnet import ModifiedResNet
+from hovle_jax.model.teacher_config import TeacherConfig
 from hovle_jax.model.transformer import dense
 from hovle_jax.model.vision import normalize_tiles, pixel_shuffle, resize_features
 from hovle_jax.model.vit import LayerNorm, VisionTransformer
@@ -55,11 +57,16 @@ class VisionTeacher(nn.Module):
         if tiles.shape[1] != c.image_size:
             tiles = normalize_tiles(tiles, c.image_mean, c.image_std)
             tiles = jax.image.resize(tiles, (tiles.shape[0], c.image_size, c.image_size, 3), "bilinear")
-        tower = VisionTransformer(c, self.execution, self.config.num_layers, with_post_norm=False, name="vision")
-        hidden, _ = tower(tiles)
         side = 2 * int(tokens_per_tile**0.5)
-        patches = hidden[:, 1:] if c.class_token else hidden
-        x = pixel_shuffle(resize_features(patches, side))
+        x = pixel_shuffle(resize_features(self.patches(tiles), side))
         if self.config.projector != "mlp1":
             return x
         return MLP1(self.config.projector_width, self.execution, name="mlp1")(x)
+
+    def patches(self, tiles: jax.Array) -> jax.Array:
+        """The tower's patches after the teacher's layers, [M, P, D]."""
+        c, layers = self.config.vision, self.config.num_layers
+        if isinstance(c, ResNetConfig):
+            return ModifiedResNet(c, 0, self.execution, layers, name="vision")(tiles)[0]
+        hidden, _ = VisionTransformer(c, self.execution, layers, with_post_norm=False, name="vision")(tiles)
+        return hidden[:, 1:] if c.class_token else hidden

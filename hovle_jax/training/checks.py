@@ -14,7 +14,8 @@ from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import distributed
 from hovle_jax.model.attention import IMPLEMENTATIONS
-from hovle_jax.model.config import TEACHER_KINDS
+from hovle_jax.model.clip_config import CLIP_PARTS
+from hovle_jax.model.teacher_config import TEACHER_KINDS
 from hovle_jax.model.transformer import remat_policy
 from hovle_jax.training.check_numbers import check_numbers
 from hovle_jax.training.stages import find
@@ -43,9 +44,11 @@ def check(config: RunConfig) -> None:
     stage.batch.check(config)
     if "clip" in stage.components and config.clip is not None:
         config.clip.check()
-        if config.clip.frozen and not config.init.clip:
+        loaded = config.init.parts_of_clip or CLIP_PARTS if config.init.clip else ()
+        if fresh := [part for part in config.clip.frozen_parts if part not in loaded]:
             raise UserError(
-                f"clip.frozen={config.clip.frozen!r} stays as it is loaded: set init.clip to a trained model"
+                f"clip.frozen={config.clip.frozen!r} stays as it is loaded, and {', '.join(fresh)} would not be: set "
+                "init.clip to a trained model, and name the part in init.clip_parts if that is set"
             )
     check_execution(config.execution)
 
@@ -104,6 +107,8 @@ def check_sources(config: RunConfig, sources: Mapping[str, Path]) -> list[str]:
             tower = getattr(model, TEACHER_KINDS[wanted.kind].component)
             path, wanted, stored = "teacher.vision", wanted.vision, tower and tower.vision
         values = dict(_unseen(wanted, path))
+        if component == "clip" and (parts := config.init.parts_of_clip):  # the others are not taken
+            values = {key: value for key, value in values.items() if key.split(".")[1] in parts}
         theirs = {key: value for key, value in _unseen(stored, path) if values.get(key, value) != value}
         changed = {key: value for key, value in theirs.items() if key.endswith(ROTARY)}
         wrong = {key: value for key, value in theirs.items() if key not in changed}

@@ -36,7 +36,7 @@ from hovle_jax.training.stage import Stage
 from hovle_jax.training.stages import find
 from hovle_jax.training.state import TrainState, make_state, wholly_frozen
 from hovle_jax.training.step import train_step_for
-from hovle_jax.training.tokenizer import choose_tokenizer
+from hovle_jax.training.tokenizer import choose_tokenizer, texts_read_by
 from hovle_jax.training.weights import Sources, load_params, save_result
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def run(
     monitor = Monitor(config, folder, profile, say, track)
     stage, run = find(config.stage), build(config, make_mesh(config.mesh))
     corpus = loading.load_corpus(config, config.data.split, say)
-    tokenizer = choose_tokenizer(config, [folder], list(sources.values()), corpus)
+    tokenizer = choose_tokenizer(config, [folder], texts_read_by(config, sources), corpus)
     check_tokenizer(config, tokenizer)
     numbers, lists_bad = distributed.host_rows(run.placement.batch_sharding, config.data.batch_size)
     dataset = pipeline.build_dataset(config, stage.batch, tokenizer, corpus, numbers=numbers)

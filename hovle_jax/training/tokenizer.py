@@ -1,7 +1,7 @@
 """Which tokenizer a run reads text with."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hovle_jax.config import RunConfig
 from hovle_jax.data import pipeline
@@ -23,3 +23,9 @@ def choose_tokenizer(
     tokenizer = load_tokenizer(place) if place else pipeline.train_tokenizer(config, corpus)
     # A public LLM's has no image tokens.
     return tokenizer.with_image_tokens() if "embedding" in STAGES[config.stage].components else tokenizer
+
+
+def texts_read_by(config: RunConfig, sources: Mapping[str, pathlib.Path]) -> list[pathlib.Path]:
+    """Of the folders {component: folder} that a run starts from, those that read text: a tower alone has no say."""
+    parts = config.init.parts_of_clip
+    return [folder for name, folder in sources.items() if not (name == "clip" and parts and "text" not in parts)]

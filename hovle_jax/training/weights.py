@@ -2,14 +2,18 @@
 
 import pathlib
 from collections.abc import Collection
+from typing import Any
 
 import jax
+from flax import traverse_util
 
 from hovle_jax import checkpoints
 from hovle_jax.components import COMPONENTS, Params, fresh
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.model.config import TEACHER_KINDS, HoVLEConfig
+from hovle_jax.model.config import HoVLEConfig
+from hovle_jax.model.teacher_config import TEACHER_KINDS
+from hovle_jax.sharding.layout import Path
 from hovle_jax.system.files import errno_of, reason_of
 from hovle_jax.system.mirror import Mirror
 from hovle_jax.training.setup import Run
@@ -28,10 +32,14 @@ def load_params(config: RunConfig, run: Run, sources: Sources, only: Collection[
     for component, abstract in run.abstract_params().items():
         if only is not None and component not in only:
             continue
+        made = lambda c=component, a=abstract: fresh(run.models.config, c, config.seed, a)
         if component not in sources:
-            params[component] = fresh(run.models.config, component, config.seed, abstract)
-        elif component == "teacher" and TEACHER_KINDS[config.teacher.kind].component != "teacher":
-            params[component] = load_tower_as_teacher(sources[component], config, abstract)
+            params[component] = made()
+        elif component == "teacher":
+            params[component] = load_teacher(sources[component], config, abstract)
+        elif component == "clip" and config.init.clip_parts:
+            parts = config.init.clip_parts.split(",")
+            params[component] = load_parts(sources[component], component, parts, made(), abstract)
         else:
             params[component] = checkpoints.load_component(sources[component], component, abstract)
     if "embedding" in params and "embedding" not in sources:
@@ -41,23 +49,28 @@ def load_params(config: RunConfig, run: Run, sources: Sources, only: Collection[
     return params
 
 
-def load_tower_as_teacher(folder: pathlib.Path, config: RunConfig, abstract: Params) -> Params:
-    """The image tower of another component, without the last layers that a teacher of its kind does not run."""
-    teacher, vision = config.teacher, abstract["vision"]
-    mesh = jax.tree.leaves(vision)[0].sharding.mesh
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    stored = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((teacher.vision.num_layers, *leaf.shape[1:]), leaf.dtype, sharding=whole),
-        vision["layers"],
-    )
-    component = TEACHER_KINDS[teacher.kind].component
-    tower = checkpoints.load_component(folder, component, {"vision": vision | {"layers": stored}})["vision"]
-    layers = jax.tree.map(
-        lambda leaf, target: jax.device_put(leaf[: teacher.num_layers], target.sharding),
-        tower["layers"],
-        vision["layers"],
-    )
-    return {"vision": tower | {"layers": layers}}
+def load_teacher(folder: pathlib.Path, config: RunConfig, abstract: Params) -> Params:
+    """A teacher, or the image tower of another component, without the layers that a teacher does not run."""
+    assert config.teacher is not None
+    depth, runs = config.teacher.depth, config.teacher.num_layers
+    wanted: dict[Path, Any] = traverse_util.flatten_dict(abstract)
+    whole = lambda leaf: jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+    stored = {
+        path: jax.ShapeDtypeStruct((depth, *leaf.shape[1:]), leaf.dtype, sharding=whole(leaf))
+        for path, leaf in wanted.items()
+        if path[:2] == ("vision", "layers") and depth != runs
+    }
+    tree = traverse_util.unflatten_dict(wanted | stored)
+    read = checkpoints.load_component(folder, TEACHER_KINDS[config.teacher.kind].component, tree)
+    flat: dict[Path, Any] = traverse_util.flatten_dict(read)
+    cut = {path: jax.device_put(flat[path][:runs], wanted[path].sharding) for path in stored}
+    return traverse_util.unflatten_dict(flat | cut)
+
+
+def load_parts(folder: pathlib.Path, component: str, parts: Collection[str], made: Params, abstract: Params) -> Params:
+    """A component of which some parts come from a folder, and the others are as they were made."""
+    taken = {name: leaf for name, leaf in abstract.items() if name in parts}
+    return made | checkpoints.load_component(folder, component, taken)
 
 
 def copy_text_table(params: Params, model: HoVLEConfig) -> None:

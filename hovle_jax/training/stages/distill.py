@@ -46,7 +46,7 @@ def parts(config: RunConfig, rows: int) -> list[Part]:
     tiles, tokens = config.data.tiles * rows, config.model.embedding.tokens_per_tile
     made = embedding_parts(config, rows) + [Part("teacher", flops.teacher(config.teacher, tokens) * tiles, UNTOUCHED)]
     if config.teacher.projector == "linear":
-        width, target = config.model.embedding.stack.width, 4 * config.teacher.vision.width
+        width, target = config.model.embedding.stack.width, 4 * config.teacher.width
         made.append(Part("projection", Work(dense=flops.product(tiles * tokens, width, target)), TRAINED))
     return made
 
