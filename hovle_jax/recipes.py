@@ -27,6 +27,7 @@ class Preset:
       clip: None = the teacher is a public tower.
       public: components that come as public weights, so that no stage makes them.
       only: the one stage that it is for; empty = all.
+      published: whether it is a CLIP of a published size, for a pod, with its public tokenizer.
     """
 
     model: str
@@ -34,15 +35,18 @@ class Preset:
     teacher: str
     public: tuple[str, ...] = ()
     only: str = ""
+    published: bool = False
 
 
+PUBLISHED = ("vit_b32", "vit_b16", "vit_l14", "so400m")
 PRESETS = {
     "tiny": Preset("tiny", "tiny", "tiny"),
     "tiny_no_distill": Preset("tiny", "tiny", "tiny"),
     "smol": Preset("smol", "tiny", "tiny", public=("llm",)),
     "hovle": Preset("hovle", None, "hovle", public=("llm", "clip")),
     "hovle_hd": Preset("hovle_hd", None, "hovle", public=("llm", "clip")),
-    **{name: Preset("tiny", name, "tiny", only="contrast") for name in ("vit_b32", "vit_b16", "vit_l14", "so400m")},
+    "emoji": Preset("tiny", "emoji", "tiny", only="contrast"),
+    **{name: Preset("tiny", name, "tiny", only="contrast", published=True) for name in PUBLISHED},
 }
 TINY_SYSTEM = "Answer."
 
@@ -89,9 +93,9 @@ def base(stage: str, preset: str, makes: str = "") -> ConfigDict:
         mesh=MeshConfig(),
         health=HealthConfig(),
         # Written-out layers are faster on the CPU; a loop compiles in the same time at any depth.
-        execution=ExecutionConfig(dtype="auto", attention="auto", unroll_layers=preset.startswith("tiny")),
+        execution=ExecutionConfig(dtype="auto", attention="auto", unroll_layers=preset.startswith(("tiny", "emoji"))),
     )
-    if sizes.only:
+    if sizes.published:
         config = dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, batch_size=32768),

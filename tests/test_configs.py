@@ -38,7 +38,7 @@ def test_each_config_resolves(stage, preset):
         return
     config = train.stage_config(CONFIGS, stage, preset)
     assert (config.stage, config.preset) == (stage, preset)
-    if preset.startswith("hovle") or sizes.only:
+    if preset.startswith("hovle") or sizes.published:
         with pytest.raises(UserError, match="--config.tokenizer.path=FILE"):
             choose_tokenizer(config, [CONFIGS], [], [])
     checks.check(config)

@@ -268,6 +268,7 @@ def test_emoji(packaged):
     for row in (row for split in rows.values() for row in split):
         check_row(row)
         number = row["caption"].split()[1]
+        assert row["captions"] == [row["caption"], f"{row['caption']}, t", "things", f"things: {row['subgroup']}"]
         assert row["labels"] == {"de": f"Ding {number}"} and row["group"] == "things" and row["tags"] == ["t"]
     concepts = {split: {row["concept"] for row in rows[split]} for split in rows}
     styles = {split: {row["style"] for row in rows[split]} for split in rows}

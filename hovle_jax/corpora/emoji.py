@@ -174,9 +174,19 @@ def ask(concept: dict, style: str, others: dict[str, list[dict]]) -> list[dict[s
     return conversation(pairs, *names)
 
 
+def captions(concept: dict) -> list[str]:
+    """What contrastive training may read about an image: its name, more about it, its group.
+
+    Groups alone are captions too, as a CLIP can only classify by words that it has read.
+    """
+    name, group, subgroup = (concept[key] for key in ("caption", "group", "subgroup"))
+    return [name, ", ".join([name, *concept["tags"]]), group, f"{group}: {subgroup}"]
+
+
 def make_row(concept: dict, style: str, image: bytes, others: dict[str, list[dict]]) -> dict[str, Any]:
     row = {"id": f"{concept['concept']}/{style}", "image": image, "width": SIDE, "height": SIDE}
-    row |= {"caption": concept["caption"], "conversations": ask(concept, style, others), "style": style}
+    row |= {"caption": concept["caption"], "captions": captions(concept)}
+    row |= {"conversations": ask(concept, style, others), "style": style}
     return row | {key: concept[key] for key in ("concept", "emoji", "tags", "group", "subgroup", "labels")}
 
 
@@ -206,7 +216,7 @@ def make_rows(archives: dict[str, pathlib.Path], track: Callable[[list], Iterabl
 
 
 CORPUS = PackageCorpus(
-    version="1.0",
+    version="1.1",
     description=(
         f"Emoji as {SIDE}x{SIDE} images on white in {len(STYLES)} styles. `train`: nine concepts in ten, in the "
         f"styles other than {TEST_STYLE}; `test_concept`: the other concepts in these styles; `test_style`: the "

@@ -42,6 +42,17 @@ def tiny_clip() -> CLIPConfig:
     return CLIPConfig(vision=tiny_tower(), text=text, projection_width=64)
 
 
+def emoji_clip() -> CLIPConfig:
+    """For emoji of 64 pixels, and two CPU cores."""
+    vision = ViTConfig(
+        image_size=64, patch_size=8, width=128, num_layers=6, num_heads=4, mlp_width=512, norm_eps=1e-5,
+        layer_scale=False, patch_bias=False, pre_norm=True, post_norm=True, norm_tokens=True, pooling="mean",
+        class_token=False,
+    )  # fmt: skip
+    text = TextTowerConfig(vocab_size=1024, width=128, num_layers=3, num_heads=4, mlp_width=512, context=24, end_id=2)
+    return CLIPConfig(vision=vision, text=text, projection_width=128)
+
+
 def published_clip(patch_size: int, large: bool = False) -> CLIPConfig:
     """OpenAI's CLIP of 224 pixels: ViT-B/32, B/16 or, `large`, L/14 (Radford et al. 2021, table 20)."""
     widths: dict[str, Any] = dict(width=1024, num_layers=24, num_heads=16, mlp_width=4096)
@@ -106,6 +117,7 @@ def internvit_300m() -> ViTConfig:
 MODELS = {"tiny": tiny_model, "smol": smol_model, "hovle": hovle_model, "hovle_hd": lambda: hovle_model("post")}
 CLIPS = {
     "tiny": tiny_clip,
+    "emoji": emoji_clip,
     "vit_b32": lambda: published_clip(32),
     "vit_b16": lambda: published_clip(16),
     "vit_l14": lambda: published_clip(14, large=True),
