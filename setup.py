@@ -70,7 +70,7 @@ setup(
         "browser": ["playwright>=1.40"],  # drives an installed Chromium, to test the server's page
         "wandb": ["wandb>=0.17"],  # train --track wandb
         "trackio": ["trackio>=0.20"],  # train --track trackio
-        "benchmark": ["torch", "torchvision", "transformers"],  # the peers of tests/benchmarks
+        "benchmark": ["torch", "torchvision", "transformers", "open_clip_torch"],  # the peers of tests/benchmarks
         "reference": ["torch", "transformers>=5"],  # makes tests/golden, and is the peer in benchmarks
         "test": TEST,
         # basedpyright is pyright with its Node inside the wheel: nothing is fetched when it runs.

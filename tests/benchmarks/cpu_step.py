@@ -1,6 +1,6 @@
 """Seconds of a float32 training step on the CPU: this project's train_step against PyTorch.
 
-    pip install -e ".[benchmark]" && python tests/benchmarks/cpu_step.py --sizes 2M,46M
+    pip install -e ".[benchmark]" && python -m tests.benchmarks.cpu_step --sizes 2M,46M
 
 The peer is a decoder of the same shapes in plain PyTorch: RMSNorm, rotary positions, the fused causal attention of
 `scaled_dot_product_attention`, SwiGLU, cross-entropy, clipping by the global norm and the fused AdamW; eagerly, and
@@ -15,22 +15,17 @@ import dataclasses
 import json
 import os
 import shutil
-import statistics
-import subprocess
-import sys
-import time
 
 import numpy as np
 
 from hovle_jax.model.config import LLMConfig, StackConfig
-from hovle_jax.system import malloc
+from tests.benchmarks import alternating
 
 # name -> (sizes, rows, tokens of a row)
 SIZES = {
     "2M": (LLMConfig(StackConfig(6, 160, 5, 5, 32, 432), vocab_size=512), 32, 128),
     "46M": (LLMConfig(StackConfig(12, 512, 8, 8, 64, 1376), vocab_size=8192), 8, 256),
 }
-CHECKED_STEPS = 3
 RATE, B1, B2, EPSILON, DECAY, CLIP = 1e-3, 0.9, 0.95, 1e-8, 0.05, 1.0
 
 
@@ -209,62 +204,6 @@ SIDES = {
 }
 
 
-def serve(side, size):
-    """A child: first the losses of the checked steps, then for each number on stdin the seconds of so many steps."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    malloc.keep_freed_memory()
-    steps = SIDES[side](*SIZES[size])
-    print(json.dumps([next(steps) for _ in range(CHECKED_STEPS)]), flush=True)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            started = time.perf_counter()
-            next(steps)
-            seconds.append(time.perf_counter() - started)
-        print(json.dumps(seconds), flush=True)
-
-
-class Child:
-    """One side in its own process; it works only while it is asked to."""
-
-    def __init__(self, side, size):
-        command = [sys.executable, __file__, "--child", side, "--sizes", size]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.losses, self.seconds = self._answer(), []
-
-    def take_turn(self, steps):
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        self.seconds += self._answer()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{' '.join(self.process.args[1:])} failed")
-        return json.loads(line)
-
-
-def compare(size, sides, rounds, steps):
-    """-> {'seconds': {side: median}, 'ratio': {side of the peer: its median over ours}}."""
-    children = {side: Child(side, size) for side in sides}
-    for child in children.values():
-        np.testing.assert_allclose(child.losses, children["ours"].losses, rtol=1e-4)
-    for _ in range(rounds):
-        for child in children.values():
-            child.take_turn(steps)
-    for child in children.values():
-        child.close()
-    medians = {side: statistics.median(child.seconds) for side, child in children.items()}
-    return {
-        "seconds": {side: round(value, 4) for side, value in medians.items()},
-        "ratio": {side: round(value / medians["ours"], 3) for side, value in medians.items() if side != "ours"},
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(SIZES))
@@ -273,10 +212,14 @@ def main():
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        serve(arguments.child, arguments.sizes)
+        alternating.as_a_child()
+        alternating.serve(SIDES[arguments.child](*SIZES[arguments.sizes]))
         return
     sides = [side for side in SIDES if side != "torch compiled" or shutil.which(os.environ.get("CXX", "g++"))]
-    found = {size: compare(size, sides, arguments.rounds, arguments.steps) for size in arguments.sizes.split(",")}
+    found = {}
+    for size in arguments.sizes.split(","):
+        commands = {side: alternating.command_of(__file__, side, size) for side in sides}
+        found[size] = alternating.compare(commands, arguments.rounds, arguments.steps)
     print(json.dumps(found | {"cores": os.cpu_count()}, indent=2))
 
 
