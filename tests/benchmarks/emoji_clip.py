@@ -1,6 +1,6 @@
 """A CLIP learns emoji in three styles, and is asked about the fourth, and about concepts that it has not seen.
 
-    python tests/benchmarks/emoji_clip.py [--out runs_emoji] [--config.steps=800 ...]
+    python -m tests.benchmarks.emoji_clip [--out runs_emoji] [--config.steps=800 ...]
 
 Trains configs/contrast.py:emoji (twenty minutes on two cores; a finished run is not trained again), then measures
 
