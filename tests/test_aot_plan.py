@@ -62,6 +62,13 @@ def test_a_plan_changes_one_thing_at_a_time_and_keeps_what_is_faster(monkeypatch
 
 
 @libtpu
+@pytest.mark.parametrize("gain, is_tried", [(0.1, False), (0.7, True)])
+def test_four_times_the_rows_are_tried_where_twice_as_many_save_time(monkeypatch, gain, is_tried):
+    _, seen = planned(monkeypatch, lambda e: 9 - 1.5 * (e.remat != "full") - gain * (e.accumulate == 2))
+    assert any(c.execution.accumulate == 1 for c in seen) == is_tried
+
+
+@libtpu
 def test_a_plan_never_recommends_what_is_slower_than_the_config_as_it_is(monkeypatch):
     is_default = lambda e: (e.remat, e.accumulate, e.scoped_vmem) == ("full", -1, False)
     made, seen = planned(monkeypatch, lambda e: 9.0 if is_default(e) else 10.0)

@@ -18,10 +18,10 @@ from hovle_jax.training.stages import find
 
 MOST = 8  # that are compiled
 AT_ONCE = 2  # a compilation keeps one core busy
-COPIES = 4  # of the model in a slice, in the mesh that is tried where the network takes this share of the time:
-NETWORK = 0.1
+COPIES, NETWORK = 4, 0.1  # of the model in a slice: tried where the network takes this share of the time
 VOCAB_CHUNK = 8448
 GROWTH = 0.75  # of a step's temporaries: what a microbatch of twice the rows needs more, at least
+WORTH = 0.03  # of the time that twice the rows must save, or four times as many are not tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,9 @@ def make(config: RunConfig, target: Topology, say: Callable[[str], None] = print
                 following = [each for each in changes if each is not _rows or change is not _rows][:1]
                 if following and change is not _less and following != [_rows]:
                     start(after(flags, *following))
-                best = best_first([best, tried.result()])[0] if best.fits else tried.result()
+                before, best = best, best_first([best, tried.result()])[0] if best.fits else tried.result()
+                if change is _rows and _rows in changes and best.seconds > (1 - WORTH) * before.seconds:
+                    changes.remove(_rows)
     return best_first([*(each.result() for each in started.values()), *left_out])
 
 
