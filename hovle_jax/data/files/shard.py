@@ -125,6 +125,15 @@ class Shard(abc.ABC):
     def row(self, index: int) -> Any:
         """A row, which is a dict unless the file is malformed. Raises BadSample if it cannot be read."""
 
+    def value(self, index: int, field: str) -> Any:
+        """One field of a row, None if it has none; a shard may read less for it than for the row. Raises BadSample."""
+        row = self.row(index)
+        return row.get(field) if isinstance(row, dict) else None
+
+    def class_names(self, field: str) -> tuple[str, ...]:
+        """The names of the classes that a field has as numbers; empty if the file says nothing of them."""
+        return ()
+
     def name(self, index: int) -> str:
         """How reports name a row."""
         return str(index)
