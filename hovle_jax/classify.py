@@ -33,7 +33,7 @@ IMAGES = flags.DEFINE_multi_string("images", [], "Image files, a pattern in quot
 TOP = flags.DEFINE_integer("top", 5, "How many classes of each image are shown", lower_bound=1)
 PICTURE = flags.DEFINE_string("picture", "", "An image to draw: the images with bars; .png, .pdf or .svg")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object, with the probabilities of all classes")
-for holder in (options.TEMPLATES, options.PROMPT, options.BATCH_SIZE, DTYPE):
+for holder in (*options.OF_CLASSES, DTYPE):
     flags.declare_key_flag(holder.name)  # so that --help lists them
 ENDINGS = (".png", ".pdf", ".svg")
 DRAWN = 24  # images of a picture, at most

@@ -5,10 +5,11 @@
     python -m hovle_jax.evaluate --checkpoint runs/instruct --data rows.jsonl --scorer exact
     python -m hovle_jax.evaluate --checkpoint hovle --benchmark pope --tsv POPE.tsv --rules vlmevalkit
     python -m hovle_jax.evaluate zeroshot --checkpoint runs/contrast,runs/instruct --data FOLDER_OF_CLASSES
+    python -m hovle_jax.evaluate shift --checkpoint runs/contrast --data FOLDER_OF_CLASSES --corruptions all
 
 All answers are written to predictions_NAME.jsonl in the checkpoint's folder, or to predictions.jsonl in --out
 (docs/evaluation.md). An action as the first argument scores what a CLIP does (docs/clip.md): `zeroshot` classifies
-labelled images.
+labelled images, `shift` corrupted ones or several sets of them.
 """
 
 import json
@@ -65,7 +66,7 @@ SLOTS = flags.DEFINE_integer(
 )  # fmt: skip
 LABEL = flags.DEFINE_string("label", "", "Of an action: the field of --data rows that names the class; default: label")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else")
-for holder in (options.TEMPLATES, options.PROMPT, options.BATCH_SIZE, DTYPE):
+for holder in (*options.OF_CLASSES, *options.OF_SHIFT, DTYPE):
     flags.declare_key_flag(holder.name)  # so that --help lists them
 USAGE = "python -m hovle_jax.evaluate [ACTION] --checkpoint DIR [options]"
 
@@ -180,7 +181,19 @@ def zeroshot() -> None:
     print(json.dumps({"results": results}) if JSON.value else printable("\n".join(table(results, COLUMNS)), lines=True))
 
 
-ACTIONS = {"": on_questions, "zeroshot": zeroshot}
+def shift() -> None:
+    """The same of corrupted images, or of several sets of images."""
+    from hovle_jax.evaluation.clip.classifiers import Asked
+    from hovle_jax.evaluation.clip.shift_report import COLUMNS, evaluate_shift
+    from hovle_jax.evaluation.clip.zero_shot_report import table
+
+    asked, chosen = Asked.of_flags(), task()
+    more = (options.CORRUPTIONS.value, options.BASELINE.value, options.SEED.value, say)
+    results = evaluate_shift(checkpoints(), chosen, asked, *more)
+    print(json.dumps({"results": results}) if JSON.value else printable("\n".join(table(results, COLUMNS)), lines=True))
+
+
+ACTIONS = {"": on_questions, "zeroshot": zeroshot, "shift": shift}
 
 
 def main(arguments: list[str]) -> None:

@@ -37,7 +37,7 @@ class Classified:
     def top(self, names: Sequence[str], count: int) -> list[tuple[str, float]]:
         """The likeliest classes with their probabilities."""
         assert self.probabilities is not None, self.problem
-        return [(names[i], float(self.probabilities[i])) for i in best(self.probabilities, count)]
+        return [(str(names[int(i)]), float(self.probabilities[i])) for i in best(self.probabilities, count)]
 
 
 def find_labels(given: str) -> tuple[str, ...]:

@@ -133,6 +133,7 @@ def table(results: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str
     """Results as lines: a row for each model, or for one alone a line for each number."""
     if len(results) == 1:
         return [f"{name:24} {_text(value)}" for name, value in results[0].items()]
+    columns = [name for name in columns if any(name in result for result in results)]
     rows = [list(columns), *([_text(result.get(name, "")) for name in columns] for result in results)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
