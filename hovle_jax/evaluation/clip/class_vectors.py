@@ -40,7 +40,7 @@ def class_vectors(
     dtype = encoder.loaded.config.execution.dtype
     key = [component_digest(folder, "clip"), tokenizer_digest(folder), dtype, list(names), list(templates)]
     made = cached_arrays(key, lambda: {"vectors": made_vectors(encoder, names, templates, say)}, PLACE)
-    return np.asarray(made["vectors"])
+    return np.array(made["vectors"])  # a copy: the file may be replaced while it is mapped
 
 
 def made_vectors(

@@ -77,7 +77,7 @@ def resized(
     channels = [x] if x.ndim == 2 else [x[:, :, i] for i in range(x.shape[2])]
     method = Image.Resampling[how]
     made = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(channel, np.float32)).resize(size[::-1], method, box))
+        np.asarray(Image.fromarray(np.ascontiguousarray(channel, np.float32)).resize((size[1], size[0]), method, box))
         for channel in channels
     ]
     return made[0] if x.ndim == 2 else np.stack(made, axis=2)
