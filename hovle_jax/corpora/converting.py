@@ -16,7 +16,7 @@ from hovle_jax.corpora.writing import CorpusWriter, describe
 from hovle_jax.data.bad_samples import BadSample, BadSamples, read_bad_samples
 from hovle_jax.data.files import storage
 from hovle_jax.data.files.mixture import Entry, open_mixture
-from hovle_jax.data.files.records import parse
+from hovle_jax.data.files.records import CLASS_KEYS, class_text, parse
 from hovle_jax.data.images import MAX_PIXELS, decoded_image
 from hovle_jax.errors import UserError
 from hovle_jax.system.files import whole_folder
@@ -107,6 +107,7 @@ def _row(source, index, max_pixels):
         for question, answer in record.turns:
             messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         row["conversations"] = messages
+    row |= {key: text for key in CLASS_KEYS if (text := class_text(original.get(key))) is not None}
     return row | {key: value for key, value in (("caption", record.caption), ("text", record.text)) if value}
 
 

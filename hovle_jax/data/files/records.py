@@ -4,6 +4,7 @@ A row is a dict, from a jsonl line, a tar sample or a Parquet row. It is checked
 """
 
 import dataclasses
+from typing import Any
 
 from hovle_jax.data import images
 from hovle_jax.data.bad_samples import BadSample
@@ -13,6 +14,7 @@ from hovle_jax.data.text.chat_template import IMAGE_MARK
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "model")
 IMAGE_KEYS = ("image", "images", "jpg", "png", "webp", "img")
 CAPTION_KEYS = ("captions", "caption", "text", "txt", "TEXT", "prompt")
+CLASS_KEYS = ("label", "cls", "class", "fine_label")  # where rows of public sets have the class of their image
 UNSUPPORTED = ("video", "videos", "audio")
 
 
@@ -231,6 +233,19 @@ def _options(row: dict) -> tuple:
     options = row.get("options", row.get("choices"))
     options = list(options.values()) if isinstance(options, dict) else options
     return tuple(map(str, options)) if isinstance(options, (list, tuple)) else ()
+
+
+def class_text(value: Any) -> str | None:
+    """A class as rows have it (a text, a number, a list of one) -> a text; None if it is none."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (str, int)):
+        return " ".join(str(value).split()) or None
+    return None
 
 
 def sizes_of(record: Record, upright: bool = True, max_pixels: int = images.MAX_PIXELS) -> tuple:

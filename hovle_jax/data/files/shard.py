@@ -32,9 +32,18 @@ class UnreadableShard(UserError):
     """A file of rows that cannot be read at all; among others it counts as bad samples."""
 
 
-def cached_arrays(key: Sequence, build: Callable[[], dict[str, np.ndarray]] | None) -> dict[str, np.ndarray]:
-    """{name: array} from the cache, memory-mapped; from `build()` the first time, which may be None later."""
-    folder = cache_dir("index", storage.hash_key(INDEX_VERSION, *key))
+def cached_arrays(
+    key: Sequence, build: Callable[[], dict[str, np.ndarray]] | None, place: str = "index"
+) -> dict[str, np.ndarray]:
+    """{name: array} from the cache, memory-mapped; from `build()` the first time, which may be None later.
+
+    Damaged files are made again; of several processes one builds, and the others wait for it.
+
+    Args:
+      key: what the arrays depend on, as JSON.
+      place: the folder of the cache.
+    """
+    folder = cache_dir(place, storage.hash_key(INDEX_VERSION, *key))
     arrays = _whole(folder)
     if arrays is None:
         with locked(folder):
@@ -124,6 +133,15 @@ class Shard(abc.ABC):
     @abc.abstractmethod
     def row(self, index: int) -> Any:
         """A row, which is a dict unless the file is malformed. Raises BadSample if it cannot be read."""
+
+    def value(self, index: int, field: str) -> Any:
+        """One field of a row, None if it has none; a shard may read less for it than for the row. Raises BadSample."""
+        row = self.row(index)
+        return row.get(field) if isinstance(row, dict) else None
+
+    def class_names(self, field: str) -> tuple[str, ...]:
+        """The names of the classes that a field has as numbers; empty if the file says nothing of them."""
+        return ()
 
     def name(self, index: int) -> str:
         """How reports name a row."""

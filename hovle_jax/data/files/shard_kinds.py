@@ -1,6 +1,7 @@
 """The kinds of files in which people keep samples, each a shard: jsonl, text, tar, Parquet, ArrayRecord, TFDS."""
 
 import dataclasses
+import json
 import threading
 from typing import Any
 
@@ -133,24 +134,45 @@ class ParquetShard(Shard):
         group = int(np.searchsorted(starts, index, side="right")) - 1
         table = _row_groups.get((self.key, group), lambda: self._read_group(group))
         inner = index - int(starts[group])
-        try:
-            return {name: column[inner].as_py() for name, column in table.items()}
-        except UnicodeDecodeError as error:  # pyarrow does not check texts when it reads them
-            raise BadSample("not_utf8", error) from None
-        # A date that Python cannot represent, or a column that is shorter than the file says.
-        except (ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
-            raise BadSample("broken_record", error) from None
+        return _python(lambda: {name: column[inner].as_py() for name, column in table.items()})
 
-    def _read_group(self, group):
+    def value(self, index: int, field: str) -> Any:
+        """Of the field's column alone, which is read as a whole."""
+        _, starts, _ = self._file()
+        group = int(np.searchsorted(starts, index, side="right")) - 1
+        column = _row_groups.get((self.key, group, field), lambda: self._read_group(group, [field])).get(field)
+        return None if column is None else _python(lambda: column[index - int(starts[group])].as_py())
+
+    def class_names(self, field: str) -> tuple[str, ...]:
+        """As the Hugging Face hub's data sets state them in their schema."""
+        try:
+            stated = json.loads((self._file()[0].schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+            names = stated["info"]["features"][field]["names"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return ()
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    def _read_group(self, group, columns=None):
         import pyarrow as pa
 
         file, _, lock = self._file()
         try:
             with lock:  # many threads share one reader
-                table = file.read_row_group(group)
+                table = file.read_row_group(group, columns)
         except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
             raise BadSample("broken_record", f"row group {group}: {error}") from None
         return {name: table.column(name) for name in table.column_names}
+
+
+def _python(read):
+    """What read() makes of pyarrow's values. Raises BadSample."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:  # pyarrow does not check texts when it reads them
+        raise BadSample("not_utf8", error) from None
+    # A date that Python cannot represent, or a column that is shorter than the file says.
+    except (ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
+        raise BadSample("broken_record", error) from None
 
 
 def _check_counts(counts):

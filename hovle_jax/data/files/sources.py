@@ -75,9 +75,16 @@ class Source:
 
     def __getitem__(self, index: int) -> Any:
         """A row. Raises BadSample if it cannot be read."""
+        return self._read(index, lambda shard, inner: shard.row(inner))
+
+    def value(self, index: int, field: str) -> Any:
+        """One field of a row, None if it has none. Raises BadSample."""
+        return self._read(index, lambda shard, inner: shard.value(inner, field))
+
+    def _read(self, index, read):
         shard, inner = self._find(index)
         try:
-            return shard.row(inner)
+            return read(shard, inner)
         except UnreadableShard as error:  # since it was opened
             raise BadSample(UNREADABLE, error) from None
 

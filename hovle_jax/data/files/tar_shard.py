@@ -41,12 +41,20 @@ class TarShard(Shard):
             yield name, offset, size
 
     def row(self, index: int) -> dict[str, Any]:
+        return self._row(index, with_images=True)
+
+    def value(self, index: int, field: str) -> Any:
+        return self._row(index, with_images=field == "image").get(field)
+
+    def _row(self, index, with_images):
         row, images = {}, []
         for name, offset, size in self._members(index):
             extension = _split_name(name)[1].lower()
             if size < 0:
                 raise BadSample("truncated_shard", f"from byte {offset} on it cannot be read as a tar archive")
             kind = extension.rsplit(".", 1)[-1]
+            if kind in IMAGE_SUFFIXES and not with_images:
+                continue
             largest = LARGEST_IMAGE if kind in IMAGE_SUFFIXES else LARGEST_ROW
             if size > largest:
                 raise BadSample("row_too_large", f"{name} has {size:,} bytes, and at most {largest:,} are read")
@@ -62,6 +70,8 @@ class TarShard(Shard):
                 row |= value
             elif kind in ("txt", "text", "caption"):
                 row["caption"] = decode_text(data)
+            elif kind == "cls":
+                row["cls"] = decode_text(data).strip()
         if images:
             row["image"] = [data for _, data in sorted(images, key=lambda pair: pair[0])]
         return row

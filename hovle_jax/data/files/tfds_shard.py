@@ -49,6 +49,11 @@ class TfdsShard(Shard):
             raise BadSample("broken_record", error) from None
         return {key: _plain(value) for key, value in row.items()}
 
+    def class_names(self, field: str) -> tuple[str, ...]:
+        path = pathlib.Path(self.path) / f"{field}.labels.txt"
+        inside = path.parent == pathlib.Path(self.path) and path.is_file()
+        return tuple(line.strip() for line in _text(path).splitlines() if line.strip()) if inside else ()
+
 
 def _tfds_source(path, split):
     import logging
