@@ -50,20 +50,7 @@ def _moments(features, labels, classes):
     mean = features.mean(0)
     centred = features - mean
     sums = jax.ops.segment_sum(centred, labels, classes).T
-    return mean, _gram(centred), sums
-
-
-def _gram(rows, blocks=4):
-    """rowsᵀ rows, of which what lies below the diagonal is mirrored, a block of columns at a time."""
-    width = rows.shape[1]
-    ends = [round(i * width / blocks) for i in range(blocks + 1)]
-    columns = rows.T
-    made = jnp.zeros((width, width), rows.dtype)
-    for start, end in zip(ends, ends[1:]):
-        product = jnp.matmul(columns[start:end], rows[:, start:], precision="highest")
-        made = made.at[start:end, start:].set(product)
-    upper = jnp.triu(made)
-    return upper + jnp.triu(made, 1).T
+    return mean, jnp.matmul(centred.T, centred, precision="highest"), sums
 
 
 def check_features(features: np.ndarray, labels: np.ndarray, classes: int) -> None:
