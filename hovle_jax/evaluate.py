@@ -4,9 +4,12 @@
     python -m hovle_jax.evaluate --checkpoint runs/contrast --benchmark easy_vqa_zero_shot --json
     python -m hovle_jax.evaluate --checkpoint runs/instruct --data rows.jsonl --scorer exact
     python -m hovle_jax.evaluate --checkpoint hovle --benchmark pope --tsv POPE.tsv --rules vlmevalkit
+    python -m hovle_jax.evaluate zeroshot --checkpoint runs/contrast,runs/instruct --data FOLDER_OF_CLASSES
+    python -m hovle_jax.evaluate shift --checkpoint runs/contrast --data FOLDER_OF_CLASSES --corruptions all
 
 All answers are written to predictions_NAME.jsonl in the checkpoint's folder, or to predictions.jsonl in --out
-(docs/evaluation.md).
+(docs/evaluation.md). An action as the first argument scores what a CLIP does (docs/clip.md): `zeroshot` classifies
+labelled images, `shift` corrupted ones or several sets of them.
 """
 
 import json
@@ -18,11 +21,14 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from hovle_jax.errors import UserError
+from hovle_jax.evaluation.clip import options
+from hovle_jax.inference.dtype_option import DTYPE
 from hovle_jax.system import command_line
 from hovle_jax.system.printable import printable
 
 if TYPE_CHECKING:
     from hovle_jax.evaluation.asking import Way
+    from hovle_jax.evaluation.clip.zero_shot_report import Task
     from hovle_jax.evaluation.public.run import OnTable
     from hovle_jax.evaluation.results import Scored
 
@@ -58,11 +64,11 @@ SLOTS = flags.DEFINE_integer(
     "slots", 0, "Questions that an engine answers at once, each as long as its own answer takes: 8; 0: in batches, "
     "which wait for the longest answer and are faster where answers are a word or two", lower_bound=0,
 )  # fmt: skip
-DTYPE = flags.DEFINE_enum(
-    "dtype", "", ["", "float32", "bfloat16", "int8"],
-    "Of the weights; int8: about a third of float32, through an engine. Default: bfloat16, and float32 on a CPU",
-)  # fmt: skip
+LABEL = flags.DEFINE_string("label", "", "Of an action: the field of --data rows that names the class; default: label")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else")
+for holder in (*options.OF_CLASSES, *options.OF_SHIFT, DTYPE):
+    flags.declare_key_flag(holder.name)  # so that --help lists them
+USAGE = "python -m hovle_jax.evaluate [ACTION] --checkpoint DIR [options]"
 
 
 def say(line: str) -> None:
@@ -133,7 +139,8 @@ def check_flags() -> None:
         raise UserError("--max_new_tokens is for --data and --tsv; easy-VQA has its own")
 
 
-def main() -> None:
+def on_questions() -> None:
+    """Without an action: a benchmark, or rows of questions."""
     folder = command_line.local_folder("checkpoint")
     check_flags()
     from hovle_jax.conversion import downloads
@@ -149,5 +156,54 @@ def main() -> None:
         print(f"{name:20} {printable(value)}")
 
 
+def checkpoints() -> list[str]:
+    """The folders that --checkpoint names, several with commas; public ones are imported."""
+    named = command_line.local_folder("checkpoint").split(",")
+    from hovle_jax.conversion import downloads
+
+    return [str(downloads.found(name.strip())) for name in named if name.strip()]
+
+
+def task() -> "Task":
+    """The flags that say which labelled images are classified."""
+    from hovle_jax.evaluation.clip.zero_shot_report import Task
+
+    return Task(command_line.required("data"), LABEL.value, LIMIT.value, OUT.value, OUTSIDE_ROOT.value)
+
+
+def zeroshot() -> None:
+    """Classifies labelled images by the names of their classes."""
+    from hovle_jax.evaluation.clip.classifiers import Asked
+    from hovle_jax.evaluation.clip.zero_shot_report import COLUMNS, evaluate_zero_shot, table
+
+    asked, chosen = Asked.of_flags(), task()
+    results = evaluate_zero_shot(checkpoints(), chosen, asked, say)
+    print(json.dumps({"results": results}) if JSON.value else printable("\n".join(table(results, COLUMNS)), lines=True))
+
+
+def shift() -> None:
+    """The same of corrupted images, or of several sets of images."""
+    from hovle_jax.evaluation.clip.classifiers import Asked
+    from hovle_jax.evaluation.clip.shift_report import COLUMNS, evaluate_shift
+    from hovle_jax.evaluation.clip.zero_shot_report import table
+
+    asked, chosen = Asked.of_flags(), task()
+    more = (options.CORRUPTIONS.value, options.BASELINE.value, options.SEED.value, say)
+    results = evaluate_shift(checkpoints(), chosen, asked, *more)
+    print(json.dumps({"results": results}) if JSON.value else printable("\n".join(table(results, COLUMNS)), lines=True))
+
+
+ACTIONS = {"": on_questions, "zeroshot": zeroshot, "shift": shift}
+
+
+def main(arguments: list[str]) -> None:
+    """Calls the action that the first argument names."""
+    action, *more = arguments or [""]
+    if action not in ACTIONS or more:
+        known = ", ".join(filter(None, ACTIONS))
+        raise UserError(f"unexpected argument {[action, *more][-1]!r}; an action comes first and alone, one of {known}")
+    ACTIONS[action]()
+
+
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, USAGE)

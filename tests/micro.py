@@ -185,9 +185,9 @@ def finished_run(folder):
     return _finished(folder, config, weights)
 
 
-def finished_clip(folder):
-    """The same of a contrast run."""
-    config = run_config("contrast")
+def finished_clip(folder, **changes):
+    """The same of a contrast run, whose CLIPConfig has these changes."""
+    config = run_config("contrast", clip=dataclasses.replace(clip_config(), **changes))
     return _finished(folder, config, params(config))
 
 

@@ -177,8 +177,8 @@ def test_plots_are_images_of_a_sane_size(tmp_path):
 def panels(monkeypatch):
     """The figures that are saved from here on."""
     saved = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: saved.append(figure) or save(figure, path))
     return saved
 
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import textwrap
 
+from hovle_jax.report.figures import figure_of, save_figure
 from hovle_jax.report.metrics import HELD_OUT
 from hovle_jax.report.progress import SUFFIXES, format_number
 
@@ -54,7 +55,7 @@ def plot_metrics(rows: list[dict], path: str | os.PathLike, title: str) -> pathl
         axis.set_xlabel("step", fontsize=8)
         axis.set_xlim(-0.03 * last_step, 1.03 * last_step or None)
     figure.suptitle(title if names else f"{title}: no metrics yet", fontsize=12)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_stages(stages: dict[str, list[dict]], path: str | os.PathLike) -> pathlib.Path:
@@ -69,7 +70,7 @@ def plot_stages(stages: dict[str, list[dict]], path: str | os.PathLike) -> pathl
         axis.set_title(stage, fontsize=10, loc="left")
         axis.set_ylabel("loss", fontsize=8)
         axis.set_xlabel("step", fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_comparison(
@@ -99,7 +100,7 @@ def plot_comparison(
         axis.set_ylabel(unit_of(metric), fontsize=8)
         if drawn:
             axis.legend(frameon=False, fontsize=8, title="run (last value)", title_fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_answers(samples: list, path: str | os.PathLike, columns: int = 6) -> pathlib.Path:
@@ -114,7 +115,7 @@ def plot_answers(samples: list, path: str | os.PathLike, columns: int = 6) -> pa
     """
     shown = [sample for sample in samples if sample.image is not None]
     num_rows = max(1, math.ceil(len(shown) / columns))
-    figure = _figure(1.8 * columns, 2.5 * num_rows)
+    figure = figure_of(1.8 * columns, 2.5 * num_rows)
     axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -126,7 +127,7 @@ def plot_answers(samples: list, path: str | os.PathLike, columns: int = 6) -> pa
             answer += "\n" + _lines(f"not {sample.expected}", 1)
         color = {True: RIGHT, False: WRONG, None: "black"}[sample.right]
         axis.text(0.5, -0.04, answer, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _lines(text, most):
@@ -155,20 +156,20 @@ def plot_histograms(columns: dict, path: str | os.PathLike, title: str) -> pathl
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=12)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_bars(values: dict[str, float], path: str | os.PathLike, title: str) -> pathlib.Path:
     """One bar for each name, the largest on top: {name: number} -> the path."""
     ordered = sorted(values.items(), key=lambda pair: pair[1])
-    figure = _figure(7.5, 0.8 + 0.35 * len(ordered))
+    figure = figure_of(7.5, 0.8 + 0.35 * len(ordered))
     axis = figure.subplots()
     bars = axis.barh([name for name, _ in ordered], [number for _, number in ordered], color=COLOR)
     axis.bar_label(bars, [format_number(number) for _, number in ordered], fontsize=8, padding=3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
     axis.set_title(title, fontsize=10, loc="left")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_over(
@@ -200,7 +201,7 @@ def plot_over(
         if any(curves):
             axis.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def metric_names(rows: list[dict]) -> list[str]:
@@ -239,21 +240,11 @@ def running_mean(values: list[float]) -> list[float]:
     return means
 
 
-def _figure(width, height):
-    # Not pyplot: it keeps every figure of the process and picks a canvas by the machine's screen.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _panels(count, columns=3, size=PANEL):
     """-> (figure, `count` axes of one size, each with its own scales)."""
     columns = min(columns, max(1, count))
     rows = max(1, math.ceil(count / columns))
-    figure = _figure(size[0] * columns, size[1] * rows + 0.4)
+    figure = figure_of(size[0] * columns, size[1] * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.set_visible(False)
@@ -290,10 +281,3 @@ def _annotate_last(axis, steps, values):
         step, value = finite[-1]
         # On the title's line: at the curve's end it would cover the curve.
         axis.set_title(f"{format_tick(float(f'{value:.4g}'))} at step {step}", fontsize=8, loc="right", color="0.35")
-
-
-def _save(figure, path):
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path

@@ -32,9 +32,18 @@ class UnreadableShard(UserError):
     """A file of rows that cannot be read at all; among others it counts as bad samples."""
 
 
-def cached_arrays(key: Sequence, build: Callable[[], dict[str, np.ndarray]] | None) -> dict[str, np.ndarray]:
-    """{name: array} from the cache, memory-mapped; from `build()` the first time, which may be None later."""
-    folder = cache_dir("index", storage.hash_key(INDEX_VERSION, *key))
+def cached_arrays(
+    key: Sequence, build: Callable[[], dict[str, np.ndarray]] | None, place: str = "index"
+) -> dict[str, np.ndarray]:
+    """{name: array} from the cache, memory-mapped; from `build()` the first time, which may be None later.
+
+    Damaged files are made again; of several processes one builds, and the others wait for it.
+
+    Args:
+      key: what the arrays depend on, as JSON.
+      place: the folder of the cache.
+    """
+    folder = cache_dir(place, storage.hash_key(INDEX_VERSION, *key))
     arrays = _whole(folder)
     if arrays is None:
         with locked(folder):

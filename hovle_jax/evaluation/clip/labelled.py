@@ -100,8 +100,11 @@ class Labelled:
         """The first so many, spread over all of the source, so that no class is left out for its name; 0 = all."""
         if not 0 < count < len(self):
             return self
-        chosen = np.linspace(0, len(self) - 1, count).astype(int)
-        return dataclasses.replace(self, labels=self.labels[chosen], pictures=Chosen(self.pictures, chosen))
+        return self.at_places(np.linspace(0, len(self) - 1, count).astype(int))
+
+    def at_places(self, indices: np.ndarray) -> "Labelled":
+        """Some of them, in this order, as a set of its own."""
+        return dataclasses.replace(self, labels=self.labels[indices], pictures=Chosen(self.pictures, indices))
 
 
 @dataclasses.dataclass(frozen=True)
