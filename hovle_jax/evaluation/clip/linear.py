@@ -21,15 +21,13 @@ class Linear:
 
     @classmethod
     def about(cls, mean: np.ndarray, weights: np.ndarray, basis: np.ndarray | None = None) -> "Linear":
-        """Of float64 weights [r + 1, C] of features about their mean [r], the last row the bias.
+        """Of float64 weights of features about their mean [D]: [D + 1, C], the last row the bias.
 
         Args:
-          basis: [D, r], of features that were first projected onto it.
+          basis: [D, r] for weights [r + 1, C] of features that were projected onto it.
         """
-        slopes, bias = weights[:-1], weights[-1]
-        bias = bias - mean @ slopes
-        whole = slopes if basis is None else basis @ slopes
-        return cls(whole.astype(np.float32), bias.astype(np.float32))
+        slopes = weights[:-1] if basis is None else basis @ weights[:-1]
+        return cls(slopes.astype(np.float32), (weights[-1] - mean @ slopes).astype(np.float32))
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """[N, D] float32 -> [N, C] float32."""

@@ -7,7 +7,7 @@ step is two products with the features, however many lengths are tried. And the 
 not 1 but that of the features' Gram matrix, so that badly scaled or correlated features take as few steps as others.
 
 Sources: Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm 7.4 (two-loop recursion, with an initial
-inverse Hessian); Böhning, "Multinomial logistic regression algorithm", 1992 (a bound of the Hessian by the Gram matrix).
+inverse Hessian); Böhning, "Multinomial logistic regression algorithm", 1992 (the Hessian bounded by the Gram matrix).
 
 Letters: N images, D width of the features, C classes; weights are [D + 1, C], the last row b.
 """
@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Weights [D + 1, C], logits [N, C] of all images, steps, and what the mean loss may still lie above its minimum."""
+    """Weights [D + 1, C], logits [N, C] of all images, steps, and how far the mean loss may be above its minimum."""
 
     weights: jax.Array
     logits: jax.Array
@@ -168,12 +168,12 @@ def path(
         fit to all of them are one compiled program.
     """
     mean = features[used].mean(0, dtype=np.float64)
-    basis = None
+    centre, basis = mean, None
     if used.sum() < features.shape[1]:  # the best weights are sums of images: their axes are enough
         basis = np.linalg.qr((features[used] - mean).T)[0]
-        features, mean = ((features - mean) @ basis).astype(np.float32), np.zeros(basis.shape[1])
+        features, centre = ((features - mean) @ basis).astype(np.float32), np.zeros(basis.shape[1])
     moments = Moments.of(features[used], labels[used], classes)
-    rows = _rows(jnp.asarray(features, jnp.float32), jnp.asarray(mean, jnp.float32))
+    rows = _rows(jnp.asarray(features, jnp.float32), jnp.asarray(centre, jnp.float32))
     shares = jnp.asarray(used / used.sum(), jnp.float32)
     weights = jnp.zeros((len(rows), classes))
     for penalty in penalties:

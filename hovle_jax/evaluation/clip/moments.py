@@ -56,7 +56,9 @@ def _moments(features, labels, classes):
 def check_features(features: np.ndarray, labels: np.ndarray, classes: int) -> None:
     """Raises UserError for features that no probe can be fitted to."""
     if features.ndim != 2 or len(features) != len(labels):
-        raise UserError(f"features {features.shape} and {len(labels)} labels do not go together: one row for each label")
+        raise UserError(
+            f"features {features.shape} and {len(labels)} labels do not go together: one row for each label"
+        )
     if not np.isfinite(features).all():
         bad = int((~np.isfinite(features).all(1)).sum())
         raise UserError(f"{bad} of {len(features)} rows of features have a number that is not finite")
