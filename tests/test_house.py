@@ -24,6 +24,7 @@ ORDER = (
     ("data",),
     ("formats", "corpora"),
     ("inference",),
+    ("retrieval",),
     ("conversion", "evaluation", "serving", "training"),
     ("aot",),
     ("commands",),  # the loose files that can be run
