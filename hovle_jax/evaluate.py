@@ -176,7 +176,7 @@ def zeroshot() -> None:
     from hovle_jax.evaluation.clip.classifiers import Asked
     from hovle_jax.evaluation.clip.zero_shot_report import COLUMNS, evaluate_zero_shot, table
 
-    asked, chosen = Asked.of_flags(), task()
+    asked, chosen = Asked.of_flags(MAX_TILES.value), task()
     results = evaluate_zero_shot(checkpoints(), chosen, asked, say)
     print(json.dumps({"results": results}) if JSON.value else printable("\n".join(table(results, COLUMNS)), lines=True))
 
@@ -187,13 +187,29 @@ def shift() -> None:
     from hovle_jax.evaluation.clip.shift_report import COLUMNS, evaluate_shift
     from hovle_jax.evaluation.clip.zero_shot_report import table
 
-    asked, chosen = Asked.of_flags(), task()
-    more = (options.CORRUPTIONS.value, options.BASELINE.value, options.SEED.value, say)
+    asked, chosen = Asked.of_flags(MAX_TILES.value), task()
+    more = (options.CORRUPTIONS.value, options.BASELINE.value, options.CORRUPTION_SEED.value, say)
     results = evaluate_shift(checkpoints(), chosen, asked, *more)
     print(json.dumps({"results": results}) if JSON.value else printable("\n".join(table(results, COLUMNS)), lines=True))
 
 
-ACTIONS = {"": on_questions, "zeroshot": zeroshot, "shift": shift}
+QUESTIONS = (BENCHMARK, TSV, RULES, SPLIT, SCORER, MAX_NEW_TOKENS, SLOTS)
+CLASSES = (LABEL, *options.OF_CLASSES)
+# Action -> (function, the flags that are not for all actions); '' is none.
+ACTIONS = {
+    "": (on_questions, QUESTIONS),
+    "zeroshot": (zeroshot, CLASSES),
+    "shift": (shift, (*CLASSES, *options.OF_SHIFT)),
+}
+
+
+def check_own_flags(action: str) -> None:
+    """Raises UserError for a flag of other actions, so that none is dropped."""
+    own = {name: {holder.name for holder in several} for name, (_, several) in ACTIONS.items()}
+    for flag in sorted(set().union(*own.values()) - own[action]):
+        if flags.FLAGS[flag].present:
+            takes = ", ".join(name or "questions" for name, several in own.items() if flag in several)
+            raise UserError(f"--{flag} is not for {action or 'questions'}, but for {takes}")
 
 
 def main(arguments: list[str]) -> None:
@@ -202,7 +218,8 @@ def main(arguments: list[str]) -> None:
     if action not in ACTIONS or more:
         known = ", ".join(filter(None, ACTIONS))
         raise UserError(f"unexpected argument {[action, *more][-1]!r}; an action comes first and alone, one of {known}")
-    ACTIONS[action]()
+    check_own_flags(action)
+    ACTIONS[action][0]()
 
 
 if __name__ == "__main__":

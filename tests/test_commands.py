@@ -137,6 +137,30 @@ MISTAKES = {
     "rules without a file": ("evaluate --checkpoint TMP --rules internvl", ["--rules is for --tsv"]),
     "scorer of a benchmark": ("evaluate --checkpoint TMP --scorer anls", ["--scorer is for --data"]),
     "length of a benchmark's answers": ("evaluate --checkpoint TMP --max_new_tokens=9", ["--max_new_tokens is for"]),
+    "unknown action": ("evaluate zero --checkpoint TMP", ["unexpected argument 'zero'", "one of zeroshot, shift"]),
+    "flag of another action": (
+        "evaluate zeroshot --checkpoint TMP --baseline a.csv", ["--baseline is not for zeroshot, but for shift"]
+    ),
+    "classes of questions": ("evaluate --checkpoint TMP --label a", ["--label is not for questions, but for zeroshot"]),
+    "classes without images": ("evaluate zeroshot --checkpoint TMP", ["--data is missing"]),
+    "classes of no model": ("evaluate zeroshot --checkpoint TMP --data TMP", ["TMP holds no finished model"]),
+    "shift of one set": ("evaluate shift --checkpoint TMP --data TMP", ["--data names one data set"]),
+    "unknown corruption": ("evaluate shift --checkpoint TMP --data TMP --corruptions rain", ["there is no 'rain'"]),
+    "no labels": ("classify --checkpoint TMP --images TMP/picture.png", ["--labels is missing"]),
+    "labels twice": (
+        "classify --checkpoint TMP --images TMP/picture.png --labels cat,dog,cat", ["names the class 'cat' twice"]
+    ),
+    "images of no pattern": ("classify --checkpoint TMP --images TMP/*.jpg --labels a,b", ["TMP/*.jpg: no such file"]),
+    "images of an empty folder": ("classify --checkpoint TMP --images TMP/other --labels cat,dog", ["has no images"]),
+    "templates that are none": (
+        "classify --checkpoint TMP --images TMP/picture.png --labels cat,dog --templates TMP/file", ["has no templates"]
+    ),
+    "picture of no kind": (
+        "classify --checkpoint TMP --images TMP/picture.png --labels cat,dog --picture TMP/a.txt", [".png, .pdf, .svg"]
+    ),
+    "labels and no model": (
+        "classify --checkpoint TMP --images TMP/picture.png --labels cat,dog", ["TMP holds no finished model"]
+    ),
     "benchmark and data": (
         "evaluate --checkpoint TMP --data TMP/rows.jsonl --benchmark easy_vqa", ["--benchmark and --data exclude"]
     ),

@@ -56,7 +56,7 @@ def test_help_is_the_commands_own():
     "name, remedy",
     [
         ("trian", "did you mean train?"),
-        ("xyzzy", "use one of aot, attention, bench, chat, checkpoint, compare, convert, "),
+        ("xyzzy", "use one of aot, attention, bench, chat, checkpoint, classify, compare, convert, "),
     ],
 )
 def test_an_unknown_command_is_one_line(name, remedy, monkeypatch, capsys):

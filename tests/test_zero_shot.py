@@ -1,5 +1,6 @@
 """Zero-shot classification: class vectors, probabilities, the likelihood of answers, measures, bad input."""
 
+import json
 import os
 import pathlib
 import threading
@@ -17,8 +18,10 @@ from hovle_jax.evaluation.clip.labelled import open_labelled
 from hovle_jax.evaluation.clip.measures import Calibration, Choices
 from hovle_jax.evaluation.clip.templates import SETS, check_templates, find_templates, prompts
 from hovle_jax.evaluation.clip.zero_shot import classify
+from hovle_jax.evaluation.clip.zero_shot_report import Task, evaluate_zero_shot
 from hovle_jax.inference.encoder import Encoder
 from tests import micro
+from tests.test_commands import command
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")
 NAMES = ("circle", "rectangle", "a long name of a triangle")
@@ -307,3 +310,65 @@ def test_images_and_models_that_are_none(tmp_path, clip, run):
     (alone / "model" / "clip").rename(alone / "model" / "teacher")
     with pytest.raises(UserError, match="neither the towers of a CLIP nor an embedding with an LLM"):
         Asked().check(alone)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def image_folder(folder):
+    for i, example in enumerate(micro.examples()[:9]):
+        place = folder / example.caption.split()[2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(example.image).save(place / f"{i}.png")
+    return folder
+
+
+def test_classify_by_the_command(clip, tmp_path):
+    data = image_folder(tmp_path / "set")
+    (data / "circle" / "0.png").write_bytes(b"broken")
+    arguments = ["--checkpoint", clip, "--labels", "circle,rectangle,triangle", "--images", f"{data}/*/*.png"]
+    made = command("classify", *arguments, "--picture", tmp_path / "out.png", "--top", 2, "--templates", "seven")
+    assert made.returncode == 1 and "1 of 9 images cannot be read" in made.stderr and "0.png cannot be" in made.stderr
+    lines = made.stdout.splitlines()
+    assert sum(line.endswith(".png") for line in lines) == 8 and sum("%" in line for line in lines) == 16
+    assert lines[-1].startswith("probabilities: a softmax") and Image.open(tmp_path / "out.png").size[0] > 500
+    said = command("classify", *arguments[:4], "--json", "--images", data / "triangle", data / "rectangle")
+    found = json.loads(said.stdout)
+    assert said.returncode == 0 and found["labels"] == ["circle", "rectangle", "triangle"]
+    assert len(found["images"]) == 6 and found["probabilities"] == "softmax"
+    assert all(sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-4) for one in found["images"])
+
+
+def test_teacher_and_student_in_one_table(clip, run, tmp_path):
+    data = image_folder(tmp_path / "set")
+    (data / "circle" / "0.png").write_bytes(b"broken")
+    arguments = ["zeroshot", "--data", data, "--out", tmp_path / "out", "--checkpoint"]
+    made = command("evaluate", *arguments, f"{clip},{run}")
+    lines = made.stdout.splitlines()
+    assert made.returncode == 0 and len(lines) == 3 and lines[0].split()[:3] == ["checkpoint", "images", "classes"]
+    assert str(clip) in lines[1] and "softmax" in lines[1] and str(run) in lines[2] and "likelihood" in lines[2]
+    for folder in (tmp_path / "out").iterdir():
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"bad_images.jsonl", "confusion.png", "predictions.jsonl", "reliability.png", "scores.json"}
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        scores = json.loads((folder / "scores.json").read_text())
+        assert len(rows) == scores["images"] == 8 and scores["bad images"] == {"not_an_image": 1}
+        assert scores["top-1"] == round(100 * np.mean([row["right"] for row in rows]), 2)
+        assert set(scores["per class"]) == {"circle", "rectangle", "triangle"}
+    alone = json.loads(command("evaluate", *arguments, clip, "--json").stdout)
+    assert [one["probabilities"] for one in alone["results"]] == ["softmax"]
+
+
+def test_many_classes_are_drawn_as_their_mistakes(clip, tmp_path):
+    data = image_folder(tmp_path / "set")
+    for i in range(45):
+        (data / f"class {i}").mkdir()
+        Image.fromarray(pictures(1)[0]).save(data / f"class {i}" / "a.png")
+    task = Task(str(data), out=str(tmp_path / "out"))
+    (scores,) = evaluate_zero_shot([str(clip)], task, Asked(batch_size=16), lambda line: None)
+    assert (
+        scores["classes"] == 48 and "top-5" in scores and Image.open(tmp_path / "out" / "confusion.png").size[0] > 900
+    )
+    with pytest.raises(UserError, match="names a model twice"):
+        evaluate_zero_shot([str(clip)] * 2, task, Asked())

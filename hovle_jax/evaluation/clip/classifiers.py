@@ -112,26 +112,27 @@ class Asked:
       prompt: the question about the image; HoVLE's.
       batch_size: rows of a batch.
       dtype: as in `load_run`.
+      max_tiles: of an image, for HoVLE; None = as in training.
     """
 
     templates: str = ""
     prompt: str = DEFAULT_PROMPT
     batch_size: int = BATCH
     dtype: str = ""
+    max_tiles: int | None = None
 
     def about(self, kind: str) -> dict[str, Any]:
         """What scores depend on, besides the model and the images."""
         return {"prompt": self.prompt} if kind == "likelihood" else {"templates": self.templates or DEFAULT}
 
     @classmethod
-    def of_flags(cls) -> "Asked":
+    def of_flags(cls, max_tiles: int | None = None) -> "Asked":
         """As the flags of a command say. Raises UserError for templates that are none."""
         if DTYPE.value == "int8":
             raise UserError("--dtype int8 is for answers; classes are scored in float32 or bfloat16")
         find_templates(options.TEMPLATES.value)
-        return cls(
-            options.TEMPLATES.value, options.PROMPT.value or DEFAULT_PROMPT, options.BATCH_SIZE.value, DTYPE.value
-        )
+        prompt = options.PROMPT.value or DEFAULT_PROMPT
+        return cls(options.TEMPLATES.value, prompt, options.BATCH_SIZE.value, DTYPE.value, max_tiles)
 
     def check(self, folder: str | os.PathLike) -> None:
         """Raises UserError where the folder holds no model that classifies, or the templates are none."""
@@ -151,7 +152,8 @@ class Asked:
             raise UserError(f"{len(names)} class{'es' * (len(names) != 1)} leave nothing to choose: give two or more")
         templates, parts = find_templates(self.templates), parts_of(folder)
         if parts == ANSWERING:
-            return LikelihoodClassifier(load_run(folder, parts, self.dtype), tuple(names), self.prompt, self.batch_size)
+            loaded = load_run(folder, parts, self.dtype).with_max_tiles(self.max_tiles)
+            return LikelihoodClassifier(loaded, tuple(names), self.prompt, self.batch_size)
         encoder = Encoder.load(folder, self.batch_size, self.dtype)
         return ClipClassifier(encoder, class_vectors(encoder, folder, names, templates, say))
 

@@ -18,5 +18,7 @@ CORRUPTIONS = flags.DEFINE_string(
 BASELINE = flags.DEFINE_string(
     "baseline", "", "Of shift: a CSV of other models' accuracies in percent, clean,mean: gives effective robustness"
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of shift: of what is drawn for corruptions", lower_bound=0)
-OF_CLASSES, OF_SHIFT = (TEMPLATES, PROMPT, BATCH_SIZE), (CORRUPTIONS, BASELINE, SEED)
+CORRUPTION_SEED = flags.DEFINE_integer(
+    "corruption_seed", 0, "Of shift: of what is drawn for corruptions", lower_bound=0
+)
+OF_CLASSES, OF_SHIFT = (TEMPLATES, PROMPT, BATCH_SIZE), (CORRUPTIONS, BASELINE, CORRUPTION_SEED)
