@@ -1,5 +1,6 @@
 """Linear probes: against references in float64, what a sweep chooses, K images of a class, the command."""
 
+import functools
 import json
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_images_that_are_held_out_change_nothing():
 def test_a_fit_that_is_not_at_its_end_is_said(monkeypatch, capsys):
     x, labels = data(60, 5, 3)
     real = logistic.fit
-    monkeypatch.setattr(logistic, "fit", lambda *given: real(*given, most_steps=1))
+    monkeypatch.setattr(logistic, "fit", functools.partial(real, most_steps=1))
     list(logistic.path(x, labels, 3, [0.0123], np.ones(60, bool)))
     assert "logistic regression with C=81 is" in capsys.readouterr().err
 

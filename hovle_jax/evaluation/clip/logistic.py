@@ -76,7 +76,9 @@ def fit(problem: Problem, weights: jax.Array, tolerance: float = TOLERANCE, most
     logits = problem.rows.T @ weights
     gradient = _gradient(problem, weights, logits)
     history = jnp.zeros((MEMORY, *weights.shape))
-    start = _State(weights, logits, gradient, history, history, weights, jnp.int32(0), jnp.inf, jnp.bool_(False))
+    start = _State(
+        weights, logits, gradient, history, history, weights, jnp.int32(0), jnp.float32(jnp.inf), jnp.bool_(False)
+    )
     going_on = lambda state: (state.left > tolerance) & (state.steps < most_steps) & ~state.is_stuck
     end = jax.lax.while_loop(going_on, functools.partial(_step, problem), _with_direction(problem, start))
     return Fit(end.weights, end.logits, end.steps, end.left)
