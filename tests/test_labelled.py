@@ -67,6 +67,42 @@ def prepared(folder):
     return f"{folder}/made:train"
 
 
+def tfds(folder):
+    builders = pytest.importorskip("tensorflow_datasets")
+
+    with builders.core.registered.skip_registration():
+
+        class Labels(builders.core.GeneratorBasedBuilder):
+            VERSION = builders.core.Version("1.0.0")
+
+            def _info(self):
+                features = {"image": builders.features.Image(encoding_format="png")}
+                features["label"] = builders.features.ClassLabel(names=list(NAMES))
+                return builders.core.DatasetInfo(builder=self, features=builders.features.FeaturesDict(features))
+
+            def _split_generators(self, download):
+                return {"test": self._generate_examples()}
+
+            def _generate_examples(self):
+                for i, name in enumerate(CLASSES):
+                    yield i, {"image": io.BytesIO(picture(i)), "label": name}
+
+    builder = Labels(data_dir=str(folder), file_format="array_record")
+    builder.download_and_prepare()
+    return str(builder.data_dir)
+
+
+def meta(folder):
+    """Two sources, of which one has classes that the other lacks."""
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    jsonl(folder / "a", values=("cat", "dog", "cat", None, None))
+    jsonl(folder / "b", values=(None, None, None, "old owl", "dog"))
+    described = {name: {"annotation": f"{name}/rows.jsonl", "root": name} for name in ("a", "b")}
+    (folder / "meta.json").write_text(json.dumps(described))
+    return str(folder / "meta.json")
+
+
 def folders(folder):
     for i, name in enumerate(CLASSES):
         place = folder / "set" / name.replace(" ", "_") / ("more" if i == 2 else "")
@@ -84,6 +120,7 @@ SOURCES = {
     "tar": tar,
     "tar with json": lambda folder: tar(folder, as_json=True),
     "prepared": prepared,
+    "tfds": tfds,
     "folders": folders,
 }
 
@@ -99,6 +136,12 @@ def test_images_come_with_their_classes(kind, tmp_path):
     assert all(item.where[0].startswith(str(tmp_path)) for item in items)
     (one,) = labelled.at([3])
     assert one.label == items[3].label and one.where == items[3].where
+
+
+def test_sources_of_a_meta_file_share_their_classes(tmp_path):
+    labelled = open_labelled(meta(tmp_path))
+    assert labelled.names == NAMES and labelled.labels.tolist() == [0, 1, 0, -1, -1, -1, -1, -1, 2, 1]
+    assert labelled.item(8).image.getpixel((0, 0))[0] == 30 and "/b/" in labelled.item(8).where[0]
 
 
 def test_a_few_are_spread_over_all(tmp_path):

@@ -30,8 +30,8 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: str | os.Path
     """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
-    side = max(4.0, 1.8 + LINE * len(names))
-    figure = figure_of(side + 1.2, side)
+    side = max(4.0, 2.2 + LINE * len(names))
+    figure = figure_of(side + 1.6, side)
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks, shown = range(len(names)), [short(name) for name in names]
@@ -45,7 +45,7 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: str | os.Path
                 axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     axis.set_xlabel("taken for", fontsize=8)
     axis.set_ylabel("class (images)", fontsize=8)
-    axis.set_title(title, fontsize=10, loc="left")
+    figure.suptitle(title, fontsize=10)
     bar = figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02, format=lambda share, _: f"{100 * share:.0f}%")
     bar.ax.tick_params(labelsize=7)
     return save_figure(figure, path)

@@ -39,6 +39,10 @@ class Classifier(Protocol):
         """Images that fill a batch."""
         ...
 
+    def reduced(self, image: Any) -> Any:
+        """What of an image has to wait in memory for its batch; `probabilities` takes it in the image's place."""
+        ...
+
     def probabilities(self, images: Sequence) -> np.ndarray:
         """Pillow images or [H, W, 3] uint8 -> [N, C] float32; a larger one is likelier."""
         ...
@@ -75,6 +79,10 @@ class ClipClassifier:
     def at_once(self) -> int:
         """Rows of the encoder's batches."""
         return self.encoder.rows
+
+    def reduced(self, image: Any) -> np.ndarray:
+        """The tower's square, which is not resized again."""
+        return self.encoder.shape.resizing.tile(image)
 
     def probabilities(self, images: Sequence) -> np.ndarray:
         """See `Classifier`."""

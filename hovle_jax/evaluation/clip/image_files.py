@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -74,26 +75,29 @@ def classify_files(classifier: Classifier, paths: Sequence[str], kept: int = 0) 
     Args:
       kept: of so many images the first ones keep a small copy.
     """
-    numbered = enumerate(paths)
-    for part in batched(numbered, classifier.at_once):
-        opened = [(index, path, _read(path)) for index, path in part]
-        good = [image for *_, image in opened if not isinstance(image, BadSample)]
+    for part in batched(map(_Opened.read, paths, itertools.repeat(classifier)), classifier.at_once):
+        good = [one.reduced for one in part if not one.problem]
         rows = iter(classifier.probabilities(good) if good else ())
-        for index, path, image in opened:
-            if isinstance(image, BadSample):
-                yield Classified(path, problem=f"{image.reason}: {image.detail}")
-            else:
-                yield Classified(path, _small(image) if index < kept else None, next(rows))
+        for one in part:
+            image, kept = one.small if kept > 0 else None, kept - (not one.problem)
+            yield Classified(one.path, image, None if one.problem else next(rows), one.problem)
 
 
-def _read(path):
-    try:
-        return decode_image(storage.read(path))
-    except BadSample as error:
-        return error
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """What waits for its batch."""
 
+    path: str
+    reduced: object = None
+    small: object = None
+    problem: str = ""
 
-def _small(image):
-    copy = image.copy()
-    copy.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return copy
+    @classmethod
+    def read(cls, path, classifier):
+        try:
+            image = decode_image(storage.read(path))
+        except BadSample as error:
+            return cls(path, problem=f"{error.reason}: {error.detail}")
+        small = image.copy()
+        small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        return cls(path, classifier.reduced(image), small)

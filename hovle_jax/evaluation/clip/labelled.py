@@ -6,6 +6,8 @@
 Only the labels are read at once, and for rows kept in the cache; images are decoded as they are needed.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -28,6 +30,7 @@ from hovle_jax.system.printable import printable
 
 SPLIT = "test"  # of folders that have several, unless one is named
 NO_CLASS = -1
+AHEAD = 8  # images that are read before they are asked for
 SAID = 5  # files or fields that a message names
 
 
@@ -89,12 +92,12 @@ class Labelled:
 
     @property
     def items(self) -> Iterator[Item]:
-        """All of them, one in memory at a time."""
-        return map(self.item, range(len(self)))
+        """All of them, in order; few are in memory at a time, which threads read ahead."""
+        return self.at(range(len(self)))
 
     def at(self, indices: Iterable[int]) -> Iterator[Item]:
         """Some of them, in this order."""
-        return map(self.item, indices)
+        return _read_ahead(self.item, indices)
 
     def first(self, count: int) -> "Labelled":
         """The first so many, spread over all of the source, so that no class is left out for its name; 0 = all."""
@@ -105,6 +108,17 @@ class Labelled:
     def at_places(self, indices: np.ndarray) -> "Labelled":
         """Some of them, in this order, as a set of its own."""
         return dataclasses.replace(self, labels=self.labels[indices], pictures=Chosen(self.pictures, indices))
+
+
+def _read_ahead(read, indices):
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        waiting = collections.deque()
+        for index in indices:
+            waiting.append(threads.submit(read, index))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @dataclasses.dataclass(frozen=True)

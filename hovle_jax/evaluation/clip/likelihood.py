@@ -10,6 +10,7 @@ Letters: N images, C classes, R rows of a batch, L tokens, A answer tokens.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,10 @@ class LikelihoodClassifier:
     def at_once(self) -> int:
         """Images whose rows fill a batch."""
         return max(1, self.batch_size // len(self.names))
+
+    def reduced(self, image: Any) -> Any:
+        """As it is: its tiles depend on its size, and few images are in a batch."""
+        return image
 
     def probabilities(self, images: Sequence) -> np.ndarray:
         """[N, C] float32, a softmax of `scores`."""

@@ -22,7 +22,7 @@ from hovle_jax.evaluation.wilson import wilson_interval
 from hovle_jax.system.progress import track
 
 Say = Callable[[str], None]
-IMAGES_AT_ONCE = 64  # in memory, before they are corrupted
+IMAGES_AT_ONCE = 64  # in memory while they are corrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +97,14 @@ def corrupted(classifier: Classifier, labelled: Labelled, names: Sequence[str], 
     indices = track(range(len(labelled)), say, "corruptions", "images", len(labelled))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         for part in batched(indices, max(classifier.at_once, IMAGES_AT_ONCE)):
-            items = {index: labelled.item(index) for index in part}
-            bad += [item.image for item in items.values() if isinstance(item.image, BadEvent)]
-            good = {index: item for index, item in items.items() if not isinstance(item.image, BadEvent)}
-            if not good:
-                continue
-            labels = [item.label for item in good.values()]
-            images = {index: reduced(item.image) for index, item in good.items()}
-            count += len(good)
+            images, labels = {}, []
+            for index, item in zip(part, labelled.at(part), strict=True):
+                if isinstance(item.image, BadEvent):
+                    bad.append(item.image)
+                    continue
+                images[index] = reduced(item.image)
+                labels.append(item.label)
+            count += len(images)
             tally.clean += tally.right(list(images.values()), labels)
             for name, strength in variants:
                 make = lambda index, name=name, strength=strength: corrupt(images[index], name, strength, index, seed)

@@ -63,6 +63,7 @@ def evaluate_shift(
         _draw(shifted, names, folder, f"{pathlib.Path(checkpoint).name} on {set_names(sources)[0]}")
         if names:
             _draw_corruptions(sets[0], names, seed, folder)
+        say(f"{checkpoint}: results are in {folder}")
         results.append({"checkpoint": checkpoint, "data": task.data} | scores | {"folder": str(folder)})
         first = first or shifted
     if len(results) > 1:

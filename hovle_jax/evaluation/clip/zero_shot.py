@@ -91,7 +91,10 @@ def classify(
     predictions, bad = [], []
     start, seconds_in_model = time.monotonic(), 0.0
     tracked = track(items, say, title, "images", total) if say else items
-    for part in batched(tracked, classifier.at_once):
+    reduce = lambda item: (
+        item if isinstance(item.image, BadEvent) else item._replace(image=classifier.reduced(item.image))
+    )
+    for part in batched(map(reduce, tracked), classifier.at_once):
         good = [item for item in part if not isinstance(item.image, BadEvent)]
         bad += [item.image for item in part if isinstance(item.image, BadEvent)]
         if good:

@@ -82,9 +82,14 @@ def evaluate_zero_shot(checkpoints: Sequence[str], task: Task, asked: Asked, say
         outcome = classify(classifier, labelled.names, labelled.items, len(labelled), say)
         del classifier  # before the next one is loaded
         about = {"checkpoint": checkpoint, "data": task.data} | asked.about(outcome.kind)
-        results.append(about | write_outcome(outcome, folder, f"{pathlib.Path(checkpoint).name} on {task.data}", about))
-        if outcome.bad:
-            say(f"{len(outcome.bad):,} images cannot be read; they are listed in {folder / 'bad_images.jsonl'}")
+        results.append(
+            about
+            | write_outcome(
+                outcome, folder, f"{pathlib.Path(checkpoint).name} on {pathlib.PurePath(task.data).name}", about
+            )
+        )
+        unread = f"; {len(outcome.bad):,} images cannot be read and are listed there" if outcome.bad else ""
+        say(f"{checkpoint}: results are in {folder}{unread}")
     return results
 
 
