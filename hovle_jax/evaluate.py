@@ -6,10 +6,11 @@
     python -m hovle_jax.evaluate --checkpoint hovle --benchmark pope --tsv POPE.tsv --rules vlmevalkit
     python -m hovle_jax.evaluate zeroshot --checkpoint runs/contrast,runs/instruct --data FOLDER_OF_CLASSES
     python -m hovle_jax.evaluate shift --checkpoint runs/contrast --data FOLDER_OF_CLASSES --corruptions all
+    python -m hovle_jax.evaluate retrieval --checkpoint runs/contrast --data pairs.jsonl
 
 All answers are written to predictions_NAME.jsonl in the checkpoint's folder, or to predictions.jsonl in --out
 (docs/evaluation.md). An action as the first argument scores what a CLIP does (docs/clip.md): `zeroshot` classifies
-labelled images, `shift` corrupted ones or several sets of them.
+labelled images, `shift` corrupted ones or several sets of them, `retrieval` finds the captions of images and back.
 """
 
 import json
@@ -193,6 +194,15 @@ def shift() -> None:
     print(json.dumps({"results": results}) if JSON.value else printable("\n".join(table(results, COLUMNS)), lines=True))
 
 
+def retrieval() -> None:
+    """Ranks the texts for each image of rows of pairs, and the images for each text."""
+    from hovle_jax.evaluation.clip.retrieval import COLUMNS, evaluate_retrieval
+    from hovle_jax.evaluation.clip.zero_shot_report import table
+
+    results = evaluate_retrieval(checkpoints(), task(), options.BATCH_SIZE.value, DTYPE.value, say)
+    print(json.dumps({"results": results}) if JSON.value else printable("\n".join(table(results, COLUMNS)), lines=True))
+
+
 QUESTIONS = (BENCHMARK, TSV, RULES, SPLIT, SCORER, MAX_NEW_TOKENS, SLOTS)
 CLASSES = (LABEL, *options.OF_CLASSES)
 # Action -> (function, the flags that are not for all actions); '' is none.
@@ -200,6 +210,7 @@ ACTIONS = {
     "": (on_questions, QUESTIONS),
     "zeroshot": (zeroshot, CLASSES),
     "shift": (shift, (*CLASSES, *options.OF_SHIFT)),
+    "retrieval": (retrieval, (options.BATCH_SIZE,)),
 }
 
 

@@ -24,6 +24,7 @@ ORDER = (
     ("data",),
     ("formats", "corpora"),
     ("inference",),
+    ("retrieval",),
     ("conversion", "evaluation", "serving", "training"),
     ("aot",),
     ("commands",),  # the loose files that can be run
@@ -34,12 +35,15 @@ WITHOUT_TRAINING = (
     "evaluation",
     "inference",
     "serving",
+    "retrieval",
     "attention",
     "generate",
     "chat",
     "serve",
     "bench",
     "evaluate",
+    "probe",
+    "search",
     "convert",
 )
 # What knows of devices or of a mesh, and so has no place in model/; the names of mesh axes neither.

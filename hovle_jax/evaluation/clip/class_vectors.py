@@ -5,22 +5,18 @@ A class's vector is normalise(mean over its sentences of normalise(text)): Radfo
 Letters: C classes, T templates, E width of the common space.
 """
 
-import hashlib
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hovle_jax.data.files.shard import cached_arrays
-from hovle_jax.data.text.tokenizer import FILES
 from hovle_jax.evaluation.clip.templates import prompts
+from hovle_jax.inference.digests import component_digest, tokenizer_digest
 from hovle_jax.inference.encoder import Encoder
-from hovle_jax.system import file_lists
 from hovle_jax.system.progress import track
 
 PLACE = "class_vectors"  # the folder of the cache
-TOKENIZER_FILES = (*FILES, "added_tokens.json")
 TEXTS_AT_ONCE = 2048  # whose vectors are in memory together
 
 
@@ -59,30 +55,3 @@ def _ensemble(encoder, names, templates):
     texts = [text for name in names for text in prompts(name, templates)]
     mean = encoder.texts(texts).reshape(len(names), len(templates), -1).mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
-
-
-def component_digest(folder: str | os.PathLike, component: str) -> str:
-    """Of a component's files and of the config: from the list of digests that is written with them, or of themselves.
-
-    Raises:
-      UserError: that list is damaged.
-    """
-    model = pathlib.Path(folder) / "model"
-    listed = file_lists.read_list(model)
-    files = listed[0] if listed else file_lists.measured(model)
-    own = sorted((name, sorted(facts.items())) for name, facts in files.items() if _is_of(name, component))
-    return hashlib.sha256(repr(own).encode()).hexdigest()
-
-
-def _is_of(name, component):
-    return name == "config.json" or name.startswith(f"{component}/")
-
-
-def tokenizer_digest(folder: str | os.PathLike) -> str:
-    """Of the tokenizer's files in a model's folder."""
-    digest = hashlib.sha256()
-    for name in sorted(TOKENIZER_FILES):
-        path = pathlib.Path(folder) / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
