@@ -185,8 +185,8 @@ def zeroshot() -> None:
 def shift() -> None:
     """The same of corrupted images, or of several sets of images."""
     from hovle_jax.evaluation.clip.classifiers import Asked
-    from hovle_jax.evaluation.clip.shift_report import COLUMNS, evaluate_shift
     from hovle_jax.evaluation.clip.zero_shot_report import table
+    from hovle_jax.evaluation.shift.report import COLUMNS, evaluate_shift
 
     asked, chosen = Asked.of_flags(MAX_TILES.value), task()
     more = (options.CORRUPTIONS.value, options.BASELINE.value, options.CORRUPTION_SEED.value, say)

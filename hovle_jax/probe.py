@@ -53,7 +53,7 @@ def main() -> None:
     """All that can be wrong with the options is said before anything is loaded."""
     folder, data, test = (command_line.local_folder("checkpoint"), *map(command_line.required, ("data", "test")))
     from hovle_jax.conversion import downloads
-    from hovle_jax.evaluation.clip.probe_report import Asked, lines, probe
+    from hovle_jax.evaluation.probes.report import Asked, lines, probe
     from hovle_jax.inference.encoder import Encoder
 
     asked = Asked(data, test, LABEL.value, KIND.value, shots(), SEEDS.value, options.TEMPLATES.value)

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.clip import features as of_images
-from hovle_jax.evaluation.clip import logistic, probes, ridge, shots
-from hovle_jax.evaluation.clip.features import features_of
 from hovle_jax.evaluation.clip.labelled import open_labelled
+from hovle_jax.evaluation.probes import features as of_images
+from hovle_jax.evaluation.probes import fitting, logistic, ridge, shots
+from hovle_jax.evaluation.probes.features import features_of
 from hovle_jax.inference.encoder import Encoder
 from tests import micro
 from tests.test_commands import command
@@ -108,13 +108,13 @@ def test_ridge_solves_the_normal_equations(name, several):
     np.testing.assert_allclose(linear.logits(x), expected, atol=3e-3)
 
 
-@pytest.mark.parametrize("kind", probes.KINDS)
+@pytest.mark.parametrize("kind", fitting.KINDS)
 def test_the_penalty_is_the_best_on_held_out_images(kind):
     x, labels = data(300, 40, 3, apart=0.35)
-    probe = probes.fit_best(kind, x, labels, 3)
-    assert len(probe.tried) == len(probes.STRENGTHS) and probe.tried[probe.penalty] == max(probe.tried.values())
+    probe = fitting.fit_best(kind, x, labels, 3)
+    assert len(probe.tried) == len(fitting.STRENGTHS) and probe.tried[probe.penalty] == max(probe.tried.values())
     assert sorted(probe.tried, reverse=True) == list(probe.tried)
-    alone = probes.fit(kind, x, labels, 3, probe.penalty)
+    alone = fitting.fit(kind, x, labels, 3, probe.penalty)
     np.testing.assert_allclose(alone.linear.weights, probe.linear.weights, atol=1e-5)
     name, value = {"logistic": ("C", 1 / probe.penalty), "ridge": ("alpha", probe.penalty)}[kind]
     assert probe.settings()[name] == pytest.approx(value, rel=1e-3)
@@ -122,9 +122,9 @@ def test_the_penalty_is_the_best_on_held_out_images(kind):
 
 def test_the_held_out_part_has_some_of_each_class():
     labels = np.repeat(np.arange(3), [50, 5, 1])
-    chosen = probes.part_of_each_class(labels, 0.2)
+    chosen = fitting.part_of_each_class(labels, 0.2)
     assert np.bincount(labels[chosen], minlength=3).tolist() == [10, 1, 0]
-    assert np.array_equal(chosen, probes.part_of_each_class(labels, 0.2))
+    assert np.array_equal(chosen, fitting.part_of_each_class(labels, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_the_held_out_part_has_some_of_each_class():
 )
 def test_what_can_have_no_probe(change, message):
     with pytest.raises(UserError, match=message):
-        probes.fit_best("ridge", *change(*data(20, 4, 3)), 3)
+        fitting.fit_best("ridge", *change(*data(20, 4, 3)), 3)
 
 
 def test_shots_are_drawn_of_each_class_and_held_by_larger_draws():
@@ -150,7 +150,7 @@ def test_shots_are_drawn_of_each_class_and_held_by_larger_draws():
     assert not np.array_equal(order, shots._order(labels, seed=2))
 
 
-@pytest.mark.parametrize("kind", probes.KINDS)
+@pytest.mark.parametrize("kind", fitting.KINDS)
 def test_more_shots_are_better(kind):
     train, test = data(400, 8, 3, seed=3, apart=1.2), data(400, 8, 3, seed=3, apart=1.2)
     found = shots.few_shot(kind, train, test, 3, [1, 16, 500], 4)

@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.clip import pixels
 from hovle_jax.evaluation.clip.classifiers import Asked
-from hovle_jax.evaluation.clip.corruptions import CORRUPTIONS, STRENGTHS, corrupt, find_corruptions, reduced
 from hovle_jax.evaluation.clip.labelled import open_labelled
-from hovle_jax.evaluation.clip.robustness import Line, effective_robustness, read_baseline, summary
-from hovle_jax.evaluation.clip.shift import among, corrupted, on_data_sets
-from hovle_jax.evaluation.clip.shift_report import evaluate_shift
 from hovle_jax.evaluation.clip.zero_shot_report import Task
+from hovle_jax.evaluation.shift import pixels
+from hovle_jax.evaluation.shift.corruptions import CORRUPTIONS, STRENGTHS, corrupt, find_corruptions, reduced
+from hovle_jax.evaluation.shift.report import evaluate_shift
+from hovle_jax.evaluation.shift.robustness import Line, effective_robustness, read_baseline, summary
+from hovle_jax.evaluation.shift.variants import among, corrupted, on_data_sets
 from tests import micro
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "own_cache")

@@ -17,7 +17,7 @@ import time
 import numpy as np
 from peer import found
 
-from hovle_jax.evaluation.clip import probes
+from hovle_jax.evaluation.probes import fitting
 
 IMAGES, TEST, WIDTH, CLASSES = 20_000, 5_000, 512, 100
 SPECTRUM, APART, SCALES = -0.5, 0.4, 2  # exponents; and how far the means are apart, in standard deviations
@@ -54,7 +54,7 @@ def features(badly_scaled, seed=0):
 def ours(data, kind, penalty):
     """-> (seconds of the fit, accuracy)."""
     start = time.perf_counter()
-    probe = probes.fit(kind, data["x"], data["y"], CLASSES, penalty)
+    probe = fitting.fit(kind, data["x"], data["y"], CLASSES, penalty)
     return time.perf_counter() - start, probe.linear.accuracy(data["test_x"], data["test_y"])
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from hovle_jax.evaluation.clip.linear import Linear
-from hovle_jax.evaluation.clip.moments import Moments
+from hovle_jax.evaluation.probes.linear import Linear
+from hovle_jax.evaluation.probes.moments import Moments
 
 
 def path(

@@ -9,11 +9,11 @@ import numpy as np
 from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation.clip.classifiers import Asked
-from hovle_jax.evaluation.clip.corruptions import STRENGTHS, corrupt, find_corruptions
 from hovle_jax.evaluation.clip.labelled import Labelled, open_labelled
-from hovle_jax.evaluation.clip.robustness import read_baseline
-from hovle_jax.evaluation.clip.shift import Shifted, corrupted, on_data_sets, set_names, variant
 from hovle_jax.evaluation.clip.zero_shot_report import Task, check_checkpoints, write_bad
+from hovle_jax.evaluation.shift.corruptions import STRENGTHS, corrupt, find_corruptions
+from hovle_jax.evaluation.shift.robustness import read_baseline
+from hovle_jax.evaluation.shift.variants import Shifted, corrupted, on_data_sets, set_names, variant
 from hovle_jax.system.files import write_json
 
 COLUMNS = (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.clip.probes import KINDS
+from hovle_jax.evaluation.probes.fitting import KINDS
 
 STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 JUDGES = 2000  # images that were not drawn, at most, on which the penalty is chosen

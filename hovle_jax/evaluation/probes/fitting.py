@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.clip import logistic, ridge
-from hovle_jax.evaluation.clip.linear import Linear
-from hovle_jax.evaluation.clip.moments import bend, check_features
+from hovle_jax.evaluation.probes import logistic, ridge
+from hovle_jax.evaluation.probes.linear import Linear
+from hovle_jax.evaluation.probes.moments import bend, check_features
 
 STRENGTHS = tuple(10 ** (-exponent / 2) for exponent in range(-2, 11))  # 10 to 1e-5, of what the features' scale is
 HELD_OUT = 0.2  # of the images, on which the penalty is chosen

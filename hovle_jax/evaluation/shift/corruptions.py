@@ -17,7 +17,7 @@ import numpy as np
 
 from hovle_jax.data.images import as_image
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.clip.pixels import clipped, convolved, disk, displaced, fractal, gaussian, line, resized
+from hovle_jax.evaluation.shift.pixels import clipped, convolved, disk, displaced, fractal, gaussian, line, resized
 
 SIDE = 256  # pixels of the shorter side, at most
 NOMINAL = 224  # pixels of the image that lengths are for

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax.evaluation.clip.linear import Linear
-from hovle_jax.evaluation.clip.moments import Moments, bend
+from hovle_jax.evaluation.probes.linear import Linear
+from hovle_jax.evaluation.probes.moments import Moments, bend
 from hovle_jax.system.command_line import warn
 
 MEMORY = 10  # pairs that L-BFGS keeps

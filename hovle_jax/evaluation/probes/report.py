@@ -9,12 +9,12 @@ import numpy as np
 
 from hovle_jax.errors import UserError
 from hovle_jax.evaluation.clip.class_vectors import class_vectors
-from hovle_jax.evaluation.clip.features import Features, features_of
 from hovle_jax.evaluation.clip.labelled import open_labelled
-from hovle_jax.evaluation.clip.probes import KINDS, fit_best
-from hovle_jax.evaluation.clip.shots import check_shots, few_shot
 from hovle_jax.evaluation.clip.templates import find_templates
 from hovle_jax.evaluation.clip.zero_shot_report import write_bad
+from hovle_jax.evaluation.probes.features import Features, features_of
+from hovle_jax.evaluation.probes.fitting import KINDS, fit_best
+from hovle_jax.evaluation.probes.shots import check_shots, few_shot
 from hovle_jax.evaluation.wilson import wilson_interval
 from hovle_jax.inference.encoder import Encoder
 from hovle_jax.system.files import write_json

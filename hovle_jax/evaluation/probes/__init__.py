@@ -1,0 +1,1 @@
+"""Linear probes of a CLIP's features: logistic regression, ridge, a few shots of each class."""
