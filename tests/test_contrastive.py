@@ -225,7 +225,7 @@ def test_gains_biases_and_the_scores_scale_and_bias_are_not_decayed():
         (dict(patch_dropout=1.0), "clip.patch_dropout=1.0 is a share of patches: from 0 to below 1"),
         (dict(frozen="vision,head"), "clip.frozen names head: use some of vision,text,"),
         (dict(frozen="text,vision"), "clip.frozen='text,vision' leaves no tower to be trained"),
-        (dict(frozen="vision"), "clip.frozen='vision' stays as it is loaded: set init.clip"),
+        (dict(frozen="vision"), "clip.frozen='vision' stays as it is loaded, and vision would not be: set init.clip"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

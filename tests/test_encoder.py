@@ -40,6 +40,7 @@ def test_vectors_are_the_towers(encoder):
     np.testing.assert_allclose(made, clip.encode_images(tiles), atol=1e-5)
     np.testing.assert_allclose(said, clip.encode_texts(rows), atol=1e-5)
     np.testing.assert_allclose(encoder.images(pictures, "pooled"), clip.image_states(tiles)[1], atol=1e-4)
+    np.testing.assert_allclose(encoder.projected(encoder.images(pictures, "pooled")), made, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
     logits = encoder.scale * made @ said.T + encoder.bias
     np.testing.assert_allclose(logits, clip.logits(made, said), rtol=1e-4)

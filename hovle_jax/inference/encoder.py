@@ -100,6 +100,11 @@ class Encoder:
         for tiles in _batched(map(self.shape.resizing.tile, images), self.rows):
             yield self._encoded(features, np.stack(tiles))
 
+    def projected(self, pooled: np.ndarray) -> np.ndarray:
+        """'pooled' features [N, D] -> the 'vectors' of the same images, [N, E] float32."""
+        parts = [self._encoded("projected", np.stack(rows)) for rows in _batched(pooled, self.rows)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.width()), np.float32)
+
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> [N, E] float32 unit vectors. Texts longer than the context are cut off."""
         made = [self.text_row(text) for text in texts]
@@ -133,6 +138,8 @@ def _encode(params: Any, rows: jax.Array, *, what: str, models: Models) -> jax.A
     clip = models["clip"].bind({"params": params})
     if what == "texts":
         return clip.encode_texts(rows)
+    if what == "projected":
+        return clip.project_images(rows)
     if what == "pooled":
         return clip.image_states(rows)[1].astype(jnp.float32)
     return clip.encode_images(rows)

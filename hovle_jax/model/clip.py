@@ -117,6 +117,10 @@ class CLIP(nn.Module):
         hidden, pooled = self.text(tokens, mask)
         return hidden, pooled, self.text_projection(pooled)
 
+    def project_images(self, pooled: jax.Array) -> jax.Array:
+        """What the image tower has pooled, [N, D] -> unit vectors [N, E], float32."""
+        return normalize(self.vision_projection(pooled))
+
     def encode_images(self, tiles: jax.Array, patches: jax.Array | None = None) -> jax.Array:
         """[N, S, S, 3] -> unit vectors [N, E], float32; patches: see `image_states`."""
         return normalize(self.image_states(tiles, patches)[2])

@@ -22,7 +22,6 @@ from hovle_jax.inference.encoder import Encoder
 from hovle_jax.system.progress import track
 
 PLACE = "features"  # the folder of the cache
-WAYS = ("pooled", "vectors")  # of `Encoder.images`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,9 @@ def features_of(
     if not len(made["kept"]):
         first = f"; the first: {bad[0].shard} {bad[0].sample}: {bad[0].detail}" if bad else ""
         raise UserError(f"{labelled.source}: none of {len(labelled):,} images can be read{first}")
-    pooled, vectors = (np.asarray(made[way]) for way in WAYS)
-    return Features(pooled, vectors, labelled.labels[made["kept"]], labelled.names, bad)
+    return Features(
+        np.asarray(made["pooled"]), np.asarray(made["vectors"]), labelled.labels[made["kept"]], labelled.names, bad
+    )
 
 
 def _encoded(encoder, labelled, say):
@@ -70,14 +70,14 @@ def _encoded(encoder, labelled, say):
     items = enumerate(labelled.items)
     if say:
         items = track(items, say, f"features of {labelled.source}", "images", len(labelled))
-    kept, bad, parts = [], [], {way: [np.zeros((0, encoder.width(way)), np.float32)] for way in WAYS}
+    kept, bad, parts = [], [], [np.zeros((0, encoder.width("pooled")), np.float32)]
     for part in batched(items, encoder.rows):
         good = [(index, item.image) for index, item in part if not isinstance(item.image, BadEvent)]
         bad += [dataclasses.asdict(item.image) for _, item in part if isinstance(item.image, BadEvent)]
         kept += [index for index, _ in good]
-        for way in WAYS:
-            parts[way].append(encoder.images([image for _, image in good], way))
-    made: dict[str, Any] = {way: np.concatenate(rows) for way, rows in parts.items()}
+        parts.append(encoder.images([image for _, image in good], "pooled"))
+    pooled = np.concatenate(parts)
+    made: dict[str, Any] = {"pooled": pooled, "vectors": encoder.projected(pooled)}
     text = json.dumps(bad).encode()
     return made | {"kept": np.asarray(kept, np.int64), "bad": np.frombuffer(text, np.uint8)}
 
