@@ -20,6 +20,7 @@ from hovle_jax.evaluation.clip.templates import SETS, check_templates, find_temp
 from hovle_jax.evaluation.clip.zero_shot import classify
 from hovle_jax.evaluation.clip.zero_shot_report import Task, evaluate_zero_shot
 from hovle_jax.inference.encoder import Encoder
+from hovle_jax.report.classification import short
 from tests import micro
 from tests.test_commands import command
 
@@ -372,3 +373,10 @@ def test_many_classes_are_drawn_as_their_mistakes(clip, tmp_path):
     )
     with pytest.raises(UserError, match="names a model twice"):
         evaluate_zero_shot([str(clip)] * 2, task, Asked())
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("flag_New_Caledonia_fluent.png", "flag_New_Caledonia_fluent..."), ("a  short one", "a short one"), ("1$", r"1\$"),
+])  # fmt: skip
+def test_a_name_is_cut_where_it_does_not_fit(name, shown):
+    assert short(name, 28) == shown

@@ -3,7 +3,6 @@
 import math
 import os
 import pathlib
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +17,9 @@ LINE = 0.24  # inches
 
 def short(name: str, width: int = NAME_WIDTH) -> str:
     """A name that takes so many characters at most; nothing in it is a formula."""
-    return textwrap.shorten(name, width, placeholder="...").replace("$", r"\$") or name[:width].replace("$", r"\$")
+    name = " ".join(name.split())
+    shown = name if len(name) <= width else f"{name[: width - 3].rstrip()}..."
+    return shown.replace("$", r"\$")
 
 
 def plot_confusion(counts: np.ndarray, names: Sequence[str], path: str | os.PathLike, title: str) -> pathlib.Path:
