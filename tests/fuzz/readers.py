@@ -229,7 +229,7 @@ def _read_config(files, folder):
 
     source = _Headers(_all_headers()[int(files[FIXED])])
     (folder / "config.json").write_bytes(files["config.json"])
-    original, families.SafetensorsFolder = families.SafetensorsFolder, lambda _: source
+    original, families.SafetensorsFolder = families.SafetensorsFolder, lambda *_, **__: source
     try:
         checkpoint = families.open_checkpoint(folder)
     finally:
