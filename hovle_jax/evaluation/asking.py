@@ -23,6 +23,7 @@ from hovle_jax.inference.limits import check_lengths
 from hovle_jax.inference.load import Loaded, load_run
 from hovle_jax.inference.many import in_order
 from hovle_jax.inference.slots import fused
+from hovle_jax.system.batching import batched
 
 # Items -> their answers in order as they come, or why an item cannot be asked.
 Ask = Callable[[Iterable], Iterator[str | BadSample]]
@@ -33,13 +34,6 @@ SHORTEST = 64  # tokens: prompts up to this length are of one class
 STEP = 16  # tokens by which rows grow
 BATCHES_AT_ONCE = 4  # are sorted by their shapes together
 INT8_SLOTS = 8  # unless --slots says another number
-
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of so many of them; the last may be shorter (itertools.batched is new in Python 3.12)."""
-    items = iter(items)
-    while part := list(itertools.islice(items, size)):
-        yield part
 
 
 @dataclasses.dataclass

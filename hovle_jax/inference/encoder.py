@@ -11,7 +11,6 @@ Letters: N images or texts, E width of the common space, D width of the image to
 
 import dataclasses
 import functools
-import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from hovle_jax.data.text.tokenizer import Tokenizer
 from hovle_jax.inference.folders import check_model_folder
 from hovle_jax.inference.load import Loaded, load_run
 from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig
+from hovle_jax.system.batching import batched
 
 BATCH = 64  # rows, unless another number is asked for
 
@@ -97,18 +97,18 @@ class Encoder:
         Args:
           features: 'vectors', or 'pooled': what the tower gives before its projection, [N, D], which probes read.
         """
-        for tiles in _batched(map(self.shape.resizing.tile, images), self.rows):
+        for tiles in batched(map(self.shape.resizing.tile, images), self.rows):
             yield self._encoded(features, np.stack(tiles))
 
     def projected(self, pooled: np.ndarray) -> np.ndarray:
         """'pooled' features [N, D] -> the 'vectors' of the same images, [N, E] float32."""
-        parts = [self._encoded("projected", np.stack(rows)) for rows in _batched(pooled, self.rows)]
+        parts = [self._encoded("projected", np.stack(rows)) for rows in batched(pooled, self.rows)]
         return np.concatenate(parts) if parts else np.zeros((0, self.width()), np.float32)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> [N, E] float32 unit vectors. Texts longer than the context are cut off."""
         made = [self.text_row(text) for text in texts]
-        parts = [self._encoded("texts", np.stack(rows)) for rows in _batched(made, self.rows)]
+        parts = [self._encoded("texts", np.stack(rows)) for rows in batched(made, self.rows)]
         return np.concatenate(parts) if parts else np.zeros((0, self.config.projection_width), np.float32)
 
     def text_row(self, text: str) -> np.ndarray:
@@ -143,9 +143,3 @@ def _encode(params: Any, rows: jax.Array, *, what: str, models: Models) -> jax.A
     if what == "pooled":
         return clip.image_states(rows)[1].astype(jnp.float32)
     return clip.encode_images(rows)
-
-
-def _batched(items, size):
-    items = iter(items)
-    while part := list(itertools.islice(items, size)):
-        yield part

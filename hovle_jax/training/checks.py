@@ -43,7 +43,6 @@ def check(config: RunConfig) -> None:
         config.teacher.check(config.model.llm.stack.width)
     stage.batch.check(config)
     if "clip" in stage.components and config.clip is not None:
-        config.clip.check()
         loaded = config.init.parts_of_clip or CLIP_PARTS if config.init.clip else ()
         if fresh := [part for part in config.clip.frozen_parts if part not in loaded]:
             raise UserError(

@@ -1,5 +1,6 @@
 """Sides of a comparison in processes of their own, which take turns of a few steps, so that a busy time hits both."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -7,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -88,3 +89,29 @@ def compare(commands: Mapping[str, list[str]], rounds: int, steps: int, rtol: fl
 def command_of(script: str, side: str, case: str) -> list[str]:
     """Of a benchmark's file, which is a side where it is called with `--child SIDE --sizes CASE`."""
     return [sys.executable, "-m", f"tests.benchmarks.{pathlib.Path(script).stem}", "--child", side, "--sizes", case]
+
+
+def main(doc: str, script: str, sides: Mapping[str, Callable], sizes: Mapping[str, tuple]) -> None:
+    """The command line of such a benchmark: prints one JSON object, or is a side of it.
+
+    Args:
+      doc: says what is compared.
+      script: the benchmark's file.
+      sides: {name: function of a size -> endless steps, each giving its loss}; one is 'ours'.
+      sizes: {name: arguments of these functions}.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default=",".join(sizes))
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=3, help="of each turn")
+    parser.add_argument("--child", choices=sides, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        as_a_child()
+        serve(sides[arguments.child](*sizes[arguments.sizes]))
+        return
+    found: dict = {"cores": os.cpu_count()}
+    for size in arguments.sizes.split(","):
+        commands = {side: command_of(script, side, size) for side in sides}
+        found[size] = compare(commands, arguments.rounds, arguments.steps)
+    print(json.dumps(found, indent=2))

@@ -12,8 +12,9 @@ import json
 import numpy as np
 from PIL import Image, ImageDraw
 
+from hovle_jax.evaluation.clip.class_vectors import made_vectors
 from hovle_jax.inference.encoder import Encoder
-from tests.benchmarks.emoji_clip import read, unit
+from tests.benchmarks.emoji_clip import read
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_TEMPLATES = ("{}", "keycap: {}", "the number {}", "a handwritten {}")
@@ -26,12 +27,6 @@ MEANINGS = (
     ("star", "star", "shooting star"), ("horn", "postal horn", "ram"), ("bow", "bow and arrow", "ribbon"),
     ("nail", "nail polish", "hammer"), ("palm", "palm tree", "palms up together"), ("crown", "crown", "tooth"),
 )  # fmt: skip
-
-
-def class_vectors(encoder, names, templates):
-    """[K, E]: of each class the mean of its prompts' vectors."""
-    prompts = [template.format(name) for name in names for template in templates]
-    return unit(encoder.texts(prompts).reshape(len(names), len(templates), -1).mean(1))
 
 
 def digits():
@@ -62,7 +57,7 @@ def counting(rng, each=50):
 
 
 def accuracy(encoder, images, labels, names, templates):
-    nearest = np.argmax(encoder.images(images) @ class_vectors(encoder, names, templates).T, axis=1)
+    nearest = np.argmax(encoder.images(images) @ made_vectors(encoder, names, templates).T, axis=1)
     return float(np.mean(nearest == labels))
 
 

@@ -9,7 +9,6 @@ threads as there are cores; they take turns of a few steps.
 Prints one JSON object: for each size the median seconds of a step, and open_clip's over ours.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -125,23 +124,5 @@ def our_steps(model, rows):
 SIDES = {"ours": our_steps, "open_clip": peer_steps}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=3, help="of each turn")
-    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        alternating.as_a_child()
-        alternating.serve(SIDES[arguments.child](*SIZES[arguments.sizes]))
-        return
-    found = {}
-    for size in arguments.sizes.split(","):
-        commands = {side: alternating.command_of(__file__, side, size) for side in SIDES}
-        found[size] = alternating.compare(commands, arguments.rounds, arguments.steps)
-    print(json.dumps(found | {"cores": os.cpu_count()}, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    alternating.main(__doc__, __file__, SIDES, SIZES)

@@ -10,9 +10,7 @@ there are cores; they take turns of a few steps. Both sides keep freed memory, a
 Prints one JSON object: for each size the median seconds of a step, and PyTorch's over ours.
 """
 
-import argparse
 import dataclasses
-import json
 import os
 import shutil
 
@@ -204,24 +202,7 @@ SIDES = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=3, help="of each turn")
-    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        alternating.as_a_child()
-        alternating.serve(SIDES[arguments.child](*SIZES[arguments.sizes]))
-        return
-    sides = [side for side in SIDES if side != "torch compiled" or shutil.which(os.environ.get("CXX", "g++"))]
-    found = {}
-    for size in arguments.sizes.split(","):
-        commands = {side: alternating.command_of(__file__, side, size) for side in sides}
-        found[size] = alternating.compare(commands, arguments.rounds, arguments.steps)
-    print(json.dumps(found | {"cores": os.cpu_count()}, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        del SIDES["torch compiled"]
+    alternating.main(__doc__, __file__, SIDES, SIZES)

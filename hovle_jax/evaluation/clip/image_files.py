@@ -13,10 +13,10 @@ from hovle_jax.data.bad_samples import BadSample
 from hovle_jax.data.files import storage
 from hovle_jax.data.images import decode_image
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.asking import batched
 from hovle_jax.evaluation.clip.class_names import check_names, read_lines
 from hovle_jax.evaluation.clip.classifiers import Classifier, best
 from hovle_jax.evaluation.clip.labelled import is_image
+from hovle_jax.system.batching import batched
 
 SHOWN_SIDE = 320  # pixels of an image that is kept for a picture
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from hovle_jax.data.batch import Sample
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.asking import STEP, Shapes, batched
+from hovle_jax.evaluation.asking import STEP, Shapes
 from hovle_jax.inference.generate import prompt_batch
 from hovle_jax.inference.limits import check_lengths
 from hovle_jax.inference.load import Loaded
 from hovle_jax.model import flops
 from hovle_jax.model.hovle import HoVLE
+from hovle_jax.system.batching import batched
 
 DEFAULT_PROMPT = "what is in the picture?"
 ANSWER_STEP = 8  # tokens by which rows of answers grow

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.asking import batched
 from hovle_jax.evaluation.clip.pairs import Pairs
 from hovle_jax.evaluation.clip.zero_shot_report import Task, write_bad
 from hovle_jax.inference.encoder import BATCH, Encoder
 from hovle_jax.retrieval.nearest import ranks
+from hovle_jax.system.batching import batched
 from hovle_jax.system.files import write_json
 from hovle_jax.system.progress import track
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from hovle_jax.data.bad_samples import BadEvent, count_reasons
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.asking import batched
 from hovle_jax.evaluation.clip.classifiers import Classifier, best, rank_of
 from hovle_jax.evaluation.clip.labelled import Item
 from hovle_jax.evaluation.clip.measures import Choices
+from hovle_jax.system.batching import batched
 from hovle_jax.system.progress import track
 
 KEPT = 5  # classes of each image in the file of predictions

@@ -15,10 +15,10 @@ import numpy as np
 from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.data.files.shard import cached_arrays
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.asking import batched
 from hovle_jax.evaluation.clip.labelled import Labelled
 from hovle_jax.inference.digests import component_digest
 from hovle_jax.inference.encoder import Encoder
+from hovle_jax.system.batching import batched
 from hovle_jax.system.progress import track
 
 PLACE = "features"  # the folder of the cache

@@ -12,13 +12,13 @@ import numpy as np
 
 from hovle_jax.data.bad_samples import BadEvent
 from hovle_jax.errors import UserError
-from hovle_jax.evaluation.asking import batched
 from hovle_jax.evaluation.clip.classifiers import Asked, Classifier, rank_of
 from hovle_jax.evaluation.clip.labelled import Labelled
 from hovle_jax.evaluation.clip.zero_shot import Outcome, classify
 from hovle_jax.evaluation.shift.corruptions import STRENGTHS, corrupt, reduced
 from hovle_jax.evaluation.shift.robustness import CLEAN, MEAN, Line, effective_robustness, summary
 from hovle_jax.evaluation.wilson import wilson_interval
+from hovle_jax.system.batching import batched
 from hovle_jax.system.progress import track
 
 Say = Callable[[str], None]
