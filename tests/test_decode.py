@@ -62,6 +62,28 @@ def run_greedy(answerer, batch, stop_ids=(-1,)):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_text_after_copies_of_the_caches_is_the_full_forward(name):
+    """Two texts of different lengths after each prompt."""
+    answerer = make_answerer(**VARIANTS[name])
+    hovle, params = answerer.hovle, answerer.params
+    samples, ends = prompt_samples(answerer, prompts()), ([5, 9, 7], [11, 6])
+    batch, room = prompt_batch(answerer, samples), 4
+    long = embedding_stream(batch).tokens.shape[1]
+    cache = hovle.empty_cache(3, batch["tokens"].shape[1] + room, long + room)
+    _, cache = jax.jit(hovle.prefill)(params, batch, cache)
+    tokens = jnp.asarray([end + [0] * (room - len(end)) for end in ends], jnp.int32)
+    there = jnp.asarray([[1] * len(end) + [0] * (room - len(end)) for end in ends], jnp.int32)
+    repeat = lambda rows: jnp.tile(rows, (3, 1))
+    hidden, after = jax.jit(hovle.append)(params, repeat(tokens), repeat(there), cache.repeated(2))
+    whole = prompt_batch(answerer, [longer(sample, end) for sample in samples for end in ends])
+    full = np.asarray(jax.jit(lambda params, batch: hovle.hidden(params, batch)[0])(params, whole))
+    for row, (sample, end) in enumerate((sample, end) for sample in samples for end in ends):
+        n = len(sample.tokens)
+        np.testing.assert_allclose(hidden[row, : len(end)], full[row, n : n + len(end)], rtol=2e-4, atol=2e-4)
+        assert after.llm.length[row] == n + len(end)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_cached_decoding_is_the_full_forward(name):
     answerer = make_answerer(**VARIANTS[name])
     hovle, params = answerer.hovle, answerer.params

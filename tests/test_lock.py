@@ -40,7 +40,7 @@ def named(folder):
 
 
 def test_a_second_run_is_told_who_has_the_folder_until_the_first_one_ends(tmp_path, holder):
-    message = rf"is in use by process {holder.pid} on {os.uname().nodename} \(since 20.*choose another --workdir"
+    message = rf"is in use by process {holder.pid} on {os.uname().nodename} \(since 20.*choose another folder"
     with pytest.raises(UserError, match=message), lock.locked(tmp_path):
         pass
     holder.communicate("")

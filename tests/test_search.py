@@ -11,6 +11,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.inference.encoder import Encoder
 from hovle_jax.retrieval import index as module
 from hovle_jax.retrieval.index import Index, update
+from hovle_jax.system.lock import locked
 from tests import micro
 from tests.test_commands import command
 
@@ -40,6 +41,11 @@ def photos(tmp_path):
     return folder
 
 
+def files(index):
+    """Names of an index's files, but for its lock."""
+    return sorted(path.name for path in index.iterdir() if not path.name.startswith("."))
+
+
 def test_an_index_has_the_encoders_vectors(encoder, clip, photos, tmp_path):
     made = update(encoder, str(clip), photos, tmp_path / "index", print)
     assert (made.images, made.encoded, made.kept, made.gone, made.bad) == (6, 6, 0, 0, ())
@@ -47,9 +53,7 @@ def test_an_index_has_the_encoders_vectors(encoder, clip, photos, tmp_path):
     assert [entry.path for entry in index.entries] == sorted(f"{c}/{s}.png" for c in COLORS for s in SHAPES)
     images = [np.asarray(Image.open(photos / entry.path)) for entry in index.entries]
     np.testing.assert_allclose(index.vectors, encoder.images(images), atol=1e-5)
-    assert sorted(path.name.split("-")[0] for path in (tmp_path / "index").iterdir()) == [
-        "images", "index.json", "vectors",
-    ]  # fmt: skip
+    assert [name.split("-")[0] for name in files(tmp_path / "index")] == ["images", "index.json", "vectors"]
 
 
 def test_what_is_unchanged_is_not_encoded_again(encoder, clip, photos, tmp_path):
@@ -72,7 +76,7 @@ def test_what_is_unchanged_is_not_encoded_again(encoder, clip, photos, tmp_path)
         "teal/rectangle.png",
     ]  # fmt: skip
     np.testing.assert_array_equal(after.vectors[4:], before.vectors[4:])
-    assert len(list((tmp_path / "index").iterdir())) == 3
+    assert len(files(tmp_path / "index")) == 3
 
 
 def test_an_update_that_is_cut_off_leaves_the_index(encoder, clip, photos, tmp_path, monkeypatch):
@@ -84,7 +88,39 @@ def test_an_update_that_is_cut_off_leaves_the_index(encoder, clip, photos, tmp_p
             update(encoder, str(clip), photos, tmp_path / "index", print)
     assert len(Index.load(tmp_path / "index").entries) == 6
     update(encoder, str(clip), photos, tmp_path / "index", print)
-    assert len(Index.load(tmp_path / "index").entries) == 5 and len(list((tmp_path / "index").iterdir())) == 3
+    assert len(Index.load(tmp_path / "index").entries) == 5 and len(files(tmp_path / "index")) == 3
+
+
+def test_two_updates_at_once_are_refused(encoder, clip, photos, tmp_path):
+    (tmp_path / "index").mkdir()
+    with locked(tmp_path / "index"), pytest.raises(UserError, match="is in use by .*: two would mix what they write"):
+        update(encoder, str(clip), photos, tmp_path / "index", print)
+
+
+def test_a_graph_finds_what_is_found_among_all(encoder, clip, photos, tmp_path):
+    update(encoder, str(clip), photos, tmp_path / "index", print, graph=True)
+    index = Index.load(tmp_path / "index")
+    assert index.graph and len(files(tmp_path / "index")) == 4
+    for by_graph, exact in zip(index.nearest(index.vectors[:2], 4), index.nearest(index.vectors[:2], 4, exact=True)):
+        np.testing.assert_allclose(by_graph, exact, rtol=1e-6)
+    assert index.nearest(index.vectors[:1], 50)[1].shape == (1, 6)
+    (photos / "red" / "circle.png").unlink()
+    update(encoder, str(clip), photos, tmp_path / "index", print)  # an index with a graph keeps having one
+    after = Index.load(tmp_path / "index")
+    assert after.graph and after.graph != index.graph and len(files(tmp_path / "index")) == 4
+    assert set(after.nearest(after.vectors[:1], 50)[1][0]) == set(range(5))
+    after.graph.write_bytes(after.graph.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        after.nearest(after.vectors[:1], 2)
+    after.graph.unlink()
+    with pytest.raises(UserError, match="damaged: vectors-.*.graph is not there; remove the index"):
+        Index.load(tmp_path / "index")
+
+
+def test_without_usearch_a_graph_is_refused_and_all_images_are_looked_at(encoder, clip, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.approximate, "is_installed", lambda: False)
+    with pytest.raises(UserError, match=r"--ann needs the package usearch; run: pip install .hovle_jax\[ann\]"):
+        update(encoder, str(clip), photos, tmp_path / "index", print, graph=True)
 
 
 def test_another_model_or_folder_is_refused(encoder, clip, photos, tmp_path, monkeypatch):
@@ -116,7 +152,7 @@ def test_folders_without_images(encoder, clip, tmp_path):
     (tmp_path / "empty" / "a.png").write_bytes(b"x")
     with pytest.raises(UserError, match="none of 1 images .* a.png: not_an_image"):
         update(encoder, str(clip), tmp_path / "empty", tmp_path / "index", print)
-    assert not (tmp_path / "index").exists()
+    assert not files(tmp_path / "index")
 
 
 def test_the_command(clip, photos, tmp_path):

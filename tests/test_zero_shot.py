@@ -196,8 +196,20 @@ def test_hovle_scores_answers_by_the_mean_likelihood_of_their_tokens(run):
         classifier.probabilities(pictures(5)), powers / powers.sum(axis=1, keepdims=True), atol=1e-5
     )
     assert classifier.kind == "likelihood" and classifier.flops() > 1e6
-    whole = Asked(prompt="what shape is it?", batch_size=64).open(run, NAMES)
-    np.testing.assert_allclose(whole.scores(pictures(5)), made, atol=1e-4)
+    for batch_size in (2, 64):  # fewer classes at once than there are, and all of several images
+        other = Asked(prompt="what shape is it?", batch_size=batch_size).open(run, NAMES)
+        np.testing.assert_allclose(other.scores(pictures(5)), made, atol=1e-4)
+
+
+def test_a_class_costs_its_own_tokens_alone(run):
+    """Not the image's and the question's again."""
+    few = Asked(prompt="what shape is it?").open(run, NAMES)
+    many = Asked(prompt="what shape is it?").open(run, [f"{name} {i}" for name in NAMES for i in range(4)])
+    for classifier in (few, many):
+        classifier.scores(pictures(1))
+    more = (many.flops() - few.flops()) / (len(many.names) - len(few.names))
+    question = few.flops() - len(NAMES) * more
+    assert 0 < more < question
 
 
 def test_equal_scores_go_to_the_earlier_class():

@@ -71,6 +71,11 @@ class HoVLECache:
         begun = lambda cache: cache and dataclasses.replace(cache, is_empty=False)
         return HoVLECache(begun(self.embedding), begun(self.llm))
 
+    def repeated(self, times: int) -> "HoVLECache":
+        """Each slot so many times, side by side."""
+        repeated = lambda cache: cache and cache.repeated(times)
+        return HoVLECache(repeated(self.embedding), repeated(self.llm))
+
 
 @dataclasses.dataclass(frozen=True)
 class HoVLE:
@@ -138,10 +143,24 @@ class HoVLE:
         Returns:
           (logits [B, V], caches).
         """
-        segments = active[:, None].astype(jnp.int32)
-        batch = Stream(tokens[:, None], cache.llm.length[:, None], segments).fields()
-        if self.config.embedding and self.config.embedding.pixel_shuffle == "post":
-            long = Stream(tokens[:, None], cache.embedding.length[:, None], segments)
-            batch |= long.fields(long=True) | {"long_text_positions": jnp.zeros_like(tokens)[:, None]}
-        hidden, cache = self.hidden(params, batch, cache)
+        hidden, cache = self.append(params, tokens[:, None], active[:, None].astype(jnp.int32), cache)
         return self.hidden_to_logits(params, hidden)[:, 0], cache
+
+    def append(
+        self, params: dict, tokens: jax.Array, there: jax.Array, cache: HoVLECache
+    ) -> tuple[jax.Array, HoVLECache]:
+        """Text after what the caches hold.
+
+        Args:
+          tokens: [B, T] int32, padded at the end.
+          there: [B, T] int32: 1 for tokens, 0 for padding, which is computed and forgotten.
+        Returns:
+          (hidden states [B, T, D] before the final norm, caches).
+        """
+        places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        stream = lambda of: Stream(tokens, of.length[:, None] + places, there)
+        batch = stream(cache.llm).fields()
+        if self.config.embedding and self.config.embedding.pixel_shuffle == "post":
+            batch |= stream(cache.embedding).fields(long=True)
+            batch |= {"long_text_positions": jnp.broadcast_to(places, tokens.shape)}
+        return self.hidden(params, batch, cache)

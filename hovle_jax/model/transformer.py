@@ -121,6 +121,11 @@ class Cache:
         shape = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((slots,), jnp.int32), is_empty=True)
 
+    def repeated(self, times: int) -> "Cache":
+        """Each slot so many times, side by side."""
+        layers = (jnp.repeat(leaf, times, axis=1) for leaf in (self.key, self.value))
+        return Cache(*layers, jnp.repeat(self.length, times), self.is_empty)
+
     def mask(self, segment_ids: jax.Array) -> AttentionMask:
         """The mask of new tokens [B, L] (segment 1, padding 0) that are appended to what is cached."""
         if self.is_empty:

@@ -150,6 +150,6 @@ def _name(holder):
 
 def _refusal(path, holder):
     return (
-        f"{path.parent} is in use by {_name(holder)}: two runs in one folder would mix; wait for it, end it, or choose "
-        "another --workdir"
+        f"{path.parent} is in use by {_name(holder)}: two would mix what they write; wait for it, end it, or choose "
+        "another folder (--workdir, --index)"
     )
