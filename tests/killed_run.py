@@ -21,7 +21,7 @@ from hovle_jax.corpora import loading
 from hovle_jax.evaluation import summary
 from hovle_jax.hosts import distributed, preemption
 from hovle_jax.report import chain
-from hovle_jax.training.losses import cross_entropy
+from hovle_jax.training.losses.tokens import cross_entropy
 from hovle_jax.training.stages import STAGES
 from tests import micro
 

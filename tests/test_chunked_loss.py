@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax.training.chunked_loss import chunked_cross_entropy
-from hovle_jax.training.losses import cross_entropy
+from hovle_jax.training.losses.chunked import chunked_cross_entropy
+from hovle_jax.training.losses.tokens import cross_entropy
 
 TOKENS, VOCABULARY, WIDTH = 8192, 92_553, 64
 

@@ -15,8 +15,8 @@ from hovle_jax.errors import UserError
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import checks
-from hovle_jax.training.contrastive import contrastive
-from hovle_jax.training.losses import divide
+from hovle_jax.training.losses.contrastive import contrastive
+from hovle_jax.training.losses.tokens import divide
 from hovle_jax.training.optimizer import decay_mask
 from hovle_jax.training.stages.contrast import draw
 from hovle_jax.training.step import eval_step, gradients

@@ -27,7 +27,7 @@ from hovle_jax.model.hovle import HoVLE
 from hovle_jax.model.presets import hovle_model
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
-from hovle_jax.training.losses import cross_entropy, divide
+from hovle_jax.training.losses.tokens import cross_entropy, divide
 from tests import micro
 from tests.public_models import MODELS, change_checkpoint, components_of, llm, made, public_folder
 from tests.test_commands import command

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hovle_jax.model.clip import MAX_LOG_SCALE
-from hovle_jax.training.contrastive import contrastive
-from hovle_jax.training.losses import cosine, cross_entropy, divide
+from hovle_jax.training.losses.contrastive import contrastive
+from hovle_jax.training.losses.tokens import cosine, cross_entropy, divide
 from hovle_jax.training.optimizer import learning_rate
 from hovle_jax.training.stages.contrast import clamp_scale
 from tests import micro

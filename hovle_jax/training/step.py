@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from hovle_jax.components import Models, Params, merge
 from hovle_jax.sharding.rules import DATA
 from hovle_jax.training import judging
-from hovle_jax.training.losses import divide
+from hovle_jax.training.losses.tokens import divide
 from hovle_jax.training.optimizer import keep
 from hovle_jax.training.setup import Run
 from hovle_jax.training.stage import Pairs

@@ -1,4 +1,4 @@
-"""Memory and exactness of the contrastive losses around a ring of devices (hovle_jax/training/contrastive.py).
+"""Memory and exactness of the contrastive losses around a ring of devices (hovle_jax/training/losses/contrastive.py).
 
     python tests/benchmarks/contrastive_ring.py            # compiles 32,768 x 512; compares 4,096 x 512 with the twin
     python tests/benchmarks/contrastive_ring.py --full     # compares 32,768 x 512 too, minutes on two cores
@@ -70,8 +70,8 @@ def compiled(loss, rows):
     from hovle_jax.config import MeshConfig
     from hovle_jax.sharding.mesh import make_mesh
     from hovle_jax.sharding.placement import Placement
-    from hovle_jax.training.contrastive import contrastive
-    from hovle_jax.training.losses import divide
+    from hovle_jax.training.losses.contrastive import contrastive
+    from hovle_jax.training.losses.tokens import divide
 
     placement = Placement(make_mesh(MeshConfig(data=8, fsdp=8)))
     ring = placement.ring(rows)

@@ -2,7 +2,7 @@
 
 from hovle_jax.data.kinds import CONVERSATIONS
 from hovle_jax.training.flops import THROUGH, embedding_parts, llm_parts
-from hovle_jax.training.losses import answer_losses
+from hovle_jax.training.losses.tokens import answer_losses
 from hovle_jax.training.stage import Stage
 
 STAGE = Stage(

@@ -14,8 +14,8 @@ from hovle_jax.model.clip import MAX_LOG_SCALE
 from hovle_jax.model.flops import Work
 from hovle_jax.sharding.layout import Path
 from hovle_jax.sharding.placement import Placement
-from hovle_jax.training.contrastive import contrastive
 from hovle_jax.training.flops import TRAINED, UNTOUCHED, Part
+from hovle_jax.training.losses.contrastive import contrastive
 from hovle_jax.training.stage import Compared, Pairs, Stage
 
 

@@ -9,7 +9,7 @@ from hovle_jax.data.kinds import RANDOM_TEXT
 from hovle_jax.model import flops
 from hovle_jax.model.flops import Work
 from hovle_jax.training.flops import TRAINED, UNTOUCHED, Part, embedding_parts
-from hovle_jax.training.losses import cosine
+from hovle_jax.training.losses.tokens import cosine
 from hovle_jax.training.stage import LLM_TABLE, Pairs, Stage
 
 

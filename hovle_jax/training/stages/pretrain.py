@@ -3,7 +3,7 @@
 from hovle_jax.components import Models
 from hovle_jax.data.kinds import TEXT
 from hovle_jax.training.flops import TRAINED, llm_parts
-from hovle_jax.training.losses import token_losses
+from hovle_jax.training.losses.tokens import token_losses
 from hovle_jax.training.stage import Pairs, Stage
 
 

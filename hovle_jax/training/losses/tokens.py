@@ -1,6 +1,6 @@
 """Losses as (sum, weight) pairs in float32: weights depend on the batch alone, and are divided by once, globally.
 
-Dimension letters: B batch, L tokens, T = B L, D width, V vocabulary. Contrastive losses: training/contrastive.py.
+Dimension letters: B batch, L tokens, T = B L, D width, V vocabulary.
 """
 
 from typing import Any, cast
@@ -12,7 +12,7 @@ import optax
 from hovle_jax.components import Models
 from hovle_jax.model.transformer import keeps_logits
 from hovle_jax.sharding.placement import Placement
-from hovle_jax.training.chunked_loss import chunked_cross_entropy
+from hovle_jax.training.losses.chunked import chunked_cross_entropy
 
 Pair = tuple[jax.Array, jax.Array]  # (sum, weight)
 
