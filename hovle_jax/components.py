@@ -15,6 +15,8 @@ import numpy as np
 from flax import traverse_util
 
 from hovle_jax.config import ExecutionConfig, ModelConfig
+from hovle_jax.model import adapters
+from hovle_jax.model.adapters import AdapterConfig, Adapters, Target
 from hovle_jax.model.clip import CLIP
 from hovle_jax.model.embedding import HolisticEmbedding
 from hovle_jax.model.execution import Execution, OneDevice
@@ -107,6 +109,12 @@ COMPONENTS = {
         inputs=lambda config: (np.zeros((1, 1, config.embedding.stack.width), np.float32),),
         has_sizes=lambda config: config.teacher is not None and config.teacher.projector == "linear",
     ),
+    # In place of what it lies beside; merged into that, it is handed on.
+    adapters.COMPONENT: Component(
+        module=lambda config, execution: Adapters(adapter_targets(config), config.adapter),
+        inputs=lambda config: (),
+        has_sizes=lambda config: config.adapter.rank > 0,
+    ),
 }
 
 
@@ -140,6 +148,20 @@ class Models:
 def logical_shapes(config: ModelConfig, component: str) -> Params:
     """Shapes of a component's parameters as Linen boxes, which carry their logical axes."""
     return _boxed_shapes(config, COMPONENTS[component])
+
+
+@functools.lru_cache(maxsize=64)
+def adapter_targets(config: ModelConfig) -> tuple[Target, ...]:
+    """The kernels that get an adapter, of all components that the config has."""
+    plain, found = dataclasses.replace(config, adapter=AdapterConfig()), []
+    for name, row in COMPONENTS.items():
+        if name == adapters.COMPONENT or not row.has_sizes(plain):
+            continue
+        flat: dict[Path, Any] = traverse_util.flatten_dict(logical_shapes(plain, name))
+        for path, leaf in flat.items():
+            if config.adapter.matches((name, *path)):
+                found.append(Target((name, *path[:-1]), leaf.value.shape, leaf.names))
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=64)  # runs of one config in one process share it

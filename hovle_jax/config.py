@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from hovle_jax.errors import UserError
+from hovle_jax.model.adapters import AdapterConfig
 from hovle_jax.model.clip_config import CLIPConfig
 from hovle_jax.model.config import EmbeddingConfig, HoVLEConfig, LLMConfig
 from hovle_jax.model.teacher_config import TeacherConfig
@@ -291,6 +292,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
     health: HealthConfig = HealthConfig()
+    adapter: AdapterConfig = AdapterConfig()
     seed: int = 0  # of weights, order and augmentation
     steps: int = 1000  # optimizer steps, and the length of the learning rate's schedule
     easy_vqa: EasyVQAConfig = EasyVQAConfig()
@@ -327,6 +329,7 @@ class RunConfig:
             teacher=self.teacher,
             system_message=self.data.system_message,
             execution=self.execution,
+            adapter=self.adapter,
             min_tiles=min_tiles,
             max_tiles=max_tiles,
             thumbnail=self.data.thumbnail,
@@ -345,6 +348,7 @@ class ModelConfig:
     Attributes:
       system_message: empty = the template's own.
       execution: how it is run by default.
+      adapter: of a run that trains adapters; a finished model has them merged.
       min_tiles, max_tiles, thumbnail: how an image becomes tiles, as in training (`DataConfig`). The defaults are those
         of InternVL's chat, for folders that do not say.
     """
@@ -355,6 +359,7 @@ class ModelConfig:
     teacher: TeacherConfig | None = None
     system_message: str = ""
     execution: ExecutionConfig = ExecutionConfig(dtype="auto", attention="auto")
+    adapter: AdapterConfig = AdapterConfig()
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
@@ -363,7 +368,7 @@ class ModelConfig:
         """A finished model of these components alone, run as one that answers."""
         others = {"embedding", "llm", "clip", "teacher"} - set(components)
         execution = dataclasses.replace(self.execution, remat="none", accumulate=1)
-        return dataclasses.replace(self, **dict.fromkeys(others), execution=execution)
+        return dataclasses.replace(self, **dict.fromkeys(others), execution=execution, adapter=AdapterConfig())
 
     @property
     def model(self) -> HoVLEConfig:

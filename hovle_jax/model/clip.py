@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from hovle_jax.model.attention import AttentionMask
 from hovle_jax.model.clip_config import CLIPConfig, ResNetConfig, TextTowerConfig
+from hovle_jax.model.dense import dense, partitioned
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.resnet import ModifiedResNet
-from hovle_jax.model.transformer import TokenTable, dense, partitioned
+from hovle_jax.model.transformer import TokenTable
 from hovle_jax.model.vit import LayerNorm, VisionTransformer, run_encoder
 
 MAX_LOG_SCALE = 4.605170185988092  # ln 100: the logit scale is clamped to it after each step

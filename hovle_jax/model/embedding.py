@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.config import EmbeddingConfig
+from hovle_jax.model.dense import dense, partitioned
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.streams import Stream
-from hovle_jax.model.transformer import Stack, TokenTable, dense, partitioned
+from hovle_jax.model.transformer import Stack, TokenTable
 from hovle_jax.model.vision import in_block_order, normalized_patches, pixel_shuffle, resize_positions
 
 

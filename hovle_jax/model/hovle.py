@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.model.config import HoVLEConfig, LLMConfig
+from hovle_jax.model.dense import dense
 from hovle_jax.model.embedding import HolisticEmbedding
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.streams import Stream
-from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable, dense
+from hovle_jax.model.transformer import Cache, RMSNorm, Stack, TokenTable
 
 PADDING_LOGIT = -1e30  # not -inf, which times a probability of 0 is not a number
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from hovle_jax.model.attention import attend
 from hovle_jax.model.clip_config import ResNetConfig
+from hovle_jax.model.dense import dense, partitioned
 from hovle_jax.model.execution import Execution
-from hovle_jax.model.transformer import dense, partitioned
 from hovle_jax.model.vision import normalize_tiles
 
 

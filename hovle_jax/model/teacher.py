@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 
 from hovle_jax.model.clip_config import ResNetConfig
+from hovle_jax.model.dense import dense
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.resnet import ModifiedResNet
 from hovle_jax.model.teacher_config import TeacherConfig
-from hovle_jax.model.transformer import dense
 from hovle_jax.model.vision import normalize_tiles, pixel_shuffle, resize_features
 from hovle_jax.model.vit import LayerNorm, VisionTransformer
 

@@ -24,7 +24,8 @@ from hovle_jax.model.attention import (
     prepare,
 )
 from hovle_jax.model.config import StackConfig
-from hovle_jax.model.execution import Execution, LogicalAxes, Multiply
+from hovle_jax.model.dense import Dense, dense, partitioned
+from hovle_jax.model.execution import Execution, LogicalAxes
 from hovle_jax.model.int8 import int8_matmul
 from hovle_jax.model.rotary import needs_lengths, rotary_angles, rotate, text_lengths
 from hovle_jax.model.splash import ATTENTION
@@ -56,36 +57,6 @@ _POLICIES = {
     ),
 }
 REMATS = tuple(_POLICIES)  # what keeps most first
-
-
-def partitioned(init: Callable, *names) -> Callable:
-    """An initialiser whose parameter carries logical axis names; sharding/rules.py maps them to the mesh."""
-    return nn.with_logical_partitioning(init, names)
-
-
-def dense(
-    features: int,
-    axes: LogicalAxes,
-    name: str,
-    execution: Execution,
-    use_bias: bool = False,
-    branches: int = 1,
-    multiply: Multiply | None = None,
-) -> nn.Dense:
-    """A standard Linen Dense with logical axes on its kernel (and on its bias the output axis).
-
-    Kernels start with a variance of 1 / fan-in, which at the paper's width of 2048 is the usual 0.02 and at small
-    widths keeps the signal; `branches` = how many such outputs are added up in a residual stream.
-    """
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=execution.dtype,
-        name=name,
-        dot_general=execution.dot_general(axes, multiply),
-        kernel_init=partitioned(nn.initializers.variance_scaling(1.0 / branches, "fan_in", "normal"), *axes),
-        bias_init=partitioned(nn.initializers.zeros, axes[1]),
-    )
 
 
 class RMSNorm(nn.Module):
@@ -244,7 +215,7 @@ class DecoderLayer(nn.Module):
         output = self.dense(c.width, ("heads", "embed"), "output", c.output_bias, branches=2 * c.num_layers)
         return x + checkpoint_name(output(out), OUTPUT), cache
 
-    def dense(self, features: int, axes: LogicalAxes, name: str, use_bias: bool, branches: int = 1) -> nn.Dense:
+    def dense(self, features: int, axes: LogicalAxes, name: str, use_bias: bool, branches: int = 1) -> Dense:
         """A matmul of the layer, see `dense`."""
         how = self.execution
         return dense(features, axes, name, how, use_bias, branches, int8_matmul if how.int8 else None)

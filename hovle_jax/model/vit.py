@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from hovle_jax.model.attention import attend
 from hovle_jax.model.clip_config import TextTowerConfig
 from hovle_jax.model.config import ViTConfig
+from hovle_jax.model.dense import dense, partitioned
 from hovle_jax.model.execution import Execution
-from hovle_jax.model.transformer import RMSNorm, dense, partitioned, scanned
+from hovle_jax.model.transformer import RMSNorm, scanned
 from hovle_jax.model.vision import normalized_patches, resize_positions
 
 ACTIVATIONS = {

@@ -10,7 +10,7 @@ import optax
 from hovle_jax.config import OptimizerConfig
 
 # Biases, norm gains, layer scales, the temperature and the scores' bias are not decayed.
-NO_DECAY = ("bias", "scale", "scale1", "scale2", "log_scale", "logit_bias")
+NO_DECAY = ("bias", "scale", "scale1", "scale2", "log_scale", "logit_bias", "magnitude")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

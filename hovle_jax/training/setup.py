@@ -83,6 +83,7 @@ def build(config: RunConfig, mesh: Mesh) -> Run:
     accumulate = accumulation(config, placement)
     execution = config.execution.resolved(mesh.devices.flat[0].platform, accumulate)
     sizes = dataclasses.replace(config.model_config, execution=execution)
+    stage.check_adapters(sizes)
     boxed = {component: logical_shapes(sizes, component) for component in stage.components_of(sizes)}
     layout = Layout.of(placement, select(boxed, stage.holds))
     optimizer, rules = make_optimizer(config.optimizer, config.steps), Rules.of(config.health)

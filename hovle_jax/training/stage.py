@@ -6,9 +6,12 @@ from typing import Any
 
 import jax
 
-from hovle_jax.components import COMPONENTS, Models, Params
+from hovle_jax.components import COMPONENTS, Models, Params, adapter_targets
 from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.data.kinds import Kind
+from hovle_jax.errors import UserError
+from hovle_jax.model.adapters import COMPONENT as ADAPTER
+from hovle_jax.model.adapters import KERNEL
 from hovle_jax.sharding.layout import Path
 from hovle_jax.training.flops import Part, StepFlops, step_flops
 
@@ -80,7 +83,7 @@ class Stage:
 
     def components_of(self, config: ModelConfig) -> tuple[str, ...]:
         """The components that a run with these sizes has."""
-        return tuple(c for c in self.components if COMPONENTS[c].has_sizes(config))
+        return tuple(c for c in (*self.components, ADAPTER) if COMPONENTS[c].has_sizes(config))
 
     @property
     def compared(self) -> Compared | None:
@@ -99,11 +102,27 @@ class Stage:
 
     def holds(self, path: Path) -> bool:
         """Whether a parameter exists in this stage."""
+        if path[0] == ADAPTER:
+            return True
         return path[0] in self.components and (path[0] not in self.partial or _under(path, self.held))
 
     def trains(self, path: Path, config: ModelConfig) -> bool:
-        """Whether a parameter is differentiated and updated."""
+        """Whether a parameter is differentiated and updated: where there are adapters, these alone."""
+        if config.adapter.rank:
+            return path[0] == ADAPTER
         return _under(path, self.trained) and not _under(path, self.frozen(config)) and not self.is_unused(path, config)
+
+    def check_adapters(self, config: ModelConfig) -> None:
+        """Raises UserError where adapters are asked for and the stage has no kernels for them."""
+        config.adapter.check()
+        if not config.adapter.rank:
+            return
+        targets, asked = adapter_targets(config), f"adapter.targets={config.adapter.targets!r}"
+        trained = ", ".join(f"{prefix[0]}/*" for prefix in self.trained)
+        if not targets:
+            raise UserError(f"{asked} matches no kernel; use patterns as {trained}")
+        if absent := [target.name for target in targets if not self.holds((*target.path, KERNEL))]:
+            raise UserError(f"{asked} matches {absent[0]}, which this stage does not hold; use patterns as {trained}")
 
     def step_flops(self, config: RunConfig, rows: int | None = None, **how) -> StepFlops:
         """The FLOPs of one optimizer step, of which `rows` (None: the config's) are all rows of the global batch.

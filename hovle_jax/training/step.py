@@ -10,6 +10,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from hovle_jax.components import Models, Params, merge
+from hovle_jax.model.adapters import attached
 from hovle_jax.sharding.rules import DATA
 from hovle_jax.training import judging
 from hovle_jax.training.losses.tokens import divide
@@ -31,7 +32,12 @@ def total_loss(
     Args:
       totals: {name: weight} of the whole batch, where this one is a microbatch of it.
     """
-    return _divided(STAGES[stage].losses(models, merge(trained, frozen), batch), totals)
+    return _divided(STAGES[stage].losses(models, whole(models, trained, frozen), batch), totals)
+
+
+def whole(models: Models, trained: Params, frozen: Params) -> Params:
+    """All parameters as the modules take them, adapters beside their kernels."""
+    return attached(merge(trained, frozen), models.config.adapter)
 
 
 def _divided(pairs, totals=None):
@@ -62,9 +68,9 @@ def _through_vectors(trained, frozen, batch, stage, run):
     All microbatches are encoded without gradients; the loss of all vectors gives the gradient of each, which goes on
     into the parameters as its microbatch is encoded again.
     """
-    compared, params = STAGES[stage].compared, merge(trained, frozen)
+    compared, params = STAGES[stage].compared, whole(run.models, trained, frozen)
     vectors = encoded(params, batch, stage, run)
-    loss = lambda trained, vectors: _divided(compared.compare(run.models, merge(trained, frozen), vectors))
+    loss = lambda trained, vectors: _divided(compared.compare(run.models, whole(run.models, trained, frozen), vectors))
     losses, (grads, cotangents) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(trained, vectors)
     batch = batch | {COTANGENTS: cotangents}
     _, passed_on = _over_copies(_as_linear, trained, frozen, batch, {}, stage, run)
@@ -90,7 +96,7 @@ def _as_linear(trained, frozen, rows, stage, models, totals):
     """A loss with the gradients that the vectors of these rows have in the loss of all."""
     rows = dict(rows)
     cotangents = rows.pop(COTANGENTS)
-    vectors = STAGES[stage].compared.encode(models, merge(trained, frozen), rows)
+    vectors = STAGES[stage].compared.encode(models, whole(models, trained, frozen), rows)
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(jnp.vdot, vectors, cotangents))), {}
 
 
@@ -175,6 +181,7 @@ def train_step_for(run: Run) -> Callable:
 @functools.partial(jax.jit, static_argnames=("stage", "run"))
 def eval_step(params: Params, batch: dict, *, stage: str, run: Run) -> Pairs:
     """The sums and weights of the stage's losses on a batch, without an update; in as many parts as a step reads."""
+    params = attached(params, run.models.config.adapter)
     losses = lambda rows: STAGES[stage].losses(run.models, params, rows)
     if run.accumulate == 1:
         return losses(batch)

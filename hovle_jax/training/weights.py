@@ -11,6 +11,7 @@ from hovle_jax import checkpoints
 from hovle_jax.components import COMPONENTS, Params, fresh
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model import adapters
 from hovle_jax.model.config import HoVLEConfig
 from hovle_jax.model.teacher_config import TEACHER_KINDS
 from hovle_jax.sharding.layout import Path
@@ -46,6 +47,8 @@ def load_params(config: RunConfig, run: Run, sources: Sources, only: Collection[
         copy_text_table(params, config.model)
         if config.init.pass_through:
             zero_residual_outputs(params["embedding"]["stack"])
+    if adapters.COMPONENT in params:
+        params[adapters.COMPONENT] = adapters.begun(params[adapters.COMPONENT], params)
     return params
 
 
@@ -100,6 +103,8 @@ def save_result(
     folder: pathlib.Path, stage: Stage, params: Params, config: RunConfig, mirror: Mirror | None = None
 ) -> None:
     """Writes FOLDER/model: what the stage hands on. Raises UserError where it cannot be written, as on a full disk."""
+    if adapters.COMPONENT in params:
+        params = adapters.merged(params, params[adapters.COMPONENT], config.adapter)
     components = [c for c in COMPONENTS if c in stage.result and c in params]
     made = {c: lambda c=c: params[c] for c in components}
     try:

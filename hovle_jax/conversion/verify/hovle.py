@@ -1,6 +1,7 @@
 """HoVLE and HoVLE-HD: the embedding's outputs, logits, loss, gradients and greedy tokens of one prompt with images."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -11,6 +12,7 @@ from hovle_jax.conversion.verify.llm import EXECUTION, with_loss
 from hovle_jax.conversion.verify.reference import Reference
 from hovle_jax.errors import UserError
 from hovle_jax.formats.families import Checkpoint
+from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.config import HoVLEConfig
 from hovle_jax.model.hovle import HoVLE
 
@@ -93,7 +95,9 @@ def verify_hovle(checkpoint: Checkpoint, reference: Reference) -> None:
         patches = plain.embedding.apply(variables, batch["tiles"], method="embed_tiles")
         return model.logits(params, batch), (output, features[0], patches)
 
-    logits, (output, features, patches) = with_loss(forward, reference, params, checkpoint.rules)
+    logits, (output, features, patches) = with_loss(
+        forward, reference, params, functools.partial(to_public, checkpoint.rules)
+    )
     reference.compare("logits", logits)
     reference.compare("embedding_output", output)
     reference.compare("image_features", features)

@@ -1,7 +1,8 @@
 """An LLM alone: logits, features, loss, gradients and greedy tokens of text."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from hovle_jax.components import Params
 from hovle_jax.conversion.verify.reference import Reference
 from hovle_jax.errors import UserError
 from hovle_jax.formats.families import Checkpoint
-from hovle_jax.formats.mapping import Rule, to_public
+from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.transformer import Stack
@@ -45,9 +46,16 @@ def embed(llm: LanguageModel, tokens: np.ndarray, public_config: dict[str, Any])
 
 
 def with_loss(
-    forward: Callable[[Params], tuple[jax.Array, Any]], reference: Reference, params: Params, rules: list[Rule]
+    forward: Callable[[Params], tuple[jax.Array, Any]],
+    reference: Reference,
+    params: Params,
+    public: Callable[[Params], Mapping[str, Any]],
 ) -> tuple[jax.Array, Any]:
-    """Runs forward(params) -> (logits [B, L, V], more); with labels, compares loss and gradients."""
+    """Runs forward(params) -> (logits [B, L, V], more); with labels, compares loss and gradients.
+
+    Args:
+      public: gradients of the parameters -> {public name: array}.
+    """
     if "labels" not in reference:
         return jax.jit(forward)(params)
     labels = _labels(reference, jax.eval_shape(forward, params)[0].shape[-1])
@@ -58,7 +66,7 @@ def with_loss(
 
     (value, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     reference.compare("loss", value)
-    reference.compare_gradients(to_public(rules, gradients))
+    reference.compare_gradients(public(gradients))
     return outputs
 
 
@@ -114,7 +122,8 @@ def _verify_text(checkpoint, reference, model, params):
         hidden, _ = bound.run(embeddings, positions, segment_ids)
         return bound.logits(hidden), (embeddings, bound.norm(hidden))
 
-    logits, (embeddings, normed) = with_loss(forward, reference, params, checkpoint.rules)
+    public = functools.partial(to_public, checkpoint.rules)
+    logits, (embeddings, normed) = with_loss(forward, reference, params, public)
     reference.compare("logits", logits, real)
     reference.compare("embeddings", embeddings)
     reference.compare("hidden_final_normed", normed, real)

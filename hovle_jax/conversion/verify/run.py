@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 
+from hovle_jax.conversion.verify.adapter import verify_adapter
 from hovle_jax.conversion.verify.clip import verify_clip
 from hovle_jax.conversion.verify.gguf import verify_gguf
 from hovle_jax.conversion.verify.hovle import verify_hovle
@@ -13,7 +14,7 @@ from hovle_jax.conversion.verify.llm import verify_llm
 from hovle_jax.conversion.verify.reference import Reference
 from hovle_jax.conversion.verify.vision import verify_internvl, verify_tower
 from hovle_jax.errors import UserError
-from hovle_jax.formats import open_clip
+from hovle_jax.formats import open_clip, peft
 from hovle_jax.formats.families import open_checkpoint
 
 MOST_EXPANSION = 100  # of a compressed array; random numbers and logits hardly shrink
@@ -30,7 +31,9 @@ def verify(folder: str | pathlib.Path) -> Reference:
     folder = pathlib.Path(folder)
     reference = read_reference(folder / "expected.npz")
     files = sorted(folder.glob("*.gguf"))
-    if files and not any((folder / name).is_file() for name in ("config.json", open_clip.CONFIG)):
+    if peft.is_adapter(folder):
+        verify_adapter(folder, reference)
+    elif files and not any((folder / name).is_file() for name in ("config.json", open_clip.CONFIG)):
         for file in files:
             verify_gguf(file, reference)
     else:

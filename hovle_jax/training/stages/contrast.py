@@ -53,7 +53,7 @@ def compare(models: Models, params: Params, vectors: tuple[jax.Array, jax.Array]
 
 def clamp_scale(trained: Params) -> Params:
     """The logit scale never exceeds 100."""
-    clip = trained["clip"]
+    clip = trained.get("clip", {})
     if "log_scale" not in clip:  # frozen
         return trained
     return trained | {"clip": clip | {"log_scale": jnp.minimum(clip["log_scale"], MAX_LOG_SCALE)}}
