@@ -141,5 +141,5 @@ def _encode(params: Any, rows: jax.Array, *, what: str, models: Models) -> jax.A
     if what == "projected":
         return clip.project_images(rows)
     if what == "pooled":
-        return clip.image_states(rows)[1].astype(jnp.float32)
+        return clip.image_states(rows, whole=False)[1].astype(jnp.float32)
     return clip.encode_images(rows)

@@ -17,7 +17,7 @@ from hovle_jax.model.dense import dense, partitioned
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.resnet import ModifiedResNet
 from hovle_jax.model.transformer import TokenTable
-from hovle_jax.model.vit import LayerNorm, VisionTransformer, run_encoder
+from hovle_jax.model.vit import LayerNorm, VisionTransformer, run_encoder, token_of
 
 MAX_LOG_SCALE = 4.605170185988092  # ln 100: the logit scale is clamped to it after each step
 
@@ -36,12 +36,13 @@ class TextTower(nn.Module):
     with_norm: bool = True
 
     @nn.compact
-    def __call__(self, tokens, mask=None):
+    def __call__(self, tokens, mask=None, whole=True):
         """The states of texts.
 
         Args:
           tokens: [N, T] ids.
           mask: [N, T], 1 for what may be seen, 0 for padding; None = all. A row's first token may be seen.
+          whole: static; without it the second result alone is made, in less time.
         Returns:
           (the final-norm states [N, T, D], those [N, D] at the positions that `config.pooling` names).
         """
@@ -53,10 +54,11 @@ class TextTower(nn.Module):
         x = x + positions[:T].astype(x.dtype)
         num_layers = c.num_layers if self.num_layers is None else self.num_layers
         options: dict[str, Any] = dict(norm="layer_norm", layer_scale=c.layer_scale)
-        x = run_encoder(c, num_layers, self.execution, x, allowed(c, tokens, mask), **options)
+        at = read_at(c, tokens)
+        x = run_encoder(self, c, num_layers, x, allowed(c, tokens, mask), None if whole else at, **options)
         if self.with_norm:
             x = LayerNorm(c.norm_eps, name="final_norm")(x)
-        return x, jnp.take_along_axis(x, read_at(c, tokens)[:, None, None], axis=1)[:, 0]
+        return x, token_of(x, at)[:, 0] if whole else x[:, 0]
 
 
 def allowed(config: TextTowerConfig, tokens: jax.Array, mask: jax.Array | None) -> jax.Array | None:
@@ -103,19 +105,23 @@ class CLIP(nn.Module):
         return dense(self.config.projection_width, axes, name, self.execution, use_bias=kind == "bias")
 
     def image_states(
-        self, tiles: jax.Array, patches: jax.Array | None = None
+        self, tiles: jax.Array, patches: jax.Array | None = None, whole: bool = True
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[N, S, S, 3] -> the image tower's (hidden, pooled, projected [N, E]).
 
         Args:
           patches: [N, kept], those that the tower sees; None = all.
+          whole: make `hidden`; without it what else is there takes less time.
         """
-        hidden, pooled = self.vision(tiles) if patches is None else self.vision(tiles, patches)
+        options = {} if isinstance(self.config.vision, ResNetConfig) else {"kept": patches, "whole": whole}
+        hidden, pooled = self.vision(tiles, **options)
         return hidden, pooled, self.vision_projection(pooled)
 
-    def text_states(self, tokens: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[N, T] -> the text tower's (hidden, pooled, projected [N, E])."""
-        hidden, pooled = self.text(tokens, mask)
+    def text_states(
+        self, tokens: jax.Array, mask: jax.Array | None = None, whole: bool = True
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[N, T] -> the text tower's (hidden, pooled, projected [N, E]); whole: see `image_states`."""
+        hidden, pooled = self.text(tokens, mask, whole)
         return hidden, pooled, self.text_projection(pooled)
 
     def project_images(self, pooled: jax.Array) -> jax.Array:
@@ -124,11 +130,11 @@ class CLIP(nn.Module):
 
     def encode_images(self, tiles: jax.Array, patches: jax.Array | None = None) -> jax.Array:
         """[N, S, S, 3] -> unit vectors [N, E], float32; patches: see `image_states`."""
-        return normalize(self.image_states(tiles, patches)[2])
+        return normalize(self.image_states(tiles, patches, whole=False)[2])
 
     def encode_texts(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """[N, T] -> unit vectors [N, E], float32."""
-        return normalize(self.text_states(tokens, mask)[2])
+        return normalize(self.text_states(tokens, mask, whole=False)[2])
 
     def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
         """Unit vectors [N, E] and [K, E] -> exp(log_scale) * cosines + bias, [N, K], float32."""

@@ -69,13 +69,25 @@ def decoder_matmuls(c: StackConfig, length: int) -> dict[str, float]:
     return {name: product(length, c.width, size) * c.num_layers for name, size in outputs.items()}
 
 
-def encoder_stack(c: ViTConfig | TextTowerConfig, num_layers: int, tokens: int, causal: bool = False) -> Work:
-    """The layers of a tower over one sequence."""
-    down = product(tokens, c.mlp_width, c.width)
-    square = 2 * product(tokens**2, 1, c.width)
-    visible = (tokens + 1) / (2 * tokens) if causal else 1
-    dense = 4 * product(tokens, c.width, c.width) + 2 * down
-    return Work(dense=dense, last=down, attention=square * visible, square=square) * num_layers
+def encoder_stack(
+    c: ViTConfig | TextTowerConfig, num_layers: int, tokens: int, causal: bool = False, of_one: bool = False
+) -> Work:
+    """The layers of a tower over one sequence.
+
+    Args:
+      of_one: of the last layer one token's output is made (`vit.run_encoder`).
+    """
+
+    def layer(asking):
+        down = product(asking, c.mlp_width, c.width)
+        square = 2 * product(tokens * asking, 1, c.width)
+        visible = (tokens + 1) / (2 * tokens) if causal and asking > 1 else 1
+        dense = 2 * (product(tokens, c.width, c.width) + product(asking, c.width, c.width) + down)
+        return Work(dense=dense, last=down, attention=square * visible, square=square)
+
+    if not of_one or not num_layers:
+        return layer(tokens) * num_layers
+    return layer(tokens) * (num_layers - 1) + layer(1)
 
 
 def patch_embedding(patches: int, patch_size: int, width: int) -> Work:
@@ -117,7 +129,7 @@ def clip_vision_layers(c: CLIPConfig) -> Work:
     v = c.vision
     if isinstance(v, ResNetConfig):
         return Work()
-    return encoder_stack(v, v.num_layers, v.num_tokens - v.grid**2 + c.kept_patches)
+    return encoder_stack(v, v.num_layers, v.num_tokens - v.grid**2 + c.kept_patches, of_one=v.pooling == "class")
 
 
 def clip_vision_ends(c: CLIPConfig) -> Work:
@@ -129,6 +141,11 @@ def clip_vision_ends(c: CLIPConfig) -> Work:
     if v.pooling == "map":
         work += attention_pool(v.num_tokens, v.width) + Work(dense=2 * product(1, v.width, v.mlp_width))
     return work if c.vision_projection == "none" else work + Work(dense=product(1, v.width, c.projection_width))
+
+
+def clip_text_layers(c: CLIPConfig) -> Work:
+    """Of one text, the layers."""
+    return encoder_stack(c.text, c.text.num_layers, c.text.context, c.text.causal, of_one=True)
 
 
 def clip_text_ends(c: CLIPConfig) -> Work:

@@ -276,14 +276,18 @@ def keeps_logits(remat: str) -> bool:
     return remat in ("none", "dots") if remat in _POLICIES else LOGITS in kept_names(remat)[0]
 
 
+def rematerialised(layer: type[nn.Module], execution: Execution) -> Any:
+    """The layer class, of which the backward pass finds kept what the execution says."""
+    policy = remat_policy(execution.remat)
+    return layer if policy is None else nn.remat(layer, policy=policy, prevent_cse=False)
+
+
 def scanned(layer: type[nn.Module], execution: Execution, num_layers: int, broadcast: int) -> Any:
     """The layer class repeated by scan: parameters [N, ...], the first argument after x scanned, the rest shared.
 
     Unrolling changes the program alone, never the parameter tree, so checkpoints do not depend on it.
     """
-    policy = remat_policy(execution.remat)
-    if policy is not None:
-        layer = nn.remat(layer, policy=policy, prevent_cse=False)
+    layer = rematerialised(layer, execution)
     in_axes: Any = (0,) + (nn.broadcast,) * broadcast
     return nn.scan(
         layer,

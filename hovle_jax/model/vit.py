@@ -15,7 +15,7 @@ from hovle_jax.model.clip_config import TextTowerConfig
 from hovle_jax.model.config import ViTConfig
 from hovle_jax.model.dense import dense, partitioned
 from hovle_jax.model.execution import Execution
-from hovle_jax.model.transformer import RMSNorm, scanned
+from hovle_jax.model.transformer import RMSNorm, rematerialised, scanned
 from hovle_jax.model.vision import normalized_patches, resize_positions
 
 ACTIVATIONS = {
@@ -63,8 +63,16 @@ class EncoderLayer(nn.Module):
     qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x, _, allowed):
-        """x: [M, T, D]; allowed: [M, T, T] bool or None."""
+    def __call__(self, x, _, allowed, at=None):
+        """One layer.
+
+        Args:
+          x: [M, T, D].
+          allowed: [M, T, T] bool or None.
+          at: [M] int32: the token of each row whose output is wanted; None = all.
+        Returns:
+          ([M, T, D], or [M, 1, D] of the tokens that are wanted; None).
+        """
         how = self.execution
         norm = functools.partial(NORMS[self.norm], self.norm_eps)
 
@@ -72,10 +80,14 @@ class EncoderLayer(nn.Module):
             y = dense(self.width, ("embed", "heads"), name, how, use_bias=self.qkv_bias)(y)
             if self.qk_norm and name != "value":
                 y = RMSNorm(self.norm_eps, name=f"{name}_norm")(y)
-            return y.reshape(*x.shape[:2], self.num_heads, self.width // self.num_heads)
+            return y.reshape(*y.shape[:2], self.num_heads, self.width // self.num_heads)
 
         y = norm(name="norm1")(x)
-        y = attend(*(projection(name, y) for name in ("query", "key", "value")), allowed, how.attention, how.placement)
+        asking = y
+        if at is not None:
+            x, asking, allowed = (None if each is None else token_of(each, at) for each in (x, y, allowed))
+        query, key, value = projection("query", asking), projection("key", y), projection("value", y)
+        y = attend(query, key, value, allowed, how.attention, how.placement)
         y = dense(self.width, ("heads", "embed"), "output", how, use_bias=True, branches=self.branches)(
             y.reshape(x.shape)
         )
@@ -93,18 +105,32 @@ class EncoderLayer(nn.Module):
         return y * self.param(name, init, (self.width,)).astype(y.dtype)
 
 
+def token_of(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows x [M, T, D] -> [M, 1, D]: of each the token at [M]."""
+    return jnp.take_along_axis(x, at[:, None, None], axis=1)
+
+
 def run_encoder(
+    parent: nn.Module,
     config: ViTConfig | TextTowerConfig,
     num_layers: int,
-    execution: Execution,
     x: jax.Array,
     allowed: jax.Array | None = None,
+    at: jax.Array | None = None,
     **options,
 ) -> jax.Array:
-    """Runs `num_layers` scanned encoder layers named 'layers' over x [M, T, D]; call inside a compact method."""
+    """Runs `num_layers` scanned encoder layers named 'layers' over x [M, T, D], inside a compact method of `parent`.
+
+    Args:
+      at: [M] int32: the one token of each row whose output is wanted. Then the last layer makes keys and values of all
+        tokens, and all else of these alone: most of a layer is saved.
+    Returns:
+      [M, T, D], or [M, 1, D] of these.
+    """
     if num_layers == 0:
-        return x
-    layer = scanned(EncoderLayer, execution, num_layers, broadcast=1)(
+        return x if at is None else token_of(x, at)
+    execution: Execution = getattr(parent, "execution")
+    sizes: dict[str, Any] = dict(
         width=config.width,
         num_heads=config.num_heads,
         mlp_width=config.mlp_width,
@@ -112,10 +138,18 @@ def run_encoder(
         activation=config.activation,
         execution=execution,
         branches=2 * num_layers,
-        name="layers",
         **options,
     )
-    x, _ = layer(x, None, allowed)
+    layers = lambda count, **named: scanned(EncoderLayer, execution, count, broadcast=1)(**sizes, **named)
+    if at is None or parent.is_initializing():
+        x, _ = layers(num_layers, name="layers")(x, None, allowed)
+        return x if at is None else token_of(x, at)
+    stacked = parent.variables["params"]["layers"]
+    if num_layers > 1:
+        before = jax.tree.map(lambda leaf: leaf[:-1], stacked)
+        x, _ = layers(num_layers - 1, parent=None).apply({"params": before}, x, None, allowed)
+    last = rematerialised(EncoderLayer, execution)(**sizes, parent=None)
+    x, _ = last.apply({"params": jax.tree.map(lambda leaf: leaf[-1], stacked)}, x, None, allowed, at)
     return x
 
 
@@ -157,12 +191,17 @@ class VisionTransformer(nn.Module):
     with_post_norm: bool = True
 
     @nn.compact
-    def __call__(self, tiles, kept=None):
-        """[M, S, S, 3] (uint8, or float already normalised) -> (hidden [M, T, D], pooled [M, D] or None).
+    def __call__(self, tiles, kept=None, whole=True):
+        """Tiles to features.
 
-        `kept` [M, P] int32 are the patches of each tile that are seen, with their positions (FLIP, Li et al. 2023);
-        None = all. T = P, or 1 + P with the class token in front. `pooled` is for a tower that has a post-norm (CLIP,
-        SigLIP); `hidden` is after that norm where it is of all tokens.
+        Args:
+          tiles: [M, S, S, 3], uint8, or float already normalised.
+          kept: [M, P] int32, the patches of each tile that are seen, with their positions (FLIP, Li et al. 2023); None
+            = all.
+          whole: static; without it `pooled` alone is made, in less time where it is of one token.
+        Returns:
+          (hidden [M, T, D], pooled [M, D]); T = P, or 1 + P with the class token in front. `pooled` is for a tower that
+          has a post-norm (CLIP, SigLIP), else None; `hidden` is after that norm where it is of all tokens.
         """
         c = self.config
         M, S = tiles.shape[:2]
@@ -185,7 +224,9 @@ class VisionTransformer(nn.Module):
             x = LayerNorm(c.norm_eps, name="pre_norm")(x)
         num_layers = c.num_layers if self.num_layers is None else self.num_layers
         options: dict[str, Any] = dict(norm=c.norm, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale, qk_norm=c.qk_norm)
-        x = run_encoder(c, num_layers, self.execution, x, **options)
+        is_class = c.pooling == "class" and c.post_norm and self.with_post_norm
+        at = jnp.zeros(M, jnp.int32) if is_class and not whole else None
+        x = run_encoder(self, c, num_layers, x, at=at, **options)
         if not (c.post_norm and self.with_post_norm):
             return x, None
         norm = LayerNorm(c.norm_eps, name="post_norm")

@@ -64,7 +64,7 @@ def parts(config: RunConfig, rows: int) -> list[Part]:
     c = config.clip
     assert c is not None
     vision = flops.clip_vision_layers(c)
-    text = flops.encoder_stack(c.text, c.text.num_layers, c.text.context, causal=c.text.causal)
+    text = flops.clip_text_layers(c)
     frozen = frozen_parts(config.model_config)
     treated = lambda name: UNTOUCHED if ("clip", name) in frozen else TRAINED
     forwards = 1 if config.execution.accumulate == 1 else 2  # vectors first, then their gradients' way back
