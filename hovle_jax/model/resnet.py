@@ -6,6 +6,8 @@ attention over the last feature map instead of its mean. Batch norm uses the sto
 Dimension letters: M tiles, S side, H and W of a feature map, C channels, P its places, E projection width.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,14 +23,18 @@ class BatchNorm(nn.Module):
     """Batch norm by the stored statistics: (x - mean) / sqrt(variance + epsilon) * scale + bias, in float32.
 
     `batches` counts what the statistics were gathered over; it is kept for an export.
+
+    Attributes:
+      scale_init: of a fresh one.
     """
 
     epsilon: float
+    scale_init: Callable = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x):
         vector = lambda name, init: self.param(name, partitioned(init, "embed_vector"), (x.shape[-1],))
-        scale, bias = vector("scale", nn.initializers.ones), vector("bias", nn.initializers.zeros)
+        scale, bias = vector("scale", self.scale_init), vector("bias", nn.initializers.zeros)
         mean, variance = vector("mean", nn.initializers.zeros), vector("variance", nn.initializers.ones)
         self.param("batches", nn.initializers.zeros, ())
         factor = scale * jax.lax.rsqrt(variance + self.epsilon)
@@ -48,10 +54,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        norm = lambda name: BatchNorm(self.epsilon, name=name)
+        norm = lambda name, **how: BatchNorm(self.epsilon, name=name, **how)
         y = nn.relu(norm("norm1")(convolution(self.width, 1, "conv1", self.execution)(x)))
         y = nn.relu(norm("norm2")(convolution(self.width, 3, "conv2", self.execution)(y)))
-        y = norm("norm3")(convolution(4 * self.width, 1, "conv3", self.execution)(pooled(y, self.stride)))
+        # A fresh block adds nothing at first, as in CLIP's own initialisation.
+        last = norm("norm3", scale_init=nn.initializers.zeros)
+        y = last(convolution(4 * self.width, 1, "conv3", self.execution)(pooled(y, self.stride)))
         if self.stride > 1 or x.shape[-1] != 4 * self.width:
             projected = convolution(4 * self.width, 1, "projection", self.execution)(pooled(x, self.stride))
             x = norm("projection_norm")(projected)

@@ -94,8 +94,8 @@ class Cache:
 
     def repeated(self, times: int) -> "Cache":
         """Each slot so many times, side by side."""
-        layers = (jnp.repeat(leaf, times, axis=1) for leaf in (self.key, self.value))
-        return Cache(*layers, jnp.repeat(self.length, times), self.is_empty)
+        key, value = (jnp.repeat(leaf, times, axis=1) for leaf in (self.key, self.value))
+        return Cache(key, value, jnp.repeat(self.length, times), self.is_empty)
 
     def mask(self, segment_ids: jax.Array) -> AttentionMask:
         """The mask of new tokens [B, L] (segment 1, padding 0) that are appended to what is cached."""

@@ -205,8 +205,8 @@ class VisionTransformer(nn.Module):
         """
         c = self.config
         M, S = tiles.shape[:2]
-        whole = S - S % c.patch_size  # SigLIP's 384 pixels are 27 patches of 14
-        tiles = tiles[:, :whole, :whole]
+        side = S - S % c.patch_size  # SigLIP's 384 pixels are 27 patches of 14
+        tiles = tiles[:, :side, :side]
         patches = normalized_patches(tiles, c.patch_size, c.image_mean, c.image_std)
         x = dense(c.width, ("patch", "embed"), "patch_embedding", self.execution, use_bias=c.patch_bias)(patches)
         init = partitioned(nn.initializers.normal(c.width**-0.5), "positions", "embed")

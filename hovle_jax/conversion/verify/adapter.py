@@ -1,6 +1,7 @@
 """An adapter over its base: logits, loss and gradients with it and without, and the merged weights."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def verify_adapter(folder: pathlib.Path, reference: Reference) -> None:
     tokens, positions, segment_ids = text_inputs(reference, checkpoint.config.vocab_size)
     real = segment_ids > 0
 
-    def logits_of(params: Params):
+    def logits_of(params: Params) -> Any:
         return model.apply({"params": params["llm"]}, tokens, positions, segment_ids)
 
     def adapted(adapter: Params):
