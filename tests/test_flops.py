@@ -12,6 +12,7 @@ from hovle_jax.components import select, unboxed
 from hovle_jax.config import ExecutionConfig
 from hovle_jax.data.batch import BatchShape
 from hovle_jax.model import flops, presets
+from hovle_jax.model.adapters import AdapterConfig
 from hovle_jax.model.clip_config import ResNetConfig
 from hovle_jax.model.config import StackConfig
 from hovle_jax.model.execution import Execution
@@ -89,6 +90,8 @@ CASES = [
     ("instruct", {}),
     ("instruct", dict(variant="none")),
     ("instruct", dict(variant="post", tied=True)),
+    ("instruct", dict(adapter=AdapterConfig(rank=1))),
+    ("instruct", dict(adapter=AdapterConfig(rank=1, targets="llm/stack/*,embedding/stack/*"))),
 ]
 
 

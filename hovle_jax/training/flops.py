@@ -98,6 +98,28 @@ def step_flops(config: RunConfig, parts: list[Part], attention: str = "xla", log
     )
 
 
+# What a part is of, by the first word of its name: a component, or a part of one that stands by itself.
+OWNERS = {"vision": ("clip", "vision"), "text": ("clip", "text"), "embedding": ("embedding",)}
+
+
+def adapted(parts: list[Part], places: set[tuple[str, ...]]) -> list[Part]:
+    """The parts of a step that trains adapters in their place: kernels have no gradient, and what comes before the
+    first adapter has none at all. The adapters' own products, a hundredth of the rest, are left out.
+
+    Args:
+      places: the first two names of the paths of kernels that have one.
+    """
+
+    def treated(part):
+        if part.gradient != TRAINED:
+            return part.gradient
+        owner = OWNERS.get(part.name.split()[0])
+        reached = owner is None or any(place[: len(owner)] == owner for place in places)
+        return THROUGH if reached else UNTOUCHED
+
+    return [dataclasses.replace(part, gradient=treated(part)) for part in parts]
+
+
 def decoder_part(name: str, c: StackConfig, length: int, rows: int, gradient: str) -> Part:
     """The layers of a decoder stack over `rows` rows."""
     matmuls = {name: flop * rows for name, flop in flops.decoder_matmuls(c, length).items()}

@@ -13,7 +13,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.model.adapters import COMPONENT as ADAPTER
 from hovle_jax.model.adapters import KERNEL
 from hovle_jax.sharding.layout import Path
-from hovle_jax.training.flops import Part, StepFlops, step_flops
+from hovle_jax.training.flops import Part, StepFlops, adapted, step_flops
 
 LLM_TABLE = ("llm", "token_embedding")  # under an embedding nothing reads it, unless it is the head too (tied)
 
@@ -130,7 +130,10 @@ class Stage:
         Args:
           how: see `flops.step_flops`.
         """
-        return step_flops(config, self.flops(config, config.data.batch_size if rows is None else rows), **how)
+        parts = self.flops(config, config.data.batch_size if rows is None else rows)
+        if config.adapter.rank:
+            parts = adapted(parts, {target.path[:2] for target in adapter_targets(config.model_config)})
+        return step_flops(config, parts, **how)
 
     def is_unused(self, path: Path, config: ModelConfig) -> bool:
         """Whether the stage holds a parameter that its losses do not read, or that is none but a statistic."""
