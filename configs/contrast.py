@@ -35,9 +35,8 @@ def emoji(config):
     config.pairs.flip = True
     config.pairs.color_jitter = 0.5
     config.pairs.grayscale = 0.2
-    config.steps = 900
-    config.clip.patch_dropout = 0.5
-    config.optimizer.learning_rate = 1.5e-3
+    config.steps = 1200
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.2
     config.optimizer.b2 = 0.98

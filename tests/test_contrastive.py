@@ -12,12 +12,14 @@ from hovle_jax.aot.hlo.collectives import collectives
 from hovle_jax.components import fresh
 from hovle_jax.config import ExecutionConfig, MeshConfig, OptimizerConfig
 from hovle_jax.errors import UserError
+from hovle_jax.model.clip_config import ResNetConfig
 from hovle_jax.sharding.mesh import make_mesh
 from hovle_jax.sharding.placement import Placement
 from hovle_jax.training import checks
 from hovle_jax.training.losses.contrastive import contrastive
 from hovle_jax.training.losses.tokens import divide
 from hovle_jax.training.optimizer import decay_mask
+from hovle_jax.training.stages import STAGES
 from hovle_jax.training.stages.contrast import draw
 from hovle_jax.training.step import eval_step, gradients
 from tests import micro
@@ -247,3 +249,40 @@ def test_between_copies_of_the_model_each_block_of_vectors_travels_once_a_pass()
     # Texts in both passes, their gradients there and back, and two numbers of each text in each.
     assert sent["collective-permute"] <= 4 * block + 32 // 8 * 4 * 8
     assert sent.keys() == {"all-reduce", "collective-permute"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch norm
+
+
+def resnet_run(**changes):
+    vision = ResNetConfig(image_size=32, width=8, layers=(1, 1, 1, 1), num_heads=2)
+    clip = dataclasses.replace(micro.clip_config(), vision=vision, batch_statistics=True)
+    return micro.run_config("contrast", clip=clip, **changes)
+
+
+def test_batch_norm_learns_by_each_batchs_statistics_and_keeps_those_of_the_end():
+    config = resnet_run()
+    state, dataset, step = micro.start(config)
+    before = jax.device_get(state.frozen)
+    losses = []
+    for i in range(6):
+        state, metrics = step(state, dataset[i % 2])
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.frozen))  # the statistics wait
+    models, batch = micro.models(config), micro.run(config).placement.put_batch(dataset[0])
+    made = STAGES["contrast"].finish(models, state.params, iter([batch]))
+    tower, tiles = models["clip"], batch["tiles"][:, 0]
+    image = lambda params, **how: tower.apply({"params": params["clip"]}, tiles, method="encode_images", **how)
+    np.testing.assert_allclose(image(made), image(state.params, of_batch=True), atol=2e-5)
+    norm = made["clip"]["vision"]["norm1"]
+    assert norm["batches"] == 1 and np.abs(norm["variance"] - 1).max() > 1e-3
+    other = micro.run(config).placement.put_batch(dataset[1])
+    several = STAGES["contrast"].finish(models, state.params, iter([batch, other]))
+    assert several["clip"]["vision"]["norm1"]["batches"] == 2
+
+
+def test_a_vit_has_no_statistics():
+    with pytest.raises(UserError, match="clip.batch_statistics: a ViT has no batch norm"):
+        dataclasses.replace(micro.clip_config(), batch_statistics=True).check()

@@ -105,15 +105,17 @@ class CLIP(nn.Module):
         return dense(self.config.projection_width, axes, name, self.execution, use_bias=kind == "bias")
 
     def image_states(
-        self, tiles: jax.Array, patches: jax.Array | None = None, whole: bool = True
+        self, tiles: jax.Array, patches: jax.Array | None = None, whole: bool = True, of_batch: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[N, S, S, 3] -> the image tower's (hidden, pooled, projected [N, E]).
 
         Args:
           patches: [N, kept], those that the tower sees; None = all.
           whole: make `hidden`; without it what else is there takes less time.
+          of_batch: a ResNet normalises by the batch's own statistics.
         """
-        options = {} if isinstance(self.config.vision, ResNetConfig) else {"kept": patches, "whole": whole}
+        is_resnet = isinstance(self.config.vision, ResNetConfig)
+        options = {"of_batch": of_batch} if is_resnet else {"kept": patches, "whole": whole}
         hidden, pooled = self.vision(tiles, **options)
         return hidden, pooled, self.vision_projection(pooled)
 
@@ -128,9 +130,9 @@ class CLIP(nn.Module):
         """What the image tower has pooled, [N, D] -> unit vectors [N, E], float32."""
         return normalize(self.vision_projection(pooled))
 
-    def encode_images(self, tiles: jax.Array, patches: jax.Array | None = None) -> jax.Array:
-        """[N, S, S, 3] -> unit vectors [N, E], float32; patches: see `image_states`."""
-        return normalize(self.image_states(tiles, patches, whole=False)[2])
+    def encode_images(self, tiles: jax.Array, patches: jax.Array | None = None, of_batch: bool = False) -> jax.Array:
+        """[N, S, S, 3] -> unit vectors [N, E], float32; patches, of_batch: see `image_states`."""
+        return normalize(self.image_states(tiles, patches, False, of_batch)[2])
 
     def encode_texts(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """[N, T] -> unit vectors [N, E], float32."""
@@ -141,9 +143,9 @@ class CLIP(nn.Module):
         logits = jnp.exp(self.log_scale) * jnp.einsum("ne,ke->nk", images, texts)
         return logits + self.logit_bias if self.config.has_bias else logits
 
-    def __call__(self, tiles, tokens, patches=None):
+    def __call__(self, tiles, tokens, patches=None, of_batch=False):
         """-> (image vectors [N, E], text vectors [N, E])."""
-        return self.encode_images(tiles, patches), self.encode_texts(tokens)
+        return self.encode_images(tiles, patches, of_batch), self.encode_texts(tokens)
 
 
 def image_tower(config: CLIPConfig, execution: Execution) -> Any:

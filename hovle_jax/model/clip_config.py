@@ -105,6 +105,8 @@ class CLIPConfig:
       logit_scale_init: softmax: the logarithm of the scale (1 / temperature) at the start: ln(1 / 0.07).
       sigmoid_scale_init, logit_bias_init: sigmoid: the logarithm of the scale, and the bias, at the start.
       patch_dropout: training: the share of an image's patches that its tower does not see, 0 to below 1 (FLIP).
+      batch_statistics: training: a ResNet normalises by the statistics of each batch, and those of the result are
+        gathered at the end; without it, by the stored ones, as a public tower that is trained further should.
       frozen: training: what stays as it was loaded, of CLIP_PARTS, with commas; 'vision' is LiT's locked tower.
       vision_projection, text_projection: of PROJECTIONS; a tower without one has the width of the space itself.
       family: whose names and layout its public checkpoint has: 'clip' and 'siglip' are Hugging Face's, 'open_clip' and
@@ -121,6 +123,7 @@ class CLIPConfig:
     sigmoid_scale_init: float = 2.302585  # ln 10
     logit_bias_init: float = -10.0
     patch_dropout: float = 0.0
+    batch_statistics: bool = False
     frozen: str = ""
     vision_projection: str = "linear"
     text_projection: str = "linear"
@@ -155,6 +158,8 @@ class CLIPConfig:
             raise UserError(f"clip.frozen={self.frozen!r} leaves no tower to be trained")
         if self.patch_dropout and isinstance(self.vision, ResNetConfig):
             raise UserError("clip.patch_dropout: a ResNet has no patches to leave out; set it to 0")
+        if self.batch_statistics and not isinstance(self.vision, ResNetConfig):
+            raise UserError("clip.batch_statistics: a ViT has no batch norm; set it to False")
         v, t = self.vision, self.text
         choices = {
             "text.pooling": (t.pooling, TEXT_POOLINGS),

@@ -12,7 +12,7 @@ from hovle_jax.model.teacher_config import TEACHER_KINDS, TeacherConfig
 from hovle_jax.training.stages import find
 
 # Of a CLIP that is trained further, what is the run's own.
-OF_TRAINING = ("patch_dropout", "frozen")
+OF_TRAINING = ("patch_dropout", "batch_statistics", "frozen")
 # What each of its parts says of the config.
 FIELDS = {
     "vision": ("vision", "resize", "interpolation"),

@@ -39,6 +39,7 @@ from hovle_jax.training.step import train_step_for
 from hovle_jax.training.tokenizer import choose_tokenizer, texts_read_by
 from hovle_jax.training.weights import Sources, load_params, save_result
 
+FINISHING = 20  # batches that a stage may gather from when all is trained
 log = logging.getLogger(__name__)
 
 
@@ -136,7 +137,11 @@ def run(
         def save_model(state):
             # What was frozen whole may be narrowed: it is handed on as it came.
             frozen = load_params(config, run, sources, only=wholly_frozen(state.trained, state.frozen))
-            save_result(folder, stage, state.params | frozen, config, mirror)
+            params = state.params | frozen
+            if stage.finish:
+                batches = map(run.placement.put_batch, map(dataset.__getitem__, range(FINISHING)))
+                params = stage.finish(run.models, params, batches)
+            save_result(folder, stage, params, config, mirror)
 
         steps = Steps(config, run, dataset, held_out, bad, saved, monitor, health, save_model)
         step, finished = steps.train(state)

@@ -1,7 +1,7 @@
 """What a stage of training is: one row of the table in `training/stages`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -63,6 +63,8 @@ class Stage:
       after_update: applied to the trained parameters after each step.
       draw: (models, batch, key of the step) -> the batch with what training draws for its rows on the device; None =
         nothing.
+      finish: (models, params, batches on the devices) -> params with what is gathered when all is trained; None = that
+        is all of it.
       frozen: sizes -> path prefixes, of what it trains, that a run leaves as they are.
     """
 
@@ -79,6 +81,7 @@ class Stage:
     metrics: Callable[[dict], dict] = term_losses
     after_update: Callable[[Params], Params] = lambda trained: trained
     draw: Callable[[Models, dict, jax.Array], dict] | None = None
+    finish: Callable[[Models, Params, Iterable[dict]], Params] | None = None
     frozen: Callable[[ModelConfig], tuple[Path, ...]] = lambda config: ()
 
     def components_of(self, config: ModelConfig) -> tuple[str, ...]:
