@@ -31,7 +31,7 @@ def emoji(config):
     config.data.source = "emoji"
     config.data.batch_size = 256
     config.data.augment = True
-    config.pairs.crop_area = 0.5
+    config.pairs.crop_area = 0.6
     config.pairs.flip = True
     config.pairs.color_jitter = 0.5
     config.pairs.grayscale = 0.2

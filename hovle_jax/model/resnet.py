@@ -7,6 +7,7 @@ Dimension letters: M tiles, S side, H and W of a feature map, C channels, P its 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -166,8 +167,8 @@ def with_statistics(params: dict, gathered: list[dict]) -> dict:
     Args:
       gathered: for each batch what was sown, {norm: {'mean': ([C],), 'variance': ([C],)}} as the parameters are nested.
     """
-    flat = dict(traverse_util.flatten_dict(params))
-    sown = [traverse_util.flatten_dict(each) for each in gathered]
+    flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(params))
+    sown: list[dict[tuple[str, ...], Any]] = [traverse_util.flatten_dict(each) for each in gathered]
     for path in sown[0]:
         if path[-1] != "mean":
             continue
