@@ -177,6 +177,15 @@ def start(config, mesh=None, drawn=None):
     return make_state(STAGES[config.stage], made, drawn or params(config, mesh)), dataset(config), step
 
 
+def trained(state, dataset, step, steps=6):
+    """`steps` steps on two batches in turn, with what `start` gives -> (state, losses)."""
+    losses = []
+    for i in range(steps):
+        state, metrics = step(state, dataset[i % 2])
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
 def finished_run(folder):
     """Writes a finished instruct run of random weights, which says the same nonsense each time -> its folder."""
     config = run_config("instruct")

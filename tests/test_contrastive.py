@@ -265,10 +265,7 @@ def test_batch_norm_learns_by_each_batchs_statistics_and_keeps_those_of_the_end(
     config = resnet_run()
     state, dataset, step = micro.start(config)
     before = jax.device_get(state.frozen)
-    losses = []
-    for i in range(6):
-        state, metrics = step(state, dataset[i % 2])
-        losses.append(float(metrics["loss"]))
+    state, losses = micro.trained(state, dataset, step)
     assert losses[-1] < losses[0]
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.frozen))  # the statistics wait
     models, batch = micro.models(config), micro.run(config).placement.put_batch(dataset[0])
@@ -283,6 +280,8 @@ def test_batch_norm_learns_by_each_batchs_statistics_and_keeps_those_of_the_end(
     assert several["clip"]["vision"]["norm1"]["batches"] == 2
 
 
-def test_a_vit_has_no_statistics():
+def test_what_has_no_statistics_of_batches():
     with pytest.raises(UserError, match="clip.batch_statistics: a ViT has no batch norm"):
         dataclasses.replace(micro.clip_config(), batch_statistics=True).check()
+    with pytest.raises(UserError, match="clip.batch_statistics: a frozen image tower keeps its own"):
+        dataclasses.replace(resnet_run().clip, frozen="vision").check()

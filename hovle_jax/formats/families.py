@@ -13,7 +13,7 @@ from hovle_jax.components import Params
 from hovle_jax.errors import UserError
 from hovle_jax.formats import clips, gguf, hf_clip, hovle, internvl, llms, open_clip
 from hovle_jax.formats.fields import read_object
-from hovle_jax.formats.mapping import DeferredLeaf, Rule, check, deferred, load, nested
+from hovle_jax.formats.mapping import Array, DeferredLeaf, Rule, check, deferred, load, nested, to_public
 from hovle_jax.formats.sizes import check_sizes
 from hovle_jax.formats.source import SafetensorsFolder, TensorSource
 from hovle_jax.model.config import LLMConfig
@@ -43,6 +43,10 @@ class Checkpoint:
     def load(self, abstract: Params | None = None) -> Params:
         """The parameters, read tensor by tensor onto the shardings of `abstract`; without it into numpy arrays."""
         return load(self.rules, self.source, abstract)
+
+    def to_public(self, params: Params) -> dict[str, Array]:
+        """Parameters as `load` gives them, or their gradients -> {public name: array}."""
+        return to_public(self.rules, params)
 
     def components(self) -> dict[str, Any]:
         """{our component: its config}."""

@@ -27,7 +27,7 @@ from hovle_jax.model.adapters import KERNEL, AdapterConfig
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, WEIGHT = "base_model.model.", ".weight"
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+NAME = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, (A, B, MAGNITUDE)))})")
 # What changes the numbers and is not known here; each must be empty or as said.
 REFUSED = {"bias": "none", "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False, "use_bdlora": False}
 EMPTY = (

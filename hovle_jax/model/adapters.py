@@ -133,7 +133,7 @@ def begun(adapters: dict, params: dict) -> dict:
     made = {}
     for name, leaves in adapters.items():
         if "magnitude" in leaves:
-            kernel = _at(params, name)
+            kernel = kernel_of(params, name)
             lengths = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
             leaves = leaves | {"magnitude": jax.device_put(lengths, leaves["magnitude"].sharding)}
         made[name] = leaves
@@ -159,7 +159,8 @@ def merged_kernel(kernel: Any, leaves: dict, config: AdapterConfig) -> jax.Array
     return wide.astype(kernel.dtype)
 
 
-def _at(params, name) -> Any:
+def kernel_of(params: dict, name: str) -> Any:
+    """The kernel [..., D, F] beside which the adapter of this name lies."""
     for key in (*name.split("/"), KERNEL):
         params = params[key]
     return params

@@ -160,6 +160,8 @@ class CLIPConfig:
             raise UserError("clip.patch_dropout: a ResNet has no patches to leave out; set it to 0")
         if self.batch_statistics and not isinstance(self.vision, ResNetConfig):
             raise UserError("clip.batch_statistics: a ViT has no batch norm; set it to False")
+        if self.batch_statistics and "vision" in self.frozen_parts:
+            raise UserError("clip.batch_statistics: a frozen image tower keeps its own; set it to False")
         v, t = self.vision, self.text
         choices = {
             "text.pooling": (t.pooling, TEXT_POOLINGS),

@@ -111,7 +111,7 @@ def token_of(x: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def run_encoder(
-    parent: nn.Module,
+    parent: Any,
     config: ViTConfig | TextTowerConfig,
     num_layers: int,
     x: jax.Array,
@@ -122,6 +122,7 @@ def run_encoder(
     """Runs `num_layers` scanned encoder layers named 'layers' over x [M, T, D], inside a compact method of `parent`.
 
     Args:
+      parent: a module with an `execution`.
       at: [M] int32: the one token of each row whose output is wanted. Then the last layer makes keys and values of all
         tokens, and all else of these alone: most of a layer is saved.
     Returns:
@@ -129,7 +130,7 @@ def run_encoder(
     """
     if num_layers == 0:
         return x if at is None else token_of(x, at)
-    execution: Execution = getattr(parent, "execution")
+    execution: Execution = parent.execution
     sizes: dict[str, Any] = dict(
         width=config.width,
         num_heads=config.num_heads,

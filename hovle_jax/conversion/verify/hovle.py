@@ -1,7 +1,6 @@
 """HoVLE and HoVLE-HD: the embedding's outputs, logits, loss, gradients and greedy tokens of one prompt with images."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +11,6 @@ from hovle_jax.conversion.verify.llm import EXECUTION, with_loss
 from hovle_jax.conversion.verify.reference import Reference
 from hovle_jax.errors import UserError
 from hovle_jax.formats.families import Checkpoint
-from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.config import HoVLEConfig
 from hovle_jax.model.hovle import HoVLE
 
@@ -95,9 +93,7 @@ def verify_hovle(checkpoint: Checkpoint, reference: Reference) -> None:
         patches = plain.embedding.apply(variables, batch["tiles"], method="embed_tiles")
         return model.logits(params, batch), (output, features[0], patches)
 
-    logits, (output, features, patches) = with_loss(
-        forward, reference, params, functools.partial(to_public, checkpoint.rules)
-    )
+    logits, (output, features, patches) = with_loss(forward, reference, params, checkpoint.to_public)
     reference.compare("logits", logits)
     reference.compare("embedding_output", output)
     reference.compare("image_features", features)

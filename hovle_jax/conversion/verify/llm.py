@@ -1,7 +1,6 @@
 """An LLM alone: logits, features, loss, gradients and greedy tokens of text."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ from hovle_jax.components import Params
 from hovle_jax.conversion.verify.reference import Reference
 from hovle_jax.errors import UserError
 from hovle_jax.formats.families import Checkpoint
-from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.transformer import Stack
@@ -122,8 +120,7 @@ def _verify_text(checkpoint, reference, model, params):
         hidden, _ = bound.run(embeddings, positions, segment_ids)
         return bound.logits(hidden), (embeddings, bound.norm(hidden))
 
-    public = functools.partial(to_public, checkpoint.rules)
-    logits, (embeddings, normed) = with_loss(forward, reference, params, public)
+    logits, (embeddings, normed) = with_loss(forward, reference, params, checkpoint.to_public)
     reference.compare("logits", logits, real)
     reference.compare("embeddings", embeddings)
     reference.compare("hidden_final_normed", normed, real)

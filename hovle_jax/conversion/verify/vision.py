@@ -1,7 +1,5 @@
 """InternViT alone, and InternVL2: tower, projector, and the LLM that reads its features."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,6 @@ from hovle_jax.conversion.verify.llm import EXECUTION, embed, text_inputs, with_
 from hovle_jax.conversion.verify.reference import Reference
 from hovle_jax.errors import UserError
 from hovle_jax.formats.families import Checkpoint
-from hovle_jax.formats.mapping import to_public
 from hovle_jax.model.execution import Execution
 from hovle_jax.model.hovle import LanguageModel
 from hovle_jax.model.teacher import MLP1
@@ -71,6 +68,6 @@ def _verify_answers(checkpoint, reference, params, see):
         hidden_of_llm, _ = bound.run(x, jnp.asarray(positions), jnp.asarray(segment_ids))
         return bound.logits(hidden_of_llm), (hidden, features)
 
-    logits, seen = with_loss(forward, reference, params, functools.partial(to_public, checkpoint.rules))
+    logits, seen = with_loss(forward, reference, params, checkpoint.to_public)
     reference.compare("logits", logits, segment_ids > 0)
     return seen
